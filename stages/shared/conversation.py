@@ -1,0 +1,99 @@
+"""The one form that a conversation has inside the pipeline, whatever form it came in."""
+
+import hashlib
+import json
+import re
+from typing import Literal, TypedDict
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """One turn. `content` is normalized: see `normalize`."""
+
+    role: Role
+    content: str
+
+
+def normalize(content: str) -> str:
+    r"""Unify line ends to `\n` and strip white space at both ends.
+
+    A template puts its own white space around a message; stripped contents make sure that no
+    token straddles the two.
+    """
+    return content.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def conversation_id(messages: list[Message]) -> str:
+    """SHA-256 (64 hex digits) of the normalized messages."""
+    canonical = json.dumps(
+        [[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":")
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def problem_with(messages: list[Message]) -> str | None:
+    """Why these messages are no conversation that can be trained on, or None.
+
+    Roles alternate user, assistant, user, …; a system message may stand first, and only there; the
+    last turn is a reply. An empty reply is allowed (the model then learns to end its turn); an
+    empty user turn is not.
+    """
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if not turns:
+        return "no turns"
+    for index, turn in enumerate(turns):
+        expected = "assistant" if index % 2 else "user"
+        if turn["role"] != expected:
+            return f"turn {index + 1} is of role {turn['role']}, expected {expected}"
+        if expected == "user" and not turn["content"]:
+            return f"turn {index + 1} of the user is empty"
+    if turns[-1]["role"] != "assistant":
+        return "no reply after the last turn of the user"
+    return None
+
+
+def drop_unanswered(messages: list[Message]) -> list[Message]:
+    """The messages without a final user turn that nobody answered."""
+    return messages[:-1] if messages and messages[-1]["role"] == "user" else messages
+
+
+_NOT_LATIN = re.compile(r"[^\u0000-\u024f\u2000-\u2bff\ufe0f\U0001f000-\U0001faff]")
+_ENGLISH = frozenset(
+    (
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "is",
+        "that",
+        "for",
+        "it",
+        "with",
+        "as",
+        "are",
+        "on",
+        "be",
+        "this",
+        "by",
+        "you",
+        "what",
+    )
+)
+
+
+def language_of(messages: list[Message]) -> Literal["en", "other"]:
+    """The rule for sources that state no language.
+
+    `en` where at most one letter in fifty of the user's turns is outside the Latin script and at
+    least one word in sixteen, and one at all, is among eighteen of the commonest English
+    function words; `other` everywhere else. Crude, but stated, and the same for every variant that
+    is compared.
+    """
+    text = " ".join(m["content"] for m in messages if m["role"] != "system")
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    if not words or len(_NOT_LATIN.findall(text)) * 50 > len(text):
+        return "other"
+    common = sum(word in _ENGLISH for word in words)
+    return "en" if common and common * 16 >= len(words) else "other"

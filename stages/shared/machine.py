@@ -1,0 +1,77 @@
+"""The machine: what changes how a result is computed, and never the result.
+
+Read from environment variables `QLORA_*` or a git-ignored `.env` at the repository's root. Nothing
+here is a parameter, so nothing here makes DVC run a stage again.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from stages.shared.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Machine(BaseSettings):
+    """What the user may set; unset means that the project chooses."""
+
+    model_config = SettingsConfigDict(env_prefix="QLORA_", extra="ignore", frozen=True)
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool | None = None
+    memory_budget: float | None = Field(default=None, gt=0)  # GiB
+    checkpoint_steps: int = Field(default=25, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+
+def root() -> Path:
+    """The repository's root.
+
+    DVC runs an experiment in a temporary copy and names the repository in `DVC_ROOT`; without DVC
+    it is the folder that a stage is run from.
+    """
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
+@cache
+def machine() -> Machine:
+    """The settings of this machine, read once.
+
+    Raises:
+        UserError: a variable has a value that it cannot have.
+    """
+    try:
+        return Machine(_env_file=root() / ".env")
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"QLORA_{'_'.join(str(part) for part in first['loc'])}".upper()
+        expected = first["msg"].removeprefix("Input should be ")
+        raise UserError(
+            f"{name} (environment or .env) is {first['input']!r}; expected {expected}"
+        ) from None
+
+
+def device() -> "torch.device":
+    """The device that everything runs on: `QLORA_DEVICE`, or CUDA where there is one.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    import torch  # noqa: PLC0415  (seconds that a stage without tensors need not pay)
+
+    wanted = machine().device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "QLORA_DEVICE is 'cuda'; this machine has no CUDA device that torch can use; "
+            "unset it or set it to cpu"
+        )
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)

@@ -1,0 +1,89 @@
+"""Conversations laid end to end in one row, with no padding and without seeing each other.
+
+Positions restart with each conversation. Given these positions and no attention mask,
+transformers builds an attention mask that is causal inside each conversation and closed between
+them (`find_packed_sequence_indices` in `transformers.masking_utils`); an attention mask, even one
+of all ones, would switch that off.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: `input_ids` int64 [tokens], `loss_mask` bool [tokens], and its row."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    row: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """How many of its tokens are predicted; the first has nothing before it to do so."""
+        return int(self.loss_mask[1:].sum())
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A micro-batch.
+
+    Attributes:
+        input_ids: int64 [1, tokens].
+        position_ids: int64 [1, tokens], from 0 in each conversation.
+        predictors: int64 [supervised], the positions whose logits predict a supervised token.
+        targets: int64 [supervised], the tokens they should predict.
+        rows: int64 [supervised], the row of the conversation that each belongs to.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+
+
+def pack(examples: Sequence[Example], device: torch.device) -> Packed:
+    """Lay conversations end to end."""
+    ids = np.concatenate([e.input_ids for e in examples])
+    positions = np.concatenate([np.arange(len(e)) for e in examples])
+    supervised = np.concatenate([e.loss_mask for e in examples]) & (positions > 0)
+    rows = np.concatenate([np.full(len(e), e.row) for e in examples])
+    targets = np.flatnonzero(supervised)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
+
+    return Packed(
+        input_ids=tensor(ids)[None],
+        position_ids=tensor(positions)[None],
+        predictors=tensor(targets - 1),
+        targets=tensor(ids[targets]),
+        rows=tensor(rows[targets]),
+    )
+
+
+def split(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
+    """Divide conversations into micro-batches of at most `max_tokens` tokens, in order of length.
+
+    First-fit decreasing: the longest first, each into the first micro-batch with room. A
+    conversation longer than `max_tokens` stands alone: it is never cut here.
+    """
+    bins: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda e: (-len(e), e.row)):
+        for index, free in enumerate(room):
+            if len(example) <= free:
+                bins[index].append(example)
+                room[index] -= len(example)
+                break
+        else:
+            bins.append([example])
+            room.append(max_tokens - len(example))
+    return bins

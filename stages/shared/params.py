@@ -1,0 +1,95 @@
+"""Parameters: what dvc.yaml declares for a stage, checked against the stage's own schema.
+
+A schema lives in its stage. Here is only what every schema shares: that it is strict, and that a
+mistake in params.yaml is told in one line.
+"""
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from stages.shared.errors import UserError
+
+
+class Section(BaseModel):
+    """A section of params.yaml that the stage owns: frozen, strict types, nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BorrowedSection(BaseModel):
+    """A section that another stage owns: only the keys read here; the owner checks the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+P = TypeVar("P", bound=BaseModel)
+
+
+def load(schema: type[P], stage: str) -> P:
+    """Read what dvc.yaml declares for `stage` (`train`, `evaluate@base`) from params.yaml.
+
+    A stage sees only the sections that it declares, so it cannot depend on a parameter that DVC
+    does not know of.
+
+    Args:
+        schema: a model with one field a section.
+        stage: the stage's name in dvc.yaml.
+
+    Raises:
+        UserError: a key is unknown, missing, of a wrong type or out of range.
+    """
+    import dvc.api  # noqa: PLC0415  (half a second that the unit tests of a schema need not pay)
+
+    return validate(schema, dvc.api.params_show(stages=stage))
+
+
+def validate(schema: type[P], values: dict[str, Any]) -> P:
+    """Check plain values against a schema, the first mistake told in one line.
+
+    Raises:
+        UserError: as `load` does.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(schema, error.errors()[0])) from None
+
+
+def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
+    """One line for one mistake: which key, what was found, what was expected, what to do."""
+    path = [str(part) for part in error["loc"]]
+    key, found = ".".join(path[:2]), error["input"]
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(schema, path)
+        return (
+            f"params.yaml: {key} is not a parameter; expected one of {known}; remove or rename it"
+        )
+    if error["type"] == "missing":
+        return f"params.yaml: {key} is missing; every parameter has a line there; add it back"
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    line = f"params.yaml: {key} is {_show(found)}; expected {expected}"
+    if isinstance(found, str) and _is_number(found):
+        line += f"; write it as {float(found)!r} with a dot (YAML 1.1 reads {found} as a text)"
+    return line
+
+
+def _known_keys(schema: type[BaseModel], path: list[str]) -> str:
+    fields = schema.model_fields
+    if len(path) > 1:
+        section = fields[path[0]].annotation
+        fields = getattr(section, "model_fields", fields)
+    return ", ".join(fields) or "none at all"
+
+
+def _show(value: Any) -> str:
+    return f"the text {value!r}" if isinstance(value, str) else repr(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
