@@ -52,6 +52,11 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file that a stage of ours wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def sha256(path: Path) -> str:
     """The file's SHA-256, 64 hex digits."""
     with path.open("rb") as file:

@@ -1,0 +1,38 @@
+# make repro   set up, run the whole pipeline on the embedded default
+# make test    set up, run the tests
+# make lint    set up, ruff and mypy
+# make clean   remove the environment (data, models and DVC's cache stay)
+
+PYTHON ?= python3
+VENV := .venv
+# DVC runs `python` from the PATH: everything runs with the environment's folder in front.
+ENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
+
+.PHONY: repro test lint format clean
+.DEFAULT_GOAL := repro
+
+$(VENV)/.ready: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); expected Python 3.11 to 3.13; run make PYTHON=python3.11" >&2; exit 1; }
+	@echo "setting up $(VENV) from requirements.lock (some minutes, once)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@touch $@
+
+repro: $(VENV)/.ready
+	@$(ENV) dvc repro
+
+test: $(VENV)/.ready
+	@$(ENV) python -m pytest
+
+lint: $(VENV)/.ready
+	@$(ENV) ruff format --check .
+	@$(ENV) ruff check .
+	@$(ENV) mypy
+
+format: $(VENV)/.ready
+	@$(ENV) ruff format .
+	@$(ENV) ruff check --fix .
+
+clean:
+	rm -rf $(VENV)

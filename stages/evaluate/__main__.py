@@ -1,0 +1,49 @@
+"""Evaluate one of the four models: what it loses, gains and answers on held-out conversations.
+
+Reads:  data/prepared/eval.parquet, data/prepared/format.json, models/tokenizer, and of
+        models/{base,quantized,adapter,merged} the variant's own
+Writes: reports/evaluate/<variant>.json, reports/answers/<variant>.json
+Run:    python -m stages.evaluate base | quantized | adapter | merged
+"""
+
+import sys
+from pathlib import Path
+
+from stages.evaluate.settings import Params
+from stages.shared import files, params
+from stages.shared.errors import UserError, run
+
+PREPARED = Path("data/prepared")
+TOKENIZER = Path("models/tokenizer")
+QUANTIZED = Path("models/quantized")  # what an adapter stands on
+MODELS = {
+    "base": Path("models/base"),
+    "quantized": QUANTIZED,
+    "adapter": Path("models/adapter"),
+    "merged": Path("models/merged"),
+}
+METRICS = Path("reports/evaluate")
+ANSWERS = Path("reports/answers")
+
+
+def main() -> None:
+    """Read, score, answer, write."""
+    variant = sys.argv[1] if len(sys.argv) == 2 else ""
+    if variant not in MODELS:
+        raise UserError(
+            f"the variant is {variant!r}; expected one of {', '.join(MODELS)}; "
+            "run `dvc repro evaluate@base`, or `python -m stages.evaluate base`"
+        )
+    settings = params.load(Params, f"evaluate@{variant}")
+    # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    from stages.evaluate.evaluation import evaluate  # noqa: PLC0415
+
+    metrics, answers = evaluate(
+        variant, MODELS[variant], QUANTIZED, TOKENIZER, PREPARED, settings.evaluate
+    )
+    files.write_json(ANSWERS / f"{variant}.json", answers)
+    files.write_json(METRICS / f"{variant}.json", metrics)
+
+
+if __name__ == "__main__":
+    run(main)

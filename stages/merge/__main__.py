@@ -1,0 +1,37 @@
+"""Merge the adapter into one standalone model, and prove that it is what was trained.
+
+Reads:  models/adapter, models/quantized, models/base, models/tokenizer,
+        data/prepared/eval.parquet, data/prepared/format.json
+Writes: models/merged, reports/merge.json
+Run:    python -m stages.merge
+"""
+
+from pathlib import Path
+
+from stages.merge.settings import Params
+from stages.shared import files, params
+from stages.shared.errors import run
+
+ADAPTER = Path("models/adapter")
+WEIGHTS = {"quantized": Path("models/quantized"), "original": Path("models/base")}
+TOKENIZER = Path("models/tokenizer")
+PREPARED = Path("data/prepared")
+MERGED = Path("models/merged")
+METRICS = Path("reports/merge.json")
+
+
+def main() -> None:
+    """Read, merge, prove, write."""
+    settings = params.load(Params, "merge")
+    # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    from stages.merge.proven import merge_and_prove  # noqa: PLC0415
+
+    with files.whole_folder(MERGED) as partial:
+        metrics = merge_and_prove(
+            settings.merge.onto, ADAPTER, WEIGHTS, TOKENIZER, PREPARED, partial
+        )
+    files.write_json(METRICS, metrics)
+
+
+if __name__ == "__main__":
+    run(main)

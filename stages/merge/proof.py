@@ -1,0 +1,88 @@
+"""The proof of a merge: two models, the same held-out conversations, position by position."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.shared import scoring
+from stages.shared.errors import UserError
+from stages.shared.packing import Example
+from stages.shared.precision import autocast
+
+POSITIONS = 4096  # enough to tell an agreement of 0.99 from 0.98; bounds time and memory
+MIN_TOP1_AGREEMENT = 0.99
+MAX_KL_DIVERGENCE = 1e-3  # nats a token
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models agree: mean KL(first ‖ second) in nats a token, and equal top-1 tokens."""
+
+    kl_divergence: float
+    top1_agreement: float
+    positions: int
+
+
+def first_positions(examples: Sequence[Example]) -> list[Example]:
+    """The conversations that the proof looks at: the first, up to `POSITIONS` supervised tokens."""
+    chosen: list[Example] = []
+    total = 0
+    for example in examples:
+        total += example.supervised_tokens
+        if chosen and total > POSITIONS:
+            break
+        chosen.append(example)
+    return chosen
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: nn.Module | PreTrainedModel,
+    examples: Sequence[Example],
+    device: torch.device,
+    dtype: torch.dtype,
+    desc: str,
+) -> list[torch.Tensor]:
+    """The distribution at each supervised position, a tensor a batch: fp32 [supervised, vocab]."""
+    result = []
+    for batch in scoring.batches(examples, device, desc):
+        with autocast(device, dtype):
+            logits = scoring.supervised_logits(model, batch)
+        result.append(logits.float().log_softmax(-1).cpu())
+    return result
+
+
+def compare(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> Agreement:
+    """Compare two models' log-probabilities, batch by batch."""
+    divergence, equal, positions = 0.0, 0, 0
+    for one, other in zip(first, second, strict=True):
+        divergence += (one.exp() * (one - other)).sum(-1, dtype=torch.float64).sum().item()
+        equal += int((one.argmax(-1) == other.argmax(-1)).sum())
+        positions += len(one)
+    # Rounding can leave a sum of zeros a hair below zero.
+    return Agreement(max(0.0, divergence / positions), equal / positions, positions)
+
+
+def require(agreement: Agreement) -> None:
+    """The gate: a merge that is not what was trained is not written.
+
+    Raises:
+        UserError: the agreement is below `MIN_TOP1_AGREEMENT`, or the divergence is not below
+            `MAX_KL_DIVERGENCE`.
+    """
+    if (
+        agreement.top1_agreement >= MIN_TOP1_AGREEMENT
+        and agreement.kl_divergence <= MAX_KL_DIVERGENCE
+    ):
+        return
+    raise UserError(
+        f"models/merged: over {agreement.positions} held-out positions the merged model agrees "
+        f"with the adapter in {agreement.top1_agreement:.4f} of its most likely tokens, at "
+        f"{agreement.kl_divergence:.2e} nats a token; expected at least {MIN_TOP1_AGREEMENT} and "
+        f"at most {MAX_KL_DIVERGENCE}; nothing was written; a smaller train.learning_rate or "
+        "lora.alpha, or quantize.compute_dtype fp32, keeps the weights in the range that they are "
+        "stored in"
+    )

@@ -1,0 +1,99 @@
+"""Merge into a folder, and compare what lies there with what was trained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stages.merge import merging, proof
+from stages.shared import files, models, prepared
+from stages.shared.machine import device
+from stages.shared.packing import Example
+
+
+def merge_and_prove(
+    onto: Literal["quantized", "original"],
+    adapter: Path,
+    weights: Mapping[str, Path],
+    tokenizer: Path,
+    data: Path,
+    folder: Path,
+) -> dict[str, Any]:
+    """Write a standalone model into `folder` and measure how far it is from the trained one.
+
+    Args:
+        onto: which weights the adapter is added to.
+        adapter: what was trained: an adapter, or a standalone model.
+        weights: the folders of the `quantized` and the `original` weights.
+        tokenizer: the tokenizer's folder.
+        data: holds eval.parquet and format.json.
+        folder: an existing folder.
+
+    Returns:
+        The metrics for `reports/merge.json`.
+
+    Raises:
+        UserError: merged onto `quantized`, the model is not what was trained.
+    """
+    merging.refuse_original(adapter, onto)
+    if models.is_adapter(adapter):
+        merging.merge_adapter(
+            adapter, weights[onto], folder, merging.stored_dtype(weights["original"])
+        )
+    else:
+        merging.link_model(adapter, folder)
+    merging.add_tokenizer(folder, tokenizer, prepared.read_format(data / "format.json"))
+
+    examples = proof.first_positions(prepared.read_examples(data / "eval.parquet"))
+    exact = compare_exactly(adapter, weights["quantized"], folder, examples)
+    if onto == "quantized":
+        proof.require(exact)
+    runtime = compare_as_run(adapter, weights["quantized"], folder, examples)
+    return {
+        "onto": onto,
+        "dtype": str(merging.stored_dtype(folder)).removeprefix("torch."),
+        "kl_divergence": exact.kl_divergence,
+        "top1_agreement": exact.top1_agreement,
+        "runtime_kl_divergence": runtime.kl_divergence,
+        "runtime_top1_agreement": runtime.top1_agreement,
+        "positions": exact.positions,
+        "bytes": files.folder_bytes(folder),
+    }
+
+
+def compare_exactly(
+    adapter: Path, quantized: Path, merged: Path, examples: list[Example]
+) -> proof.Agreement:
+    """In fp32: the adapter, not merged, on dequantized weights, against the file that was saved.
+
+    One model is in memory at a time.
+    """
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    if models.is_adapter(adapter):
+        trained = models.attach(models.load_dequantized(quantized), adapter)
+    else:
+        trained = models.load_model(adapter, cpu, fp32)
+    first = proof.log_probabilities(trained, examples, cpu, fp32, "proof: trained")
+    del trained
+    saved = models.load_model(merged, cpu, fp32)
+    return proof.compare(
+        first, proof.log_probabilities(saved, examples, cpu, fp32, "proof: merged")
+    )
+
+
+def compare_as_run(
+    adapter: Path, quantized: Path, merged: Path, examples: list[Example]
+) -> proof.Agreement:
+    """The same in the precision that people run, where rounding differs on every layer."""
+    where = device()
+    below = quantized if models.is_adapter(adapter) else adapter
+    dtype = models.compute_dtype(below, where)
+    trained = models.load_adapted(adapter, quantized, where)
+    first = proof.log_probabilities(trained, examples, where, dtype, "as run: adapter")
+    del trained
+    dtype = models.compute_dtype(merged, where)
+    saved = models.load_model(merged, where)
+    return proof.compare(
+        first, proof.log_probabilities(saved, examples, where, dtype, "as run: merged")
+    )

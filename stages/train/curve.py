@@ -1,0 +1,59 @@
+"""The loss against the optimizer step, and which evaluation was the best."""
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stages.shared import files
+
+COLUMNS = ("step", "epoch", "learning_rate", "loss", "eval_loss", "gradient_norm")
+
+
+@dataclass
+class Curve:
+    """What was measured, a row an optimizer step; step 0 is the evaluation before training.
+
+    Attributes:
+        rows: by step, a value a column of `COLUMNS`; losses in nats a supervised token.
+        best_step: where `eval_loss` was lowest.
+        evaluations_since_best: how many evaluations have not improved on it.
+    """
+
+    rows: dict[int, dict[str, float]] = field(default_factory=dict)
+    best_step: int = 0
+    best_loss: float = float("inf")
+    evaluations_since_best: int = 0
+
+    def record(self, step: int, **values: float) -> None:
+        """Add values to a step's row."""
+        self.rows.setdefault(step, {"step": step}).update(values)
+
+    def record_evaluation(self, step: int, epoch: float, eval_loss: float) -> bool:
+        """Add an evaluation; returns whether it is the best so far."""
+        self.record(step, epoch=epoch, eval_loss=eval_loss)
+        if eval_loss < self.best_loss:
+            self.best_step, self.best_loss, self.evaluations_since_best = step, eval_loss, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step has been evaluated."""
+        return "eval_loss" in self.rows.get(step, {})
+
+    def train_loss(self, until: int, last: int) -> float | None:
+        """The mean loss of the `last` steps up to and including step `until`; None if none."""
+        losses = [self.rows[s]["loss"] for s in range(max(1, until - last + 1), until + 1)]
+        return sum(losses) / len(losses) if losses else None
+
+    def write(self, path: Path) -> None:
+        """Write the rows as CSV, a value that was not measured left empty."""
+        with files.whole_file(path) as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            for step in sorted(self.rows):
+                row = {
+                    k: round(v, 6) if k != "learning_rate" else v
+                    for k, v in self.rows[step].items()
+                }
+                writer.writerow(row)

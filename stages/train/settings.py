@@ -1,0 +1,49 @@
+"""The parameters of training, and the combinations that make no sense."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.shared.params import Section
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Lora(Section):
+    """`lora`: the shape of the adapter."""
+
+    r: Count
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Fraction
+    target_modules: str | list[str]
+    modules_to_save: list[str] | None
+    bias: Literal["none", "all", "lora_only"]
+    init: Literal["default"]
+    rslora: bool
+    dora: bool
+
+
+class Train(Section):
+    """`train`: what is trained, on how much, and how fast."""
+
+    method: Literal["lora", "full"]
+    epochs: Count
+    max_steps: Count | None
+    batch_size: Count
+    learning_rate: Annotated[float, Field(gt=0)]
+    scheduler: Literal["cosine", "linear", "constant"]
+    warmup: Fraction
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    optimizer: Literal["adamw", "adamw_8bit"]
+    eval_steps: Count | None
+    patience: Count
+    seed: Annotated[int, Field(ge=0)]
+
+
+class Params(Section):
+    """What dvc.yaml declares for `train`."""
+
+    lora: Lora
+    train: Train

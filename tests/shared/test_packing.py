@@ -1,0 +1,92 @@
+"""Packed conversations neither see nor change each other."""
+
+import numpy as np
+import pytest
+import torch
+
+from stages.shared import packing, scoring
+from stages.shared.packing import Example
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+def conversations(lengths: tuple[int, ...] = (9, 4, 17, 6)) -> list[Example]:
+    rng = np.random.default_rng(0)
+    return [
+        Example(rng.integers(3, 384, n), rng.random(n) < 0.6, row) for row, n in enumerate(lengths)
+    ]
+
+
+def test_positions_restart_and_targets_follow_their_predictors() -> None:
+    first = Example(np.array([5, 6, 7]), np.array([True, False, True]), 0)
+    second = Example(np.array([8, 9]), np.array([True, True]), 1)
+    packed = packing.pack([first, second], CPU)
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    # Token 7 is predicted at position 1, token 9 at position 3; a first token by nothing at all.
+    assert packed.predictors.tolist() == [1, 3]
+    assert packed.targets.tolist() == [7, 9]
+    assert packed.rows.tolist() == [0, 1]
+    assert (first.supervised_tokens, second.supervised_tokens) == (1, 1)
+
+
+def test_packed_losses_and_gradients_equal_those_of_each_conversation_alone() -> None:
+    model, examples = tiny.model(), conversations()
+
+    def gradients(groups: list[list[Example]]) -> tuple[dict[int, list[float]], torch.Tensor]:
+        model.zero_grad()
+        losses: dict[int, list[float]] = {}
+        for group in groups:
+            batch = packing.pack(group, CPU)
+            values = scoring.negative_log_likelihoods(model, batch)
+            values.sum().backward()
+            for row, value in zip(batch.rows.tolist(), values.tolist(), strict=True):
+                losses.setdefault(row, []).append(value)
+        return losses, torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
+
+    alone, alone_gradient = gradients([[e] for e in examples])
+    packed, packed_gradient = gradients([examples])
+    for row, losses in alone.items():
+        assert packed[row] == pytest.approx(losses, rel=1e-5, abs=1e-5)
+    difference = (packed_gradient - alone_gradient).norm() / alone_gradient.norm()
+    assert difference < 1e-5
+
+
+def test_a_changed_word_changes_no_logit_of_a_neighbour() -> None:
+    model, examples = tiny.model(), conversations()
+    changed = Example((examples[1].input_ids + 1) % 384, examples[1].loss_mask, 1)
+    with torch.inference_mode():
+        before = packing.pack(examples, CPU)
+        after = packing.pack([examples[0], changed, *examples[2:]], CPU)
+        logits = scoring.supervised_logits(model, before)
+        other = scoring.supervised_logits(model, after)
+    neighbours = before.rows != 1
+    assert torch.equal(logits[neighbours], other[neighbours])
+    assert not torch.equal(logits[~neighbours], other[~neighbours])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10, 20, 36])
+def test_split_loses_nothing_and_keeps_to_the_limit(max_tokens: int) -> None:
+    examples = conversations()
+    groups = packing.split(examples, max_tokens)
+    assert sorted(e.row for group in groups for e in group) == [0, 1, 2, 3]
+    for group in groups:
+        assert sum(map(len, group)) <= max_tokens or len(group) == 1
+
+
+def test_score_is_the_mean_over_tokens_and_leaves_the_model_in_its_mode() -> None:
+    model, examples = tiny.model().train(), conversations()
+    sums, tokens = scoring.score(model, examples, CPU, torch.float32, "test")
+    assert model.training
+    expected = []
+    for example in examples:
+        ids = torch.from_numpy(example.input_ids)[None]
+        with torch.inference_mode():
+            likely = model.eval()(ids).logits[0, :-1].log_softmax(-1)
+        chosen = likely.gather(1, ids[0, 1:, None])[:, 0]
+        expected.append(-chosen[torch.from_numpy(example.loss_mask[1:])].sum().item())
+    assert sums == pytest.approx(expected, rel=1e-5)
+    assert scoring.mean_loss(sums, tokens) == pytest.approx(sum(expected) / tokens.sum(), rel=1e-5)
