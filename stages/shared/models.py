@@ -1,11 +1,16 @@
 """The one way to load a model, so that every stage computes with the same weights."""
 
+# ruff: noqa: E402  (the hub is shut off and the loggers are quiet before the libraries are there)
+
 import logging
 import os
 import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a stage that loads a model never needs the hub
+# On a CPU, bitsandbytes tells of a hub kernel it lacks, and of a cast with every int8 product.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -24,9 +29,6 @@ from stages.shared.errors import UserError
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-# On a CPU, bitsandbytes tells of a cast with every int8 product, and of a hub kernel it lacks.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -53,11 +55,7 @@ def load_model(
     Raises:
         UserError: the folder holds no safetensors.
     """
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder}: no *.safetensors in it; weights are read from safetensors only; "
-            "convert the model, or run the stage that writes this folder"
-        )
+    require_safetensors(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype or compute_dtype(folder, device),
@@ -68,6 +66,19 @@ def load_model(
     )
     guard_quantized_layers(model, device)
     return model.eval()
+
+
+def require_safetensors(folder: Path) -> None:
+    """Refuse a folder without safetensors, which transformers would search for pickles.
+
+    Raises:
+        UserError: the folder holds no safetensors.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder}: no *.safetensors in it; weights are read from safetensors only; "
+            "convert the model, or run the stage that writes this folder"
+        )
 
 
 def load_adapted(adapter: Path, onto: Path, device: torch.device) -> PreTrainedModel | PeftModel:
@@ -99,24 +110,29 @@ def guard_quantized_layers(model: nn.Module, device: torch.device) -> None:
     On a CPU with AVX512-BF16, an evaluation forward of `Linear4bit` repacks the weight in place:
     every later backward pass, dequantization or merge reads garbage (measured: gradient norm 3.07
     before one evaluation, 0.50 after it). On a CPU, products that were to run in fp16 run in fp32.
+
+    The forward pass dequantizes to the layer's compute dtype, the backward pass (and whoever asks
+    for the weights) to the dtype noted when they were quantized: here the two become one.
     """
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
             if device.type == "cpu" and layer.compute_dtype == torch.float16:
                 layer.compute_dtype = torch.float32
+            layer.weight.quant_state.dtype = layer.compute_dtype
 
 
 def load_dequantized(folder: Path) -> PreTrainedModel:
     """The weights that training saw, as an ordinary fp32 model on the CPU.
 
-    Every quantized layer becomes an `nn.Linear` that holds exactly what its forward pass
-    multiplies with; a model that is not quantized is only cast, which loses nothing.
+    Every 4-bit layer becomes an `nn.Linear` that holds exactly what its forward pass on a CPU
+    multiplies with, rounded to the compute dtype as there. An int8 layer holds its integers times
+    their scales, unrounded; when it runs it also rounds the other factor, the activations. A model
+    that is not quantized is only cast, which loses nothing.
     """
     model = load_model(folder, torch.device("cpu"))
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize(dtype=torch.float32)
-        del model.config.quantization_config
     return model.float().eval()
 
 
