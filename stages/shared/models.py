@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a stage that loads a model never needs the hub
 # On a CPU, bitsandbytes tells of a hub kernel it lacks, and of a cast with every int8 product.
@@ -13,7 +14,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -119,7 +120,7 @@ def guard_quantized_layers(model: nn.Module, device: torch.device) -> None:
             layer.support_avx512bf16_for_cpu = False
             if device.type == "cpu" and layer.compute_dtype == torch.float16:
                 layer.compute_dtype = torch.float32
-            layer.weight.quant_state.dtype = layer.compute_dtype
+            cast(Params4bit, layer.weight).quant_state.dtype = layer.compute_dtype
 
 
 def load_dequantized(folder: Path) -> PreTrainedModel:
