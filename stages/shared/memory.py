@@ -1,0 +1,224 @@
+"""Memory by formula: what a training step keeps from one step to the next, a term a function.
+
+Weights, adapter, gradients and optimizer states. What lives only within a step (activations,
+logits, workspaces) and what depends on the device (its context, its allocator) is not here, so a
+sum of these terms is called persistent and never the peak.
+
+P is a number of parameters; every result is in bytes (`_bytes`) or a count. Nothing here needs
+torch: `stages.shared.architecture` says which tensors a model has.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, NamedTuple
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "fp4", "nf4"]
+DensePrecision = Literal["fp32", "bf16", "fp16"]
+Kind = Literal["embedding", "head", "linear", "experts", "norm", "bias", "other"]
+
+DENSE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+BLOCK = 64  # weights that share a constant in fp4 and nf4
+NESTED_BLOCK = 256  # constants that share a constant with double quantization
+ADAM_8BIT_BLOCK = 256  # elements of an 8-bit state that share a constant
+ADAM_8BIT_MINIMUM = 4096  # a tensor with fewer elements keeps its states in fp32
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter tensor of a model.
+
+    `shape` is (out, in) for a matrix of a linear layer, however the layer stores it. A `tied` one
+    is stored under another name too, and counted there.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    quantizable: bool = False
+    tied: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def module(self) -> str:
+        """The name of the layer that it belongs to."""
+        return self.name.rpartition(".")[0]
+
+
+class FourBit(NamedTuple):
+    """Bytes of weights in fp4 or nf4, by part."""
+
+    codes: int
+    constants: int
+    nested_constants: int
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """What a way of tuning keeps through training, in bytes."""
+
+    weights_bytes: int
+    adapter_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def persistent_bytes(self) -> int:
+        """The sum of the four; not the peak: activations, logits and the device come on top."""
+        return self.weights_bytes + self.adapter_bytes + self.gradients_bytes + self.optimizer_bytes
+
+
+def parameter_count(tensors: Iterable[Tensor], kind: Kind | None = None) -> int:
+    """P: parameters of one kind, or all of them; a tied tensor counts once."""
+    return sum(t.size for t in tensors if not t.tied and kind in (None, t.kind))
+
+
+def dense_bytes(parameters: int, precision: str) -> int:
+    """4·P in fp32, 2·P in bf16 and fp16."""
+    return DENSE_BYTES[precision] * parameters
+
+
+def int8_bytes(rows: int, columns: int) -> int:
+    """One matrix in int8: P + 4·rows, a code a weight and an fp32 absmax a row.
+
+    Source: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, section 2.1.
+    """
+    return rows * columns + 4 * rows
+
+
+def four_bit_bytes(parameters: int, double_quant: bool) -> FourBit:
+    """One matrix in fp4 or nf4: half a byte a weight, and constants a block of 64 weights.
+
+    Without double quantization P/2 + 4·⌈P/64⌉, 4.5 bits a parameter: the constants are fp32. With
+    it P/2 + ⌈P/64⌉ + 4·⌈⌈P/64⌉/256⌉, 4.127 bits: they are 8-bit and share an fp32 constant a block
+    of 256. The tables of levels, about 1.3 KB a matrix, are left out.
+
+    Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.
+    """
+    codes, blocks = _ceil(parameters, 2), _ceil(parameters, BLOCK)
+    if not double_quant:
+        return FourBit(codes, 4 * blocks, 0)
+    return FourBit(codes, blocks, 4 * _ceil(blocks, NESTED_BLOCK))
+
+
+def matrix_bytes(tensor: Tensor, precision: str, double_quant: bool) -> int:
+    """A matrix that bitsandbytes quantizes, in any precision."""
+    if precision in DENSE_BYTES:
+        return dense_bytes(tensor.size, precision)
+    if precision == "int8":
+        return int8_bytes(*tensor.shape)
+    return sum(four_bit_bytes(tensor.size, double_quant))
+
+
+def weights_bytes(
+    tensors: Iterable[Tensor],
+    precision: str,
+    *,
+    double_quant: bool = False,
+    dense: str = "bf16",
+) -> int:
+    """All weights of a model.
+
+    Args:
+        tensors: of the model.
+        precision: of the linear layers that can be quantized.
+        double_quant: fp4 and nf4 alone.
+        dense: int8, fp4 and nf4: precision of embedding, head, norms and all else that stays dense;
+            a model that is not quantized has one precision throughout.
+    """
+    rest = precision if precision in DENSE_BYTES else dense
+    return sum(
+        matrix_bytes(t, precision, double_quant) if t.quantizable else dense_bytes(t.size, rest)
+        for t in tensors
+        if not t.tied
+    )
+
+
+def lora_targets(
+    tensors: Iterable[Tensor],
+    target_modules: str | Sequence[str],
+    modules_to_save: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """The matrices that get an adapter, matched as peft does.
+
+    `all-linear` is every linear layer but the head; any other text is a pattern for a layer's
+    whole name; a name in a list is a layer's whole name or its end, from a dot on. A layer that is
+    trained in full (`modules_to_save`) gets none.
+
+    Source: peft 0.21.2, peft/tuners/tuners_utils.py, `check_target_module_exists`.
+    """
+    saved = {t.name for t in saved_tensors(tensors, modules_to_save)}
+    matrices = [t for t in tensors if t.kind in ("linear", "embedding", "head")]
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        chosen = [t for t in matrices if t.kind == "linear"]
+    elif isinstance(target_modules, str):
+        chosen = [t for t in matrices if re.fullmatch(target_modules, t.module)]
+    else:
+        ends = tuple(f".{name}" for name in target_modules)
+        chosen = [t for t in matrices if f".{t.module}".endswith(ends)]
+    return [t for t in chosen if t.name not in saved]
+
+
+def saved_tensors(tensors: Iterable[Tensor], modules_to_save: Sequence[str] | None) -> list[Tensor]:
+    """The tensors of which peft trains a full copy beside the adapter, by the name of a layer."""
+    names = [f".{name}." for name in modules_to_save or ()]
+    return [t for t in tensors if any(name in f".{t.module}." for name in names)]
+
+
+def lora_sizes(tensor: Tensor, rank: int, *, dora: bool = False) -> list[int]:
+    """Elements of the adapter of a matrix: A has r·in, B has out·r; together r·(in + out).
+
+    DoRA learns the magnitude of each output besides: out more.
+
+    Sources: Hu et al. 2021, LoRA, arXiv:2106.09685, section 4.1; Liu et al. 2024, DoRA,
+    arXiv:2402.09353, section 4.
+    """
+    rows, columns = tensor.shape
+    return [rank * columns, rows * rank] + ([rows] if dora else [])
+
+
+def gradients_bytes(trainable: int, precision: str = "fp32") -> int:
+    """A gradient a trainable parameter, in the parameter's own precision."""
+    return dense_bytes(trainable, precision)
+
+
+def adamw_bytes(trainable: int) -> int:
+    """Two fp32 moments a trainable parameter: 8 bytes.
+
+    In fp32 whatever the parameter is in, as the paged AdamW of bitsandbytes keeps them; that of
+    torch follows the parameter, and would take 4 bytes in pure bf16. Paged or not, the bytes are
+    the same; a paged one may leave the device.
+
+    Source: Loshchilov and Hutter 2017, AdamW, arXiv:1711.05101, algorithm 2.
+    """
+    return 8 * trainable
+
+
+def adamw_8bit_bytes(sizes: Iterable[int]) -> int:
+    """Two 8-bit moments and two fp32 constants a block of 256: 2.03 bytes a trainable parameter.
+
+    A tensor with fewer than 4,096 elements keeps its moments in fp32.
+
+    Source: Dettmers et al. 2021, 8-bit optimizers via block-wise quantization, arXiv:2110.02861;
+    bitsandbytes 0.50.2, bitsandbytes/optim/optimizer.py, `Optimizer2State.init_state`.
+    """
+    return sum(
+        2 * size + 8 * _ceil(size, ADAM_8BIT_BLOCK)
+        if size >= ADAM_8BIT_MINIMUM
+        else adamw_bytes(size)
+        for size in sizes
+    )
+
+
+def optimizer_bytes(optimizer: str, sizes: Sequence[int]) -> int:
+    """States of `adamw` or `adamw_8bit` for trainable tensors of these sizes."""
+    return adamw_8bit_bytes(sizes) if optimizer == "adamw_8bit" else adamw_bytes(sum(sizes))
+
+
+def _ceil(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)

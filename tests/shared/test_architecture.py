@@ -1,0 +1,88 @@
+"""The counts from a config alone, held against real models."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+
+from stages.shared import memory
+from stages.shared.architecture import tensors_of, tensors_of_config
+from stages.shared.errors import UserError
+from tests import tiny
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_the_config_alone_gives_the_parameters_of_the_model(tmp_path):
+    model = tiny.model()
+    model.config.save_pretrained(tmp_path)
+    tensors = tensors_of_config(tmp_path / "config.json")
+    assert memory.parameter_count(tensors) == sum(p.numel() for p in model.parameters())
+    assert memory.parameter_count(tensors, "embedding") == 384 * 64
+    assert memory.parameter_count(tensors, "head") == 0  # tied
+    assert memory.parameter_count(tensors, "norm") == 5 * 64
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "dora"),
+    [
+        ("all-linear", False),
+        ("all-linear", True),
+        (["q_proj", "down_proj"], False),
+        (r".*layers\.1\..*(k|v)_proj", True),
+        (["embed_tokens"], False),
+    ],
+)
+def test_the_adapter_has_as_many_parameters_as_peft_trains(target_modules, dora):
+    tensors = tensors_of(tiny.model())
+    targets = memory.lora_targets(tensors, target_modules)
+    predicted = sum(size for t in targets for size in memory.lora_sizes(t, 4, dora=dora))
+    adapted = get_peft_model(
+        tiny.model(),
+        LoraConfig(r=4, target_modules=target_modules, use_dora=dora, task_type="CAUSAL_LM"),
+    )
+    assert predicted == adapted.get_nb_trainable_parameters()[0]
+
+
+def test_fused_experts_and_their_router_stay_dense():
+    model = on_meta(
+        MixtralConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=384,
+            num_local_experts=4,
+        )
+    )
+    tensors = tensors_of(model)
+    assert memory.parameter_count(tensors, "experts") == 2 * 4 * 3 * 64 * 128
+    assert memory.parameter_count(tensors, "other") == 2 * 4 * 64
+    quantizable = sum(t.size for t in tensors if t.quantizable)
+    assert quantizable == 2 * (2 * 64 * 64 + 2 * 32 * 64)
+
+
+def test_a_layer_that_stores_its_matrix_transposed_has_its_rows_by_output():
+    tensors = tensors_of(on_meta(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)))
+    shapes = {t.name: t.shape for t in tensors if t.kind == "linear"}
+    assert shapes["transformer.h.0.attn.c_attn.weight"] == (96, 32)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "no-such-model"}, {"model_type": "clip"}, {}])
+def test_a_config_that_is_no_language_model_is_told_in_one_line(tmp_path, config):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: .*; expected .*; choose") as error:
+        tensors_of_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_config_names_the_stage_that_writes_it(tmp_path):
+    with pytest.raises(UserError, match="run `dvc repro fetch_model`"):
+        tensors_of_config(tmp_path / "config.json")
