@@ -10,7 +10,7 @@ from stages.plan import figures, picture, techniques
 from stages.plan.parameters import Params
 from stages.shared import memory, params
 from stages.shared.errors import UserError
-from stages.shared.memory import Tensor
+from stages.shared.tensors import Tensor
 
 COUNTS = {"train": {"conversations": 1500, "tokens": 96_000, "supervised_tokens": 32_000}}
 LAYER = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)} | {

@@ -8,9 +8,9 @@ from typing import Any, get_args
 from stages.plan import techniques
 from stages.plan.parameters import Lora, Params, Train
 from stages.plan.techniques import Adapter
-from stages.shared import memory
 from stages.shared.errors import UserError
-from stages.shared.memory import Kind, Persistent, Tensor
+from stages.shared.memory import Persistent
+from stages.shared.tensors import Kind, Tensor, lora_targets, parameter_count
 
 NOTE = (
     "persistent_bytes: weights, adapter, gradients and optimizer states. Activations, logits, "
@@ -32,7 +32,7 @@ def adapter(tensors: Sequence[Tensor], lora: Lora) -> Adapter:
         bias=lora.bias,
         dora=lora.dora,
     )
-    if not memory.lora_targets(tensors, lora.target_modules, lora.modules_to_save):
+    if not lora_targets(tensors, lora.target_modules, lora.modules_to_save):
         names = sorted({t.module.rpartition(".")[2] for t in tensors if t.kind == "linear"})
         raise UserError(
             f"params.yaml: lora.target_modules is {lora.target_modules!r} and matches no layer of "
@@ -102,8 +102,8 @@ def plan(tensors: Sequence[Tensor], counts: Mapping[str, Any], values: Params) -
     return {
         "note": NOTE,
         "model": {
-            "parameters": memory.parameter_count(tensors),
-            **{kind: memory.parameter_count(tensors, kind) for kind in get_args(Kind)},
+            "parameters": parameter_count(tensors),
+            **{kind: parameter_count(tensors, kind) for kind in get_args(Kind)},
             "quantizable": sum(t.size for t in tensors if t.quantizable),
         },
         "adapter": {"parameters": lora_adapter.trainable},

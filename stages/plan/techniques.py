@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stages.shared import memory
-from stages.shared.memory import DensePrecision, Persistent, Precision, Tensor
+from stages.shared.memory import DensePrecision, Persistent, Precision
+from stages.shared.tensors import Tensor, lora_targets, saved_tensors
 
 CARDS_GIB = {
     "T4_16GiB": 16,
@@ -44,10 +45,10 @@ def adapter_of(
     dora: bool,
 ) -> Adapter:
     """The adapter that the section `lora` describes."""
-    targets = memory.lora_targets(tensors, target_modules, modules_to_save)
+    targets = lora_targets(tensors, target_modules, modules_to_save)
     layers = {t.module for t in targets}
     adapters = [size for t in targets for size in memory.lora_sizes(t, rank, dora=dora)]
-    copies = [t.size for t in memory.saved_tensors(tensors, modules_to_save)]
+    copies = [t.size for t in saved_tensors(tensors, modules_to_save)]
     biases = [
         t.size
         for t in tensors

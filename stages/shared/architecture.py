@@ -11,7 +11,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.shared.errors import UserError
-from stages.shared.memory import Kind, Tensor
+from stages.shared.tensors import Kind, Tensor
 
 
 def tensors_of_config(path: Path) -> list[Tensor]:

@@ -8,46 +8,20 @@ P is a number of parameters; every result is in bytes (`_bytes`) or a count. Not
 torch: `stages.shared.architecture` says which tensors a model has.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Literal, NamedTuple
+
+from stages.shared.tensors import Tensor
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp4", "nf4"]
 DensePrecision = Literal["fp32", "bf16", "fp16"]
-Kind = Literal["embedding", "head", "linear", "experts", "norm", "bias", "other"]
 
 DENSE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 BLOCK = 64  # weights that share a constant in fp4 and nf4
 NESTED_BLOCK = 256  # constants that share a constant with double quantization
 ADAM_8BIT_BLOCK = 256  # elements of an 8-bit state that share a constant
 ADAM_8BIT_MINIMUM = 4096  # a tensor with fewer elements keeps its states in fp32
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One parameter tensor of a model.
-
-    `shape` is (out, in) for a matrix of a linear layer, however the layer stores it. A `tied` one
-    is stored under another name too, and counted there.
-    """
-
-    name: str
-    kind: Kind
-    shape: tuple[int, ...]
-    quantizable: bool = False
-    tied: bool = False
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def module(self) -> str:
-        """The name of the layer that it belongs to."""
-        return self.name.rpartition(".")[0]
 
 
 class FourBit(NamedTuple):
@@ -71,11 +45,6 @@ class Persistent:
     def persistent_bytes(self) -> int:
         """The sum of the four; not the peak: activations, logits and the device come on top."""
         return self.weights_bytes + self.adapter_bytes + self.gradients_bytes + self.optimizer_bytes
-
-
-def parameter_count(tensors: Iterable[Tensor], kind: Kind | None = None) -> int:
-    """P: parameters of one kind, or all of them; a tied tensor counts once."""
-    return sum(t.size for t in tensors if not t.tied and kind in (None, t.kind))
 
 
 def dense_bytes(parameters: int, precision: str) -> int:
@@ -137,37 +106,6 @@ def weights_bytes(
         for t in tensors
         if not t.tied
     )
-
-
-def lora_targets(
-    tensors: Iterable[Tensor],
-    target_modules: str | Sequence[str],
-    modules_to_save: Sequence[str] | None = None,
-) -> list[Tensor]:
-    """The matrices that get an adapter, matched as peft does.
-
-    `all-linear` is every linear layer but the head; any other text is a pattern for a layer's
-    whole name; a name in a list is a layer's whole name or its end, from a dot on. A layer that is
-    trained in full (`modules_to_save`) gets none.
-
-    Source: peft 0.21.2, peft/tuners/tuners_utils.py, `check_target_module_exists`.
-    """
-    saved = {t.name for t in saved_tensors(tensors, modules_to_save)}
-    matrices = [t for t in tensors if t.kind in ("linear", "embedding", "head")]
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        chosen = [t for t in matrices if t.kind == "linear"]
-    elif isinstance(target_modules, str):
-        chosen = [t for t in matrices if re.fullmatch(target_modules, t.module)]
-    else:
-        ends = tuple(f".{name}" for name in target_modules)
-        chosen = [t for t in matrices if f".{t.module}".endswith(ends)]
-    return [t for t in chosen if t.name not in saved]
-
-
-def saved_tensors(tensors: Iterable[Tensor], modules_to_save: Sequence[str] | None) -> list[Tensor]:
-    """The tensors of which peft trains a full copy beside the adapter, by the name of a layer."""
-    names = [f".{name}." for name in modules_to_save or ()]
-    return [t for t in tensors if any(name in f".{t.module}." for name in names)]
 
 
 def lora_sizes(tensor: Tensor, rank: int, *, dora: bool = False) -> list[int]:

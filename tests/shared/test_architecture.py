@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from stages.shared import memory
 from stages.shared.architecture import tensors_of, tensors_of_config
 from stages.shared.errors import UserError
+from stages.shared.memory import lora_sizes
+from stages.shared.tensors import lora_targets, parameter_count
 from tests import tiny
 
 
@@ -22,10 +23,10 @@ def test_the_config_alone_gives_the_parameters_of_the_model(tmp_path):
     model = tiny.model()
     model.config.save_pretrained(tmp_path)
     tensors = tensors_of_config(tmp_path / "config.json")
-    assert memory.parameter_count(tensors) == sum(p.numel() for p in model.parameters())
-    assert memory.parameter_count(tensors, "embedding") == 384 * 64
-    assert memory.parameter_count(tensors, "head") == 0  # tied
-    assert memory.parameter_count(tensors, "norm") == 5 * 64
+    assert parameter_count(tensors) == sum(p.numel() for p in model.parameters())
+    assert parameter_count(tensors, "embedding") == 384 * 64
+    assert parameter_count(tensors, "head") == 0  # tied
+    assert parameter_count(tensors, "norm") == 5 * 64
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,8 @@ def test_the_config_alone_gives_the_parameters_of_the_model(tmp_path):
 )
 def test_the_adapter_has_as_many_parameters_as_peft_trains(target_modules, dora):
     tensors = tensors_of(tiny.model())
-    targets = memory.lora_targets(tensors, target_modules)
-    predicted = sum(size for t in targets for size in memory.lora_sizes(t, 4, dora=dora))
+    targets = lora_targets(tensors, target_modules)
+    predicted = sum(size for t in targets for size in lora_sizes(t, 4, dora=dora))
     adapted = get_peft_model(
         tiny.model(),
         LoraConfig(r=4, target_modules=target_modules, use_dora=dora, task_type="CAUSAL_LM"),
@@ -62,8 +63,8 @@ def test_fused_experts_and_their_router_stay_dense():
         )
     )
     tensors = tensors_of(model)
-    assert memory.parameter_count(tensors, "experts") == 2 * 4 * 3 * 64 * 128
-    assert memory.parameter_count(tensors, "other") == 2 * 4 * 64
+    assert parameter_count(tensors, "experts") == 2 * 4 * 3 * 64 * 128
+    assert parameter_count(tensors, "other") == 2 * 4 * 64
     quantizable = sum(t.size for t in tensors if t.quantizable)
     assert quantizable == 2 * (2 * 64 * 64 + 2 * 32 * 64)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from stages.shared import memory
-from stages.shared.memory import Tensor
+from stages.shared.tensors import Kind, Tensor, parameter_count
 
 # A layer of SmolLM2-135M: q and o, k and v, gate and up, down. It has 30 of them.
 SMOLLM2_LAYER = [
@@ -14,7 +14,7 @@ SMOLLM2_LAYER = [
 ]
 
 
-def matrix(name: str, *shape: int, kind: memory.Kind = "linear") -> Tensor:
+def matrix(name: str, *shape: int, kind: Kind = "linear") -> Tensor:
     return Tensor(f"{name}.weight", kind, shape, quantizable=kind == "linear")
 
 
@@ -71,7 +71,7 @@ def test_only_what_is_quantizable_shrinks_and_the_rest_keeps_the_dense_precision
 def test_a_tied_head_is_counted_once():
     embedding = matrix("embed", 100, 64, kind="embedding")
     head = Tensor("lm_head.weight", "head", (100, 64), tied=True)
-    assert memory.parameter_count([embedding, head]) == 6400
+    assert parameter_count([embedding, head]) == 6400
     assert memory.weights_bytes([embedding, head], "bf16") == 12_800
 
 
@@ -79,34 +79,3 @@ def test_8_bit_adamw_takes_2_03_bytes_a_parameter_and_8_in_a_small_tensor():
     assert memory.adamw_8bit_bytes([1 << 20]) / (1 << 20) == 2.03125
     assert memory.adamw_8bit_bytes([4095]) == 8 * 4095
     assert memory.adamw_8bit_bytes([4096]) == 2 * 4096 + 8 * 16
-
-
-LAYERS = [
-    matrix("model.embed_tokens", 384, 64, kind="embedding"),
-    matrix("model.layers.0.self_attn.q_proj", 64, 64),
-    matrix("model.layers.0.mlp.up_proj", 128, 64),
-    matrix("model.layers.1.mlp.up_proj", 128, 64),
-    matrix("lm_head", 384, 64, kind="head"),
-]
-
-
-@pytest.mark.parametrize(
-    ("target_modules", "expected"),
-    [
-        ("all-linear", [1, 2, 3]),
-        (["up_proj"], [2, 3]),
-        (["q_proj", "model.layers.1.mlp.up_proj"], [1, 3]),
-        (["proj"], []),
-        (r".*\.1\..*_proj", [3]),
-        (r"up_proj", []),
-        (["lm_head"], [4]),
-    ],
-)
-def test_targets_are_matched_as_peft_does(target_modules, expected):
-    assert memory.lora_targets(LAYERS, target_modules) == [LAYERS[i] for i in expected]
-
-
-def test_a_layer_that_is_trained_in_full_gets_no_adapter():
-    assert memory.saved_tensors(LAYERS, ["lm_head"]) == [LAYERS[4]]
-    assert memory.lora_targets(LAYERS, ["lm_head", "q_proj"], ["lm_head"]) == [LAYERS[1]]
-    assert memory.saved_tensors(LAYERS, None) == []

@@ -1,0 +1,70 @@
+"""A model as a list of tensors: names, kinds and shapes, and which of them an adapter trains."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+Kind = Literal["embedding", "head", "linear", "experts", "norm", "bias", "other"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter tensor of a model.
+
+    `shape` is (out, in) for a matrix of a linear layer, however the layer stores it. A `tied` one
+    is stored under another name too, and counted there.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    quantizable: bool = False
+    tied: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def module(self) -> str:
+        """The name of the layer that it belongs to."""
+        return self.name.rpartition(".")[0]
+
+
+def parameter_count(tensors: Iterable[Tensor], kind: Kind | None = None) -> int:
+    """P: parameters of one kind, or all of them; a tied tensor counts once."""
+    return sum(t.size for t in tensors if not t.tied and kind in (None, t.kind))
+
+
+def lora_targets(
+    tensors: Iterable[Tensor],
+    target_modules: str | Sequence[str],
+    modules_to_save: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """The matrices that get an adapter, matched as peft does.
+
+    `all-linear` is every linear layer but the head; any other text is a pattern for a layer's
+    whole name; a name in a list is a layer's whole name or its end, from a dot on. A layer that is
+    trained in full (`modules_to_save`) gets none.
+
+    Source: peft 0.21.2, peft/tuners/tuners_utils.py, `check_target_module_exists`.
+    """
+    saved = {t.name for t in saved_tensors(tensors, modules_to_save)}
+    matrices = [t for t in tensors if t.kind in ("linear", "embedding", "head")]
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        chosen = [t for t in matrices if t.kind == "linear"]
+    elif isinstance(target_modules, str):
+        chosen = [t for t in matrices if re.fullmatch(target_modules, t.module)]
+    else:
+        ends = tuple(f".{name}" for name in target_modules)
+        chosen = [t for t in matrices if f".{t.module}".endswith(ends)]
+    return [t for t in chosen if t.name not in saved]
+
+
+def saved_tensors(tensors: Iterable[Tensor], modules_to_save: Sequence[str] | None) -> list[Tensor]:
+    """The tensors of which peft trains a full copy beside the adapter, by the name of a layer."""
+    names = [f".{name}." for name in modules_to_save or ()]
+    return [t for t in tensors if any(name in f".{t.module}." for name in names)]
