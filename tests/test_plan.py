@@ -7,7 +7,7 @@ import pytest
 
 from stages.plan import __main__ as stage
 from stages.plan import figures, picture, techniques
-from stages.plan.parameters import Params
+from stages.plan.settings import Params
 from stages.shared import memory, params
 from stages.shared.errors import UserError
 from stages.shared.tensors import Tensor

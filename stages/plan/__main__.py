@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.plan import figures, picture
-from stages.plan.parameters import Params
+from stages.plan.settings import Params
 from stages.shared import files, params
 from stages.shared.errors import UserError, run
 

@@ -6,7 +6,7 @@ from math import ceil
 from typing import Any, get_args
 
 from stages.plan import techniques
-from stages.plan.parameters import Lora, Params, Train
+from stages.plan.settings import Lora, Params, Train
 from stages.plan.techniques import Adapter
 from stages.shared.errors import UserError
 from stages.shared.memory import Persistent
