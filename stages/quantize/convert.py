@@ -1,0 +1,154 @@
+"""The base model in the chosen precision, written as a folder that transformers loads."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from stages.quantize.settings import FOUR_BIT, Quantize
+from stages.quantize.stored import Weights
+from stages.shared import files, models, progress
+from stages.shared.errors import UserError
+from stages.shared.precision import DTYPES
+
+FP16_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the files do not say of the parameters in them.
+
+    Attributes:
+        looked_up: names of the embeddings, and of the head; never quantized.
+        transposed: names of the matrices stored [in, out], as GPT-2's are.
+        prefix: what the names of all parameters but the head begin with.
+    """
+
+    looked_up: frozenset[str]
+    transposed: frozenset[str]
+    prefix: str
+
+
+def convert(base: Path, target: Path, settings: Quantize, device: torch.device) -> Layout:
+    """Write the base in the chosen precision into a folder that exists.
+
+    Args:
+        base: config.json and *.safetensors.
+        target: becomes config.json, generation_config.json and *.safetensors.
+        settings: the precision.
+        device: where it is quantized.
+
+    Raises:
+        UserError: the device cannot compute in the precision, a weight does not fit into it, or
+            the disk has no room.
+    """
+    models.require_safetensors(base)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if problem := device_problem(settings, capability):
+        raise UserError(problem)
+    if "fp16" in (settings.dense_dtype, settings.precision) or settings.precision == "int8":
+        require_fp16_range(Weights(base), settings)
+    # Not models.load_model: what that sets for the machine it runs on must not be written.
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=DTYPES[settings.dense_dtype],
+        device_map={"": device},
+        quantization_config=quantization_config(settings),
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    tensors = {t.data_ptr(): t for t in model.state_dict().values()}.values()  # tied ones once
+    needed = sum(t.numel() * t.element_size() for t in tensors)
+    files.require_space(target, needed, "the quantized model")
+    save(model, base, target)
+    return layout(model)
+
+
+def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:
+    """What bitsandbytes is asked for; None for a dense precision."""
+    if settings.precision in FOUR_BIT:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.precision,
+            bnb_4bit_use_double_quant=settings.double_quant,
+            bnb_4bit_compute_dtype=DTYPES[settings.compute_dtype],
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if settings.precision == "int8" else None
+
+
+def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> str | None:
+    """Why the device cannot compute in this precision, or None.
+
+    Args:
+        settings: the precision.
+        capability: of the CUDA device; None for a CPU, which can do all of them.
+    """
+    if capability is None:
+        return None
+    found = f"this CUDA device has compute capability {capability[0]}.{capability[1]}"
+    if settings.precision == "int8" and capability < (7, 5):
+        return (
+            f"quantize.precision is int8; {found}, int8 products need 7.5; "
+            "set quantize.precision=nf4, or QLORA_DEVICE=cpu"
+        )
+    if settings.dense_dtype == "bf16" and capability < (8, 0):
+        key = "precision" if settings.precision == "bf16" else "compute_dtype"
+        return (
+            f"quantize.{key} is bf16; {found}, bf16 needs 8.0; "
+            f"set quantize.{key}=fp16, or QLORA_DEVICE=cpu"
+        )
+    return None
+
+
+def require_fp16_range(base: Weights, settings: Quantize) -> None:
+    """Refuse weights that become infinite in fp16; bitsandbytes quantizes int8 through fp16 too.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    parameters = base.parameters
+    with progress.bar(total=len(parameters), desc="range of fp16", unit="tensor") as bar:
+        for stored in parameters:
+            largest = float(base.tensor(stored.name).abs().max())
+            if largest > FP16_MAX:
+                key = "compute_dtype" if settings.precision in FOUR_BIT else "precision"
+                raise UserError(
+                    f"quantize.{key} is {getattr(settings, key)}; {base.folder}: {stored.name} "
+                    f"holds {largest:g}, fp16 (which int8 goes through) ends at {FP16_MAX:g}; "
+                    f"set quantize.{key}=bf16"
+                )
+            bar.update()
+
+
+def save(model: PreTrainedModel, base: Path, target: Path) -> None:
+    """Write config and weights; the base's generation config is copied as it is.
+
+    transformers refuses to write some generation configs that it reads, those of well-known models
+    among them.
+    """
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(target)
+    generation = base / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, target / generation.name)
+
+
+def layout(model: PreTrainedModel) -> Layout:
+    """Read from a model's modules what its files do not say."""
+    head = model.get_output_embeddings()
+    looked_up, transposed = set(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or module is head:
+            looked_up.add(f"{name}.weight")
+        if Conv1D in (type(module), getattr(module, "source_cls", None)):
+            transposed.add(f"{name}.weight")
+    return Layout(frozenset(looked_up), frozenset(transposed), model.base_model_prefix)
