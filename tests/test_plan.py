@@ -123,6 +123,14 @@ def test_biases_and_modules_to_save_are_trained_too():
     assert trainable(modules_to_save=["lm_head"]) == 16 + 256
 
 
+def test_copies_and_biases_keep_the_precision_of_the_dense_parts():
+    adapter = techniques.Adapter(matrices=[10], copies=[100], biases=[1])
+    way = techniques.lora(SMOLLM2, adapter, "nf4", dense="bf16")
+    assert way.adapter_bytes == 4 * 10 + 2 * 100
+    assert way.gradients_bytes == 4 * 10 + 2 * 101
+    assert techniques.lora(SMOLLM2, adapter, "fp32").gradients_bytes == 4 * 111
+
+
 def test_targets_that_match_nothing_are_named_with_what_there_is():
     with pytest.raises(UserError, match=r"lora\.target_modules is \['qkv'\].*down_proj, gate_proj"):
         figures.plan(SMOLLM2, COUNTS, settings(lora={"target_modules": ["qkv"]}))

@@ -20,19 +20,25 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained beside frozen weights: sizes of tensors, in elements, all fp32.
+    """What is trained beside frozen weights: sizes of tensors, in elements.
 
-    `sizes` are new tensors (the adapter, and full copies of `modules_to_save`); `biases` are the
-    model's own, trained in place.
+    `matrices` are the adapter proper, fp32. `copies` (of `modules_to_save`) and `biases` (the
+    model's own, trained in place) keep the precision that the model's dense parts have.
     """
 
-    sizes: list[int]
+    matrices: list[int]
+    copies: list[int]
     biases: list[int]
+
+    @property
+    def sizes(self) -> list[int]:
+        """All tensors that are trained."""
+        return self.matrices + self.copies + self.biases
 
     @property
     def trainable(self) -> int:
         """Number of trainable parameters."""
-        return sum(self.sizes) + sum(self.biases)
+        return sum(self.sizes)
 
 
 def adapter_of(
@@ -47,14 +53,14 @@ def adapter_of(
     """The adapter that the section `lora` describes."""
     targets = lora_targets(tensors, target_modules, modules_to_save)
     layers = {t.module for t in targets}
-    adapters = [size for t in targets for size in memory.lora_sizes(t, rank, dora=dora)]
+    matrices = [size for t in targets for size in memory.lora_sizes(t, rank, dora=dora)]
     copies = [t.size for t in saved_tensors(tensors, modules_to_save)]
     biases = [
         t.size
         for t in tensors
         if t.kind == "bias" and (bias == "all" or (bias == "lora_only" and t.module in layers))
     ]
-    return Adapter(adapters + copies, biases)
+    return Adapter(matrices, copies, biases)
 
 
 def full(
@@ -85,14 +91,17 @@ def lora(
     dense: DensePrecision = "bf16",
     optimizer: str = "adamw",
 ) -> Persistent:
-    """Frozen weights in any precision, an fp32 adapter with fp32 gradients."""
+    """Frozen weights in any precision, a trained adapter beside them."""
+    rest = memory.dense_precision(precision, dense)
+    in_fp32, in_rest = sum(adapter.matrices), sum(adapter.copies)
     return Persistent(
         weights_bytes=memory.weights_bytes(
             tensors, precision, double_quant=double_quant, dense=dense
         ),
-        adapter_bytes=memory.dense_bytes(sum(adapter.sizes), "fp32"),
-        gradients_bytes=memory.gradients_bytes(adapter.trainable),
-        optimizer_bytes=memory.optimizer_bytes(optimizer, adapter.sizes + adapter.biases),
+        adapter_bytes=memory.dense_bytes(in_fp32, "fp32") + memory.dense_bytes(in_rest, rest),
+        gradients_bytes=memory.gradients_bytes(in_fp32)
+        + memory.gradients_bytes(in_rest + sum(adapter.biases), rest),
+        optimizer_bytes=memory.optimizer_bytes(optimizer, adapter.sizes),
     )
 
 

@@ -75,6 +75,11 @@ def four_bit_bytes(parameters: int, double_quant: bool) -> FourBit:
     return FourBit(codes, blocks, 4 * _ceil(blocks, NESTED_BLOCK))
 
 
+def dense_precision(precision: str, dense: str) -> str:
+    """What is not quantized: a model that is dense throughout has one precision, `precision`."""
+    return precision if precision in DENSE_BYTES else dense
+
+
 def matrix_bytes(tensor: Tensor, precision: str, double_quant: bool) -> int:
     """A matrix that bitsandbytes quantizes, in any precision."""
     if precision in DENSE_BYTES:
@@ -97,10 +102,9 @@ def weights_bytes(
         tensors: of the model.
         precision: of the linear layers that can be quantized.
         double_quant: fp4 and nf4 alone.
-        dense: int8, fp4 and nf4: precision of embedding, head, norms and all else that stays dense;
-            a model that is not quantized has one precision throughout.
+        dense: int8, fp4 and nf4: precision of embedding, head, norms and all else that stays dense.
     """
-    rest = precision if precision in DENSE_BYTES else dense
+    rest = dense_precision(precision, dense)
     return sum(
         matrix_bytes(t, precision, double_quant) if t.quantizable else dense_bytes(t.size, rest)
         for t in tensors
