@@ -27,9 +27,7 @@ def main() -> None:
     from stages.merge.proven import merge_and_prove  # noqa: PLC0415
 
     with files.whole_folder(MERGED) as partial:
-        metrics = merge_and_prove(
-            settings.merge.onto, ADAPTER, WEIGHTS, TOKENIZER, PREPARED, partial
-        )
+        metrics = merge_and_prove(settings.merge, ADAPTER, WEIGHTS, TOKENIZER, PREPARED, partial)
     files.write_json(METRICS, metrics)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from stages.shared import files, models
 from stages.shared.errors import UserError
@@ -21,11 +21,18 @@ def merge_adapter(adapter: Path, onto: Path, folder: Path, dtype: torch.dtype) -
         onto: the weights; dequantized first where they are quantized.
         folder: an existing folder for the model.
         dtype: what the sum is rounded to.
+
+    Raises:
+        UserError: a weight is too large for `dtype`.
     """
     tuned = models.attach(models.load_dequantized(onto), adapter)
-    merged: PreTrainedModel = tuned.merge_and_unload()  # type: ignore[assignment, operator]
-    merged = merged.to(dtype)  # type: ignore[arg-type]
-    merged.config.dtype = dtype
+    merged = tuned.merge_and_unload().to(dtype)
+    for name, weight in merged.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"params.yaml: merge.dtype is fp16, but {name} holds weights above 65504; "
+                "expected a type that they fit into; set merge.dtype to bf16 or fp32"
+            )
     merged.save_pretrained(folder)
 
 
@@ -33,11 +40,6 @@ def link_model(tuned: Path, folder: Path) -> None:
     """A fully tuned model is already standalone: give its files a second name."""
     for source in sorted(tuned.iterdir()):
         files.link_or_copy(source, folder / source.name)
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """What a model's weights are stored in; a merged model is stored like the original one."""
-    return AutoConfig.from_pretrained(folder).dtype or torch.float32
 
 
 def refuse_original(tuned: Path, onto: str) -> None:
@@ -53,19 +55,28 @@ def refuse_original(tuned: Path, onto: str) -> None:
         )
 
 
-def add_tokenizer(folder: Path, tokenizer_folder: Path, form: Format) -> None:
-    """Make `apply_chat_template` and `generate` just work: template, end token, stop tokens."""
+def make_standalone(folder: Path, trained_on: Path, tokenizer_folder: Path, form: Format) -> None:
+    """Make `from_pretrained`, `apply_chat_template` and `generate` just work.
+
+    Adds the tokenizer with the chat template and end token of training, and notes in the config
+    the stop tokens and the precision that training computed in: what the model is run in unless
+    its user says otherwise, whatever its file is stored in.
+    """
     tokenizer = models.load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = form.chat_template
     tokenizer.eos_token = form.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = form.eos_token
     tokenizer.save_pretrained(folder)
-    stops = form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids
-    for name in ("config.json", "generation_config.json"):
-        path = folder / name
-        config = files.read_json(path) if path.exists() else {}
-        path.unlink(missing_ok=True)  # it may be a link to another stage's file
-        files.write_json(
-            path, config | {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-        )
+    runs_in = str(AutoConfig.from_pretrained(trained_on).dtype).removeprefix("torch.")
+    ends = {
+        "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    _add(folder / "config.json", ends | {"dtype": runs_in})
+    _add(folder / "generation_config.json", ends)
+
+
+def _add(path: Path, values: dict[str, object]) -> None:
+    config = files.read_json(path) if path.exists() else {}
+    files.write_json(path, config | values)  # renamed into place: a linked original stays as it is

@@ -82,7 +82,6 @@ def require(agreement: Agreement) -> None:
         f"models/merged: over {agreement.positions} held-out positions the merged model agrees "
         f"with the adapter in {agreement.top1_agreement:.4f} of its most likely tokens, at "
         f"{agreement.kl_divergence:.2e} nats a token; expected at least {MIN_TOP1_AGREEMENT} and "
-        f"at most {MAX_KL_DIVERGENCE}; nothing was written; a smaller train.learning_rate or "
-        "lora.alpha, or quantize.compute_dtype fp32, keeps the weights in the range that they are "
-        "stored in"
+        f"at most {MAX_KL_DIVERGENCE}; nothing was written; set merge.dtype to fp16 or fp32, "
+        "which round less than bf16"
     )

@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from stages.merge import merging, proof
+from stages.merge.settings import Merge
 from stages.shared import files, models, prepared
 from stages.shared.machine import device
 from stages.shared.packing import Example
+from stages.shared.precision import DTYPES
 
 
 def merge_and_prove(
-    onto: Literal["quantized", "original"],
+    settings: Merge,
     adapter: Path,
     weights: Mapping[str, Path],
     tokenizer: Path,
@@ -23,7 +25,7 @@ def merge_and_prove(
     """Write a standalone model into `folder` and measure how far it is from the trained one.
 
     Args:
-        onto: which weights the adapter is added to.
+        settings: the parameters.
         adapter: what was trained: an adapter, or a standalone model.
         weights: the folders of the `quantized` and the `original` weights.
         tokenizer: the tokenizer's folder.
@@ -36,23 +38,22 @@ def merge_and_prove(
     Raises:
         UserError: merged onto `quantized`, the model is not what was trained.
     """
+    onto, trained_on = settings.onto, weights["quantized"]
     merging.refuse_original(adapter, onto)
     if models.is_adapter(adapter):
-        merging.merge_adapter(
-            adapter, weights[onto], folder, merging.stored_dtype(weights["original"])
-        )
+        merging.merge_adapter(adapter, weights[onto], folder, DTYPES[settings.dtype])
     else:
         merging.link_model(adapter, folder)
-    merging.add_tokenizer(folder, tokenizer, prepared.read_format(data / "format.json"))
+    form = prepared.read_format(data / "format.json")
+    merging.make_standalone(folder, trained_on, tokenizer, form)
 
     examples = proof.first_positions(prepared.read_examples(data / "eval.parquet"))
-    exact = compare_exactly(adapter, weights["quantized"], folder, examples)
+    exact = compare_exactly(adapter, trained_on, folder, examples)
     if onto == "quantized":
         proof.require(exact)
-    runtime = compare_as_run(adapter, weights["quantized"], folder, examples)
+    runtime = compare_as_run(adapter, trained_on, folder, examples)
     return {
         "onto": onto,
-        "dtype": str(merging.stored_dtype(folder)).removeprefix("torch."),
         "kl_divergence": exact.kl_divergence,
         "top1_agreement": exact.top1_agreement,
         "runtime_kl_divergence": runtime.kl_divergence,
@@ -70,6 +71,7 @@ def compare_exactly(
     One model is in memory at a time.
     """
     cpu, fp32 = torch.device("cpu"), torch.float32
+    trained: torch.nn.Module
     if models.is_adapter(adapter):
         trained = models.attach(models.load_dequantized(quantized), adapter)
     else:

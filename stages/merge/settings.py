@@ -6,9 +6,10 @@ from stages.shared.params import Section
 
 
 class Merge(Section):
-    """`merge`: what the adapter is merged onto."""
+    """`merge`: what the adapter is merged onto, and what the sum is stored in."""
 
     onto: Literal["quantized", "original"]
+    dtype: Literal["fp16", "bf16", "fp32"]
 
 
 class Params(Section):

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a stage that loads a model never
 # On a CPU, bitsandbytes tells of a hub kernel it lacks, and of a cast with every int8 product.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
@@ -134,6 +135,7 @@ def load_dequantized(folder: Path) -> PreTrainedModel:
     model = load_model(folder, torch.device("cpu"))
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize(dtype=torch.float32)
+        del model._weight_conversions  # how quantized weights were read; saving would reverse it
     return model.float().eval()
 
 

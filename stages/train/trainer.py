@@ -45,7 +45,11 @@ class StepTrainer(Trainer):
         self.curve = Curve()
         self.seconds = 0.0
         self.tokens = self.supervised_tokens = 0
-        super().__init__(model=model, args=_arguments(params, computing, dtype, len(train), keep))
+        super().__init__(
+            model=model,
+            args=_arguments(params, computing, dtype, len(train), keep),
+            eval_dataset=held_out,  # type: ignore[arg-type]
+        )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.progress = progress.bar(total=self.args.max_steps, desc="train", unit="step")
@@ -154,8 +158,8 @@ def _arguments(
         seed=params.seed,
         use_cpu=not on_gpu,
         fp16=on_gpu and dtype == torch.float16,  # accelerate scales the loss
-        gradient_checkpointing=computing.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=computing.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         label_names=["labels"],
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # never torch's DataParallel

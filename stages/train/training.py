@@ -62,7 +62,7 @@ def _metrics(trainer: StepTrainer) -> dict[str, Any]:
         "tokens_per_second": round(trainer.tokens / trainer.seconds, 1),
         "supervised_tokens_per_second": round(trainer.supervised_tokens / trainer.seconds, 1),
         "device": how.device.type,
-        "optimizer": trainer.args.optim,
+        "optimizer": trainer.args.optim.value,
         "micro_batch_tokens": how.micro_batch_tokens,
         "gradient_checkpointing": how.gradient_checkpointing,
         "resumed_from_step": None,
