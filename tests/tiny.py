@@ -1,16 +1,23 @@
 """A language model small enough for a unit test: two layers, a tokenizer trained on the spot."""
 
+import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CORPUS = [
     "### Human: What is two plus two?### Assistant: Two plus two is four.\n4",
     "user assistant system [INST] [/INST] <<SYS>> <</SYS>> the of and to in is it for with",
     "¿Cuánto es dos más dos? Zwei und zwei ist vier. 二加二等于四。 два плюс два",
 ]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -57,4 +64,66 @@ def save(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """Write model (bf16) and tokenizer into one folder, as a user's own model would lie there."""
     model(seed, layers).to(torch.bfloat16).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+def quantize(folder: Path, precision: str, seed: int = 0) -> Path:
+    """Write the model in a precision of bitsandbytes, or cast."""
+    base = folder.with_name("base")
+    if not base.exists():
+        save(base, seed)
+    quantization = {
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }.get(precision)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    LlamaForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=quantization, device_map={"": "cpu"}
+    ).save_pretrained(folder)
+    return folder
+
+
+def prepared(folder: Path, conversations: int = 24, held_out: int = 8) -> Path:
+    """Write what `prepare` writes, in ChatML: small sums, so that there is something to learn."""
+    folder.mkdir(parents=True)
+    encode = tokenizer().encode
+    for split, first, count in (("train", 0, conversations), ("eval", conversations, held_out)):
+        rows = []
+        for index in range(first, first + count):
+            answer = str(index % 10)
+            prompt = f"<|im_start|>user\nWhat is {index % 10}?<|im_end|>\n<|im_start|>assistant\n"
+            reply = f"It is {answer}.\n{answer}<|im_end|>"
+            ids, mask = encode(prompt), encode(reply)
+            rows.append(
+                {
+                    "conversation_id": f"{index:064x}",
+                    "messages": [
+                        {"role": "user", "content": f"What is {index % 10}?"},
+                        {"role": "assistant", "content": f"It is {answer}.\n{answer}"},
+                    ],
+                    "text": f"{prompt}{reply}\n",
+                    "input_ids": ids + mask,
+                    "loss_mask": [False] * len(ids) + [True] * len(mask),
+                    "text_bytes": len(reply.encode()),
+                    "answer": answer,
+                    "language": "en" if index % 2 else "other",
+                }
+            )
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+    (folder / "format.json").write_text(
+        json.dumps(
+            {
+                "schema_version": 1,
+                "template": "chatml",
+                "chat_template": CHATML,
+                "eos_token": "<|im_end|>",
+                "stop_ids": [2],
+            }
+        )
+    )
     return folder

@@ -1,0 +1,121 @@
+"""A merged model is what was trained, or it is not written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stages.merge import proof
+from stages.merge.proven import compare_exactly, merge_and_prove
+from stages.merge.settings import Merge
+from stages.shared import files, models, prepared
+from stages.shared.errors import UserError
+from stages.train.training import train
+from tests import tiny
+from tests.train.test_training import settings
+
+
+def trained(folder: Path, precision: str, **changes: Any) -> dict[str, Path]:
+    """A trained tiny model and all that its merge reads."""
+    data = tiny.prepared(folder / "prepared")
+    quantized = tiny.quantize(folder / "quantized", precision)
+    tiny.tokenizer().save_pretrained(folder / "tokenizer")
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    train(settings(**changes), data, quantized, adapter)
+    (folder / "merged").mkdir()
+    return {name: folder / name for name in ("prepared", "quantized", "base", "adapter", "merged")}
+
+
+def merge(folder: Path, onto: str = "quantized", dtype: str = "fp16") -> dict[str, Any]:
+    wanted = Merge.model_validate({"onto": onto, "dtype": dtype})
+    weights = {"quantized": folder / "quantized", "original": folder / "base"}
+    return merge_and_prove(
+        wanted,
+        folder / "adapter",
+        weights,
+        folder / "tokenizer",
+        folder / "prepared",
+        folder / "merged",
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [
+        ("nf4", {}),
+        ("int8", {}),
+        ("bf16", {"lora__rslora": True}),
+        ("fp32", {"lora__dora": True}),
+        ("nf4", {"lora__target_modules": ["q_proj", "down_proj"]}),
+        ("nf4", {"lora__target_modules": ".*mlp.*proj"}),
+    ],
+)
+def test_a_merge_is_what_was_trained(
+    tmp_path: Path, precision: str, changes: dict[str, Any]
+) -> None:
+    trained(tmp_path, precision, **changes)
+    metrics = merge(tmp_path)
+    assert metrics["top1_agreement"] >= 0.99
+    assert metrics["kl_divergence"] <= 1e-3
+
+
+def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> None:
+    """What the project does not do: peft quantizes the sum again. The gate must see it."""
+    paths = trained(tmp_path, "nf4")
+    unloaded = models.load_adapted(paths["adapter"], paths["quantized"], torch.device("cpu"))
+    requantized = unloaded.merge_and_unload().dequantize(dtype=torch.float32)  # type: ignore[operator]
+    del requantized._weight_conversions
+    requantized.save_pretrained(paths["merged"])
+    examples = prepared.read_examples(paths["prepared"] / "eval.parquet")
+    agreement = compare_exactly(paths["adapter"], paths["quantized"], paths["merged"], examples)
+    with pytest.raises(UserError, match="nothing was written"):
+        proof.require(agreement)
+
+
+def test_a_merged_model_needs_no_other_package(tmp_path: Path) -> None:
+    paths = trained(tmp_path, "nf4")
+    merge(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(paths["merged"])
+    tokenizer = AutoTokenizer.from_pretrained(paths["merged"])
+    assert model.dtype == torch.bfloat16
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 2
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 3?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**ids, max_new_tokens=12)
+    assert tokenizer.decode(output[0]).startswith("<|im_start|>user\nWhat is 3?<|im_end|>\n")
+
+
+def test_onto_the_original_weights_is_reported_without_a_gate(tmp_path: Path) -> None:
+    trained(tmp_path, "nf4")
+    metrics = merge(tmp_path, onto="original")
+    assert metrics["onto"] == "original"
+    assert metrics["kl_divergence"] > 1e-3
+
+
+def test_a_full_fine_tune_is_linked_and_has_nothing_to_merge(tmp_path: Path) -> None:
+    paths = trained(tmp_path, "bf16", train__method="full")
+    before = files.folder_sha256(paths["adapter"])
+    with pytest.raises(UserError, match=r"merge\.onto is 'original'"):
+        merge(tmp_path, onto="original")
+    metrics = merge(tmp_path)
+    assert metrics["top1_agreement"] == 1.0
+    assert metrics["kl_divergence"] == 0.0
+    weights = "model.safetensors"
+    assert (paths["merged"] / weights).samefile(paths["adapter"] / weights)
+    assert files.folder_sha256(paths["adapter"]) == before
+
+
+def test_kl_and_agreement_by_hand() -> None:
+    first = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]).log()
+    second = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1]]).log()
+    agreement = proof.compare([first], [second])
+    # 0.5 ln 2 - 0.25 ln 2 over two positions; the first position's most likely token differs.
+    assert agreement.kl_divergence == pytest.approx(0.25 * 0.6931472 / 2)
+    assert agreement.top1_agreement == 0.5
