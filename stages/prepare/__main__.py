@@ -1,0 +1,31 @@
+"""Turn raw conversations into text, tokens and the mask of what is learnt.
+
+Reads:  data/raw, models/tokenizer
+Writes: data/prepared/train.parquet, data/prepared/eval.parquet, data/prepared/rejected.jsonl,
+        data/prepared/format.json, reports/prepare.json
+Run:    python -m stages.prepare
+"""
+
+from pathlib import Path
+
+from stages.prepare.settings import Params
+from stages.shared import files, params
+from stages.shared.errors import run
+
+RAW = Path("data/raw")
+TOKENIZER = Path("models/tokenizer")
+PREPARED = Path("data/prepared")
+METRICS = Path("reports/prepare.json")
+
+
+def main() -> None:
+    """Read, prepare, write."""
+    settings = params.load(Params, "prepare")
+    # Imported late: a mistake in params.yaml is told before the seconds that transformers takes.
+    from stages.prepare.preparing import prepare  # noqa: PLC0415
+
+    files.write_json(METRICS, prepare(RAW, TOKENIZER, PREPARED, settings.prepare))
+
+
+if __name__ == "__main__":
+    run(main)

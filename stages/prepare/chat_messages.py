@@ -1,0 +1,46 @@
+"""Lists of messages: OpenAI's `role` and `content`, ShareGPT's `from` and `value`."""
+
+import json
+from typing import Any
+
+from stages.prepare.rows import kind_of
+from stages.shared.conversation import Message, Role, Unusable, normalize
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+def parse(value: Any) -> list[Message]:
+    """Read a list of messages; in CSV it is written as JSON.
+
+    Raises:
+        Unusable: it is no list of messages, a role is unknown, or a content is no text.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Unusable("the messages are a text that is not JSON") from None
+    if not isinstance(value, list):
+        raise Unusable(f"the messages are {kind_of(value)}, expected a list")
+    messages = [_message(number, message) for number, message in enumerate(value, start=1)]
+    if messages and messages[0] == {"role": "system", "content": ""}:
+        return messages[1:]
+    return messages
+
+
+def _message(number: int, message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise Unusable(f"message {number} is {kind_of(message)}, expected an object")
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if not isinstance(role, str) or role not in _ROLES:
+        raise Unusable(f"message {number} is of role {role!r}, expected one of {', '.join(_ROLES)}")
+    if not isinstance(content, str):
+        raise Unusable(f"message {number} holds {kind_of(content)}, expected a text")
+    return {"role": _ROLES[role], "content": normalize(content)}

@@ -1,0 +1,67 @@
+"""Guanaco's form: one text in which `### Human:` and `### Assistant:` begin the turns.
+
+In the real files no line end stands between turns (`…of Norway?### Assistant: Oslo.### Human: …`),
+and people write about these markers in their messages too. `starts_turn` decides which is which.
+"""
+
+import re
+
+from stages.shared.conversation import Message, Role, Unusable, normalize
+
+MARKER = re.compile(r"### (Human|Assistant):(?=\s|\Z)")
+_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+
+# A quotation mark opens after white space, in brackets, or in code: x="…", f"…".
+_BEFORE_QUOTE = re.compile(r"(?:\A|[\s(\[{<=:,]|\b[bfru]|\b[fr][br])\Z", re.IGNORECASE)
+_QUOTES = "\"'`"
+_BRACKETS = "([{<“‘«„‹"
+
+
+def parse(text: str) -> list[Message]:
+    """Split a text into its turns; what stands before the first one is the system message.
+
+    Raises:
+        Unusable: two turns of one role follow each other. Either a reply is missing or a message
+            quotes the marker, and nothing in the text says which.
+    """
+    messages: list[Message] = []
+    role: Role = "system"
+    begin = 0
+    for marker in MARKER.finditer(text):
+        if not starts_turn(text[begin : marker.start()]):
+            continue
+        if _ROLES[marker[1]] == role:
+            raise Unusable(f"two turns of {marker[1]} in a row: a reply is missing, or is quoted")
+        messages.append({"role": role, "content": normalize(text[begin : marker.start()])})
+        role, begin = _ROLES[marker[1]], marker.end()
+    messages.append({"role": role, "content": normalize(text[begin:])})
+    return messages[1:] if not messages[0]["content"] else messages
+
+
+def starts_turn(before: str) -> bool:
+    """Whether a marker begins a turn, from what stands before it in the current one.
+
+    It does at the beginning of the text or of a line, and directly after the last character of a
+    message. It is part of the message after white space (mid-sentence), after an opening quotation
+    mark or bracket, and in a longer row of `#` that begins a line (a Markdown heading).
+    """
+    if not before or before[-1] == "\n":
+        return True
+    if before[-1].isspace():
+        return False
+    if before[-1] == "#":
+        return not _stands_free(before.rstrip("#"))
+    if before[-1] in _BRACKETS:
+        return not _stands_free(before[:-1])
+    return before[-1] not in _QUOTES or not _opens_quote(before)
+
+
+def _stands_free(before: str) -> bool:
+    return not before or before[-1].isspace()
+
+
+def _opens_quote(before: str) -> bool:
+    mark = before[-1]
+    if before.count(mark) % 2 == 0:
+        return False  # it closes what another opened
+    return _BEFORE_QUOTE.search(before.rstrip(mark)[-3:]) is not None

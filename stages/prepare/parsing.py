@@ -1,0 +1,101 @@
+"""Rows of any known form into conversations of one form."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stages.prepare import alpaca, chat_messages, guanaco
+from stages.prepare.rows import Row, kind_of
+from stages.shared.conversation import (
+    Message,
+    Unusable,
+    drop_unanswered,
+    language_of,
+    problem_with,
+)
+
+Form = Literal["guanaco", "messages", "alpaca"]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation that can be trained on, as far as can be seen without a tokenizer.
+
+    Attributes:
+        messages: normalized; the last is a reply.
+        answer: the checkable answer of the last reply, or None.
+        language: as the source says, or `en`/`other` by the stated rule.
+        dropped_turn: a last turn of the user that nobody answered was dropped.
+        line: where it stands in its file.
+    """
+
+    messages: list[Message]
+    answer: str | None
+    language: str
+    dropped_turn: bool
+    line: int
+
+    @property
+    def question(self) -> str:
+        """The first message of the user."""
+        return next(m["content"] for m in self.messages if m["role"] == "user")
+
+
+def form_of(fields: dict[str, Any]) -> Form | None:
+    """The form that a row's fields show, or None."""
+    text = fields.get("text")
+    if isinstance(text, str) and "### Human:" in text:
+        return "guanaco"
+    if "messages" in fields or "conversations" in fields:
+        return "messages"
+    return "alpaca" if "instruction" in fields else None
+
+
+def parse(row: Row, form: Form | None) -> Conversation:
+    """Make a conversation of a row; no form is known yet where `form` is None.
+
+    Raises:
+        Unusable: the row does not fit the form, or its turns make no conversation.
+    """
+    if row.problem is not None:
+        raise Unusable(row.problem)
+    if form is None:
+        raise Unusable(f"no known form in {', '.join(row.fields)[:80] or 'an empty row'}")
+    messages = _messages(row.fields, form)
+    kept = drop_unanswered(messages)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise Unusable("no reply")
+    if (problem := problem_with(kept)) is not None:
+        raise Unusable(problem)
+    _require_unicode(kept)
+    answer, language = row.fields.get("answer"), row.fields.get("language")
+    return Conversation(
+        messages=kept,
+        answer=None if answer is None or isinstance(answer, bool) else str(answer),
+        language=language if isinstance(language, str) and language else language_of(kept),
+        dropped_turn=len(kept) < len(messages),
+        line=row.line,
+    )
+
+
+def _messages(fields: dict[str, Any], form: Form) -> list[Message]:
+    if form == "alpaca":
+        return alpaca.parse(fields)
+    names = ("text",) if form == "guanaco" else ("messages", "conversations")
+    name = next((name for name in names if name in fields), None)
+    if name is None:
+        found = ", ".join(fields) or "nothing"
+        raise Unusable(f"no `{'` or `'.join(names)}` in it; found {found[:80]}")
+    if form == "messages":
+        return chat_messages.parse(fields[name])
+    if not isinstance(fields[name], str):
+        raise Unusable(f"`{name}` is {kind_of(fields[name])}, expected a text")
+    return guanaco.parse(fields[name])
+
+
+def _require_unicode(messages: list[Message]) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and no encoding can hold."""
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
+            raise Unusable("a message holds half a surrogate pair, which is no character") from None

@@ -1,0 +1,192 @@
+"""Raw files into the two splits, batch by batch."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stages.prepare import sources, writing
+from stages.prepare.parsing import Conversation, Form, form_of, parse
+from stages.prepare.rows import Row
+from stages.prepare.settings import Prepare
+from stages.prepare.sources import Source
+from stages.prepare.splitting import SPLITS, Split, Splitter
+from stages.prepare.supervision import Supervised, Supervisor
+from stages.prepare.writing import Rejections, SplitFile
+from stages.shared import files, progress, templates, vocabulary
+from stages.shared.conversation import Unusable, conversation_id
+from stages.shared.errors import UserError
+from stages.shared.prepared import SCHEMA_VERSION, Format
+
+# A batch is bounded in both, so that memory is the same for short rows and for long ones.
+_BATCH_ROWS = 1000
+_BATCH_BYTES = 2_000_000
+
+
+def prepare(raw: Path, tokenizer_folder: Path, folder: Path, wanted: Prepare) -> dict[str, Any]:
+    """Write both splits, the rejected rows and the format.
+
+    Args:
+        raw: what `fetch_data` wrote.
+        tokenizer_folder: the tokenizer.
+        folder: where to write.
+        wanted: the parameters.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        UserError: too many rows cannot be used, or nothing is left for a split.
+    """
+    found = sources.find(raw)
+    tokenizer = vocabulary.load_tokenizer(tokenizer_folder)
+    template = templates.make(wanted.template, tokenizer)
+    supervisor = Supervisor(tokenizer, template, wanted.train_on, wanted.max_length)
+    splitter = Splitter(None if "eval" in found else wanted.eval_fraction, wanted.seed)
+    size = sum(source.path.stat().st_size for source in found.values())
+    with ExitStack() as stack:
+        rejected = stack.enter_context(writing.rejections(folder / "rejected.jsonl"))
+        splits = {
+            split: stack.enter_context(writing.split_file(folder / f"{split}.parquet"))
+            for split in SPLITS
+        }
+        work = _Work(wanted, supervisor, splitter, splits, rejected)
+        with progress.bar(total=size, desc="prepare", unit="B") as bar:
+            for split in ("eval", "train"):  # what is held out decides what train may hold
+                if split in found:
+                    work.read(found[split], bar)
+        work.require_usable()
+    form = Format(
+        schema_version=SCHEMA_VERSION,
+        template=template.name,
+        chat_template=template.chat_template,
+        eos_token=template.eos_token,
+        stop_ids=template.stop_ids,
+    )
+    files.write_json(folder / "format.json", form.model_dump())
+    return {**work.figures(), "template": template.name}
+
+
+@dataclass
+class _Work:
+    """The rows as they pass by, and how many took which way.
+
+    `truncated` and `dropped_turns` count conversations that are in a split; the others count what
+    is in none.
+    """
+
+    wanted: Prepare
+    supervisor: Supervisor
+    splitter: Splitter
+    splits: dict[Split, SplitFile]
+    rejected: Rejections
+    count: Counter[str] = field(default_factory=Counter)
+
+    def read(self, source: Source, bar: "tqdm[Any]") -> None:
+        """Take in one file.
+
+        Raises:
+            UserError: no row of it has a known form.
+        """
+        form: Form | None = None if self.wanted.format == "auto" else self.wanted.format
+        for batch in _batches(source.rows(), bar):
+            conversations = []
+            for row in batch:
+                form = form or form_of(row.fields)
+                try:
+                    conversations.append(parse(row, form))
+                except Unusable as reason:
+                    self.rejected.add(source, row.line, str(reason))
+            self.count["rows_in"] += len(batch)
+            self._place(source, conversations)
+            if self.splitter.fraction is None and self._is_full(source.split):
+                return
+        if form is None and self.rejected.count:
+            raise UserError(
+                f"{source.name}: no row of a known form; {self.rejected.first}; expected `text` "
+                "with `### Human:` in it, `messages`, `conversations`, or `instruction` and "
+                "`output`; see docs/formats.md"
+            )
+
+    def _place(self, source: Source, conversations: list[Conversation]) -> None:
+        placed = [(self.splitter.split_of(source.split, c.question), c) for c in conversations]
+        needed = [(split, c) for split, c in placed if not self._is_full(split)]
+        self.count["beyond_max_rows"] += len(placed) - len(needed)
+        supervised = self.supervisor.supervise([c.messages for _, c in needed])
+        for (split, conversation), one in zip(needed, supervised, strict=True):
+            if isinstance(one, Unusable):
+                self.rejected.add(source, conversation.line, str(one))
+            elif (way := self._way(split, conversation.question, one)) != "kept":
+                self.count[way] += 1
+            else:
+                answer = conversation.answer if one.answered else None
+                self.splits[split].add(one, answer, conversation.language)
+                self.count["truncated"] += one.truncated
+                self.count["dropped_turns"] += conversation.dropped_turn
+
+    def _way(self, split: Split, question: str, one: Supervised) -> str:
+        """Whether a conversation is kept, and if not, why."""
+        if split == "train" and self.splitter.leaks(question):
+            return "leaked"
+        if self.splitter.is_duplicate(conversation_id(one.messages)):
+            return "duplicates"
+        if self._is_full(split):
+            return "beyond_max_rows"
+        if split == "eval":
+            self.splitter.hold_out(question)
+        return "kept"
+
+    def _is_full(self, split: Split) -> bool:
+        limit = self.wanted.max_rows
+        return split == "train" and limit is not None and self.splits[split].conversations >= limit
+
+    def figures(self) -> dict[str, Any]:
+        """The metrics."""
+        names = ("duplicates", "leaked", "truncated", "dropped_turns", "beyond_max_rows")
+        return {
+            "rows_in": self.count["rows_in"],
+            "rejected": self.rejected.count,
+            **{name: self.count[name] for name in names},
+            **{split: one.figures() for split, one in self.splits.items()},
+        }
+
+    def require_usable(self) -> None:
+        """Refuse a source of which too little is left.
+
+        Raises:
+            UserError: with the figures.
+        """
+        rows, bad = self.count["rows_in"], self.rejected.count
+        if bad > self.wanted.max_rejected * rows:
+            raise UserError(
+                f"params.yaml: prepare.max_rejected is {self.wanted.max_rejected}; {bad} of {rows} "
+                f"rows ({bad / rows:.2%}) cannot be used; first {self.rejected.first}; most often: "
+                f"{self.rejected.commonest()}; mend the file, or raise prepare.max_rejected"
+            )
+        for split, one in self.splits.items():
+            if not one.conversations:
+                raise UserError(
+                    f"params.yaml: prepare.eval_fraction is {self.wanted.eval_fraction}; of {rows} "
+                    f"rows none is left for the {split} split ({bad} rejected, "
+                    f"{self.count['duplicates']} duplicates, {self.count['leaked']} of train begin "
+                    "as held-out ones do); expected one at least; add conversations, or change "
+                    "prepare.eval_fraction or prepare.seed"
+                )
+
+
+def _batches(rows: Iterator[Row], bar: "tqdm[Any]") -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    begin = 0
+    for row in rows:
+        batch.append(row)
+        if len(batch) >= _BATCH_ROWS or row.position - begin >= _BATCH_BYTES:
+            yield batch
+            bar.update(row.position - begin)
+            batch, begin = [], row.position
+    if batch:
+        yield batch
+        bar.update(batch[-1].position - begin)

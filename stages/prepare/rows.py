@@ -1,0 +1,41 @@
+"""A row of the user's file, and how a file that has none is told."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from stages.shared.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file.
+
+    Attributes:
+        line: where it begins, from 1; of a parquet file, which has no lines, the row.
+        fields: what it says; null values are left out.
+        problem: why it is no row, or None.
+        position: how far the file is read, in bytes.
+    """
+
+    line: int
+    fields: dict[str, Any]
+    problem: str | None
+    position: int
+
+
+def row_of(line: int, value: Any, position: int) -> Row:
+    """The row that a value of JSON or parquet is."""
+    if not isinstance(value, dict):
+        return Row(line, {}, f"not an object but {kind_of(value)}", position)
+    return Row(line, {k: v for k, v in value.items() if v is not None}, None, position)
+
+
+def fault(name: str, line: int, found: str, advice: str) -> UserError:
+    """What is wrong with a file as a whole, in one line."""
+    return UserError(f"{name}, line {line}: {found}; {advice}")
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's type, in words."""
+    names = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

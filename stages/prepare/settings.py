@@ -1,0 +1,26 @@
+"""The parameters of the preparation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.shared.params import Section
+
+
+class Prepare(Section):
+    """`prepare`: how conversations are read, rendered, cut and divided."""
+
+    format: Literal["auto", "guanaco", "messages", "alpaca"]
+    template: Literal["guanaco", "llama2", "chatml", "tokenizer"]
+    train_on: Literal["assistant", "last", "all"]
+    max_length: Annotated[int, Field(ge=2)]  # tokens
+    max_rows: Annotated[int, Field(ge=1)] | None
+    max_rejected: Annotated[float, Field(ge=0, le=1)]
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)]
+    seed: Annotated[int, Field(ge=0)]
+
+
+class Params(Section):
+    """What dvc.yaml declares for `prepare`."""
+
+    prepare: Prepare

@@ -1,0 +1,43 @@
+"""The tokenizer, and which of its tokens control a conversation."""
+
+import os
+import re
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tokenizer lies here: nothing is asked of the hub
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from stages.shared.errors import UserError
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder that a stage wrote.
+
+    Raises:
+        UserError: it cannot say which characters a token stands for.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{folder}: {type(tokenizer).__name__} is a slow tokenizer, which cannot tell the "
+            "characters of a token; expected one with a tokenizer.json; convert it or choose "
+            "another model"
+        )
+    return tokenizer
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The tokens that stand outside ordinary text: their string is one token, whatever is around.
+
+    Only those that `split_special_tokens` turns back into plain text are among them. A token that
+    was added to the vocabulary but not declared special is a word like any other.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    return frozenset(token.content for token in added if token.special)
+
+
+def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches a control token; where two begin at one place, the longer, as tokenizers do."""
+    longest_first = sorted(control_tokens(tokenizer), key=lambda token: (-len(token), token))
+    return re.compile("|".join(re.escape(token) for token in longest_first))
