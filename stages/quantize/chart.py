@@ -10,10 +10,10 @@ from stages.shared.pictures import COLORS, picture
 
 BINS = 120
 LABELS = {
-    "linear4_absmax": "linear 4-bit",
-    "linear4_clipped": "linear 4-bit, clipped",
-    "fp4": "fp4",
     "nf4": "nf4",
+    "linear4_clipped": "linear, clipped",
+    "linear4_absmax": "linear",
+    "fp4": "fp4",
 }
 
 
@@ -29,13 +29,15 @@ def draw(path: Path, name: str, weight: torch.Tensor, comparison: Comparison) ->
     fractions = levels.normalized(levels.blocks(weight)).flatten()
     density = torch.histc(fractions.cpu(), bins=BINS, min=-1, max=1) / len(fractions) * BINS / 2
     edges = torch.linspace(-1, 1, BINS + 1)
+    colors = dict(zip(LABELS, COLORS, strict=False))
     ranked = sorted(LABELS, key=lambda kind: comparison.errors[kind])
     positions = levels.four_bit_levels(comparison.clip)
-    with picture(path, width=9.0, height=5.2) as figure:
+    with picture(path, width=9.0, height=4.8) as figure:
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        top.stairs(density.numpy(), edges.numpy(), fill=True, color=COLORS[5], alpha=0.45)
-        top.set_title(f"What 4 bits can say of {name.removesuffix('.weight')}", loc="left")
-        top.set_ylabel("density of the weights")
+        top.stairs(density.numpy(), edges.numpy(), fill=True, color=COLORS[-1], alpha=0.45)
+        top.set_title(f"Four bits for {name.removesuffix('.weight')}", loc="left")
+        top.set_ylabel("density of its weights")
+        below.set_ylabel("levels")
         top.tick_params(labelbottom=False)
         for row, kind in enumerate(ranked):
             below.eventplot(
@@ -43,11 +45,10 @@ def draw(path: Path, name: str, weight: torch.Tensor, comparison: Comparison) ->
                 lineoffsets=-row,
                 linelengths=0.6,
                 linewidths=2,
-                color=COLORS[row],
-                label=f"{LABELS[kind]}: error {comparison.errors[kind]:.2%}",
+                color=colors[kind],
+                label=f"{LABELS[kind]}: {comparison.errors[kind]:.2%}",
             )
         below.set_yticks([-row for row in range(len(ranked))], [LABELS[kind] for kind in ranked])
         below.grid(visible=False, axis="y")
         below.set_xlabel("weight, as a fraction of the largest magnitude in its block of 64")
-        handles, labels = below.get_legend_handles_labels()
-        top.legend(handles, labels, title="relative error, whole model", loc="upper right")
+        figure.legend(title="relative error,\nwhole model", loc="outside right upper")

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stages.quantize import comparison
+from stages.quantize.convert import Layout
+from stages.quantize.stored import Stored, Weights
+from stages.shared.errors import UserError
+
+CPU = torch.device("cpu")
+LAYOUT = Layout(frozenset(), frozenset(), "model")
+
+
+def weights(folder: Path, **tensors: torch.Tensor) -> Weights:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return Weights(folder)
+
+
+def test_relative_error_by_hand(tmp_path: Path):
+    base = weights(tmp_path / "base", a=torch.tensor([[3.0, 0.0]]), b=torch.tensor([[4.0, 0.0]]))
+    written = weights(
+        tmp_path / "written", a=torch.tensor([[3.0, 0.3]]), b=torch.tensor([[3.6, 0.0]])
+    )
+    # ‖W − Ŵ‖ = √(0.3² + 0.4²) = 0.5 and ‖W‖ = √(3² + 4²) = 5.
+    original = comparison.Base(base, LAYOUT, CPU)
+    found = comparison.compare(original, written, written.parameters, CPU)
+    assert found.relative_error == pytest.approx(0.1, abs=1e-6)
+    assert found.compared_parameters == 4
+
+
+def test_large_models_are_sampled():
+    matrices = [Stored(str(i), (10, 10), "bf16", 200, {}) for i in range(10)]
+    assert comparison.every_nth(matrices, 1000) == matrices
+    assert [m.name for m in comparison.every_nth(matrices, 999)] == ["0", "2", "4", "6", "8"]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
+    base = weights(tmp_path / "base", a=torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(UserError, match="a holds NaN"):
+        comparison.Base(base, LAYOUT, CPU).matrix("a")
+
+
+def test_a_base_with_other_names_is_refused(tmp_path: Path):
+    base = weights(tmp_path / "base", a=torch.zeros(1, 1))
+    with pytest.raises(UserError, match="b is not in the files"):
+        comparison.Base(base, LAYOUT, CPU).matrix("b")
