@@ -94,7 +94,7 @@ def generate(
                 ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
                 mask[line, width - len(prompts[i]) :] = 1
             with autocast(device, dtype):
-                output = model.generate(  # type: ignore[operator]
+                output = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     generation_config=config,

@@ -48,7 +48,7 @@ class StepTrainer(Trainer):
         super().__init__(
             model=model,
             args=_arguments(params, computing, dtype, len(train), keep),
-            eval_dataset=held_out,  # type: ignore[arg-type]
+            eval_dataset=held_out,
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -61,7 +61,7 @@ class StepTrainer(Trainer):
     def training_step(
         self,
         model: nn.Module,
-        inputs: list[Example],  # type: ignore[override]
+        inputs: list[Example],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Add up the gradients of one optimizer step; returns its loss, nats a supervised token."""

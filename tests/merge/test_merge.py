@@ -66,7 +66,7 @@ def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> 
     """What the project does not do: peft quantizes the sum again. The gate must see it."""
     paths = trained(tmp_path, "nf4")
     unloaded = models.load_adapted(paths["adapter"], paths["quantized"], torch.device("cpu"))
-    requantized = unloaded.merge_and_unload().dequantize(dtype=torch.float32)  # type: ignore[operator]
+    requantized = unloaded.merge_and_unload().dequantize(dtype=torch.float32)
     del requantized._weight_conversions
     requantized.save_pretrained(paths["merged"])
     examples = prepared.read_examples(paths["prepared"] / "eval.parquet")
