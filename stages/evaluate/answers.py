@@ -7,8 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 
 from stages.shared import progress
 from stages.shared.precision import autocast
@@ -55,7 +60,7 @@ class _Advance(StoppingCriteria):
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     stop_ids: list[int],
