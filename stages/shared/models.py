@@ -58,16 +58,26 @@ def load_model(
         UserError: the folder holds no safetensors.
     """
     require_safetensors(folder)
+    dtype = dtype or compute_dtype(folder, device)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=dtype or compute_dtype(folder, device),
+        dtype=dtype,
         device_map={"": device},
         use_safetensors=True,
         trust_remote_code=False,
         attn_implementation="sdpa",
     )
     guard_quantized_layers(model, device)
+    if model.dtype != dtype:  # of a quantized model, transformers leaves the rest as it is stored
+        _cast(model, model.dtype, dtype)
     return model.eval()
+
+
+def _cast(model: nn.Module, found: torch.dtype, wanted: torch.dtype) -> None:
+    """Cast parameters, and no buffers: rotary frequencies stay in fp32."""
+    for parameter in model.parameters():
+        if parameter.dtype == found:
+            parameter.data = parameter.data.to(wanted)
 
 
 def require_safetensors(folder: Path) -> None:

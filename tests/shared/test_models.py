@@ -1,0 +1,142 @@
+"""What bitsandbytes and transformers do to weights, and what the one loader makes of it."""
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
+from torch import nn
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stages.quantize.__main__ import quantize
+from stages.quantize.settings import Quantize
+from stages.shared import models
+from stages.shared.errors import UserError
+from tests import tiny
+
+CPU = torch.device("cpu")
+IDS = torch.arange(10, 42)[None]
+
+
+def quantized(folder: Path, precision: str, compute_dtype: str = "bf16") -> Path:
+    """A tiny model in a precision. Its sizes are multiples of 64, as the repacking wants them."""
+    settings = Quantize.model_validate(
+        {"precision": precision, "double_quant": True, "compute_dtype": compute_dtype}
+    )
+    base = tiny.save(folder / "base")
+    quantize(base, folder / precision, folder / "quantize.svg", settings, CPU)
+    return folder / precision
+
+
+def gradient_norm(model: PreTrainedModel) -> float:
+    """The norm of the embedding's gradient, which runs through every quantized layer."""
+    model.train()
+    model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient is not None
+    return float(gradient.float().norm())
+
+
+def weight_bytes(model: nn.Module) -> list[torch.Tensor]:
+    layers = models.quantized_layers(model).values()
+    return [cast(torch.Tensor, layer.weight.data).clone() for layer in layers]
+
+
+def evaluate(model: PreTrainedModel) -> torch.Tensor:
+    model.eval()
+    with torch.inference_mode():
+        return model(IDS).logits.clone()
+
+
+def test_an_evaluation_changes_neither_weights_nor_gradients(tmp_path: Path):
+    model = models.load_model(quantized(tmp_path, "nf4"), CPU)
+    before, weights = gradient_norm(model), weight_bytes(model)
+    logits = evaluate(model)
+    assert gradient_norm(model) == before
+    assert all(map(torch.equal, weight_bytes(model), weights))
+    assert torch.equal(evaluate(model), logits)
+
+
+@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit")
+@pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no AVX512-BF16: nothing is repacked")
+def test_without_the_guard_an_evaluation_changes_them(tmp_path: Path):
+    folder = quantized(tmp_path, "nf4")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    before, weights = gradient_norm(model), weight_bytes(model)
+    evaluate(model)
+    after = weight_bytes(model)
+    assert len(after) == 14
+    same = [torch.equal(a, w) for a, w in zip(after, weights, strict=True)]
+    assert not any(same)
+    assert gradient_norm(model) != pytest.approx(before, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp4"])
+@pytest.mark.parametrize("compute_dtype", ["bf16", "fp16", "fp32"])
+def test_dequantized_weights_are_those_of_the_forward_pass(
+    tmp_path: Path, precision: str, compute_dtype: str
+):
+    folder = quantized(tmp_path, precision, compute_dtype)
+    dense = models.load_dequantized(folder)
+    assert not models.quantized_layers(dense)
+    assert {p.dtype for p in dense.parameters()} == {torch.float32}
+    for name, layer in models.quantized_layers(models.load_model(folder, CPU)).items():
+        assert isinstance(layer, Linear4bit)
+        weight = cast(nn.Linear, dense.get_submodule(name)).weight
+        # Rows of the identity pick out the very weights that the layer multiplies with.
+        identity = torch.eye(layer.in_features, dtype=layer.compute_dtype)
+        assert torch.equal(layer(identity).float(), weight.T)
+        inputs = torch.randn(5, layer.in_features, dtype=layer.compute_dtype)
+        assert torch.equal(layer(inputs), linear(inputs, weight.to(layer.compute_dtype)))
+
+
+def test_int8_is_its_integers_times_their_scales(tmp_path: Path):
+    folder = quantized(tmp_path, "int8")
+    dense = models.load_dequantized(folder)
+    assert not models.quantized_layers(dense)
+    for name, layer in models.quantized_layers(models.load_model(folder, CPU)).items():
+        weight = cast(Int8Params, layer.weight)
+        expected = weight.data.float() * weight.SCB[:, None] / 127
+        found = cast(nn.Linear, dense.get_submodule(name)).weight
+        assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+
+
+def test_fp16_computes_in_fp32_on_a_cpu(tmp_path: Path):
+    folder = quantized(tmp_path, "nf4", "fp16")
+    assert models.compute_dtype(folder, CPU) == torch.float32
+    assert models.compute_dtype(folder, torch.device("cuda")) == torch.float16
+    model = models.load_model(folder, CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8}
+    for layer in models.quantized_layers(model).values():
+        assert layer.compute_dtype == torch.float32
+        assert cast(Params4bit, layer.weight).quant_state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8", "fp16"])
+def test_what_is_not_quantized_comes_in_the_dtype_asked_for(tmp_path: Path, precision: str):
+    model = models.load_model(quantized(tmp_path, precision), CPU, torch.float32)
+    dense = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    assert dense == {torch.float32}
+    assert evaluate(model).isfinite().all()
+
+
+def test_a_dense_model_is_only_cast(tmp_path: Path):
+    base = tiny.save(tmp_path)
+    loaded = models.load_model(base, CPU)
+    assert loaded.dtype == torch.bfloat16
+    assert not loaded.training
+    for one, other in zip(
+        loaded.parameters(), models.load_dequantized(base).parameters(), strict=True
+    ):
+        assert other.dtype == torch.float32
+        assert torch.equal(one.float(), other)
+
+
+def test_a_folder_of_pickles_is_refused(tmp_path: Path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        models.load_model(tmp_path, CPU)
