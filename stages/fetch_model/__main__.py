@@ -28,7 +28,7 @@ class Model(params.Section):
     name: str = Field(min_length=1)
     revision: str | None
     file: str | None
-    sha256: str | None = Field(pattern="^[0-9a-f]{64}$")
+    sha256: str | None
 
 
 class Params(params.Section):

@@ -35,6 +35,11 @@ def install(source: Path, target: Path, name: str) -> None:
     Raises:
         UserError: it cannot be loaded, needs code of its own, or has no end token.
     """
+    if not any((source / file).is_file() for file in FILES):
+        raise UserError(
+            f"{name}: has no tokenizer; expected tokenizer.json and tokenizer_config.json beside "
+            "the model; choose another model, or put its tokenizer there"
+        )
     original = _load(source, name)
     if original.eos_token_id is None:
         raise UserError(

