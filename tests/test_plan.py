@@ -166,7 +166,7 @@ def test_the_figures_are_json_and_the_picture_is_the_same_bytes_twice(tmp_path):
     text = (tmp_path / "one.svg").read_text()
     assert text == (tmp_path / "two.svg").read_text()
     assert "qlora_nf4_double" in text
-    assert "T4 with 16 GiB, is out of sight" in text
+    assert "(the smallest card, T4 with 16 GiB, is out of sight)" in text
 
 
 def test_cards_stand_as_lines_where_the_model_is_large_enough(tmp_path):

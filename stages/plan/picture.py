@@ -54,8 +54,8 @@ def draw(techniques: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, 1.12 * max(longest, *(g * GIB for g in lines), 0) / scale)
-        note = "" if lines else f"; the smallest card, {_smallest_card()}, is out of sight"
-        axes.set_xlabel(f"persistent memory, {unit} (activations not included){note}")
+        note = "" if lines else f"\n(the smallest card, {_smallest_card()}, is out of sight)"
+        axes.set_xlabel(f"persistent memory, {unit}; activations come on top{note}")
         axes.legend(loc="lower right", frameon=False, fontsize=8)
 
 

@@ -1,0 +1,231 @@
+"""The page and the card, from made-up outputs of the other stages."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stages.report import __main__ as stage
+from stages.report import charts, page, sources
+from stages.shared.errors import UserError
+from tests.report import sources as made
+
+ATTACK = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text between."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+    @property
+    def flat(self) -> str:
+        return " ".join(self.text.split())
+
+
+def source_of(root: Path, **changes: Any) -> sources.Sources:
+    return sources.read(made.write(root, **changes))
+
+
+@pytest.fixture
+def source(tmp_path):
+    return source_of(tmp_path)
+
+
+@pytest.fixture
+def parsed(source):
+    return Elements(page.html(source))
+
+
+def test_the_headline_says_what_was_gained(parsed):
+    assert "from 2.000 to 1.062 nats a token" in parsed.flat
+    assert "2.000 → 1.000 → 1.062" in parsed.flat
+    assert "12.5 % → 75.0 %" in parsed.flat.replace("\xa0", " ")
+    assert "+62.5 points" in parsed.flat
+
+
+def test_nothing_is_missing_where_everything_is_there(parsed):
+    assert "–" not in parsed.flat.split("Training, data and merge")[0]
+
+
+def test_three_differences_stand_under_their_names(parsed):
+    for line in (
+        "What quantization cost quantized − base +0.1250",
+        "What training gained adapter − quantized −1.1250",
+        "What merging cost merged − adapter +0.0625",
+    ):
+        assert line in parsed.flat
+
+
+def test_languages_stand_apart(parsed):
+    assert "English" in parsed.flat
+    assert "Other languages" in parsed.flat
+
+
+def test_every_stage_is_in_the_graph_with_what_it_does(parsed):
+    pipeline = yaml.safe_load((made.ROOT / "dvc.yaml").read_text())["stages"]
+    for name, body in pipeline.items():
+        names = [f"{name}@{key}" for key in body["foreach"]] if "foreach" in body else [name]
+        for full in names:
+            assert f" {full} " in parsed.text
+        assert body.get("desc", body.get("do", {}).get("desc")) in parsed.text
+
+
+def test_every_parameter_is_shown(parsed, source):
+    for section in source.parameters.values():
+        for key in section:
+            assert f" {key} " in parsed.text
+
+
+def test_the_page_loads_nothing(parsed):
+    assert not {tag for tag, _ in parsed.tags} & {"script", "iframe", "object", "embed", "base"}
+    loading = [
+        value
+        for _, attributes in parsed.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
+    ]
+    assert all(value and value.startswith(("#", "data:,")) for value in loading)
+
+
+def test_the_style_loads_nothing(source):
+    assert "@import" not in page.html(source)
+    assert not re.search(r"url\((?!#)", page.html(source))
+
+
+def test_text_from_data_model_and_parameters_is_escaped(tmp_path):
+    spoiled = made.answer("base", text=ATTACK) | {
+        "prompt": [{"role": ATTACK, "content": ATTACK}],
+        "reference": ATTACK,
+        "expected": ATTACK,
+    }
+    source = source_of(tmp_path, answers_base={"answers": [spoiled]}, plan={"note": ATTACK})
+    parameters = source.parameters | {
+        "model": {"source": "path", "name": ATTACK, "revision": ATTACK},
+        ATTACK: {ATTACK: ATTACK},
+    }
+    stages = {ATTACK: {"desc": ATTACK, "cmd": "x", "outs": [ATTACK]}}
+    source = replace(source, parameters=parameters, pipeline={"stages": stages})
+    parsed = Elements(page.html(source))
+    assert "script" not in {tag for tag, _ in parsed.tags}
+    assert not [1 for _, attributes in parsed.tags if "onerror" in attributes]
+    assert parsed.text.count('alert("x")') > 8
+    card = page.model_card(source).split("---", 2)[2]
+    assert "<script" not in card
+    assert "<img" not in card
+
+
+def test_a_name_cannot_break_out_of_the_front_matter(source):
+    name = "a\n---\nlicense: mit"
+    source = replace(source, parameters=source.parameters | {"model": {"source": "hub"}})
+    source.parameters["model"]["name"] = name
+    _, head, _ = re.split(r"^---$", page.model_card(source), maxsplit=2, flags=re.M)
+    assert yaml.safe_load(head)["base_model"] == name
+
+
+def test_exact_match_of_data_without_answers_is_a_dash(tmp_path):
+    metrics = {f"evaluate_{v}": made.metrics(v) | {"exact_match": None} for v in made.LOSS}
+    answers = {
+        f"answers_{v}": {"answers": [made.answer(v) | {"correct": None, "expected": None}]}
+        for v in made.LOSS
+    }
+    source = source_of(tmp_path, **metrics, **answers)
+    parsed = Elements(page.html(source))
+    assert "– → –" in parsed.flat
+    assert "exact answers" not in parsed.flat
+    assert "wrong" not in parsed.flat
+    assert "exact match  – → – (– points)" in stage.summary(source)
+    assert "| merged | 1.0625 | 2.894 | 0.5312 | – |" in page.model_card(source)
+
+
+def test_keys_that_are_missing_are_dashes_and_no_error(tmp_path):
+    empty: dict[str, Any] = {name: {} for name in ("prepare", "quantize", "train", "merge", "plan")}
+    empty |= {f"evaluate_{v}": {} for v in made.LOSS} | {f"answers_{v}": {} for v in made.LOSS}
+    source = source_of(tmp_path, **empty)
+    assert "No prompts were asked." in page.html(source)
+    assert "–" in page.model_card(source)
+    assert "–" in stage.summary(source)
+
+
+def test_the_same_sources_give_the_same_bytes(source):
+    assert page.html(source) == page.html(source)
+    assert page.model_card(source) == page.model_card(source)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    made.write(tmp_path)
+    (tmp_path / "reports/merge.json").write_text("[]")
+    with pytest.raises(UserError, match=r"merge\.json: cannot be read \(a list where"):
+        sources.read(tmp_path)
+    (tmp_path / "reports/merge.json").unlink()
+    with pytest.raises(UserError, match=r"merge\.json: not found; .*run `dvc repro`"):
+        sources.read(tmp_path)
+
+
+def test_the_card_names_the_base_model_and_its_limits(source):
+    card = page.model_card(source)
+    _, head, body = re.split(r"^---$", card, maxsplit=2, flags=re.M)
+    assert yaml.safe_load(head) == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    assert r"in 4 bits (Q4\_1)" in body
+    assert "| merged | 1.0625 | 2.894 | 0.5312 | 75.0\xa0% | 100.0\xa0% |" in body
+
+
+def test_the_licence_of_another_model_is_not_made_up(source):
+    model = {"source": "hub", "name": "somebody/some-model", "revision": "0" * 40}
+    card = page.model_card(replace(source, parameters=source.parameters | {"model": model}))
+    assert "base_model: somebody/some-model" in card
+    assert "license:" not in card
+    assert "Q4" not in card
+
+
+def test_two_pictures_share_no_id(source):
+    ids = re.findall(r'\bid="([^"]+)"', page.html(source))
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("content", ["", "<svg><script/></svg>", '<svg onload="x()"></svg>'])
+def test_a_picture_that_could_act_is_refused(content):
+    with pytest.raises(UserError, match=r"reports/plan\.svg: not a plain picture"):
+        charts.inline(content, "plan", "label")
+
+
+def test_the_curve_has_a_point_where_it_was_measured(source):
+    steps, losses = charts._series(source.curve, "eval_loss")
+    assert steps == [0, 2]
+    assert losses == [2.125, 1.0]
+    assert "kept: step 2" in charts.loss_curve(source.curve, 2)
+
+
+def test_the_terminal_ends_with_five_lines(source):
+    lines = stage.summary(source).splitlines()
+    assert len(lines) == 5
+    assert "reports/report.html" in lines[0]
+    assert "2.0000 → 1.0625 nats a token, base → tuned (−0.9375)" in lines[1]
+    assert "12.5\xa0% → 75.0\xa0% (+62.5 points)" in lines[2]
+    assert "99.76\xa0%" in lines[4]
+    assert "1.2\xa0×\xa010⁻⁵" in lines[4]
+
+
+def test_the_pipeline_is_a_link_so_that_dvc_sees_it_change():
+    link = made.ROOT / sources.PIPELINE
+    assert link.is_symlink()
+    assert link.resolve() == made.ROOT / "dvc.yaml"
