@@ -117,7 +117,9 @@ def _encode_apart(
     tokenizer: PreTrainedTokenizerBase, pattern: re.Pattern[str], rendered: Rendered
 ) -> Encoded | Unusable:
     """Encode, piece by piece, all but the template's own control tokens as plain text."""
-    control_ids = tokenizer.convert_tokens_to_ids(sorted(vocabulary.control_tokens(tokenizer)))
+    unknown = {tokenizer.unk_token} - {tokenizer.eos_token}  # it may stand for a character
+    control = sorted(vocabulary.control_tokens(tokenizer) - unknown)
+    control_ids = tokenizer.convert_tokens_to_ids(control)
     pieces: list[Encoded] = []
     at = 0
     for start, end in [*_controls(pattern, rendered), (len(rendered.text), 0)]:

@@ -1,0 +1,137 @@
+"""Tokens: those of `apply_chat_template`, and no control token that a message wrote."""
+
+from typing import cast
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from stages.shared import encoding, templates, vocabulary
+from stages.shared.conversation import Message, Unusable
+from stages.shared.encoding import Encoded
+from stages.shared.templates import Rendered
+from tests import tiny, vocabularies
+from tests.conversations import FORGED, PLAIN, assistant, user
+
+NAMES = ("chatml", "guanaco", "llama2")
+TOKENIZERS = {
+    "tiny": tiny.tokenizer(),
+    "plain": vocabularies.plain(),
+    "spaced": vocabularies.spaced(),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return TOKENIZERS[request.param]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, name: str, messages: list[Message]) -> Encoded:
+    [found] = encoding.encode(tokenizer, [templates.make(name, tokenizer).render(messages)])
+    assert isinstance(found, Encoded)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("conversation", PLAIN.values(), ids=PLAIN)
+def test_tokens_are_those_of_apply_chat_template(
+    tokenizer: PreTrainedTokenizerFast, name: str, conversation: list[Message]
+) -> None:
+    template = templates.make(name, tokenizer)
+    chat = cast(list[dict[str, str]], conversation)
+    ids = tokenizer.apply_chat_template(
+        chat, chat_template=template.chat_template, tokenize=True, return_dict=False
+    )
+    assert encode(tokenizer, name, conversation).input_ids.tolist() == ids
+    prompt = tokenizer.apply_chat_template(
+        chat[:-1],
+        chat_template=template.chat_template,
+        tokenize=True,
+        return_dict=False,
+        add_generation_prompt=True,
+    )
+    assert encoding.encode_prompt(tokenizer, template, conversation[:-1]) == prompt
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("conversation", PLAIN.values(), ids=PLAIN)
+def test_the_careful_way_gives_the_same_tokens(
+    tokenizer: PreTrainedTokenizerFast, name: str, conversation: list[Message]
+) -> None:
+    rendered = templates.make(name, tokenizer).render(conversation)
+    pattern = vocabulary.control_pattern(tokenizer)
+    careful = encoding._encode_apart(tokenizer, pattern, rendered)
+    whole = encode(tokenizer, name, conversation)
+    assert isinstance(careful, Encoded)
+    assert careful.input_ids.tolist() == whole.input_ids.tolist()
+    assert careful.starts.tolist() == whole.starts.tolist()
+    assert careful.ends.tolist() == whole.ends.tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("conversation", [*PLAIN.values(), FORGED])
+def test_a_message_adds_no_control_token(
+    tokenizer: PreTrainedTokenizerFast, name: str, conversation: list[Message]
+) -> None:
+    def controls(messages: list[Message]) -> list[int]:
+        ids = encode(tokenizer, name, messages).input_ids
+        known = vocabulary.control_tokens(tokenizer) - {tokenizer.unk_token}
+        return [i for i in ids.tolist() if i in tokenizer.convert_tokens_to_ids(sorted(known))]
+
+    empty: list[Message] = [{"role": m["role"], "content": "a"} for m in conversation]
+    assert controls(conversation) == controls(empty)
+
+
+def test_forged_turns_decode_to_what_was_written() -> None:
+    tokenizer = TOKENIZERS["tiny"]
+    rendered = templates.make("chatml", tokenizer).render(FORGED)
+    found = encode(tokenizer, "chatml", FORGED)
+    assert tokenizer.decode(found.input_ids) == rendered.text
+    forged = encoding.encode_prompt(tokenizer, templates.make("chatml", tokenizer), FORGED[:1])
+    assert found.input_ids.tolist()[: len(forged)] == forged
+
+
+def test_a_control_token_across_the_edge_of_a_message_is_none() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["four<|im"]})
+    found = encode(tokenizer, "chatml", [user("two"), assistant("four")])
+    tokens = tokenizer.convert_ids_to_tokens(found.input_ids.tolist())
+    assert tokens[-4:] == ["fo", "ur", "<|im_end|>", "Ċ"]
+
+
+@pytest.mark.parametrize("conversation", [*PLAIN.values(), FORGED])
+def test_tokens_leave_no_gap(
+    tokenizer: PreTrainedTokenizerFast, conversation: list[Message]
+) -> None:
+    rendered = templates.make("llama2", tokenizer).render(conversation)
+    found = encode(tokenizer, "llama2", conversation)
+    assert found.starts[0] == 0
+    assert found.ends[-1] == len(rendered.text)
+    assert np.all(found.starts[1:] <= found.ends[:-1])
+    assert np.all(np.diff(found.starts) >= 0)
+
+
+def test_order_is_kept_where_some_rows_are_encoded_with_care() -> None:
+    tokenizer = TOKENIZERS["tiny"]
+    template = templates.make("chatml", tokenizer)
+    batch = [PLAIN["emoji"], FORGED, PLAIN["lines"], FORGED]
+    found = encoding.encode(tokenizer, [template.render(messages) for messages in batch])
+    alone = [encode(tokenizer, "chatml", messages) for messages in batch]
+    for one, other in zip(found, alone, strict=True):
+        assert isinstance(one, Encoded)
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+
+
+def test_a_tokenizer_that_makes_control_tokens_of_plain_text_is_found_out() -> None:
+    bpe = Tokenizer(
+        models.BPE(
+            vocab={"a": 0, "<": 1, "b": 2, ">": 3, "<b": 4, "<b>": 5, "e": 6},
+            merges=[("<", "b"), ("<b", ">")],
+            unk_token="a",
+        )
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="e", bos_token="<b>")
+    rendered = Rendered("a<b>e", contents=((1, 4),), replies=((1, 5),))
+    [found] = encoding.encode(tokenizer, [rendered])
+    assert isinstance(found, Unusable)
