@@ -35,6 +35,7 @@ def environment() -> Environment:
         "scientific": wording.scientific,
         "yaml_value": wording.yaml_value,
         "flat": wording.flat,
+        "label": wording.label,
         "md": lambda text: Markup(wording.markdown(text)),  # noqa: S704  (escapes by itself)
     }
     env.globals |= {"verdict": comparison.verdict}

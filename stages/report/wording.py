@@ -119,6 +119,12 @@ def flat(nested: Any, prefix: str = "") -> list[tuple[str, Any]]:
     ]
 
 
+def label(key: str) -> str:
+    """`train.peak_memory_bytes` as words, its unit left to the value: `train peak memory`."""
+    words = re.split(r"[._]", key)
+    return " ".join(words[:-1] if len(words) > 1 and words[-1] == "bytes" else words)
+
+
 def markdown(text: Any) -> str:
     """A text on one line that Markdown and the HTML in it leave alone."""
     if is_missing(text):

@@ -37,6 +37,8 @@ NB = "\N{NO-BREAK SPACE}"
         (wording.scientific(0), "0"),
         (wording.scientific(123_456.0), f"1.2{NB}×{NB}10⁵"),
         (wording.scientific(1.0), f"1.0{NB}×{NB}10⁰"),
+        (wording.label("train.peak_memory_bytes"), "train peak memory"),
+        (wording.label("bytes"), "bytes"),
         (wording.yaml_value(None), "null"),
         (wording.yaml_value(False), "false"),
         (wording.yaml_value(["q_proj", "v_proj"]), "q_proj, v_proj"),
