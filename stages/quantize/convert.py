@@ -1,8 +1,11 @@
 """The base model in the chosen precision, written as a folder that transformers loads."""
 
 import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import set_tqdm_hook
 
 from stages.quantize.settings import FOUR_BIT, Quantize
 from stages.quantize.stored import Weights
@@ -58,19 +62,39 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
     if "fp16" in (settings.dense_dtype, settings.precision) or settings.precision == "int8":
         require_fp16_range(Weights(base), settings)
     # Not models.load_model: what that sets for the machine it runs on must not be written.
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=DTYPES[settings.dense_dtype],
-        device_map={"": device},
-        quantization_config=quantization_config(settings),
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with loading_bar(f"into {settings.precision}"):
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=DTYPES[settings.dense_dtype],
+            device_map={"": device},
+            quantization_config=quantization_config(settings),
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     tensors = {t.data_ptr(): t for t in model.state_dict().values()}.values()  # tied ones once
     needed = sum(t.numel() * t.element_size() for t in tensors)
     files.require_space(target, needed, "the quantized model")
     save(model, base, target)
     return layout(model)
+
+
+@contextmanager
+def loading_bar(desc: str) -> Iterator[None]:
+    """Show our progress bar where transformers, loading tensor by tensor, would show its own."""
+
+    def shown(
+        _factory: Any, args: tuple[Collection[Any]], _kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
+        with progress.bar(total=len(args[0]), desc=desc, unit="tensor") as bar:
+            for item in args[0]:
+                yield item
+                bar.update()
+
+    previous = set_tqdm_hook(shown)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
 
 
 def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:
