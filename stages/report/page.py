@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
-from stages.report import charts, comparison, graph, wording
+from stages.report import charts, comparison, graph, pipeline, wording
 from stages.report.origin import Origin, origin_of
 from stages.report.sources import VARIANTS, Sources
 
@@ -92,7 +92,7 @@ def html(sources: Sources) -> str:
             sources.plan_picture, "plan", "Persistent memory of each way to tune, by part"
         ),
     }
-    drawing = graph.draw(graph.stages(sources.pipeline))
+    drawing = graph.draw(pipeline.stages(sources.pipeline))
     template = environment().get_template("page.html.j2")
     return template.render(context(sources), pictures=pictures, graph=drawing, box=graph)
 

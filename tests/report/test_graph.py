@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from stages.report import graph
-from stages.report.graph import Stage
+from stages.report import graph, pipeline
+from stages.report.pipeline import Stage
 from tests.report.sources import ROOT
 
 
@@ -13,7 +13,7 @@ def chain(**needs: list[str]) -> list[Stage]:
 
 
 def test_a_foreach_is_written_out_with_its_own_paths():
-    pipeline = {
+    written = {
         "stages": {
             "score": {
                 "foreach": {"a": {"model": "models/a"}, "b": {"model": "models/b"}},
@@ -22,7 +22,7 @@ def test_a_foreach_is_written_out_with_its_own_paths():
             "each": {"foreach": ["x"], "do": {"desc": "d", "outs": ["${item}.txt"]}},
         }
     }
-    assert graph.stages(pipeline) == [
+    assert pipeline.stages(written) == [
         Stage("score@a", "", ["models/a", "${data.path}"], ["a.json"]),
         Stage("score@b", "", ["models/b", "${data.path}"], ["b.json"]),
         Stage("each@x", "d", [], ["x.txt"]),
@@ -40,21 +40,21 @@ def test_a_foreach_is_written_out_with_its_own_paths():
 )
 def test_a_stage_waits_for_what_it_reads_in_part_or_whole(dep, out, waits):
     found = [Stage("first", "", [], [out]), Stage("second", "", [dep], [])]
-    assert graph.edges(found)["second"] == ({"first"} if waits else set())
+    assert pipeline.edges(found)["second"] == ({"first"} if waits else set())
 
 
 def test_a_dependency_that_follows_from_others_is_left_out():
-    needs = graph.edges(chain(a=[], b=["a"], c=["a", "b"]))
-    assert graph.reduced(needs) == {"a": set(), "b": {"a"}, "c": {"b"}}
+    needs = pipeline.edges(chain(a=[], b=["a"], c=["a", "b"]))
+    assert pipeline.reduced(needs) == {"a": set(), "b": {"a"}, "c": {"b"}}
 
 
 def test_stages_stand_as_low_as_what_follows_allows():
-    needs = graph.edges(chain(a=[], side=["a"], b=["a"], c=["b"], end=["c", "side"]))
+    needs = pipeline.edges(chain(a=[], side=["a"], b=["a"], c=["b"], end=["c", "side"]))
     assert graph.rows(needs) == [["a"], ["b"], ["side", "c"], ["end"]]
 
 
 def test_boxes_do_not_overlap_and_lines_go_down():
-    drawing = graph.draw(graph.stages(yaml.safe_load((ROOT / "dvc.yaml").read_text())))
+    drawing = graph.draw(pipeline.stages(yaml.safe_load((ROOT / "dvc.yaml").read_text())))
     assert len(drawing.boxes) == 12
     for box in drawing.boxes:
         assert 0 <= box.x <= drawing.width - graph.BOX_WIDTH
