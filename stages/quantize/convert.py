@@ -59,7 +59,7 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if problem := device_problem(settings, capability):
         raise UserError(problem)
-    if "fp16" in (settings.dense_dtype, settings.precision) or settings.precision == "int8":
+    if settings.dense_dtype == "fp16" or settings.precision == "int8":
         require_fp16_range(Weights(base), settings)
     # Not models.load_model: what that sets for the machine it runs on must not be written.
     with loading_bar(f"into {settings.precision}"):
