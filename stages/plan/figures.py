@@ -77,7 +77,7 @@ def schedule(counts: Mapping[str, Any], train: Train) -> dict[str, int]:
     """
     try:
         conversations, tokens = counts["train"]["conversations"], counts["train"]["tokens"]
-        steps = ceil(ceil(conversations / train.batch_size) * train.epochs)
+        steps = train.epochs * ceil(conversations / train.batch_size)
         tokens_per_step = round(tokens / conversations * min(train.batch_size, conversations))
     except (KeyError, TypeError, ZeroDivisionError):
         raise UserError(

@@ -30,7 +30,7 @@ class Train(BorrowedSection):
     """What of `train` is read."""
 
     method: Literal["lora", "full"]
-    epochs: float = Field(gt=0)
+    epochs: int = Field(ge=1)
     max_steps: int | None = Field(ge=1)
     batch_size: int = Field(ge=1)
     optimizer: Literal["adamw", "adamw_8bit"]
