@@ -6,30 +6,57 @@ here: how they are stored changes, and what was lost is not brought back.
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.fetch_model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Vocabularies whose merges were learned with each digit standing alone (llama-vocab.cpp, where they
+# share one case). transformers reads this name from the file and has no rule for these: it splits
+# "\n\n1" into three tokens where the model has only ever seen two. 12 English texts with numbered
+# lists cost SmolLM2 1.8 % fewer nats when they are split as it learned.
+_LONE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 
 def to_safetensors(gguf: Path, folder: Path) -> Checkpoint:
     """Write the model and the tokenizer that a GGUF file holds into `folder`, which is made."""
     import torch  # noqa: PLC0415  (seconds that a wrong parameter need not wait for)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, GgufConfig  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
     transformers_logging.disable_progress_bar()  # of what takes no time; the long one stays
-    where = {"gguf_file": gguf.name, "local_files_only": True}
     _say(f"{gguf.name}: reading the tokenizer, which takes some seconds")
-    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
+    _tokenizer(gguf).save_pretrained(folder)
     _say(f"{gguf.name}: reading the weights, half a minute for 135 million parameters")
     # Without `dequantize`, transformers keeps the weights packed, and cannot save them.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
+        gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
-        **where,
+        local_files_only=True,
     )
     model.save_pretrained(folder)
     return Checkpoint(folder, gguf.name, ours=True)
+
+
+def _tokenizer(gguf: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer that the file describes, which splits text as the model learned it."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence  # noqa: PLC0415
+    from transformers import AutoTokenizer  # noqa: PLC0415
+    from transformers.integrations.gguf import read_gguf_metadata  # noqa: PLC0415
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True
+    )
+    metadata, _ = read_gguf_metadata(gguf)
+    if metadata.get("tokenizer.ggml.pre") in _LONE_DIGITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer
 
 
 def _say(line: str) -> None:
