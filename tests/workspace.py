@@ -75,7 +75,10 @@ def make(root: Path, params: dict[str, Any] | None = None) -> Workspace:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target)
     shutil.copytree(
-        ROOT / "stages", root / "stages", ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+        ROOT / "stages",
+        root / "stages",
+        symlinks=True,
+        ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
     )
     subprocess.run(["git", "init", "--quiet", root], check=True)
     workspace = Workspace(root)
