@@ -21,8 +21,9 @@ def parse(text: str) -> list[Message]:
     """Split a text into its turns; what stands before the first one is the system message.
 
     Raises:
-        Unusable: two turns of one role follow each other. Either a reply is missing or a message
-            quotes the marker, and nothing in the text says which.
+        Unusable: two turns of one role follow each other: either a reply is missing or a message
+            quotes the marker, and nothing in the text says which. Or all marks of replies are
+            part of a message.
     """
     messages: list[Message] = []
     role: Role = "system"
@@ -35,17 +36,20 @@ def parse(text: str) -> list[Message]:
         messages.append({"role": role, "content": normalize(text[begin : marker.start()])})
         role, begin = _ROLES[marker[1]], marker.end()
     messages.append({"role": role, "content": normalize(text[begin:])})
+    if "### Assistant:" in text and all(m["role"] != "assistant" for m in messages):
+        raise Unusable("no reply: `### Assistant:` after a space or a quotation mark is text")
     return messages[1:] if not messages[0]["content"] else messages
 
 
 def starts_turn(before: str) -> bool:
     """Whether a marker begins a turn, from what stands before it in the current one.
 
-    It does at the beginning of the text or of a line, and directly after the last character of a
-    message. It is part of the message after white space (mid-sentence), after an opening quotation
-    mark or bracket, and in a longer row of `#` that begins a line (a Markdown heading).
+    It does where the message is empty so far, at the beginning of a line, and directly after a
+    character. It is part of the message after any other white space (mid-sentence), after an
+    opening quotation mark or bracket, and in a longer row of `#` that stands free (a Markdown
+    heading).
     """
-    if not before or before[-1] == "\n":
+    if not before.strip() or before[-1] == "\n":
         return True
     if before[-1].isspace():
         return False

@@ -26,13 +26,13 @@ def read_jsonl(path: Path, name: str) -> Iterator[Row]:
 
 def _json_row(number: int, line: bytes, position: int) -> Row:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Row(number, {}, "not UTF-8", position)
     except json.JSONDecodeError as error:
-        return Row(number, {}, f"not JSON: {error.msg} at column {error.colno}", position)
+        return Row(number, {}, f"not JSON ({error.msg}: column {error.colno})", position)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
-        return Row(number, {}, f"not JSON that can be read: {error}", position)
+        return Row(number, {}, f"not JSON that can be read ({error})", position)
     return row_of(number, value, position)
 
 
