@@ -94,15 +94,17 @@ class _Work:
         """
         form: Form | None = None if self.wanted.format == "auto" else self.wanted.format
         for batch in _batches(source.rows(), bar):
-            conversations = []
+            conversations, unusable = [], []
             for row in batch:
                 form = form or form_of(row.fields)
                 try:
                     conversations.append(parse(row, form))
                 except Unusable as reason:
-                    self.rejected.add(source, row.line, str(reason))
+                    unusable.append((row.line, str(reason)))
+            unusable += self._place(source, conversations)
+            for line, text in sorted(unusable):
+                self.rejected.add(source, line, text)
             self.count["rows_in"] += len(batch)
-            self._place(source, conversations)
             if self.splitter.fraction is None and self._is_full(source.split):
                 return
         if form is None and self.rejected.count:
@@ -112,14 +114,16 @@ class _Work:
                 "`output`; see docs/formats.md"
             )
 
-    def _place(self, source: Source, conversations: list[Conversation]) -> None:
+    def _place(self, source: Source, conversations: list[Conversation]) -> list[tuple[int, str]]:
+        """Put conversations into their splits; those that cannot be used, by line and reason."""
+        unusable: list[tuple[int, str]] = []
         placed = [(self.splitter.split_of(source.split, c.question), c) for c in conversations]
         needed = [(split, c) for split, c in placed if not self._is_full(split)]
         self.count["beyond_max_rows"] += len(placed) - len(needed)
         supervised = self.supervisor.supervise([c.messages for _, c in needed])
         for (split, conversation), one in zip(needed, supervised, strict=True):
             if isinstance(one, Unusable):
-                self.rejected.add(source, conversation.line, str(one))
+                unusable.append((conversation.line, str(one)))
             elif (way := self._way(split, conversation.question, one)) != "kept":
                 self.count[way] += 1
             else:
@@ -127,6 +131,7 @@ class _Work:
                 self.splits[split].add(one, answer, conversation.language)
                 self.count["truncated"] += one.truncated
                 self.count["dropped_turns"] += conversation.dropped_turn
+        return unusable
 
     def _way(self, split: Split, question: str, one: Supervised) -> str:
         """Whether a conversation is kept, and if not, why."""
