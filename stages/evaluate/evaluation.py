@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from stages.evaluate import answers, metrics
 from stages.evaluate.settings import Evaluate
 from stages.shared import encoding, models, prepared, scoring, templates
+from stages.shared.examples import read_examples
 from stages.shared.machine import device
 
 
@@ -34,10 +37,9 @@ def evaluate(
     where = device()
     tokenizer = models.load_tokenizer(tokenizer_folder)
     form = prepared.read_format(data / "format.json")
-    examples = prepared.read_examples(data / "eval.parquet")
-    rows = prepared.read_columns(
-        data / "eval.parquet", "messages", "text_bytes", "answer", "language"
-    )
+    examples = read_examples(data / "eval.parquet")
+    columns = ["messages", "text_bytes", "answer", "language"]
+    rows = pq.read_table(data / "eval.parquet", columns=columns).to_pylist()
     dtype = models.compute_dtype(onto if models.is_adapter(model_folder) else model_folder, where)
     model = models.load_adapted(model_folder, onto, where)
     sums, tokens = scoring.score(model, examples, where, dtype, f"{variant}: loss")

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from stages.shared import scoring
 from stages.shared.errors import UserError
-from stages.shared.packing import Example
+from stages.shared.examples import Example
 from stages.shared.precision import autocast
 
 POSITIONS = 4096  # enough to tell an agreement of 0.99 from 0.98; bounds time and memory

@@ -9,8 +9,8 @@ import torch
 from stages.merge import merging, proof
 from stages.merge.settings import Merge
 from stages.shared import files, models, prepared
+from stages.shared.examples import Example, read_examples
 from stages.shared.machine import device
-from stages.shared.packing import Example
 from stages.shared.precision import DTYPES
 
 
@@ -47,7 +47,7 @@ def merge_and_prove(
     form = prepared.read_format(data / "format.json")
     merging.make_standalone(folder, trained_on, tokenizer, form)
 
-    examples = proof.first_positions(prepared.read_examples(data / "eval.parquet"))
+    examples = proof.first_positions(read_examples(data / "eval.parquet"))
     exact = compare_exactly(adapter, trained_on, folder, examples)
     if onto == "quantized":
         proof.require(exact)

@@ -12,22 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation: `input_ids` int64 [tokens], `loss_mask` bool [tokens], and its row."""
-
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
-    row: int
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def supervised_tokens(self) -> int:
-        """How many of its tokens are predicted; the first has nothing before it to do so."""
-        return int(self.loss_mask[1:].sum())
+from stages.shared.examples import Example
 
 
 @dataclass(frozen=True)

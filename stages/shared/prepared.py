@@ -1,20 +1,16 @@
-"""What `prepare` wrote, read back: the rows and the format they are rendered in."""
+"""How conversations were rendered: what `prepare` notes, and others go by."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from stages.shared.packing import Example
+from stages.shared import files
 
 SCHEMA_VERSION = 1
 
 
 class Format(BaseModel):
-    """`data/prepared/format.json`: how conversations were rendered."""
+    """`data/prepared/format.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,18 +23,4 @@ class Format(BaseModel):
 
 def read_format(path: Path) -> Format:
     """Read `format.json`."""
-    return Format.model_validate(json.loads(path.read_text(encoding="utf-8")))
-
-
-def read_examples(path: Path) -> list[Example]:
-    """The tokens and masks of all conversations of a split."""
-    table = pq.read_table(path, columns=["input_ids", "loss_mask"])
-    return [
-        Example(np.asarray(ids.values, dtype=np.int64), np.asarray(mask.values, dtype=bool), row)
-        for row, (ids, mask) in enumerate(zip(table["input_ids"], table["loss_mask"], strict=True))
-    ]
-
-
-def read_columns(path: Path, *columns: str) -> list[dict[str, Any]]:
-    """Some columns of a split, a dictionary a conversation."""
-    return pq.read_table(path, columns=list(columns)).to_pylist()
+    return Format.model_validate(files.read_json(path))

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from stages.shared import packing, progress
-from stages.shared.packing import Example, Packed
+from stages.shared.examples import Example
+from stages.shared.packing import Packed
 from stages.shared.precision import autocast
 
 # Fixed, and no setting of the machine: in bf16 the same rows in other batches score a little

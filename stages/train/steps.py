@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-from stages.shared.packing import Example
+from stages.shared.examples import Example
 
 
 class StepSampler(Sampler[list[int]]):

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stages.shared import packing, progress, scoring
 from stages.shared.errors import UserError
-from stages.shared.packing import Example
+from stages.shared.examples import Example
 from stages.shared.precision import autocast
 from stages.train import trainable
 from stages.train.computing import Computing

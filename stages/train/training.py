@@ -5,7 +5,8 @@ from typing import Any
 
 import transformers
 
-from stages.shared import models, prepared
+from stages.shared import models
+from stages.shared.examples import read_examples
 from stages.train import computing, trainable
 from stages.train.curve import Curve
 from stages.train.settings import Params
@@ -25,8 +26,8 @@ def train(settings: Params, data: Path, model_folder: Path, keep: Path) -> tuple
         The metrics for `reports/train.json`, and the loss curve.
     """
     how = computing.resolve()
-    examples = prepared.read_examples(data / "train.parquet")
-    held_out = prepared.read_examples(data / "eval.parquet")
+    examples = read_examples(data / "train.parquet")
+    held_out = read_examples(data / "eval.parquet")
     transformers.set_seed(settings.train.seed)  # before the adapter's random matrices are drawn
     model = (
         trainable.load_for_lora(model_folder, settings.lora, how.device)

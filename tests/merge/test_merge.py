@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages.merge import proof
 from stages.merge.proven import compare_exactly, merge_and_prove
 from stages.merge.settings import Merge
-from stages.shared import files, models, prepared
+from stages.shared import files, models
 from stages.shared.errors import UserError
+from stages.shared.examples import read_examples
 from stages.train.training import train
 from tests import tiny
 from tests.train.test_training import settings
@@ -69,7 +70,7 @@ def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> 
     requantized = unloaded.merge_and_unload().dequantize(dtype=torch.float32)
     del requantized._weight_conversions
     requantized.save_pretrained(paths["merged"])
-    examples = prepared.read_examples(paths["prepared"] / "eval.parquet")
+    examples = read_examples(paths["prepared"] / "eval.parquet")
     agreement = compare_exactly(paths["adapter"], paths["quantized"], paths["merged"], examples)
     with pytest.raises(UserError, match="nothing was written"):
         proof.require(agreement)

@@ -14,6 +14,7 @@ from stages.prepare.writing import SCHEMA
 from stages.shared import params, prepared
 from stages.shared.conversation import conversation_id
 from stages.shared.errors import UserError
+from stages.shared.examples import read_examples
 from tests import tiny, workspace
 
 DEFAULTS: dict[str, Any] = {
@@ -102,7 +103,7 @@ def test_the_data_contract(stage: Stage) -> None:
 def test_figures_are_those_of_the_files(stage: Stage) -> None:
     figures = stage.prepare(ROWS)
     for split in ("train", "eval"):
-        examples = prepared.read_examples(stage.out / f"{split}.parquet")
+        examples = read_examples(stage.out / f"{split}.parquet")
         assert figures[split]["tokens"] == sum(len(e) for e in examples)
         assert figures[split]["supervised_tokens"] == sum(e.supervised_tokens for e in examples)
         assert figures[split]["longest_tokens"] == max(len(e) for e in examples)

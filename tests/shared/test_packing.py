@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stages.shared import packing, scoring
-from stages.shared.packing import Example
+from stages.shared.examples import Example
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 
-from stages.shared import files, models, prepared, scoring
+from stages.shared import files, models, scoring
 from stages.shared.errors import UserError
+from stages.shared.examples import read_examples
 from stages.train.settings import Params
 from stages.train.training import train
 from tests import tiny
@@ -78,7 +79,7 @@ def test_what_was_kept_scores_exactly_what_was_reported(
     metrics, _, keep = run(tmp_path, data, precision, train__method=method)
     model = models.load_adapted(keep, tmp_path / "quantized", CPU)
     sums, tokens = scoring.score(
-        model, prepared.read_examples(data / "eval.parquet"), CPU, torch.bfloat16, "test"
+        model, read_examples(data / "eval.parquet"), CPU, torch.bfloat16, "test"
     )
     assert scoring.mean_loss(sums, tokens) == pytest.approx(metrics["eval_loss"], abs=1e-6)
 
@@ -93,7 +94,7 @@ def test_the_best_evaluation_is_kept_and_patience_stops(tmp_path: Path, data: Pa
     assert metrics["best_step"] < metrics["steps"]
     model = models.load_adapted(keep, tmp_path / "quantized", CPU)
     sums, tokens = scoring.score(
-        model, prepared.read_examples(data / "eval.parquet"), CPU, torch.float32, "test"
+        model, read_examples(data / "eval.parquet"), CPU, torch.float32, "test"
     )
     assert scoring.mean_loss(sums, tokens) == pytest.approx(metrics["eval_loss"], abs=1e-6)
 

@@ -1,0 +1,33 @@
+"""Conversations as a model takes them: tokens, and which of them are learnt."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: `input_ids` int64 [tokens], `loss_mask` bool [tokens], and its row."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    row: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """How many of its tokens are predicted; the first has nothing before it to do so."""
+        return int(self.loss_mask[1:].sum())
+
+
+def read_examples(path: Path) -> list[Example]:
+    """All conversations of a split that `prepare` wrote, in order."""
+    table = pq.read_table(path, columns=["input_ids", "loss_mask"])
+    return [
+        Example(np.asarray(ids.values, dtype=np.int64), np.asarray(mask.values, dtype=bool), row)
+        for row, (ids, mask) in enumerate(zip(table["input_ids"], table["loss_mask"], strict=True))
+    ]
