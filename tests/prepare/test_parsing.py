@@ -1,10 +1,12 @@
 """Rows of each form become conversations, and the others say why not."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stages.prepare import guanaco
 from stages.prepare.parsing import Form, form_of, parse
 from stages.prepare.rows import Row
 from stages.shared.conversation import Message, Unusable, language_of
@@ -50,6 +52,22 @@ def row(**fields: Any) -> Row:
 def test_each_form(form: Form, fields: dict[str, Any], messages: list[Message]) -> None:
     assert form_of(fields) == form
     assert parse(row(**fields), form).messages == messages
+
+
+def test_the_forms_that_the_documentation_shows() -> None:
+    page = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    shown = [json.loads(line) for line in page.splitlines() if line.startswith("{")]
+    forms = [form_of(fields) for fields in shown]
+    assert forms == ["guanaco", "messages", "messages", "alpaca"]
+    exchange = [user("What is 2 + 2?"), assistant("It is 4.")]
+    found = [parse(row(**fields), form).messages for fields, form in zip(shown, forms, strict=True)]
+    assert found == [exchange] * 3 + [[user("Add the numbers.\n\n2, 2"), assistant("4")]]
+
+
+def test_the_turns_that_the_documentation_counts() -> None:
+    page = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    [text] = [line for line in page.splitlines() if line.startswith("### Human: How is")]
+    assert len(guanaco.parse(text)) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Templates: what they render, where replies stand, and that Jinja renders the same."""
 
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -60,6 +61,12 @@ def test_what_each_template_renders(name: str, tokenizer: PreTrainedTokenizerFas
     assert rendered.text == RENDERED[name]
     assert [rendered.text[a:b] for a, b in rendered.contents] == ["S", "U", "A", "V", "B"]
     assert [rendered.text[a:b] for a, b in rendered.replies] == REPLIES[name]
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_the_documentation_shows_what_is_rendered(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    assert f"```\n{RENDERED[name].rstrip()}\n```" in page
 
 
 @pytest.mark.parametrize("name", NAMES)
