@@ -37,10 +37,15 @@ def parse(value: Any) -> list[Message]:
 def _message(number: int, message: Any) -> Message:
     if not isinstance(message, dict):
         raise Unusable(f"message {number} is {kind_of(message)}, expected an object")
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
+    # Parquet gives every message the fields of all, most of them null.
+    role = _first(message, "role", "from")
+    content = _first(message, "content", "value")
     if not isinstance(role, str) or role not in _ROLES:
         raise Unusable(f"message {number} is of role {role!r}, expected one of {', '.join(_ROLES)}")
     if not isinstance(content, str):
         raise Unusable(f"message {number} holds {kind_of(content)}, expected a text")
     return {"role": _ROLES[role], "content": normalize(content)}
+
+
+def _first(message: dict[str, Any], *names: str) -> Any:
+    return next((message[name] for name in names if message.get(name) is not None), None)

@@ -29,6 +29,7 @@ def row(**fields: Any) -> Row:
         ("messages", {"messages": [system(""), *TWO]}, TWO),
         ("messages", {"messages": [system(" S "), *TWO]}, [system("S"), *TWO]),
         ("messages", {"messages": json.dumps(TWO)}, TWO),
+        ("messages", {"messages": [m | {"from": None, "value": None} for m in TWO]}, TWO),
         (
             "messages",
             {
