@@ -145,7 +145,7 @@ PATH_LITERAL = re.compile(r'Path\(\s*f?"((?:data|models|reports)[^"]*)"\s*\)')
 
 @pytest.mark.parametrize("stage", declared())
 def test_paths_in_the_code_are_dependencies_and_outs(stage: str) -> None:
-    """Each path constant of a room covers, or lies in, what dvc.yaml names; each of those is met."""
+    """A room's path constants and the paths in dvc.yaml cover each other."""
     body, room = declared()[stage], room_of(stage)
     named = [d for d in paths(body["deps"]) if not d.startswith("stages/")] + outs_of(body)
     sources = "".join(f.read_text() for f in files_of_room(room))
@@ -164,7 +164,7 @@ def test_paths_in_the_code_are_dependencies_and_outs(stage: str) -> None:
     for literal in literals:
         assert any(related(literal, p) for p in everything), f"{literal} is not in dvc.yaml"
     for path in named:
-        if path != "${data.path}" and path != "params.yaml":
+        if path not in {"${data.path}", "params.yaml"}:
             assert any(related(literal, path) for literal in literals), f"{path} is not in the code"
 
 

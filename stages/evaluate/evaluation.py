@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from stages.evaluate import answers, metrics
 from stages.evaluate.settings import Evaluate
-from stages.shared import encoding, models, prepared, scoring, templates
+from stages.shared import encoding, models, prepared, scoring, templates, vocabulary
 from stages.shared.examples import read_examples
 from stages.shared.machine import device
 
@@ -35,7 +35,7 @@ def evaluate(
         The metrics, and the answers to the fixed prompts.
     """
     where = device()
-    tokenizer = models.load_tokenizer(tokenizer_folder)
+    tokenizer = vocabulary.load_tokenizer(tokenizer_folder)
     form = prepared.read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
     columns = ["messages", "text_bytes", "answer", "language"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from stages.shared import files, models
+from stages.shared import files, models, vocabulary
 from stages.shared.errors import UserError
 from stages.shared.prepared import Format
 
@@ -62,7 +62,7 @@ def make_standalone(folder: Path, trained_on: Path, tokenizer_folder: Path, form
     the stop tokens and the precision that training computed in: what the model is run in unless
     its user says otherwise, whatever its file is stored in.
     """
-    tokenizer = models.load_tokenizer(tokenizer_folder)
+    tokenizer = vocabulary.load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = form.chat_template
     tokenizer.eos_token = form.eos_token
     if tokenizer.pad_token is None:

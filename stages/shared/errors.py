@@ -16,13 +16,17 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a stage's `main()`.
 
-    A `UserError` and a full disk become one line on stderr and exit code 1; anything else is a bug
-    of ours and keeps its traceback.
+    A `UserError`, a missing file and a full disk become one line on stderr and exit code 1;
+    anything else is a bug of ours and keeps its traceback.
     """
     try:
         main()
     except UserError as error:
         _exit_with(str(error))
+    except FileNotFoundError as error:
+        # What a stage reads, another writes; DVC sees to the order, a stage run by hand does not.
+        missing = error.filename or error
+        _exit_with(f"{missing}: not there; `dvc repro` runs the stages that write it, in order")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -21,9 +21,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -31,11 +29,6 @@ from stages.shared.errors import UserError
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder that a stage wrote."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def compute_dtype(folder: Path, device: torch.device) -> torch.dtype:

@@ -1,0 +1,97 @@
+"""A mistake in params.yaml ends in one line that says what, where, and what to do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stages.evaluate.settings import Params as EvaluateParams
+from stages.merge.settings import Params as MergeParams
+from stages.shared import params
+from stages.shared.errors import UserError
+from stages.train.settings import Params as TrainParams
+from tests import workspace
+
+DEFAULTS = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+
+
+def mistake(schema: type[params.Section], section: str, **changes: Any) -> str:
+    values = {name: dict(DEFAULTS[name]) for name in schema.model_fields}
+    values[section].update(changes)
+    values[section] = {k: v for k, v in values[section].items() if v != "REMOVED"}
+    with pytest.raises(UserError) as error:
+        params.validate(schema, values)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_unknown_key_is_named_with_those_that_are_known() -> None:
+    line = mistake(TrainParams, "lora", rank=8)
+    assert line.startswith("params.yaml: lora.rank is not a parameter; expected one of r, alpha")
+
+
+def test_a_missing_key_is_named() -> None:
+    assert "lora.alpha is missing" in mistake(TrainParams, "lora", alpha="REMOVED")
+
+
+@pytest.mark.parametrize(
+    ("schema", "section", "key", "value", "expected"),
+    [
+        (TrainParams, "lora", "r", "16", "lora.r is the text '16'; expected a valid integer"),
+        (TrainParams, "lora", "r", 0, "lora.r is 0; expected greater than or equal to 1"),
+        (TrainParams, "lora", "dropout", 1.0, "lora.dropout is 1.0; expected less than 1"),
+        (TrainParams, "train", "method", "half", "expected 'lora' or 'full'"),
+        (TrainParams, "train", "epochs", 1.5, "train.epochs is 1.5; expected a valid integer"),
+        (TrainParams, "train", "batch_size", True, "train.batch_size is True"),
+        (MergeParams, "merge", "onto", "base", "expected 'quantized' or 'original'"),
+        (EvaluateParams, "evaluate", "max_new_tokens", 0, "evaluate.max_new_tokens is 0"),
+    ],
+)
+def test_a_wrong_value_is_shown_beside_what_was_expected(
+    schema: type[params.Section], section: str, key: str, value: Any, expected: str
+) -> None:
+    assert expected in mistake(schema, section, **{key: value})
+
+
+def test_a_number_that_yaml_reads_as_a_text_is_explained() -> None:
+    value = yaml.safe_load("2e-4")
+    assert value == "2e-4"  # the trap: YAML 1.1 wants a dot
+    line = mistake(TrainParams, "train", learning_rate=value)
+    assert "train.learning_rate is the text '2e-4'" in line
+    assert "write it as 0.0002 with a dot" in line
+
+
+def test_a_stage_sees_only_what_it_declares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = workspace.make(tmp_path, {"lora.r": 3})
+    monkeypatch.chdir(space.root)
+    assert params.load(TrainParams, "train").lora.r == 3
+    with pytest.raises(UserError, match="lora is missing"):
+        params.load(TrainParams, "merge")
+
+
+def test_a_stage_ends_in_one_line_and_a_non_zero_exit(tmp_path: Path) -> None:
+    space = workspace.make(tmp_path)
+    path = space.root / "params.yaml"
+    path.write_text(path.read_text().replace("learning_rate: 0.0002", "learning_rate: '2e-4'"))
+    done = space.stage("train")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: params.yaml: train.learning_rate is the text '2e-4'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_stage_without_its_input_says_what_writes_it(tmp_path: Path) -> None:
+    done = workspace.make(tmp_path).stage("train")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: data/prepared/train.parquet: not there; `dvc repro` runs the stages that write "
+        "it, in order\n"
+    )
+
+
+def test_an_unknown_variant_is_refused(tmp_path: Path) -> None:
+    done = workspace.make(tmp_path).stage("evaluate", "best")
+    assert done.returncode == 1
+    assert "expected one of base, quantized, adapter, merged" in done.stderr
