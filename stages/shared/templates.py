@@ -16,42 +16,12 @@ from typing import Any, Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from stages.shared import vocabulary
+from stages.shared import chat_templates, vocabulary
 from stages.shared.conversation import Message, Role, Unusable
 from stages.shared.errors import UserError
 
 Name = Literal["guanaco", "llama2", "chatml", "tokenizer"]
 Span = tuple[int, int]
-
-_CHATML = r"""
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + end + '\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
-"""
-
-# The prompt ends at the colon: the space belongs to the first token of the reply.
-_GUANACO = r"""
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{- message['content'] + '\n' -}}
-{%- elif message['role'] == 'user' -%}{{- '### Human: ' + message['content'] + '\n' -}}
-{%- else -%}{{- '### Assistant: ' + message['content'] + end + '\n' -}}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '### Assistant:' -}}{%- endif -%}
-"""
-
-_LLAMA2 = r"""
-{%- set system, turns = '', messages -%}
-{%- if messages[0]['role'] == 'system' -%}
-{%- set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' -%}
-{%- set turns = messages[1:] -%}
-{%- endif -%}
-{%- for message in turns -%}
-{%- if message['role'] == 'user' -%}
-{{- begin + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' -}}
-{%- else -%}{{- ' ' + message['content'] + ' ' + end -}}{%- endif -%}
-{%- endfor -%}
-"""
 
 
 @dataclass(frozen=True)
@@ -244,9 +214,9 @@ def make(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     control = vocabulary.control_tokens(tokenizer)
     begin, end = tokenizer.bos_token or "", tokenizer.eos_token
     jinja, markers = {
-        "chatml": (_CHATML, ("<|im_start|>",)),
-        "guanaco": (_GUANACO, ("### Human:", "### Assistant:")),
-        "llama2": (_LLAMA2, ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")),
+        "chatml": (chat_templates.CHATML, ("<|im_start|>",)),
+        "guanaco": (chat_templates.GUANACO, ("### Human:", "### Assistant:")),
+        "llama2": (chat_templates.LLAMA2, ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")),
     }[name]
     if name == "chatml" and "<|im_end|>" in control:
         end = "<|im_end|>"
