@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from stages.shared import attention
 from stages.shared.errors import UserError
 
 transformers_logging.set_verbosity_error()
@@ -58,7 +59,7 @@ def load_model(
         device_map={"": device},
         use_safetensors=True,
         trust_remote_code=False,
-        attn_implementation="sdpa",
+        attn_implementation=attention.NAME,
     )
     guard_quantized_layers(model, device)
     if model.dtype != dtype:  # of a quantized model, transformers leaves the rest as it is stored

@@ -3,7 +3,7 @@
 Positions restart with each conversation. Given these positions and no attention mask,
 transformers builds an attention mask that is causal inside each conversation and closed between
 them (`find_packed_sequence_indices` in `transformers.masking_utils`); an attention mask, even one
-of all ones, would switch that off.
+of all ones, would switch that off. `stages/shared/attention.py` goes by `lengths` where it can.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,6 +25,7 @@ class Packed:
         predictors: int64 [supervised], the positions whose logits predict a supervised token.
         targets: int64 [supervised], the tokens they should predict.
         rows: int64 [supervised], the row of the conversation that each belongs to.
+        lengths: tokens of each conversation, in order.
     """
 
     input_ids: torch.Tensor
@@ -32,6 +33,7 @@ class Packed:
     predictors: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor
+    lengths: tuple[int, ...]
 
 
 def pack(examples: Sequence[Example], device: torch.device) -> Packed:
@@ -51,6 +53,7 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
         predictors=tensor(targets - 1),
         targets=tensor(ids[targets]),
         rows=tensor(rows[targets]),
+        lengths=tuple(map(len, examples)),
     )
 
 

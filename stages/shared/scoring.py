@@ -33,6 +33,7 @@ def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
         position_ids=batch.position_ids,
         logits_to_keep=batch.predictors,
         use_cache=False,
+        conversation_lengths=batch.lengths,
     )
     return output.logits[0]
 

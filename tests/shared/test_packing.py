@@ -3,12 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from stages.shared import packing, scoring
+from stages.shared import attention, packing, scoring
 from stages.shared.examples import Example
 from tests import tiny
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["sdpa", attention.NAME])
+def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    """The library's own path, and ours; what is asserted of packing holds on both."""
+    made = tiny.model()
+    made.set_attn_implementation(request.param)
+    return made
 
 
 def conversations(lengths: tuple[int, ...] = (9, 4, 17, 6)) -> list[Example]:
@@ -31,8 +40,10 @@ def test_positions_restart_and_targets_follow_their_predictors() -> None:
     assert (first.supervised_tokens, second.supervised_tokens) == (1, 1)
 
 
-def test_packed_losses_and_gradients_equal_those_of_each_conversation_alone() -> None:
-    model, examples = tiny.model(), conversations()
+def test_packed_losses_and_gradients_equal_those_of_each_conversation_alone(
+    model: LlamaForCausalLM,
+) -> None:
+    examples = conversations()
 
     def gradients(groups: list[list[Example]]) -> tuple[dict[int, list[float]], torch.Tensor]:
         model.zero_grad()
@@ -55,8 +66,8 @@ def test_packed_losses_and_gradients_equal_those_of_each_conversation_alone() ->
     assert difference < 1e-5
 
 
-def test_a_changed_word_changes_no_logit_of_a_neighbour() -> None:
-    model, examples = tiny.model(), conversations()
+def test_a_changed_word_changes_no_logit_of_a_neighbour(model: LlamaForCausalLM) -> None:
+    examples = conversations()
     changed = Example((examples[1].input_ids + 1) % 384, examples[1].loss_mask, 1)
     with torch.inference_mode():
         before = packing.pack(examples, CPU)
@@ -66,6 +77,43 @@ def test_a_changed_word_changes_no_logit_of_a_neighbour() -> None:
     neighbours = before.rows != 1
     assert torch.equal(logits[neighbours], other[neighbours])
     assert not torch.equal(logits[~neighbours], other[~neighbours])
+
+
+def test_an_attention_mask_of_all_ones_would_let_conversations_see_each_other() -> None:
+    """The trap that `supervised_logits` avoids by giving no mask at all."""
+    examples = conversations()
+    batch, model = packing.pack(examples, CPU), tiny.model()
+    with torch.inference_mode():
+        right = scoring.supervised_logits(model, batch)
+        masked = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=torch.ones_like(batch.input_ids),
+            logits_to_keep=batch.predictors,
+        ).logits[0]
+    assert not torch.allclose(right, masked, atol=1e-3)
+
+
+def test_a_sliding_window_is_kept_to() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+        initializer_range=0.2,
+    )
+    model, batch = MistralForCausalLM(config).eval(), packing.pack(conversations(), CPU)
+    logits = []
+    for name in ("eager", "sdpa", attention.NAME):
+        model.set_attn_implementation(name)
+        with torch.inference_mode():
+            logits.append(scoring.supervised_logits(model, batch))
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1], logits[2])
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10, 20, 36])

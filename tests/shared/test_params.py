@@ -75,7 +75,7 @@ def test_a_stage_sees_only_what_it_declares(
 def test_a_stage_ends_in_one_line_and_a_non_zero_exit(tmp_path: Path) -> None:
     space = workspace.make(tmp_path)
     path = space.root / "params.yaml"
-    path.write_text(path.read_text().replace("learning_rate: 0.0002", "learning_rate: '2e-4'"))
+    path.write_text(path.read_text().replace("learning_rate: 0.001", "learning_rate: '2e-4'"))
     done = space.stage("train")
     assert done.returncode == 1
     assert done.stderr.startswith("error: params.yaml: train.learning_rate is the text '2e-4'")
