@@ -72,15 +72,16 @@ def quantize(folder: Path, precision: str, seed: int = 0) -> Path:
     base = folder.with_name("base")
     if not base.exists():
         save(base, seed)
-    quantization = {
-        "nf4": BitsAndBytesConfig(
+    quantization = None
+    if precision == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    elif precision in ("nf4", "fp4"):
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=precision,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
-    }.get(precision)
+        )
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
     LlamaForCausalLM.from_pretrained(
         base, dtype=dtype, quantization_config=quantization, device_map={"": "cpu"}
@@ -88,22 +89,22 @@ def quantize(folder: Path, precision: str, seed: int = 0) -> Path:
     return folder
 
 
-def prepared(folder: Path, conversations: int = 24, held_out: int = 8) -> Path:
+def prepared(folder: Path, conversations: int = 24, held_out: int = 24) -> Path:
     """Write what `prepare` writes, in ChatML: small sums, so that there is something to learn."""
     folder.mkdir(parents=True)
     encode = tokenizer().encode
     for split, first, count in (("train", 0, conversations), ("eval", conversations, held_out)):
         rows = []
         for index in range(first, first + count):
-            answer = str(index % 10)
-            prompt = f"<|im_start|>user\nWhat is {index % 10}?<|im_end|>\n<|im_start|>assistant\n"
+            answer = str(index)
+            prompt = f"<|im_start|>user\nWhat is {index}?<|im_end|>\n<|im_start|>assistant\n"
             reply = f"It is {answer}.\n{answer}<|im_end|>"
             ids, mask = encode(prompt), encode(reply)
             rows.append(
                 {
                     "conversation_id": f"{index:064x}",
                     "messages": [
-                        {"role": "user", "content": f"What is {index % 10}?"},
+                        {"role": "user", "content": f"What is {index}?"},
                         {"role": "assistant", "content": f"It is {answer}.\n{answer}"},
                     ],
                     "text": f"{prompt}{reply}\n",

@@ -90,4 +90,4 @@ def test_an_evaluation_repeats_itself_to_the_byte(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert len(shown["answers"]) == 6
     assert figures["generated_rows"] == 4
-    assert figures["conversations"] == 8
+    assert figures["conversations"] == 24

@@ -47,7 +47,9 @@ def merge(folder: Path, onto: str = "quantized", dtype: str = "fp16") -> dict[st
     ("precision", "changes"),
     [
         ("nf4", {}),
+        ("fp4", {}),
         ("int8", {}),
+        ("fp16", {}),
         ("bf16", {"lora__rslora": True}),
         ("fp32", {"lora__dora": True}),
         ("nf4", {"lora__target_modules": ["q_proj", "down_proj"]}),
