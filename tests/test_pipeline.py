@@ -31,10 +31,10 @@ SMALL = {
 }
 
 
-def write_conversations(path: Path, count: int) -> None:
+def write_conversations(path: Path, count: int, first: int = 0) -> None:
     rows = [
         {"text": f"### Human: What is {i} plus 1?### Assistant: It is {i + 1}.\n{i + 1}"}
-        for i in range(count)
+        for i in range(first, first + count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -135,10 +135,16 @@ def test_a_parameter_reruns_what_depends_on_it(
 
 
 def test_other_conversations_leave_the_base_model_alone(change: Workspace) -> None:
-    write_conversations(change.root / "more.jsonl", 48)
-    change.set_params({"data.path": "more.jsonl"})
-    everything = set(declared())
-    assert ran(change) == everything - {"fetch_model", "quantize"}
+    write_conversations(change.root / "other.jsonl", 40, first=100)
+    change.set_params({"data.path": "other.jsonl"})
+    assert ran(change) == set(declared()) - {"fetch_model", "quantize"}
+
+
+def test_more_conversations_to_train_on_evaluate_no_base_again(change: Workspace) -> None:
+    # The added ones fall into the training split: what is held out goes by a hash of each.
+    write_conversations(change.root / "mine.jsonl", 48)
+    assert ran(change) == {"fetch_data", "prepare", "plan", "report"} | AFTER_TRAINING
+    write_conversations(change.root / "mine.jsonl", 40)
 
 
 def test_another_model_leaves_the_raw_data_alone(change: Workspace) -> None:
@@ -169,9 +175,18 @@ def test_a_source_file_marks_exactly_the_stages_that_import_it(space: Workspace)
         text = source.read_text()
         source.write_text(text + "# changed\n")
         with Repo(str(space.root)) as repo:
-            changed = set(repo.status())
+            changed = {address.rpartition(":")[2] for address in repo.status()}
         source.write_text(text)
         assert changed == {stage for stage, used in users.items() if name in used}, name
+
+
+def test_a_change_without_an_effect_stops_at_its_own_stage(space: Workspace) -> None:
+    source = space.root / "stages/merge/merging.py"
+    text = source.read_text()
+    source.write_text(text + "# changed\n")
+    assert ran(space) == {"merge"}
+    source.write_text(text)
+    assert ran(space) == set()
 
 
 def test_a_stage_that_fails_leaves_the_outs_of_earlier_ones(change: Workspace) -> None:
