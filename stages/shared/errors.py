@@ -13,6 +13,14 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A signal ended the work, and what was done is kept; the message says how to go on."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, signal)
+        self.message, self.signal = message, signal
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a stage's `main()`.
 
@@ -32,6 +40,9 @@ def run(main: Callable[[], None]) -> None:
             raise
         where = error.filename or "the disk"
         _exit_with(f"{where}: no room on the disk; free some space and run `dvc repro` again")
+    except Stopped as stopped:
+        print(f"stopped: {stopped.message}", file=sys.stderr)
+        sys.exit(128 + stopped.signal)  # as a shell reports a process that a signal ended
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

@@ -96,6 +96,13 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
         )
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """Give the files of a flat folder second names in `target`, which is made if need be."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        link_or_copy(path, target / path.name)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name; a copy where the file system has no links."""
     try:

@@ -24,6 +24,7 @@ class Machine(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="QLORA_", extra="ignore", frozen=True)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int | None = Field(default=None, ge=1)  # how many share a step; unset: all GPUs
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
     memory_budget: float | None = Field(default=None, gt=0)  # GiB

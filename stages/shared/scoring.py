@@ -44,10 +44,16 @@ def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
     return cross_entropy(logits, batch.targets, reduction="none")
 
 
-def batches(examples: Sequence[Example], device: torch.device, desc: str) -> Iterator[Packed]:
-    """The scorer's micro-batches, under a progress bar."""
-    with progress.bar(total=len(examples), desc=desc, unit="row") as bar:
-        for micro_batch in packing.split(examples, SCORING_TOKENS):
+def batches(
+    examples: Sequence[Example], device: torch.device, desc: str, share: slice = slice(None)
+) -> Iterator[Packed]:
+    """The scorer's micro-batches, or the share of one of several processes, under a progress bar.
+
+    The batches are the same, whoever computes them.
+    """
+    micro_batches = packing.split(examples, SCORING_TOKENS)[share]
+    with progress.bar(total=sum(map(len, micro_batches)), desc=desc, unit="row") as bar:
+        for micro_batch in micro_batches:
             yield packing.pack(micro_batch, device)
             bar.update(len(micro_batch))
 
@@ -59,6 +65,7 @@ def score(
     device: torch.device,
     dtype: torch.dtype,
     desc: str,
+    share: slice = slice(None),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum the negative log-likelihood of each conversation's supervised tokens.
 
@@ -68,15 +75,17 @@ def score(
         device: where the model is.
         dtype: what it computes in, see `models.compute_dtype`.
         desc: what the progress bar says.
+        share: of the micro-batches, where several processes score together and add up their sums.
 
     Returns:
-        The sums in nats, float64 [rows], and the number of supervised tokens, int64 [rows].
+        The sums in nats, float64 [rows], 0 for a row that is not in the share; and the number of
+        supervised tokens, int64 [rows].
     """
     sums = np.zeros(len(examples))
     was_training = model.training
     model.eval()
     try:
-        for batch in batches(examples, device, desc):
+        for batch in batches(examples, device, desc, share):
             with autocast(device, dtype):
                 losses = negative_log_likelihoods(model, batch)
             np.add.at(sums, batch.rows.cpu().numpy(), losses.double().cpu().numpy())

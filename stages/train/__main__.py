@@ -1,8 +1,9 @@
 """Train the adapter, or in full fine-tuning all weights, and keep the best evaluation.
 
 Reads:  data/prepared/train.parquet, data/prepared/eval.parquet, models/quantized
-Writes: models/adapter, reports/train.json, reports/train/loss.csv
+Writes: models/adapter, reports/train.json, reports/train/loss.csv, reports/environment.json
 Run:    python -m stages.train
+        Stopped or killed, it goes on from its last checkpoint when it is run again.
 """
 
 from pathlib import Path
@@ -11,23 +12,31 @@ from stages.shared import files, params
 from stages.shared.errors import run
 from stages.train.settings import Params
 
-PREPARED = Path("data/prepared")
-QUANTIZED = Path("models/quantized")
+INPUTS = {
+    "train": Path("data/prepared/train.parquet"),
+    "eval": Path("data/prepared/eval.parquet"),
+    "model": Path("models/quantized"),
+}
 ADAPTER = Path("models/adapter")
 METRICS = Path("reports/train.json")
 CURVE = Path("reports/train/loss.csv")
+ENVIRONMENT = Path("reports/environment.json")
 
 
 def main() -> None:
     """Read, train, write."""
     settings = params.load(Params, "train")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
-    from stages.train.training import train  # noqa: PLC0415
+    from stages.train.training import resumable, train  # noqa: PLC0415
 
-    with files.whole_folder(ADAPTER) as partial:
-        metrics, curve = train(settings, PREPARED, QUANTIZED, partial)
-    curve.write(CURVE)
-    files.write_json(METRICS, metrics)
+    with resumable(settings, INPUTS) as checkpoints:
+        outcome = train(settings, INPUTS, checkpoints)
+        with files.whole_folder(ADAPTER) as partial:
+            files.link_folder(checkpoints.best, partial)
+        outcome.curve.write(CURVE)
+        files.write_json(METRICS, outcome.metrics)
+        files.write_json(ENVIRONMENT, outcome.environment)
+        checkpoints.clear()
 
 
 if __name__ == "__main__":

@@ -1,45 +1,68 @@
-"""Which conversations make an optimizer step: `batch_size` of them, drawn by seed and epoch."""
+"""Which conversations make an optimizer step: `batch_size` of them, drawn by seed and epoch.
+
+All of it is a function of the step's number, so that a training that goes on from any step goes on
+with the conversations that would have been next.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
+import torch
 
-from stages.shared.examples import Example
+from stages.train.settings import Train
 
 
-class StepSampler(Sampler[list[int]]):
-    """The indices of the conversations in each step of an epoch; the last step may be short."""
+@dataclass(frozen=True)
+class Steps:
+    """The optimizer steps of a training, counted from 0.
 
-    def __init__(self, conversations: int, batch_size: int, seed: int) -> None:
-        self.conversations = conversations
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
+    Attributes:
+        conversations: in the training split.
+        batch_size: conversations a step; the last step of an epoch has what is left.
+        epochs: passes over the split, each in an order of its own.
+        max_steps: the most steps; None for as many as the epochs have.
+        seed: of the order, and of all that is random in a step.
+    """
 
-    def __len__(self) -> int:
+    conversations: int
+    batch_size: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+
+    @classmethod
+    def of(cls, train: Train, conversations: int) -> "Steps":
+        """The steps that the parameters ask for."""
+        return cls(conversations, train.batch_size, train.epochs, train.max_steps, train.seed)
+
+    @property
+    def per_epoch(self) -> int:
+        """How many steps an epoch has, its short last one included."""
         return math.ceil(self.conversations / self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.conversations)
-        for start in range(0, self.conversations, self.batch_size):
-            yield order[start : start + self.batch_size].tolist()
+    @property
+    def total(self) -> int:
+        """How many steps there are; `max_steps` only ever shortens a training."""
+        steps = self.epochs * self.per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    def drawn(self, step: int) -> list[int]:
+        """The rows of the training split that step `step` learns from."""
+        epoch, within = divmod(step, self.per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.conversations)
+        start = within * self.batch_size
+        return order[start : start + self.batch_size].tolist()
 
-class StepLoader(DataLoader):
-    """Yields one list of conversations an optimizer step: `list[Example]`."""
+    def epochs_after(self, done: int) -> float:
+        """How many epochs have passed after `done` steps."""
+        return done / self.per_epoch
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
-        self.steps = StepSampler(len(examples), batch_size, seed)
-        super().__init__(examples, batch_sampler=self.steps, collate_fn=list)  # type: ignore[arg-type]
+    def set_random_state(self, step: int, rank: int) -> None:
+        """Seed torch for one step of one process (dropout is all that draws).
 
-    def set_epoch(self, epoch: int) -> None:
-        """The Trainer says which epoch begins, counted from 0."""
-        self.steps.epoch = epoch
-
-
-def total_steps(conversations: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
-    """How many optimizer steps a training has; `max_steps` only ever shortens it."""
-    steps = epochs * math.ceil(conversations / batch_size)
-    return steps if max_steps is None else min(steps, max_steps)
+        A random state that is a function of the step need not be kept: a resumed training drops
+        what the uninterrupted one drops, whatever was drawn before.
+        """
+        drawn = np.random.SeedSequence([self.seed, step, rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))

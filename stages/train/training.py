@@ -1,70 +1,127 @@
-"""Load, train, and sum up what came of it."""
+"""Load, train or go on training, and sum up what came of it."""
 
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import transformers
+import torch
 
-from stages.shared import models
 from stages.shared.examples import read_examples
-from stages.train import computing, trainable
+from stages.shared.machine import device, machine, root
+from stages.train import computing, optimizers, processes, trainable
+from stages.train.checkpoints import Checkpoint, Checkpoints, claim
+from stages.train.computing import Computing
 from stages.train.curve import Curve
+from stages.train.environment import environment
+from stages.train.fingerprint import fingerprint
+from stages.train.loop import Data, Loop
+from stages.train.processes import Processes
 from stages.train.settings import Params
-from stages.train.trainer import StepTrainer
+
+Inputs = Mapping[str, Path]  # a file or folder by what it is: train, eval, model
 
 
-def train(settings: Params, data: Path, model_folder: Path, keep: Path) -> tuple[dict, Curve]:
-    """Train, and keep the weights of the best evaluation.
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a training: `reports/train.json`, the curve, and where it ran."""
+
+    metrics: dict[str, Any]
+    curve: Curve
+    environment: dict[str, Any]
+
+
+def resumable(settings: Params, inputs: Inputs) -> AbstractContextManager[Checkpoints]:
+    """The checkpoints of this training, which no other process writes while the block runs."""
+    name = fingerprint(settings, device().type, list(inputs.values()))
+    return claim(root(), name, machine().keep_checkpoints)
+
+
+def train(settings: Params, inputs: Inputs, checkpoints: Checkpoints) -> Outcome:
+    """Train to the end, from the last checkpoint if there is one; `checkpoints.best` is the result.
 
     Args:
         settings: the parameters.
-        data: holds train.parquet and eval.parquet.
-        model_folder: the (quantized) model to start from.
-        keep: an existing folder that the best adapter, or model, is written into.
+        inputs: `train` and `eval`, the conversations; `model`, the (quantized) weights.
+        checkpoints: of this very training, see `resumable`.
 
-    Returns:
-        The metrics for `reports/train.json`, and the loss curve.
+    Raises:
+        Stopped: a signal came; a checkpoint holds all that was done.
+        UserError: a parameter does not fit the model or the machine, or training diverged.
     """
-    how = computing.resolve()
-    examples = read_examples(data / "train.parquet")
-    held_out = read_examples(data / "eval.parquet")
-    transformers.set_seed(settings.train.seed)  # before the adapter's random matrices are drawn
+    how = computing.resolve(inputs["model"])
+    checkpoint = checkpoints.latest()
+    if checkpoint is not None:
+        how = how.as_noted(checkpoint.manifest["computing"])
+        print(f"going on from {checkpoint.folder}", file=sys.stderr)
+    return processes.run(
+        how.processes, how.device, _train, settings, inputs, how, checkpoints, checkpoint
+    )
+
+
+def _train(
+    among: Processes,
+    where: torch.device,
+    settings: Params,
+    inputs: Inputs,
+    how: Computing,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None,
+) -> Outcome:
+    """What each process does."""
+    how = replace(how, device=where)
+    torch.manual_seed(settings.train.seed)  # before the adapter's random matrices are drawn
     model = (
-        trainable.load_for_lora(model_folder, settings.lora, how.device)
+        trainable.load_for_lora(inputs["model"], settings.lora, where)
         if settings.train.method == "lora"
-        else trainable.load_for_full(model_folder, how.device)
+        else trainable.load_for_full(inputs["model"], where)
     )
     if how.gradient_checkpointing:
         model.config.use_cache = False
-    dtype = models.compute_dtype(model_folder, how.device)
-    trainer = StepTrainer(model, examples, held_out, settings.train, how, dtype, keep)
-    with trainer.progress:
-        trainer.train()
-        trainer.evaluate()  # the last step, unless it has been
-    return _metrics(trainer), trainer.curve
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
+    every = machine().checkpoint_steps
+    loop = Loop(model, data, settings.train, how, among, checkpoints, every)
+    if checkpoint is not None:
+        loop.load(checkpoint.state())
+    elif among.leads:
+        checkpoints.require_space(
+            learning_parameters(model), optimizers.STATE_BYTES[settings.train.optimizer]
+        )
+    loop.run()
+    return Outcome(_metrics(loop), loop.curve, environment(where))
 
 
-def _metrics(trainer: StepTrainer) -> dict[str, Any]:
-    weights = trainer.trained.parameters()
-    curve, how, step = trainer.curve, trainer.computing, trainer.state.global_step
-    steps_per_epoch = len(trainer.get_train_dataloader())
-    train_loss = curve.train_loss(curve.best_step, steps_per_epoch)
+def learning_parameters(model: torch.nn.Module) -> int:
+    """How many numbers training may change."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _metrics(loop: Loop) -> dict[str, Any]:
+    curve, how, size = loop.curve, loop.computing, loop.size
+    train_loss = curve.train_loss(curve.best_step, loop.steps.per_epoch)
     return {
-        "trainable_parameters": sum(p.numel() for p in weights if p.requires_grad),
-        "steps": step,
+        "trainable_parameters": learning_parameters(loop.model),
+        "steps": loop.done,
         "loss": train_loss,
         "eval_loss": curve.best_loss,
         "generalization_gap": None if train_loss is None else curve.best_loss - train_loss,
         "best_step": curve.best_step,
         "best_epoch": curve.rows[curve.best_step]["epoch"],
-        "stopped_early": step < trainer.args.max_steps,
+        "stopped_early": loop.done < loop.steps.total,
         "peak_memory_bytes": computing.peak_memory_bytes(how.device),
         "predicted_memory_bytes": None,
-        "tokens_per_second": round(trainer.tokens / trainer.seconds, 1),
-        "supervised_tokens_per_second": round(trainer.supervised_tokens / trainer.seconds, 1),
+        "tokens_per_second": round(size.tokens / loop.seconds, 1),
+        "supervised_tokens_per_second": round(size.supervised_tokens / loop.seconds, 1),
+        "padding_fraction": 1 - size.tokens / size.computed_tokens,
+        "packing_efficiency": round(size.tokens / size.capacity_tokens, 4),
         "device": how.device.type,
-        "optimizer": trainer.args.optim.value,
+        "devices": how.processes,
+        "optimizer": type(loop.optimizer).__name__,
         "micro_batch_tokens": how.micro_batch_tokens,
         "gradient_checkpointing": how.gradient_checkpointing,
-        "resumed_from_step": None,
+        "checkpoint_bytes": loop.checkpoints.newest_bytes(),
+        "resumed_from_step": loop.resumed_from,
     }

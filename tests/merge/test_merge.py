@@ -13,9 +13,8 @@ from stages.merge.settings import Merge
 from stages.shared import files, models
 from stages.shared.errors import UserError
 from stages.shared.examples import read_examples
-from stages.train.training import train
 from tests import tiny
-from tests.train.test_training import settings
+from tests.train.running import settings, train_on
 
 
 def trained(folder: Path, precision: str, **changes: Any) -> dict[str, Path]:
@@ -23,9 +22,7 @@ def trained(folder: Path, precision: str, **changes: Any) -> dict[str, Path]:
     data = tiny.prepared(folder / "prepared")
     quantized = tiny.quantize(folder / "quantized", precision)
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
-    adapter = folder / "adapter"
-    adapter.mkdir()
-    train(settings(**changes), data, quantized, adapter)
+    train_on(settings(**changes), data, quantized, folder / "adapter")
     (folder / "merged").mkdir()
     return {name: folder / name for name in ("prepared", "quantized", "base", "adapter", "merged")}
 

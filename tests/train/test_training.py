@@ -5,39 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from stages.shared import files, models, scoring
 from stages.shared.errors import UserError
 from stages.shared.examples import read_examples
-from stages.train.settings import Params
-from stages.train.training import train
 from tests import tiny
+from tests.train.running import run
 
 CPU = torch.device("cpu")
-DEFAULTS = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
-
-
-def settings(**changes: Any) -> Params:
-    values = {s: dict(DEFAULTS[s]) for s in ("lora", "train")}
-    values["lora"].update(r=4)
-    values["train"].update(batch_size=4, epochs=2, learning_rate=5e-3)
-    for dotted, value in changes.items():
-        section, key = dotted.split("__")
-        values[section][key] = value
-    return Params.model_validate(values)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.prepared(tmp_path_factory.mktemp("data") / "prepared")
-
-
-def run(tmp_path: Path, data: Path, precision: str, **changes: Any) -> tuple[dict, Any, Path]:
-    base = tiny.quantize(tmp_path / "quantized", precision)
-    keep = tmp_path / "adapter"
-    keep.mkdir()
-    return *train(settings(**changes), data, base, keep), keep
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8", "bf16", "fp16", "fp32"])

@@ -1,0 +1,187 @@
+"""Resume state: written whole or not at all, and read only where every byte is what was written.
+
+    .checkpoints/<fingerprint>.lock        held by the one training that may write there
+    .checkpoints/<fingerprint>/best/       the best weights so far, as they will be kept
+    .checkpoints/<fingerprint>/step-000025/state.pt        weights, optimizer, schedule, curve
+    .checkpoints/<fingerprint>/step-000025/best/           hard links to the best of that time
+    .checkpoints/<fingerprint>/step-000025/manifest.json   SHA-256 of each file, written last
+
+It lies outside DVC's outs, which DVC deletes before it runs a stage.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from stages.shared import files
+from stages.shared.errors import UserError
+
+FOLDER = ".checkpoints"
+STATE, BEST, MANIFEST = "state.pt", "best", "manifest.json"
+
+
+@contextmanager
+def claim(root: Path, fingerprint: str, keep: int) -> Iterator["Checkpoints"]:
+    """The checkpoints of one training, which nobody else writes while the block runs.
+
+    Args:
+        root: the repository; in DVC's temporary workspaces the one that they were made from.
+        fingerprint: names the training.
+        keep: how many checkpoints are kept.
+
+    Raises:
+        UserError: another process trains the very same.
+    """
+    folder = root / FOLDER / fingerprint
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder}: another process is training with the same parameters, data and code; "
+            "expected one at a time; wait for it, or stop it and run `dvc repro` again"
+        ) from None
+    try:
+        yield Checkpoints(folder, keep)
+    finally:
+        if not folder.exists():
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that has been found whole."""
+
+    folder: Path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Its `step`, its `computing`, and the hashes of its files."""
+        return files.read_json(self.folder / MANIFEST)
+
+    def state(self) -> dict[str, Any]:
+        """What `Checkpoints.write` was given; tensors are on the CPU."""
+        return torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+
+
+class Checkpoints:
+    """The resume state of one training."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def best(self) -> Path:
+        """The folder of the best weights so far; replaced whole, never written into."""
+        return self.folder / BEST
+
+    def require_space(self, learning: int, state_bytes: float) -> None:
+        """Refuse before the first step where they would not fit.
+
+        Args:
+            learning: trainable parameters, kept as fp32.
+            state_bytes: of the optimizer, a trainable parameter.
+
+        Raises:
+            UserError: less is free than they need.
+        """
+        one, best = int(learning * (4 + state_bytes)), 4 * learning
+        files.require_space(
+            self.folder,
+            (self.keep + 1) * one + 2 * best,
+            f"the resume state ({self.keep} checkpoints of {one / 1e9:.2f} GB, the best weights, and "
+            "one more of each while it is written; QLORA_KEEP_CHECKPOINTS sets how many)",
+        )
+
+    def write(self, step: int, state: dict[str, Any], computing: dict[str, Any]) -> None:
+        """Write what is needed to go on after `step` steps, then drop the oldest.
+
+        Args:
+            step: optimizer steps that are done.
+            state: tensors and plain values, for `Checkpoint.state`.
+            computing: how steps are computed, to be read before any weight is.
+        """
+        target = self.folder / f"step-{step:06d}"
+        with files.whole_folder(target) as partial:
+            torch.save(state, partial / STATE)
+            files.link_folder(self.best, partial / BEST)
+            contents = {p.relative_to(partial).as_posix(): p for p in _files(partial)}
+            for path in contents.values():
+                _flush(path)
+            hashes = {name: files.sha256(path) for name, path in contents.items()}
+            files.write_json(
+                partial / MANIFEST, {"step": step, "computing": computing, "files": hashes}
+            )
+            _flush(partial / MANIFEST)
+        _flush(self.folder)
+        for old in self._written()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def newest_bytes(self) -> int:
+        """The size of the newest checkpoint, in bytes; 0 if there is none."""
+        return sum(map(files.folder_bytes, self._written()[-1:]))
+
+    def latest(self) -> Checkpoint | None:
+        """The newest one that is whole, its best weights put back; None to begin anew.
+
+        One that is cut short or altered is told of on stderr and removed.
+        """
+        for folder in reversed(self._written()):
+            fault = _fault(folder)
+            if fault is None:
+                with files.whole_folder(self.best) as partial:
+                    files.link_folder(folder / BEST, partial)
+                return Checkpoint(folder)
+            print(f"warning: {folder}: {fault}; passed over", file=sys.stderr)
+            shutil.rmtree(folder)
+        self.clear()
+        return None
+
+    def clear(self) -> None:
+        """Remove everything: the training has succeeded."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _written(self) -> list[Path]:
+        """The checkpoints in order of their steps; what was not finished is not among them."""
+        return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".partial")
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    try:
+        expected = dict(Checkpoint(folder).manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    found = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
+    found.pop(MANIFEST)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if expected.get(name) != files.sha256(found[name]):
+            return f"{name} is not what was written"
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold it before anything relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot flush a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

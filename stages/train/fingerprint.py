@@ -1,0 +1,52 @@
+"""What a training can be told by: everything that shapes it, in one short name.
+
+Resume state is found by this name alone, so that another rank, data set, model, code or version
+never goes on from it.
+"""
+
+import hashlib
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import stages.train
+from stages.shared import files
+from stages.train.settings import Params
+
+# Libraries that compute or draw; another version may round or draw otherwise.
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that shape a result."""
+    return {"python": platform.python_version()} | {n: metadata.version(n) for n in LIBRARIES}
+
+
+def code_sha256() -> str:
+    """One hash over the source files of this stage and of all that stages share."""
+    room = Path(next(iter(stages.train.__path__)))
+    sources = sorted([*room.rglob("*.py"), *(room.parent / "shared").rglob("*.py")])
+    named = [(path.relative_to(room.parent).as_posix(), files.sha256(path)) for path in sources]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def fingerprint(settings: Params, device: str, inputs: list[Path]) -> str:
+    """Name a training.
+
+    Args:
+        settings: the parameters.
+        device: `cpu` or `cuda`; their optimizers keep different states.
+        inputs: the files and folders that it reads.
+
+    Returns:
+        16 hex digits.
+    """
+    shape = {
+        "settings": settings.model_dump(),
+        "device": device,
+        "inputs": [files.folder_sha256(p) if p.is_dir() else files.sha256(p) for p in inputs],
+        "code": code_sha256(),
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,92 @@
+"""The gradient of one optimizer step, which does not depend on how the step was divided."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stages.shared import packing, scoring
+from stages.shared.examples import Example
+from stages.shared.precision import autocast
+from stages.train.computing import Computing
+from stages.train.processes import Processes
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What was computed on for a step, over all processes.
+
+    Attributes:
+        tokens: of the conversations.
+        supervised_tokens: those that are learnt.
+        computed_tokens: positions that went through the model, padding included if there were any.
+        capacity_tokens: what its micro-batches could have held.
+    """
+
+    tokens: int = 0
+    supervised_tokens: int = 0
+    computed_tokens: int = 0
+    capacity_tokens: int = 0
+
+    def __add__(self, other: "StepSize") -> "StepSize":
+        return StepSize(
+            self.tokens + other.tokens,
+            self.supervised_tokens + other.supervised_tokens,
+            self.computed_tokens + other.computed_tokens,
+            self.capacity_tokens + other.capacity_tokens,
+        )
+
+
+def accumulate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    computing: Computing,
+    processes: Processes,
+    scaler: torch.amp.GradScaler,
+) -> tuple[float, StepSize]:
+    """Add the gradient of a step's mean loss to the parameters' `grad`.
+
+    The loss is the sum of -log p over the supervised tokens of the step's conversations, divided by
+    their number: a conversation weighs what it has to teach, whichever micro-batch or process it
+    fell to. Every process ends with the whole step's gradient and loss.
+
+    Args:
+        model: in training mode; parameters that are not to learn need no gradient.
+        examples: the conversations of the step.
+        computing: the most tokens of a micro-batch, and what products run in.
+        processes: among which the micro-batches are divided.
+        scaler: of the loss, for fp16 on a GPU; disabled anywhere else.
+
+    Returns:
+        The loss in nats a supervised token, and what was computed on.
+    """
+    tokens = sum(map(len, examples))
+    supervised = sum(example.supervised_tokens for example in examples)
+    limit = computing.micro_batch_tokens
+    if processes.size > 1:  # a step that would fit into one micro-batch occupies every process
+        limit = min(limit, -(-tokens // processes.size))
+    summed = torch.zeros(3, dtype=torch.float64, device=computing.device)
+    for micro_batch in packing.split(examples, limit)[processes.share]:
+        batch = packing.pack(micro_batch, computing.device)
+        with autocast(computing.device, computing.dtype):
+            losses = scoring.negative_log_likelihoods(model, batch)
+        loss = losses.sum() / supervised
+        scaler.scale(loss).backward()
+        computed = batch.input_ids.numel()
+        summed[0] += loss.detach()
+        summed[1:] += torch.tensor([computed, max(limit, computed)], device=computing.device)
+    processes.add_up([summed])
+    _share_gradients(model, processes)
+    loss, computed, capacity = summed.tolist()
+    return loss, StepSize(tokens, supervised, int(computed), int(capacity))
+
+
+def _share_gradients(model: nn.Module, processes: Processes) -> None:
+    if processes.size == 1:
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learning:
+        if parameter.grad is None:  # a short step may have left this process without work
+            parameter.grad = torch.zeros_like(parameter)
+    processes.add_up([p.grad for p in learning if p.grad is not None])

@@ -1,0 +1,54 @@
+"""SIGTERM (a machine that is taken away) and Ctrl-C: heard, and acted on where nothing is lost."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class Interrupted(Exception):
+    """Raised out of a computation that can be repeated."""
+
+
+class Interruption:
+    """While entered, a first signal is noted in `heard`; a second Ctrl-C stops at once.
+
+    Python hands signals to the main thread, so it is entered there.
+    """
+
+    heard: signal.Signals | None = None
+    _repeatable = False
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.heard is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.heard = signal.Signals(number)
+        if self._repeatable:
+            raise Interrupted
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Around work that changes nothing that is kept: a signal ends it with `Interrupted`."""
+        self._repeatable = True
+        try:
+            if self.heard is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._repeatable = False
