@@ -1,8 +1,12 @@
 """One standalone model from an adapter and the weights it was trained on."""
 
+import warnings
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import AutoConfig
 
 from stages.shared import files, models, vocabulary
@@ -26,7 +30,11 @@ def merge_adapter(adapter: Path, onto: Path, folder: Path, dtype: torch.dtype) -
         UserError: a weight is too large for `dtype`.
     """
     tuned = models.attach(models.load_dequantized(onto), adapter)
-    merged = tuned.merge_and_unload().to(dtype)
+    part_adapted_ends(tuned)
+    with warnings.catch_warnings():
+        # That embedding and head are tied no more is meant, where only one of them was trained.
+        warnings.filterwarnings("ignore", ".*tie")
+        merged = tuned.merge_and_unload().to(dtype)
     for name, weight in merged.named_parameters():
         if not weight.isfinite().all():
             raise UserError(
@@ -36,6 +44,20 @@ def merge_adapter(adapter: Path, onto: Path, folder: Path, dtype: torch.dtype) -
     merged.save_pretrained(folder)
 
 
+def part_adapted_ends(tuned: PeftModel) -> None:
+    """Give embedding and head a matrix each, where they share one that an adapter changes.
+
+    The adapter was trained on one end alone (or one on each): merged into the shared matrix it
+    would change both. A full copy (`modules_to_save`) is a matrix of its own already; where both
+    ends were trained in full they are one copy, and stay tied.
+    """
+    ends = (tuned.get_input_embeddings(), tuned.get_output_embeddings())
+    adapted = [end for end in ends if isinstance(end, LoraLayer)]
+    if adapted and ends[0].weight is ends[1].weight:
+        layer = adapted[0].get_base_layer()
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
 def link_model(tuned: Path, folder: Path) -> None:
     """A fully tuned model is already standalone: give its files a second name."""
     for source in sorted(tuned.iterdir()):
@@ -43,15 +65,25 @@ def link_model(tuned: Path, folder: Path) -> None:
 
 
 def refuse_original(tuned: Path, onto: str) -> None:
-    """A full fine-tune changed every weight: there is no adapter to put on the original ones.
+    """Some of what is trained fits no other weights than those it was trained on.
+
+    A full fine-tune changed every weight: there is no adapter. An adapter that began as LoftQ holds
+    what quantization lost, which the original weights have already.
 
     Raises:
-        UserError: `merge.onto` is `original` after a full fine-tune.
+        UserError: `merge.onto` is `original` after one of them.
     """
-    if onto == "original" and not models.is_adapter(tuned):
+    if onto != "original":
+        return
+    reason = None
+    if not models.is_adapter(tuned):
+        reason = "train.method full leaves a whole model and no adapter"
+    elif files.read_json(tuned / "adapter_config.json").get("loftq_config"):
+        reason = "with lora.init loftq the adapter holds what quantization lost, and they lost none"
+    if reason:
         raise UserError(
-            "params.yaml: merge.onto is 'original'; train.method full leaves a whole model and no "
-            "adapter; expected 'quantized'; set merge.onto to quantized"
+            f"params.yaml: merge.onto is 'original'; {reason}; expected 'quantized'; "
+            "set merge.onto to quantized"
         )
 
 

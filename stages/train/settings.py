@@ -1,8 +1,9 @@
 """The parameters of training, and the combinations that make no sense."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.shared.params import Section
 
@@ -19,9 +20,23 @@ class Lora(Section):
     target_modules: str | list[str]
     modules_to_save: list[str] | None
     bias: Literal["none", "all", "lora_only"]
-    init: Literal["default"]
+    init: Literal["default", "pissa", "olora", "loftq"]
     rslora: bool
     dora: bool
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_or_a_pattern(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("all-linear, a pattern, or a list of names that is not empty")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(
+                    f"all-linear, a list of names, or a regular expression ({error})"
+                ) from None
+        return value
 
 
 class Train(Section):

@@ -1,59 +1,121 @@
 """What is trained: an adapter on frozen weights, or all weights; and how it is saved."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, PreTrainedModel
 
 from stages.shared import files, models
 from stages.shared.errors import UserError
+from stages.train import initialisation, masters
+from stages.train.anchored import ordinary_state
+from stages.train.masters import as_saved
 from stages.train.settings import Lora
 
 
-def load_for_lora(folder: Path, lora: Lora, device: torch.device) -> PeftModel:
+def load_for_lora(
+    folder: Path, lora: Lora, device: torch.device, original: Path | None = None
+) -> PeftModel:
     """Put a fresh adapter (fp32) on the frozen model.
 
+    Args:
+        folder: the (quantized) model.
+        lora: the parameters.
+        device: where it goes.
+        original: the weights before they were quantized, which `lora.init` loftq reads.
+
     Raises:
-        UserError: `lora.target_modules` or `lora.modules_to_save` match nothing.
+        UserError: `lora` does not fit the model.
     """
+    initialisation.refuse_needless(folder, lora)
+    base = models.load_model(folder, device)
+    saved = lora.modules_to_save or []
+    rank, alpha = initialisation.rank_and_alpha(lora)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
+        r=rank,
+        lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         modules_to_save=lora.modules_to_save,
+        ensure_weight_tying=_names_both_of_a_tie(base, saved),
         bias=lora.bias,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         base_model_name_or_path=folder.as_posix(),
     )
-    base = models.load_model(folder, device)
+    _refuse_quantized_copies(base, saved)
     linear = sorted(
         {n.rpartition(".")[2] for n, m in base.named_modules() if hasattr(m, "in_features")}
     )
     try:
-        model = get_peft_model(base, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # see merging.py
+            model = get_peft_model(base, config)
     except ValueError as error:
         raise UserError(
             f"params.yaml: lora.target_modules is {lora.target_modules!r}, which does not fit this "
             f"model ({error}); expected all-linear, or names or a pattern of {', '.join(linear)}"
         ) from None
-    missing = [m for m in lora.modules_to_save or [] if not _saves(model, m)]
-    if missing:
-        raise UserError(
-            f"params.yaml: lora.modules_to_save names {missing[0]!r}, which this model does not "
-            f"have; expected names of its modules, such as lm_head or embed_tokens"
-        )
+    _refuse_missing(model, lora)
+    _refuse_useless_bias(model, lora)
+    initialisation.initialise(model, lora, original)
+    masters.widen(model)
     return model
 
 
-def _saves(model: PeftModel, module: str) -> bool:
-    return any(f"{module}.modules_to_save" in name for name, _ in model.named_parameters())
+def _names_both_of_a_tie(base: PreTrainedModel, saved: Sequence[str]) -> bool:
+    """Whether embedding and head are one matrix and both are to be trained: then they stay one.
+
+    Where only one is named, it gets a matrix of its own, and the merged model is not tied any more.
+    """
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if ends[1] is None or ends[0].weight is not ends[1].weight:
+        return False
+    names = [name for name, module in base.named_modules() if module in ends]
+    return all(any(name.endswith(end) for end in saved) for name in names)
+
+
+def _refuse_quantized_copies(base: PreTrainedModel, saved: Sequence[str]) -> None:
+    for name in models.quantized_layers(base):
+        for end in saved:
+            if name.endswith(end):
+                raise UserError(
+                    f"params.yaml: lora.modules_to_save names {end!r}, but the weights of {name} "
+                    "are quantized and have no gradient; expected dense modules, such as lm_head "
+                    "or embed_tokens; leave it to the adapter, or set quantize.precision to bf16"
+                )
+
+
+def _refuse_missing(model: PeftModel, lora: Lora) -> None:
+    """Peft takes a list as long as one of its names is there; the others it passes over."""
+    copies = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    names = lora.target_modules if isinstance(lora.target_modules, list) else []
+    for key, ends, found in (
+        ("target_modules", names, model.base_model.targeted_module_names),
+        ("modules_to_save", lora.modules_to_save or [], copies),
+    ):
+        for end in ends:
+            if not any(f".{name}".endswith(f".{end}") for name in found):
+                raise UserError(
+                    f"params.yaml: lora.{key} names {end!r}, which this model does not have; "
+                    "expected names of its modules, such as q_proj, lm_head or embed_tokens"
+                )
+
+
+def _refuse_useless_bias(model: PeftModel, lora: Lora) -> None:
+    biases = [n for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad]
+    if lora.bias != "none" and not biases:
+        where = "this model" if lora.bias == "all" else "any layer that lora.target_modules names"
+        raise UserError(
+            f"params.yaml: lora.bias is {lora.bias!r}, but there is no bias in {where}; expected "
+            "'none'; set it to none"
+        )
 
 
 def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -78,30 +140,12 @@ def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
     return model.requires_grad_(True)
 
 
-@contextmanager
-def as_saved(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[None]:
-    """Give a fully tuned model the weights that its file will hold, and the masters back after.
-
-    What is evaluated is then exactly what is kept. An adapter is saved as it is, in fp32.
-    """
-    if isinstance(model, PeftModel) or dtype == torch.float32:
-        yield
-        return
-    masters = {name: p.data for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
-    try:
-        yield
-    finally:
-        for name, p in model.named_parameters():
-            p.data = masters[name]
-
-
 def save(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype) -> None:
     """Write the adapter, or the standalone model in `dtype`: the same weights, the same bytes."""
     with as_saved(model, dtype):
         if isinstance(model, PeftModel):
-            model.save_pretrained(str(folder), save_embedding_layers=False)
+            state = ordinary_state(model)
+            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
             _settle_config(folder / "adapter_config.json")
             (folder / "README.md").unlink(missing_ok=True)
         else:
