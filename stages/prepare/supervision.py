@@ -60,7 +60,9 @@ class Supervisor:
         self._train_on = train_on
         self._max_length = max_length
         control = sorted(vocabulary.control_tokens(tokenizer))
-        self._control_ids = tokenizer.convert_tokens_to_ids(control)
+        # Looked up by token: on the few tokens of a row, a search costs ten times that.
+        self._is_control = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)
+        self._is_control[tokenizer.convert_tokens_to_ids(control)] = True
 
     def supervise(self, batch: list[list[Message]]) -> list[Supervised | Unusable]:
         """Of each conversation what is trained on, or why it cannot be."""
@@ -119,7 +121,7 @@ class Supervisor:
         if not mask.any():
             return Unusable(f"no supervised token within prepare.max_length = {self._max_length}")
         whole = len(one.messages) == messages
-        learnt = mask & ~np.isin(ids, self._control_ids)
+        learnt = mask & ~self._is_control[ids]
         return Supervised(
             messages=one.messages,
             text=one.rendered.text[: ends.max()] if cut else one.rendered.text,
@@ -153,6 +155,8 @@ def _tokens_until(encoded: Encoded, character: int) -> int:
 
 def _bytes(text: str, starts: np.ndarray, ends: np.ndarray, learnt: np.ndarray) -> int:
     """UTF-8 bytes of the characters that some tokens stand for."""
-    edges = np.flatnonzero(np.diff(learnt, prepend=False, append=False))
+    around = np.zeros(len(learnt) + 2, dtype=bool)
+    around[1:-1] = learnt
+    edges = np.flatnonzero(around[1:] != around[:-1])
     runs = zip(edges[::2], edges[1::2], strict=True)
     return sum(len(text[starts[first] : ends[last - 1]].encode()) for first, last in runs)
