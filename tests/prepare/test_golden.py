@@ -15,7 +15,7 @@ from tests.prepare.golden import Case
 from tests.prepare.helpers import Stage
 
 OWN = (
-    "<|endoftext|>{% if messages[0]['role'] != 'system' %}<|im_start|>system\nthe<|im_end|>"
+    "<|endoftext|>{% if messages[0]['role'] != 'system' %}<|im_start|>system\nfor<|im_end|>"
     "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
