@@ -95,7 +95,7 @@ class Reader:
             pattern: of `PATTERNS`.
         """
         pieces = [self._bytes[token] for token in one.input_ids.tolist()]
-        owner = [token for token, piece in enumerate(pieces) for _ in piece]
+        owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces]).tolist()
         stream, turns, at = b"".join(pieces), list[Turn](), self._added_space(one)
         while at < len(stream):
             end = stream.find(b"\xff", at)
