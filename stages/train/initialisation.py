@@ -46,7 +46,7 @@ def rank_and_alpha(lora: Lora) -> tuple[int, float]:
     return 2 * lora.r, lora.alpha * (sqrt(2) if lora.rslora else 2)
 
 
-def refuse_needless(folder: Path, lora: Lora) -> None:
+def refuse_dense(folder: Path, lora: Lora) -> None:
     """LoftQ makes up for quantization: without it there is nothing to start from.
 
     Raises:

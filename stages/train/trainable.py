@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, PreTrainedModel
@@ -32,8 +33,9 @@ def load_for_lora(
     Raises:
         UserError: `lora` does not fit the model.
     """
-    initialisation.refuse_needless(folder, lora)
+    initialisation.refuse_dense(folder, lora)
     base = models.load_model(folder, device)
+    _refuse_dora_on_int8(base, lora, device)
     saved = lora.modules_to_save or []
     rank, alpha = initialisation.rank_and_alpha(lora)
     config = LoraConfig(
@@ -79,6 +81,16 @@ def _names_both_of_a_tie(base: PreTrainedModel, saved: Sequence[str]) -> bool:
         return False
     names = [name for name, module in base.named_modules() if module in ends]
     return all(any(name.endswith(end) for end in saved) for name in names)
+
+
+def _refuse_dora_on_int8(base: PreTrainedModel, lora: Lora, device: torch.device) -> None:
+    int8 = any(isinstance(m, Linear8bitLt) for m in models.quantized_layers(base).values())
+    if lora.dora and int8 and device.type == "cpu":
+        raise UserError(
+            "params.yaml: lora.dora is true on int8 weights, whose scales peft loses on a CPU at "
+            "the first step; expected other weights or a GPU; set lora.dora to false, or "
+            "quantize.precision to nf4"
+        )
 
 
 def _refuse_quantized_copies(base: PreTrainedModel, saved: Sequence[str]) -> None:
