@@ -63,6 +63,7 @@ class Supervisor:
         # Looked up by token: on the few tokens of a row, a search costs ten times that.
         self._is_control = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)
         self._is_control[tokenizer.convert_tokens_to_ids(control)] = True
+        self._unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
 
     def supervise(self, batch: list[list[Message]]) -> list[Supervised | Unusable]:
         """Of each conversation what is trained on, or why it cannot be."""
@@ -106,13 +107,14 @@ class Supervisor:
 
     def _mask(self, one: _Tokenized, messages: int) -> Supervised | Unusable:
         """Cut at `max_length` what is still too long, and mark what is learnt."""
+        text = one.rendered.text
         ids = one.encoded.input_ids[: self._max_length]
         starts, ends = one.encoded.starts[: len(ids)], one.encoded.ends[: len(ids)]
         cut = len(ids) < len(one.encoded.input_ids)
         spans = {
             "assistant": one.rendered.replies,
             "last": one.rendered.replies[-1:],
-            "all": ((0, len(one.rendered.text)),),
+            "all": ((0, len(text)),),
         }[self._train_on]
         mask = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
@@ -121,13 +123,15 @@ class Supervisor:
         if not mask.any():
             return Unusable(f"no supervised token within prepare.max_length = {self._max_length}")
         whole = len(one.messages) == messages
-        learnt = mask & ~self._is_control[ids]
+        control = self._is_control[ids]
+        for at in np.flatnonzero(ids == self._unknown):  # it may stand for a message's characters
+            control[at] = text[starts[at] : ends[at]] == self._tokenizer.unk_token
         return Supervised(
             messages=one.messages,
-            text=one.rendered.text[: ends.max()] if cut else one.rendered.text,
+            text=text[: ends.max()] if cut else text,
             input_ids=ids,
             loss_mask=mask,
-            text_bytes=_bytes(one.rendered.text, starts, ends, learnt),
+            text_bytes=_bytes(text, starts, ends, mask & ~control),
             truncated=cut or not whole,
             answered=whole and _tokens_until(one.encoded, one.rendered.replies[-1][1]) <= len(ids),
         )

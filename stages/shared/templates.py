@@ -87,7 +87,8 @@ class Template:
         """Why a conversation cannot be told from its rendering: a marker inside a message."""
         for message in messages:
             for marker in self.markers:
-                if marker in message["content"]:
+                # Also one that a message begins and the marker after it completes: "=" before "==".
+                if marker in (message["content"] + marker)[:-1]:
                     return (
                         f"a message holds {marker!r}, which is how prepare.template "
                         f"{self.name!r} marks a turn"
@@ -124,9 +125,14 @@ class Template:
         """Render placeholders, and find out where each reply begins and ends.
 
         Raises:
+            Unusable: two messages cannot be told from one.
             UserError: a reply cannot be told from its prompt, or no control token ends it.
         """
         literals = self._literals(roles, prompt)
+        if not all(text.strip() for text in literals[1:-1]):
+            raise Unusable(
+                "the model's own chat template puts nothing but white space between two messages"
+            )
         leads, tails = {}, {}
         for i in (i for i, role in enumerate(roles) if role == "assistant"):
             asked = self._literals(roles[:i], True)
@@ -136,7 +142,12 @@ class Template:
             end = re.match(rf"\s*(?:{self._control.pattern})", literals[i + 1])
             if end is None:
                 raise self._unfit("puts no end token after a reply")
-            leads[i], tails[i] = len(literals[i]) - len(asked[-1]), end.end()
+            lead = literals[i][len(asked[-1]) :]
+            if lead.strip() and asked == self._literals(roles[:i], False):
+                raise self._unfit(
+                    f"has no generation prompt: the model itself would write {lead!r}"
+                )
+            leads[i], tails[i] = len(lead), end.end()
         return _Skeleton(literals, leads, tails)
 
     def _render_literals(self, roles: tuple[Role, ...], prompt: bool) -> tuple[str, ...]:

@@ -12,10 +12,6 @@ from tests import tiny, vocabularies
 from tests.conversations import FORGED, PLAIN, assistant, user
 
 TINY = tiny.tokenizer()
-TINY.chat_template = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def supervise(
@@ -69,6 +65,16 @@ def test_bytes_are_those_of_the_learnt_text(
 ) -> None:
     found = accepted(supervise(PLAIN[name], template, train_on))
     assert found.text_bytes == len(text.encode())
+
+
+def test_bytes_of_characters_that_the_vocabulary_lacks() -> None:
+    tokenizer = vocabularies.spaced()
+    found = accepted(supervise([user("two"), assistant("four 😀é")], "llama2", tokenizer=tokenizer))
+    tokens = tokenizer.convert_ids_to_tokens(found.input_ids[found.loss_mask].tolist())
+    assert tokens == ["[/INST]▁", "four", "▁", "<unk>", "<unk>", "▁", "</s>"]
+    assert found.text_bytes == len("[/INST] four 😀é ".encode())
+    spelt = accepted(supervise([user("two"), assistant("<unk>")], "llama2", tokenizer=tokenizer))
+    assert spelt.text_bytes == len("[/INST] <unk> ")
 
 
 def test_a_long_conversation_is_cut_between_turns() -> None:
@@ -131,16 +137,9 @@ def test_a_markers_own_text_in_a_message_is_told() -> None:
 
 
 @pytest.mark.parametrize("messages", PLAIN.values(), ids=PLAIN)
-def test_what_guanaco_renders_reads_back_as_it_was(messages: list[Message]) -> None:
+def test_what_guanaco_renders_is_guanacos_form(messages: list[Message]) -> None:
     found = accepted(supervise(messages, "guanaco"))
     assert guanaco.parse(found.text.replace("<|im_end|>", "")) == messages
-
-
-@pytest.mark.parametrize("messages", PLAIN.values(), ids=PLAIN)
-def test_what_chatml_renders_reads_back_as_it_was(messages: list[Message]) -> None:
-    turns = accepted(supervise(messages, "chatml")).text.split("<|im_start|>")[1:]
-    read = [turn.removesuffix("<|im_end|>\n").split("\n", 1) for turn in turns]
-    assert [{"role": role, "content": content} for role, content in read] == messages
 
 
 def test_a_batch_keeps_its_order() -> None:

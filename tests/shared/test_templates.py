@@ -23,6 +23,7 @@ LLAMA2_OWN = (
     "[/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 EXCHANGE = PLAIN["one exchange"]
+TINY = tiny.tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,8 @@ def test_markers_of_the_models_own_template_are_found() -> None:
         (OWN.replace("{{ m['content'] }}", "hello"), "leaves a message out"),
         (OWN + "{{ raise_exception('no chat') }}", "refuses it: no chat"),
         ("{{ strftime_now('%Y') }}" + OWN, "prints today's date"),
+        (OWN.partition("{% if add")[0], "has no generation prompt: .* '<|im_start|>assistant"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "nothing but white space"),
     ],
 )
 def test_a_template_that_cannot_be_trained_on_is_refused(
@@ -157,6 +160,40 @@ def test_a_template_that_cannot_be_trained_on_is_refused(
     with pytest.raises(UserError, match=reason) as error:
         templates.make("tokenizer", with_template(chat_template))
     assert str(error.value).startswith("params.yaml: prepare.template is 'tokenizer'")
+
+
+def test_a_template_needs_no_generation_prompt_where_nothing_stands_before_a_reply() -> None:
+    bare = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    rendered = templates.make("tokenizer", with_template(bare)).render(EXCHANGE)
+    assert [rendered.text[a:b] for a, b in rendered.replies] == ["four<|im_end|>"]
+
+
+def test_a_system_message_that_runs_into_the_question_is_refused() -> None:
+    runs_on = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set first, turns = messages[0]['content'] + '\n\n', messages[1:] %}"
+        "{% else %}{% set first, turns = '', messages %}{% endif %}"
+    )
+    begun = "{{ (first if loop.first else '') + m['content'] }}"
+    turns = OWN.replace("in messages", "in turns").replace("{{ m['content'] }}", begun)
+    template = templates.make("tokenizer", with_template(runs_on + turns))
+    assert template.render(EXCHANGE).text == templates.make("chatml", TINY).render(EXCHANGE).text
+    with pytest.raises(Unusable, match="nothing but white space between two messages"):
+        template.render([system("S"), *EXCHANGE])
+
+
+def test_a_marker_that_a_message_begins_is_told() -> None:
+    template = templates.make(
+        "tokenizer",
+        with_template(
+            "{% for m in messages %}{{ m['content'] }}"
+            "{{ '==' if m['role'] == 'user' else '<|im_end|>' }}{% endfor %}"
+        ),
+    )
+    assert template.markers == ("==",)
+    assert template.problem_with([user("=two"), assistant("=four")]) is None
+    for content in ("two == four", "two="):  # of `two===four` nobody knows which are the marker
+        assert "holds '=='" in str(template.problem_with([user(content), assistant("is")]))
 
 
 def test_a_template_that_takes_a_date_is_given_the_same_every_day() -> None:
