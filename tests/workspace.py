@@ -36,16 +36,20 @@ class Workspace:
         self, *command: str | Path, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a command at the root, with this Python first on the PATH; output is captured."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        clean = {k: v for k, v in os.environ.items() if k not in ("DVC_ROOT", "HF_HUB_OFFLINE")}
         return subprocess.run(
             command,
             cwd=self.root,
-            env={**clean, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
+            env=self.environment(env),
             capture_output=True,
             text=True,
             check=False,
         )
+
+    def environment(self, changes: dict[str, str] | None = None) -> dict[str, str]:
+        """What a command runs with: nothing of a DVC around the tests."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        clean = {k: v for k, v in os.environ.items() if k not in ("DVC_ROOT", "HF_HUB_OFFLINE")}
+        return {**clean, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1", **(changes or {})}
 
     def stage(
         self, name: str, *args: str, env: dict[str, str] | None = None

@@ -13,7 +13,7 @@ class UserError(Exception):
     """
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
     """A signal ended the work, and what was done is kept; the message says how to go on."""
 
     def __init__(self, message: str, signal: int) -> None:

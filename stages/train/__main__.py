@@ -1,6 +1,7 @@
 """Train the adapter, or in full fine-tuning all weights, and keep the best evaluation.
 
-Reads:  data/prepared/train.parquet, data/prepared/eval.parquet, models/quantized
+Reads:  data/prepared/train.parquet, data/prepared/eval.parquet, models/quantized,
+        models/base (for lora.init loftq)
 Writes: models/adapter, reports/train.json, reports/train/loss.csv, reports/environment.json
 Run:    python -m stages.train
         Stopped or killed, it goes on from its last checkpoint when it is run again.
@@ -16,6 +17,7 @@ INPUTS = {
     "train": Path("data/prepared/train.parquet"),
     "eval": Path("data/prepared/eval.parquet"),
     "model": Path("models/quantized"),
+    "original": Path("models/base"),
 }
 ADAPTER = Path("models/adapter")
 METRICS = Path("reports/train.json")

@@ -100,8 +100,8 @@ class Checkpoints:
         files.require_space(
             self.folder,
             (self.keep + 1) * one + 2 * best,
-            f"the resume state ({self.keep} checkpoints of {one / 1e9:.2f} GB, the best weights, and "
-            "one more of each while it is written; QLORA_KEEP_CHECKPOINTS sets how many)",
+            f"the resume state ({self.keep} checkpoints of {one / 1e9:.2f} GB, the best weights, "
+            "and one more of each while it is written; QLORA_KEEP_CHECKPOINTS sets how many)",
         )
 
     def write(self, step: int, state: dict[str, Any], computing: dict[str, Any]) -> None:

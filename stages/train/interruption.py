@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  (it is asked for, and no error)
     """Raised out of a computation that can be repeated."""
 
 

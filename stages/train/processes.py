@@ -60,7 +60,8 @@ def run(size: int, device: torch.device, work: Callable[..., Any], *args: Any) -
     Args:
         size: one process runs in this one, without any machinery.
         device: cpu, or cuda: then each process has the device of its rank.
-        work: a function at the top level of a module; so are what it takes and returns picklable.
+        work: a function at the top level of a module; what it returns can be pickled and holds no
+            tensor, whose memory would go with its process.
         args: more arguments for `work`.
 
     Raises:

@@ -21,7 +21,9 @@ from stages.train.loop import Data, Loop
 from stages.train.processes import Processes
 from stages.train.settings import Params
 
-Inputs = Mapping[str, Path]  # a file or folder by what it is: train, eval, model
+# A file or folder by what it is: `train` and `eval`, the conversations; `model`, the (quantized)
+# weights; `original`, those before they were quantized, which `lora.init` loftq reads.
+Inputs = Mapping[str, Path]
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,15 @@ class Outcome:
 
 def resumable(settings: Params, inputs: Inputs) -> AbstractContextManager[Checkpoints]:
     """The checkpoints of this training, which no other process writes while the block runs."""
-    name = fingerprint(settings, device().type, list(inputs.values()))
+    read = [
+        path for name, path in inputs.items() if name != "original" or _reads_original(settings)
+    ]
+    name = fingerprint(settings, device().type, read)
     return claim(root(), name, machine().keep_checkpoints)
+
+
+def _reads_original(settings: Params) -> bool:
+    return settings.train.method == "lora" and settings.lora.init == "loftq"
 
 
 def train(settings: Params, inputs: Inputs, checkpoints: Checkpoints) -> Outcome:
@@ -44,7 +53,7 @@ def train(settings: Params, inputs: Inputs, checkpoints: Checkpoints) -> Outcome
 
     Args:
         settings: the parameters.
-        inputs: `train` and `eval`, the conversations; `model`, the (quantized) weights.
+        inputs: what it reads.
         checkpoints: of this very training, see `resumable`.
 
     Raises:
@@ -74,7 +83,7 @@ def _train(
     how = replace(how, device=where)
     torch.manual_seed(settings.train.seed)  # before the adapter's random matrices are drawn
     model = (
-        trainable.load_for_lora(inputs["model"], settings.lora, where)
+        trainable.load_for_lora(inputs["model"], settings.lora, where, inputs.get("original"))
         if settings.train.method == "lora"
         else trainable.load_for_full(inputs["model"], where)
     )

@@ -25,9 +25,12 @@ def settings(**changes: Any) -> Params:
     return Params.model_validate(values)
 
 
-def train_on(wanted: Params, data: Path, model: Path, keep: Path) -> Outcome:
+def train_on(
+    wanted: Params, data: Path, model: Path, keep: Path, original: Path | None = None
+) -> Outcome:
     """Train, and leave the result in `keep`; resume state lies beside it, and goes."""
     inputs = {"train": data / "train.parquet", "eval": data / "eval.parquet", "model": model}
+    inputs |= {"original": original} if original else {}
     with claim(keep.parent, "a-training", keep=2) as checkpoints:
         outcome = train(wanted, inputs, checkpoints)
         files.link_folder(checkpoints.best, keep)

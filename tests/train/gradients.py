@@ -1,0 +1,63 @@
+"""The gradient of one step, computed in ways that must not matter; run in processes of its own."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages.shared.examples import Example, read_examples
+from stages.train import gradient, trainable
+from stages.train.computing import Computing
+from stages.train.processes import Processes
+from tests.train.running import settings
+
+CPU = torch.device("cpu")
+Gradients = dict[str, np.ndarray]  # by the parameter's name
+
+
+def learning_model(model_folder: Path, checkpointing: bool = False) -> torch.nn.Module:
+    """An adapter that has moved: with B at zero, no gradient would reach A."""
+    torch.manual_seed(1)
+    model = trainable.load_for_lora(model_folder, settings().lora, CPU)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def chosen(data: Path, rows: list[int]) -> list[Example]:
+    examples = read_examples(data / "train.parquet")
+    return [examples[row] for row in rows]
+
+
+def of_step(
+    among: Processes,
+    where: torch.device,
+    model_folder: Path,
+    data: Path,
+    rows: list[int],
+    micro_batch_tokens: int,
+    checkpointing: bool,
+    attention: str | None = None,
+) -> tuple[float, Gradients]:
+    """Loss and gradients, as the loop computes them."""
+    model = learning_model(model_folder, checkpointing)
+    if attention:
+        model.set_attn_implementation(attention)
+    how = Computing(where, torch.float32, micro_batch_tokens, checkpointing, among.size)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss, _ = gradient.accumulate(model, chosen(data, rows), how, among, scaler)
+    return loss, gradients(model)
+
+
+def of_steps(among: Processes, where: torch.device, *each: tuple) -> list[tuple[float, Gradients]]:
+    """Several in one start of the processes, which costs more than all of them."""
+    return [of_step(among, where, *arguments) for arguments in each]
+
+
+def gradients(model: torch.nn.Module) -> Gradients:
+    named = model.named_parameters()
+    return {n: p.grad.clone().numpy() for n, p in named if p.grad is not None}

@@ -1,0 +1,210 @@
+"""Real kills of the real stage: what it ends with is what it would have been without them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.shared import files
+from tests import tiny, workspace
+from tests.workspace import Workspace
+
+TRAIN = (sys.executable, "-m", "stages.train")
+REPRO = (sys.executable, "-m", "dvc", "repro", "train")
+EVERY_FIVE = {"QLORA_CHECKPOINT_STEPS": "5"}
+SMALL = {
+    "data.path": "mine.jsonl",
+    "lora.r": 4,
+    "lora.dropout": 0.2,  # what is dropped must be what an uninterrupted run drops
+    "train.epochs": 6,
+    "train.batch_size": 4,  # 36 conversations, 9 steps an epoch: checkpoints fall inside epochs
+    "train.learning_rate": 5e-3,
+    "train.patience": 100,
+}
+
+
+def make(root: Path) -> Workspace:
+    made = workspace.make(root, SMALL)
+    tiny.prepared(made.root / "data/prepared", conversations=36, held_out=8)
+    tiny.quantize(made.root / "models/quantized", "nf4")
+    return made
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    """A workspace where everything before `train` is there."""
+    return make(tmp_path / "space")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a training ends with that nobody disturbs."""
+    space = make(tmp_path_factory.mktemp("uninterrupted") / "space")
+    done = space.run(*TRAIN, env=EVERY_FIVE)
+    assert done.returncode == 0, done.stderr
+    assert "going on" not in done.stderr
+    assert resumed_from(space) is None
+    return outcome(space)
+
+
+def start(space: Workspace, command: tuple[str, ...]) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own."""
+    return subprocess.Popen(
+        command,
+        cwd=space.root,
+        env=space.environment(EVERY_FIVE),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_checkpoint(space: Workspace, running: subprocess.Popen[str], step: int) -> None:
+    """Until a checkpoint at `step` or later is there."""
+    for _ in range(1200):
+        written = [int(p.name[5:11]) for p in space.root.glob(".checkpoints/*/step-*")]
+        if written and max(written) >= step:
+            return
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint within a minute")
+
+
+def kill_at(
+    space: Workspace, step: int, number: int = signal.SIGKILL, command: tuple[str, ...] = TRAIN
+) -> str:
+    """Signal the whole process group after a checkpoint; returns what was printed until then."""
+    running = start(space, command)
+    wait_for_checkpoint(space, running, step)
+    os.killpg(running.pid, number)
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode not in (0, None)
+    return printed
+
+
+def outcome(space: Workspace) -> dict[str, str]:
+    """The hash of every file that training ends with, its loss curve among them."""
+    kept = sorted((space.root / "models/adapter").iterdir())
+    return {p.name: files.sha256(p) for p in [*kept, space.root / "reports/train/loss.csv"]}
+
+
+def finish(space: Workspace) -> str:
+    """Run the stage again, to its end; returns what it said."""
+    done = space.run(*TRAIN, env=EVERY_FIVE)
+    assert done.returncode == 0, done.stderr
+    assert not list(space.root.glob(".checkpoints/*"))
+    return done.stderr
+
+
+def resumed_from(space: Workspace) -> int | None:
+    return files.read_json(space.root / "reports/train.json")["resumed_from_step"]
+
+
+def test_killed_at_several_steps_it_ends_with_the_same_bytes(
+    space: Workspace, uninterrupted: dict[str, str]
+) -> None:
+    for step in (5, 20, 30):
+        kill_at(space, step)
+        assert not (space.root / "models/adapter").exists()
+    assert "going on from" in finish(space)
+    last = resumed_from(space)
+    assert last is not None
+    assert last >= 30
+    assert last % 9 != 0  # in the middle of an epoch
+    assert outcome(space) == uninterrupted
+    rows = (space.root / "reports/train/loss.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(55))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_of_that_very_step(
+    space: Workspace, uninterrupted: dict[str, str], number: int
+) -> None:
+    running = start(space, TRAIN)
+    wait_for_checkpoint(space, running, 5)
+    time.sleep(0.1)  # some steps further
+    running.send_signal(number)
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode == 128 + number
+    message = printed.splitlines()[-1]
+    found = re.search(r"stopped: training was ended by (\w+) after step (\d+) of 54", message)
+    assert found, printed
+    assert found[1] == signal.Signals(number).name
+    assert "`dvc repro` goes on from there" in message
+    finish(space)
+    assert resumed_from(space) == int(found[2])
+    assert outcome(space) == uninterrupted
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    space: Workspace, uninterrupted: dict[str, str]
+) -> None:
+    kill_at(space, 20)
+    *_, older, newest = sorted(space.root.glob(".checkpoints/*/step-??????"))
+    with (newest / "state.pt").open("r+b") as file:
+        file.seek(2000)
+        file.write(b"\x00\xff")
+    assert f"{newest.name}: state.pt is not what was written; passed over" in finish(space)
+    assert resumed_from(space) == int(older.name[5:])
+    assert outcome(space) == uninterrupted
+
+
+def test_two_at_once_never_write_the_same_state(space: Workspace) -> None:
+    running = start(space, TRAIN)
+    wait_for_checkpoint(space, running, 5)
+    os.killpg(running.pid, signal.SIGSTOP)  # alive, and in no hurry
+    second = space.run(*TRAIN)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
+    assert second.returncode == 1
+    line = second.stderr.splitlines()[-1]
+    assert line.startswith("error: .checkpoints/")
+    assert "another process is training" in line
+    finish(space)  # a lock that was held dies with its process
+
+
+def commit(space: Workspace) -> None:
+    for command in (("add", "--all"), ("commit", "--quiet", "--message", "all")):
+        space.run("git", "-c", "user.name=a", "-c", "user.email=a@b.c", *command)
+
+
+def pipeline(space: Workspace) -> None:
+    """Only `train`, so that DVC needs no stage before it."""
+    path = space.root / "dvc.yaml"
+    stages = yaml.safe_load(path.read_text())["stages"]
+    path.write_text(yaml.safe_dump({"stages": {"train": stages["train"]}}))
+    for name in ("data/prepared/train.parquet", "data/prepared/eval.parquet", "models/quantized"):
+        assert space.dvc("add", name).returncode == 0
+    commit(space)
+
+
+def test_dvc_repro_goes_on_where_it_was_killed(
+    space: Workspace, uninterrupted: dict[str, str]
+) -> None:
+    pipeline(space)
+    kill_at(space, 20, command=REPRO)
+    done = space.dvc("repro", "train", env=EVERY_FIVE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from" in done.stderr
+    assert outcome(space) == uninterrupted
+
+
+def test_a_temporary_workspace_goes_on_where_another_was_killed(
+    space: Workspace, uninterrupted: dict[str, str]
+) -> None:
+    """Each `dvc exp run --temp` has a folder of its own; the state lies in the repository."""
+    pipeline(space)
+    run = (sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", "killed")
+    kill_at(space, 20, command=run)
+    done = space.run(*run, env=EVERY_FIVE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from" in done.stderr
+    assert space.dvc("exp", "apply", "killed").returncode == 0
+    assert outcome(space) == uninterrupted
