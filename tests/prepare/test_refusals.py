@@ -64,14 +64,14 @@ def test_a_reply_that_the_template_strips_later_is_refused(tmp_path: Path) -> No
     stage = stage_with(tmp_path, each(strips))
     thought = "<think>two</think>four"
     one, two = row("one", thought), row("two", f"{thought}### Human: why### Assistant: {thought}")
-    wanted = {"template": "tokenizer", "max_length": 512}
-    figures = stage.prepare([*ROWS, one, two], max_rejected=0.05, **wanted)
+    rows = [*ROWS, one, two]
+    figures = stage.prepare(rows, template="tokenizer", max_length=512, max_rejected=0.05)
     [rejected] = stage.rejected()
     assert rejected["line"] == 22
     assert rejected["reason"] == "the model's own chat template alters the text of a message"
     assert figures["train"]["conversations"] + figures["eval"]["conversations"] == 21
     with pytest.raises(UserError, match=r"line 22: the model's own chat template alters") as error:
-        stage.prepare([*ROWS, one, two], **wanted)
+        stage.prepare(rows, template="tokenizer", max_length=512)
     assert "\n" not in str(error.value)
 
 
