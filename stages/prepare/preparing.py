@@ -1,17 +1,17 @@
 """Raw files into the two splits, batch by batch."""
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from stages.prepare import sources, writing
-from stages.prepare.parsing import Conversation, Form, form_of, parse
-from stages.prepare.rows import Row
+from stages.prepare import batches, sources, writing
+from stages.prepare.batches import Batch
+from stages.prepare.parsing import Conversation, Form
 from stages.prepare.settings import Prepare
 from stages.prepare.sources import Source
 from stages.prepare.splitting import SPLITS, Split, Splitter
@@ -21,10 +21,6 @@ from stages.shared import files, progress, templates, vocabulary
 from stages.shared.conversation import Unusable, conversation_id
 from stages.shared.errors import UserError
 from stages.shared.prepared import SCHEMA_VERSION, Format
-
-# A batch is bounded in both, so that memory is the same for short rows and for long ones.
-_BATCH_ROWS = 1000
-_BATCH_BYTES = 2_000_000
 
 
 def prepare(raw: Path, tokenizer_folder: Path, folder: Path, wanted: Prepare) -> dict[str, Any]:
@@ -71,6 +67,14 @@ def prepare(raw: Path, tokenizer_folder: Path, folder: Path, wanted: Prepare) ->
     return {**work.figures(), "template": template.name}
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """A batch, and its conversations that are needed, each with its split."""
+
+    batch: Batch
+    needed: list[tuple[Split, Conversation]]
+
+
 @dataclass
 class _Work:
     """The rows as they pass by, and how many took which way.
@@ -93,18 +97,13 @@ class _Work:
             UserError: no row of it has a known form.
         """
         form: Form | None = None if self.wanted.format == "auto" else self.wanted.format
-        for batch in _batches(source.rows(), bar):
-            conversations, unusable = [], []
-            for row in batch:
-                form = form or form_of(row.fields)
-                try:
-                    conversations.append(parse(row, form))
-                except Unusable as reason:
-                    unusable.append((row.line, str(reason)))
-            unusable += self._place(source, conversations)
-            for line, text in sorted(unusable):
-                self.rejected.add(source, line, text)
-            self.count["rows_in"] += len(batch)
+        placed = map(partial(self._split, source), batches.read(source, form, bar))
+        for one, supervised in batches.ahead(self._supervise, placed):
+            unusable = one.batch.unusable + self._write(one, supervised)
+            for line, reason in sorted(unusable):
+                self.rejected.add(source, line, reason)
+            self.count["rows_in"] += one.batch.rows
+            form = one.batch.form
             if self.splitter.fraction is None and self._is_full(source.split):
                 return
         if form is None and self.rejected.count:
@@ -114,35 +113,42 @@ class _Work:
                 "`output`; see docs/formats.md"
             )
 
-    def _place(self, source: Source, conversations: list[Conversation]) -> list[tuple[int, str]]:
+    def _split(self, source: Source, batch: Batch) -> _Placed:
+        """Say where each conversation goes, but for those that find their split full."""
+        found = [(self.splitter.split_of(source.split, c.question), c) for c in batch.conversations]
+        return _Placed(batch, [(split, c) for split, c in found if not self._is_full(split)])
+
+    def _supervise(self, one: _Placed) -> list[Supervised | Unusable]:
+        return self.supervisor.supervise([c.messages for _, c in one.needed])
+
+    def _write(
+        self, one: _Placed, supervised: list[Supervised | Unusable]
+    ) -> list[tuple[int, str]]:
         """Put conversations into their splits; those that cannot be used, by line and reason."""
         unusable: list[tuple[int, str]] = []
-        placed = [(self.splitter.split_of(source.split, c.question), c) for c in conversations]
-        needed = [(split, c) for split, c in placed if not self._is_full(split)]
-        self.count["beyond_max_rows"] += len(placed) - len(needed)
-        supervised = self.supervisor.supervise([c.messages for _, c in needed])
-        for (split, conversation), one in zip(needed, supervised, strict=True):
-            if isinstance(one, Unusable):
-                unusable.append((conversation.line, str(one)))
-            elif (way := self._way(split, conversation.question, one)) != "kept":
-                self.count[way] += 1
+        self.count["beyond_max_rows"] += len(one.batch.conversations) - len(one.needed)
+        for (split, conversation), made in zip(one.needed, supervised, strict=True):
+            if self._is_full(split):
+                self.count["beyond_max_rows"] += 1
+            elif isinstance(made, Unusable):
+                unusable.append((conversation.line, str(made)))
             else:
-                answer = conversation.answer if one.answered else None
-                self.splits[split].add(one, answer, conversation.language)
-                self.count["truncated"] += one.truncated
-                self.count["dropped_turns"] += conversation.dropped_turn
+                self.count[self._keep(split, conversation, made)] += 1
         return unusable
 
-    def _way(self, split: Split, question: str, one: Supervised) -> str:
-        """Whether a conversation is kept, and if not, why."""
+    def _keep(self, split: Split, conversation: Conversation, made: Supervised) -> str:
+        """Write a conversation if it is new; which way it took."""
+        question, identifier = conversation.question, conversation_id(made.messages)
         if split == "train" and self.splitter.leaks(question):
             return "leaked"
-        if self.splitter.is_duplicate(conversation_id(one.messages)):
+        if self.splitter.is_duplicate(identifier):
             return "duplicates"
-        if self._is_full(split):
-            return "beyond_max_rows"
         if split == "eval":
             self.splitter.hold_out(question)
+        answer = conversation.answer if made.answered else None
+        self.splits[split].add(identifier, made, answer, conversation.language)
+        self.count["truncated"] += made.truncated
+        self.count["dropped_turns"] += conversation.dropped_turn
         return "kept"
 
     def _is_full(self, split: Split) -> bool:
@@ -181,17 +187,3 @@ class _Work:
                     "as held-out ones do); expected one at least; add conversations, or change "
                     "prepare.eval_fraction or prepare.seed"
                 )
-
-
-def _batches(rows: Iterator[Row], bar: "tqdm[Any]") -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    begin = 0
-    for row in rows:
-        batch.append(row)
-        if len(batch) >= _BATCH_ROWS or row.position - begin >= _BATCH_BYTES:
-            yield batch
-            bar.update(row.position - begin)
-            batch, begin = [], row.position
-    if batch:
-        yield batch
-        bar.update(batch[-1].position - begin)

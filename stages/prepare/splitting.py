@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stages.prepare.digests import DigestSet
+
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 
@@ -12,7 +14,7 @@ SPLITS: tuple[Split, ...] = ("train", "eval")
 class Splitter:
     """Holds out by the first message, so that no prompt stands in both splits.
 
-    Only hashes of 32 bytes are kept, whatever the conversations weigh.
+    Only digests are kept, whatever the conversations weigh.
 
     Attributes:
         fraction: of the first messages that are held out; None where the source has its own split
@@ -22,8 +24,8 @@ class Splitter:
 
     fraction: float | None
     seed: int
-    _seen: set[bytes] = field(default_factory=set)
-    _held_out: set[bytes] = field(default_factory=set)
+    _seen: DigestSet = field(default_factory=DigestSet)
+    _held_out: DigestSet = field(default_factory=DigestSet)
 
     def split_of(self, source: Split, question: str) -> Split:
         """Where a conversation goes, by the file it comes from and its first message."""
@@ -34,10 +36,7 @@ class Splitter:
 
     def is_duplicate(self, conversation_id: str) -> bool:
         """Whether this very conversation was seen before; it is from now on."""
-        digest = bytes.fromhex(conversation_id)
-        known = digest in self._seen
-        self._seen.add(digest)
-        return known
+        return not self._seen.add(bytes.fromhex(conversation_id))
 
     def hold_out(self, question: str) -> None:
         """Remember the first message of a held-out conversation."""

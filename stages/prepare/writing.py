@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from stages.prepare.sources import Source
 from stages.prepare.supervision import Supervised
 from stages.shared import files
-from stages.shared.conversation import conversation_id
 
 SCHEMA = pa.schema(
     {
@@ -45,11 +44,11 @@ class SplitFile:
     languages: Counter[str] = field(default_factory=Counter)
     _rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, one: Supervised, answer: str | None, language: str) -> None:
-        """Add a conversation."""
+    def add(self, identifier: str, one: Supervised, answer: str | None, language: str) -> None:
+        """Add a conversation, known by the hash of its messages."""
         self._rows.append(
             {
-                "conversation_id": conversation_id(one.messages),
+                "conversation_id": identifier,
                 "messages": one.messages,
                 "text": one.text,
                 "input_ids": one.input_ids,

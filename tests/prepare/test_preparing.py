@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.prepare import preparing
+from stages.prepare import batches
 from stages.shared import prepared
 from stages.shared.errors import UserError
 from tests import tiny, workspace
@@ -23,13 +23,20 @@ def test_the_format_is_what_the_merged_model_needs(stage: Stage) -> None:
         assert tokenizer.apply_chat_template(one["messages"], tokenize=False) == one["text"]
 
 
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_batches_change_nothing(stage: Stage, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage.prepare(ROWS, max_rows=5)
-    before = {split: stage.rows(split) for split in ("train", "eval")}
-    monkeypatch.setattr(preparing, "_BATCH_ROWS", size)
-    stage.prepare(ROWS, max_rows=5)
-    assert {split: stage.rows(split) for split in ("train", "eval")} == before
+@pytest.mark.parametrize("max_rows", [None, 5])
+def test_batches_change_nothing(
+    stage: Stage, max_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a byte: also not which rows are told as unusable once the split is full."""
+    rows = [*ROWS, row("plus " * 99 + "two"), *ROWS[:3], {"text": "### Human: two"}]
+    found = []
+    for size in (1, 3, 1000):
+        monkeypatch.setattr(batches, "ROWS", size)
+        figures = stage.prepare(rows, max_rows=max_rows, max_rejected=0.5)
+        outs = {path.name: path.read_bytes() for path in stage.out.iterdir()}
+        found.append((figures, outs))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0]["rejected"] == (2 if max_rows is None else 1)
 
 
 def test_a_turn_without_a_reply_is_dropped(stage: Stage) -> None:

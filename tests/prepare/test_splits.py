@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.prepare import preparing
+from stages.prepare import batches
 from stages.shared.errors import UserError
 from tests.prepare.helpers import ROWS, Stage, row
 
@@ -48,7 +48,7 @@ def test_max_rows_counts_conversations_that_are_accepted(stage: Stage) -> None:
 def test_max_rows_stops_reading_where_the_source_has_its_own_eval(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(batches, "ROWS", 2)
     figures = stage.prepare(ROWS[4:], ROWS[:4], max_rows=3)
     assert figures["rows_in"] == 8
     assert figures["train"]["conversations"] == 3
