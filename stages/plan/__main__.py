@@ -55,9 +55,9 @@ def main() -> None:
     """Count, write, draw, print."""
     values = params.load(Params, "plan")
     counts = read_counts(COUNTS)
-    from stages.shared.architecture import tensors_of_config  # noqa: PLC0415  (seconds of imports)
+    from stages.shared.architecture import model_of_config  # noqa: PLC0415  (seconds of imports)
 
-    plan = figures.plan(tensors_of_config(CONFIG), counts, values)
+    plan = figures.plan(model_of_config(CONFIG).tensors, counts, values)
     picture.draw(plan["techniques"], PICTURE)
     files.write_json(PLAN, plan)
     print(table(plan))

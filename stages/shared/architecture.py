@@ -1,21 +1,25 @@
-"""Which tensors a model has, from its config alone: nothing is read but that, nothing allocated."""
+"""What a model is made of, from its config alone: nothing else is read, and nothing allocated."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from stages.shared.blocks import LINEAR, Block
 from stages.shared.errors import UserError
-from stages.shared.tensors import Kind, Tensor
+from stages.shared.tensors import Kind, Model, Tensor
+
+# Blocks that `stages.shared.blocks` describes, and that were measured.
+KNOWN_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 
 
-def tensors_of_config(path: Path) -> list[Tensor]:
-    """The tensors of the model that a `config.json` describes, built on torch's meta device.
+def model_of_config(path: Path) -> Model:
+    """The model that a `config.json` describes, built on torch's meta device.
 
     Raises:
         UserError: the file is missing, or describes no causal language model that is known.
@@ -34,7 +38,49 @@ def tensors_of_config(path: Path) -> list[Tensor]:
             f"{path}: {reason}; expected the config of a causal language model that transformers "
             "knows; choose another base model"
         ) from None
-    return tensors_of(model)
+    return model_of(model)
+
+
+def model_of(model: PreTrainedModel) -> Model:
+    """The same of a model that is not quantized yet."""
+    config = model.config.get_text_config()
+    tensors = tensors_of(model)
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    kinds = {type(block).__name__ for block in blocks}
+    known = kinds.issubset(KNOWN_BLOCKS) and _is_silu(config)
+    return Model(
+        kind=" and ".join(sorted(kinds)),
+        tensors=tensors,
+        layers=len(blocks),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        block=_block(tensors, config.num_attention_heads) if known else None,
+        window=getattr(config, "sliding_window", None),
+        active_experts=getattr(config, "num_experts_per_tok", None) or 1,
+    )
+
+
+def _is_silu(config: PretrainedConfig) -> bool:
+    """Whether the gate's activation is one kernel that keeps its input alone."""
+    return getattr(config, "hidden_act", None) == "silu"
+
+
+def _block(tensors: list[Tensor], heads: int) -> Block | None:
+    """The widths of the first block; None if another block has others."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for tensor in tensors:
+        shapes.setdefault(tensor.module.rpartition(".")[2], set()).add(tensor.shape)
+    rows = {name: {s[0] for s in shapes[name] if len(s) == 2} for name in LINEAR}
+    if any(len(widths) != 1 for widths in rows.values()):
+        return None
+    width = {name: widths.pop() for name, widths in rows.items()}
+    return Block(
+        hidden=width["down_proj"],
+        query=width["q_proj"],
+        key_value=width["k_proj"],
+        inner=width["gate_proj"],
+        heads=heads,
+    )
 
 
 def tensors_of(model: PreTrainedModel) -> list[Tensor]:

@@ -65,7 +65,7 @@ def four_bit_bytes(parameters: int, double_quant: bool) -> FourBit:
 
     Without double quantization P/2 + 4·⌈P/64⌉, 4.5 bits a parameter: the constants are fp32. With
     it P/2 + ⌈P/64⌉ + 4·⌈⌈P/64⌉/256⌉, 4.127 bits: they are 8-bit and share an fp32 constant a block
-    of 256. The tables of levels, about 1.3 KB a matrix, are left out.
+    of 256.
 
     Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.
     """
@@ -73,6 +73,14 @@ def four_bit_bytes(parameters: int, double_quant: bool) -> FourBit:
     if not double_quant:
         return FourBit(codes, 4 * blocks, 0)
     return FourBit(codes, blocks, 4 * _ceil(blocks, NESTED_BLOCK))
+
+
+def level_tables_bytes(double_quant: bool) -> int:
+    """Fp32 tables that each matrix carries: 16 levels, with double quantization 256 and a mean.
+
+    Source: bitsandbytes 0.50.2, `QuantState`.
+    """
+    return 4 * (16 + 256 + 1) if double_quant else 4 * 16
 
 
 def dense_precision(precision: str, dense: str) -> str:
@@ -86,7 +94,7 @@ def matrix_bytes(tensor: Tensor, precision: str, double_quant: bool) -> int:
         return dense_bytes(tensor.size, precision)
     if precision == "int8":
         return int8_bytes(*tensor.shape)
-    return sum(four_bit_bytes(tensor.size, double_quant))
+    return sum(four_bit_bytes(tensor.size, double_quant)) + level_tables_bytes(double_quant)
 
 
 def weights_bytes(

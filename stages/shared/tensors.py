@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from stages.shared.blocks import Block
+
 Kind = Literal["embedding", "head", "linear", "experts", "norm", "bias", "other"]
 
 
@@ -32,6 +34,31 @@ class Tensor:
     def module(self) -> str:
         """The name of the layer that it belongs to."""
         return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model as far as its memory goes.
+
+    Attributes:
+        kind: the class of its blocks.
+        tensors: all parameters.
+        layers: number of blocks.
+        hidden: h, width of the residual stream.
+        vocabulary: V.
+        block: widths of a block; None where blocks are not of the kind that `blocks` describes.
+        window: tokens that attention looks back at most; None for all.
+        active_experts: of a mixture, how many a token goes through.
+    """
+
+    kind: str
+    tensors: Sequence[Tensor]
+    layers: int
+    hidden: int
+    vocabulary: int
+    block: Block | None
+    window: int | None = None
+    active_experts: int = 1
 
 
 def parameter_count(tensors: Iterable[Tensor], kind: Kind | None = None) -> int:

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from stages.shared.architecture import tensors_of, tensors_of_config
+from stages.shared.architecture import model_of_config, tensors_of
 from stages.shared.errors import UserError
 from stages.shared.memory import lora_sizes
 from stages.shared.tensors import lora_targets, parameter_count
@@ -22,7 +22,7 @@ def on_meta(config):
 def test_the_config_alone_gives_the_parameters_of_the_model(tmp_path):
     model = tiny.model()
     model.config.save_pretrained(tmp_path)
-    tensors = tensors_of_config(tmp_path / "config.json")
+    tensors = model_of_config(tmp_path / "config.json").tensors
     assert parameter_count(tensors) == sum(p.numel() for p in model.parameters())
     assert parameter_count(tensors, "embedding") == 384 * 64
     assert parameter_count(tensors, "head") == 0  # tied
@@ -80,10 +80,10 @@ def test_a_config_that_is_no_language_model_is_told_in_one_line(tmp_path, config
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config\.json: .*; expected .*; choose") as error:
-        tensors_of_config(path)
+        model_of_config(path)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_config_names_the_stage_that_writes_it(tmp_path):
     with pytest.raises(UserError, match="run `dvc repro fetch_model`"):
-        tensors_of_config(tmp_path / "config.json")
+        model_of_config(tmp_path / "config.json")

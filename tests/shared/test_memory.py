@@ -62,8 +62,8 @@ def test_int8_takes_a_byte_a_weight_and_4_a_row():
 
 def test_only_what_is_quantizable_shrinks_and_the_rest_keeps_the_dense_precision():
     tensors = [matrix("q_proj", 64, 64), matrix("embed", 100, 64, kind="embedding")]
-    assert memory.weights_bytes(tensors, "nf4") == 2048 + 4 * 64 + 2 * 6400
-    assert memory.weights_bytes(tensors, "nf4", dense="fp32") == 2048 + 4 * 64 + 4 * 6400
+    assert memory.weights_bytes(tensors, "nf4") == 2048 + 4 * 64 + 64 + 2 * 6400
+    assert memory.weights_bytes(tensors, "nf4", dense="fp32") == 2048 + 4 * 64 + 64 + 4 * 6400
     assert memory.weights_bytes(tensors, "int8") == 4096 + 4 * 64 + 2 * 6400
     assert memory.weights_bytes(tensors, "fp32") == 4 * (4096 + 6400)
 

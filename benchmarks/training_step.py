@@ -1,0 +1,209 @@
+"""One optimizer step as training computes it, on a model of any shape, to measure its memory.
+
+The pieces are training's own: packed conversations, the one scorer's losses, autocast, the loader
+of what is trained. Weights and tokens are random, which no size depends on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from benchmarks.live_memory import LiveMemory
+from stages.quantize.convert import convert
+from stages.quantize.settings import Quantize
+from stages.shared import models
+from stages.shared.examples import Example
+from stages.train import trainable
+from stages.train.computing import Computing
+from stages.train.gradient import accumulate
+from stages.train.optimizers import make_optimizer
+from stages.train.processes import Processes
+from stages.train.settings import Lora, Train
+
+MAX_GRAD_NORM = 0.3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how a step is computed.
+
+    Attributes:
+        precision: of the frozen matrices; fp32 or bf16 in full fine-tuning.
+        rank: of the adapter; None for full fine-tuning.
+        optimizer: adamw or adamw_8bit.
+        gradient_checkpointing: recompute each block in backward.
+        lengths: of the conversations in a micro-batch, in tokens.
+        supervised: share of each conversation's tokens that is learnt, its last ones.
+    """
+
+    precision: str
+    rank: int | None
+    gradient_checkpointing: bool
+    lengths: tuple[int, ...]
+    supervised: float = 0.5
+    optimizer: str = "adamw"
+    double_quant: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a micro-batch."""
+        return sum(self.lengths)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens of a micro-batch that are predicted."""
+        return sum(supervised_tokens(length, self.supervised) for length in self.lengths)
+
+
+def supervised_tokens(length: int, share: float) -> int:
+    """How many of a conversation's tokens are learnt: never the first one."""
+    return min(length - 1, max(1, round(length * share)))
+
+
+def random_base(config: PretrainedConfig, folder: Path) -> Path:
+    """Write a model with random bf16 weights, as `fetch_model` would."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def in_precision(base: Path, folder: Path, setting: Setting, device: torch.device) -> Path:
+    """Write the base in the setting's precision, as `quantize` would; once."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        quantize = Quantize(
+            precision=setting.precision,
+            double_quant=setting.double_quant,
+            compute_dtype="bf16",
+        )
+        convert(base, folder, quantize, device)
+    return folder
+
+
+def load(folder: Path, setting: Setting, device: torch.device) -> PreTrainedModel | PeftModel:
+    """Load what is trained, as `train` does."""
+    if setting.rank is None:
+        model = trainable.load_for_full(folder, device)
+    else:
+        model = trainable.load_for_lora(folder, _lora(setting.rank), device)
+    if setting.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _lora(rank: int) -> Lora:
+    return Lora(
+        r=rank,
+        alpha=2 * rank,
+        dropout=0.0,
+        target_modules="all-linear",
+        modules_to_save=None,
+        bias="none",
+        init="default",
+        rslora=False,
+        dora=False,
+    )
+
+
+def _train(optimizer: str) -> Train:
+    return Train(
+        method="lora",
+        epochs=1,
+        max_steps=None,
+        batch_size=1,
+        learning_rate=1e-4,
+        scheduler="constant",
+        warmup=0.0,
+        weight_decay=0.0,
+        max_grad_norm=MAX_GRAD_NORM,
+        optimizer=optimizer,
+        eval_steps=None,
+        patience=1,
+        seed=0,
+    )
+
+
+def micro_batch(setting: Setting, vocabulary: int, seed: int = 0) -> list[Example]:
+    """Conversations of random tokens."""
+    random = np.random.default_rng(seed)
+    examples = []
+    for row, length in enumerate(setting.lengths):
+        learnt = np.arange(length) >= length - supervised_tokens(length, setting.supervised)
+        examples.append(Example(random.integers(0, vocabulary, length), learnt, row))
+    return examples
+
+
+def step(
+    model: nn.Module,
+    adamw: torch.optim.Optimizer,
+    micro_batches: Sequence[Sequence[Example]],
+    computing: Computing,
+) -> None:
+    """One optimizer step: backward a micro-batch, clip, update, let go of the gradients.
+
+    A call of `accumulate` a micro-batch: nothing of one micro-batch's graph is left when the next
+    begins.
+    """
+    for examples in micro_batches:
+        accumulate(model, examples, computing, Processes(), torch.amp.GradScaler(enabled=False))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+    adamw.step()
+    adamw.zero_grad(set_to_none=True)
+
+
+def held_tensors(
+    model: nn.Module, adamw: torch.optim.Optimizer | None = None
+) -> Iterator[torch.Tensor]:
+    """All tensors that live from one step to the next: weights, their constants, the states."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for layer in models.quantized_layers(model).values():
+        yield from (t for t in layer.state_dict(keep_vars=True).values() if torch.is_tensor(t))
+        state = getattr(layer.weight, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            yield from (t for t in vars(part or ()).values() if torch.is_tensor(t)) if part else ()
+    for values in adamw.state.values() if adamw else ():
+        yield from (v for v in values.values() if torch.is_tensor(v))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of live tensor storage: between two steps, and the peak during a step."""
+
+    persistent_bytes: int
+    peak_bytes: int
+    peak_storages: Sequence[tuple[int, str]]
+
+
+def measure(
+    folder: Path, setting: Setting, device: torch.device, *, keep_storages: bool = False
+) -> Measured:
+    """Take a first step, that the optimizer has its states, and measure a second one.
+
+    A step has two micro-batches: the second's activations stand beside the first's gradients.
+    """
+    model = load(folder, setting, device)
+    adamw = make_optimizer(model, _train(setting.optimizer), device)
+    computing = Computing(
+        device=device,
+        dtype=models.compute_dtype(folder, device),
+        micro_batch_tokens=setting.tokens,
+        gradient_checkpointing=setting.gradient_checkpointing,
+        processes=1,
+    )
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    batches = [micro_batch(setting, vocabulary, seed) for seed in range(2)]
+    step(model, adamw, [micro_batch(replace(setting, lengths=(8,)), vocabulary)], computing)
+    memory = LiveMemory(held_tensors(model, adamw), keep_storages=keep_storages)
+    before = memory.live_bytes
+    with memory:
+        step(model, adamw, batches, computing)
+    return Measured(before, memory.peak_bytes, memory.peak_storages)

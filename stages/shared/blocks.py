@@ -1,0 +1,177 @@
+"""Memory by formula: the activations of one block of a decoder, a term a function.
+
+The block is that of Llama, Mistral and Qwen2 as transformers builds it: root-mean-square norm,
+attention with rotary positions through torch's scaled dot product, norm, gated feed-forward. The
+terms describe the modules that run, line by line; where a leaner forward pass replaces them, this
+is the file that follows.
+
+Widths are numbers of elements a token: h of the residual stream, q of all query heads together, kv
+of all key (or value) heads, f of the feed-forward; a heads, r the adapter's rank. s and c are bytes
+an element, of the residual stream and of what a matrix product returns. Results are in bytes a
+token.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Widths of a block, in elements a token, and its attention heads."""
+
+    hidden: int
+    query: int
+    key_value: int
+    inner: int
+    heads: int
+
+    @property
+    def largest_matrix(self) -> int:
+        """Elements of each matrix of the feed-forward."""
+        return self.hidden * self.inner
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What numbers are in as they pass through a block, and what is kept for its backward pass.
+
+    Attributes:
+        stream: s, bytes an element of the residual stream.
+        compute: c, bytes an element that a matrix product returns.
+        trained: whether the block's own matrices and norms are trained (full fine-tuning).
+        rank: r, of the adapter; 0 without.
+        adapted: names of the layers that have an adapter, of `LINEAR`.
+        widened: whether an adapter casts its input to fp32, and autocast back. peft does so for
+            dense layers, and, since it asks for CUDA's autocast alone, for quantized ones on a CPU.
+        keeps_input: whether the product below an adapter keeps its input too, as int8's does.
+        dropout: bytes an element of an adapter's input that its dropout keeps; 0 without.
+    """
+
+    stream: int
+    compute: int
+    trained: bool = False
+    rank: int = 0
+    adapted: frozenset[str] = frozenset()
+    widened: bool = False
+    keeps_input: bool = False
+    dropout: int = 0
+
+    @property
+    def copies(self) -> bool:
+        """Whether each adapter keeps an input of its own, in the compute dtype."""
+        return self.widened or self.dropout > 0
+
+    def adapters(self, *names: str) -> int:
+        """How many of these layers have an adapter."""
+        return len(self.adapted.intersection(names))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a block keeps from its forward to its backward pass, in bytes a token, by part."""
+
+    block: Block
+    flow: Flow
+
+    @property
+    def norm(self) -> int:
+        """4·h + 4: the input in fp32 and the reciprocal root; 4·h more, the result, if trained.
+
+        Where the stream is fp32 the input is the residual itself.
+
+        Source: transformers 5.23, `LlamaRMSNorm.forward`.
+        """
+        h = self.block.hidden
+        return 4 * h + 4 + (4 * h if self.flow.trained else 0)
+
+    def inputs(self, width: int, *names: str) -> int:
+        """Of linear layers that share one input from the residual stream.
+
+        s·width for all of them where an adapter, a trained matrix or an int8 product needs it as
+        it is; c·width for each that autocast, or its adapter, makes a copy for.
+
+        Sources: peft 0.21.2, `Linear.forward` and `Linear4bit.forward` of peft/tuners/lora;
+        bitsandbytes 0.50.2, `MatMul8bitFp.forward`.
+        """
+        flow = self.flow
+        shared, own = flow.stream * width, flow.compute * width
+        if flow.trained:
+            return own * len(names) if flow.compute < flow.stream else shared
+        return self._of_adapters(shared, own, *names)
+
+    def product_input(self, width: int, name: str) -> int:
+        """Of a linear layer whose input is no stream but a result, in the compute dtype."""
+        own = self.flow.compute * width
+        return own if self.flow.trained else self._of_adapters(own, own, name)
+
+    def _of_adapters(self, shared: int, own: int, *names: str) -> int:
+        flow = self.flow
+        if flow.copies:
+            return own * flow.adapters(*names) + (shared if flow.keeps_input else 0)
+        return shared if flow.adapters(*names) or flow.keeps_input else 0
+
+    def adapters(self, width: int, *names: str) -> int:
+        """c·r for each: what lies between its two matrices; and what dropout keeps of its input.
+
+        On a CPU torch's dropout keeps the factors that it multiplied with, on CUDA a byte each.
+
+        Source: torch 2.13, aten/src/ATen/native/Dropout.cpp.
+        """
+        flow = self.flow
+        return flow.adapters(*names) * (flow.compute * flow.rank + flow.dropout * width)
+
+    @property
+    def attention(self) -> int:
+        """c·(2q + 2kv) + 4·a: rotated queries and keys, values, the result, fp32 logarithms.
+
+        No score is kept, whatever the length.
+
+        Source: Dao et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 1 and appendix B.
+        """
+        block = self.block
+        return self.flow.compute * 2 * (block.query + block.key_value) + 4 * block.heads
+
+    @property
+    def gate(self) -> int:
+        """3·c·f: the gate before and after its activation, and what it is multiplied with.
+
+        Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202, equation 6.
+        """
+        return 3 * self.flow.compute * self.block.inner
+
+    @property
+    def down_input(self) -> int:
+        """Of the last product: f wide."""
+        return self.product_input(self.block.inner, "down_proj")
+
+    @property
+    def kept_by_products(self) -> int:
+        """2·s·h + c·(q + f): the inputs that int8 products keep, also where checkpointed.
+
+        They hold them by themselves, out of checkpointing's sight.
+
+        Source: bitsandbytes 0.50.2, `MatMul8bitFp.forward`, `MatMul8bitLt.forward`: `ctx.A`.
+        """
+        block, flow = self.block, self.flow
+        if not flow.keeps_input:
+            return 0
+        return 2 * flow.stream * block.hidden + flow.compute * (block.query + block.inner)
+
+    @cached_property
+    def total(self) -> int:
+        """All of it."""
+        h, q, f = self.block.hidden, self.block.query, self.block.inner
+        return (
+            2 * self.norm
+            + self.inputs(h, "q_proj", "k_proj", "v_proj")
+            + self.attention
+            + self.product_input(q, "o_proj")
+            + self.inputs(h, "gate_proj", "up_proj")
+            + self.gate
+            + self.down_input
+            + self.adapters(h, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+            + self.adapters(q, "o_proj")
+            + self.adapters(f, "down_proj")
+        )

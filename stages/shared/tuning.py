@@ -1,0 +1,100 @@
+"""How a model is tuned, as far as its memory goes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stages.shared import memory
+from stages.shared.adapter import Adapter
+from stages.shared.blocks import LINEAR, Flow
+from stages.shared.memory import DensePrecision, Persistent, Precision
+from stages.shared.tensors import Model
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a model is tuned.
+
+    Attributes:
+        precision: of the linear layers.
+        adapter: what is trained beside them; None to train all weights.
+        double_quant: of fp4 and nf4.
+        compute: what int8, fp4 and nf4 are computed in, and the precision of what stays dense.
+        optimizer: adamw or adamw_8bit.
+        gradient_checkpointing: whether each block is computed again in the backward pass.
+        dropout: whether the adapter's input is dropped out.
+        device: whose kernels run.
+        masters: full fine-tuning in bf16 keeps fp32 weights, as `train` does; False for pure bf16.
+    """
+
+    precision: Precision
+    adapter: Adapter | None
+    double_quant: bool = False
+    compute: DensePrecision = "bf16"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+    dropout: bool = False
+    device: Device = "cuda"
+    masters: bool = True
+
+    @property
+    def dense(self) -> str:
+        """What is not quantized is in, and products run in; a CPU computes fp16 in fp32."""
+        dense = memory.dense_precision(self.precision, self.compute)
+        return "fp32" if dense == "fp16" and self.device == "cpu" else dense
+
+    @property
+    def loaded(self) -> str:
+        """Precision of the linear layers once they are loaded, or of the masters."""
+        if self.adapter is None:
+            return "fp32" if self.masters else self.dense
+        return self.dense if self.precision in memory.DENSE_BYTES else self.precision
+
+    @property
+    def flow(self) -> Flow:
+        """What numbers are in as they pass through a block."""
+        size = memory.DENSE_BYTES[self.dense]
+        if self.adapter is None:
+            return Flow(stream=memory.DENSE_BYTES[self.loaded], compute=size, trained=True)
+        adapted = self.adapter.layers.intersection(LINEAR)
+        return Flow(
+            stream=size,
+            compute=size,
+            rank=self.adapter.multiplied_rank if adapted else 0,
+            adapted=adapted,
+            widened=size < 4 and (self.loaded in memory.DENSE_BYTES or self.device == "cpu"),
+            keeps_input=self.precision == "int8",
+            dropout=(1 if self.device == "cuda" else 4) if self.dropout else 0,
+        )
+
+    @property
+    def casts_trained(self) -> bool:
+        """Whether autocast makes half-precision copies of what is trained in fp32."""
+        return self.dense != "fp32" and (self.adapter is not None or self.loaded == "fp32")
+
+    def trained_sizes(self, model: Model) -> list[int]:
+        """Elements of each trained tensor, in the order in which the optimizer comes to them."""
+        if self.adapter is not None:
+            return self.adapter.sizes
+        tensors = [t for t in model.tensors if not t.tied]
+        return [t.size for t in sorted(tensors, key=lambda t: len(t.shape) < 2)]
+
+    def persistent(self, model: Model) -> Persistent:
+        """What is there from step to step; gradients from a step's first micro-batch on."""
+        sizes, adapter = self.trained_sizes(model), self.adapter
+        optimizer_bytes = memory.optimizer_bytes(self.optimizer, sizes)
+        weights_bytes = memory.weights_bytes(
+            model.tensors, self.loaded, double_quant=self.double_quant, dense=self.dense
+        )
+        if adapter is None:
+            gradients = memory.gradients_bytes(sum(sizes), self.loaded)
+            return Persistent(weights_bytes, 0, gradients, optimizer_bytes)
+        # A bias is among the weights already, in the precision of what is dense.
+        widened = (4 - memory.DENSE_BYTES[self.dense]) * sum(adapter.biases)
+        return Persistent(
+            weights_bytes,
+            adapter_bytes=memory.dense_bytes(adapter.held, "fp32") + widened,
+            gradients_bytes=memory.gradients_bytes(sum(sizes)),
+            optimizer_bytes=optimizer_bytes,
+        )

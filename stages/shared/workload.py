@@ -1,0 +1,59 @@
+"""The micro-batches that a training will see, for any number of tokens in each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.shared import packing
+from stages.shared.examples import Example
+from stages.shared.workspace import MicroBatch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The conversations of each optimizer step.
+
+    Memory depends on the largest of its micro-batches, so steps that repeat others may be left
+    out, and one made up of the longest conversations stands for all of them.
+    """
+
+    steps: Sequence[Sequence[Example]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return max(len(example) for step in self.steps for example in step)
+
+    def micro_batches(self, tokens: int) -> set[MicroBatch]:
+        """What goes through the model at once.
+
+        Args:
+            tokens: the most in a micro-batch; a longer conversation stands alone.
+        """
+        return {
+            MicroBatch(sum(map(len, batch)), sum(e.supervised_tokens for e in batch))
+            for step in self.steps
+            for batch in packing.split(step, tokens)
+        }
+
+    def cut(self, length: int) -> "Workload":
+        """The same with conversations of at most so many tokens, about as `prepare` cuts them."""
+        return Workload([[_cut(example, length) for example in step] for step in self.steps])
+
+
+def of_counts(longest: int, batch_size: int, supervised_share: float) -> Workload:
+    """A step of nothing but conversations of the greatest length, where only counts are known.
+
+    Args:
+        longest: tokens of the longest conversation.
+        batch_size: conversations a step.
+        supervised_share: of the tokens, those that are learnt.
+    """
+    learnt = np.arange(longest) >= longest - max(1, round(longest * supervised_share))
+    ids = np.zeros(longest, dtype=np.int64)
+    return Workload([[Example(ids, learnt, row) for row in range(batch_size)]])
+
+
+def _cut(example: Example, length: int) -> Example:
+    return Example(example.input_ids[:length], example.loss_mask[:length], example.row)

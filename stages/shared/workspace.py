@@ -1,0 +1,145 @@
+"""Memory by formula: what a step holds outside its blocks, a term a function.
+
+P is a number of parameters, V the vocabulary, h the hidden size, N the tokens of a micro-batch, S
+those of which the loss is taken. Results are in bytes.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from stages.shared import memory
+from stages.shared.tensors import Model
+from stages.shared.tuning import Tuning
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What goes through the model at once.
+
+    Attributes:
+        tokens: N, of all conversations together.
+        supervised: S, those of which the loss is taken.
+    """
+
+    tokens: int
+    supervised: int
+
+
+def dequantized_bytes(parameters: int, tuning: Tuning) -> int:
+    """c·P and, with double quantization, 4·⌈P/64⌉: one matrix as its product reads it.
+
+    Nothing where the matrix is dense. Where a kernel of CUDA reads the quantized matrix as it is,
+    in the forward pass of a short micro-batch, this is too much; the backward pass needs it all the
+    same.
+
+    Source: bitsandbytes 0.50.2, `_gemm_4bit_default_impl`, `MatMul4Bit.backward`,
+    `MatMul8bitFp.forward`.
+    """
+    if tuning.loaded in memory.DENSE_BYTES:
+        return 0
+    nested = tuning.double_quant and tuning.precision in ("fp4", "nf4")
+    constants = 4 * -(-parameters // memory.BLOCK) if nested else 0
+    return memory.DENSE_BYTES[tuning.dense] * parameters + constants
+
+
+def final_norm_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
+    """(4·h + 4)·N as every norm; trained, 4·h·N more, and c·h·S, the input of the trained head."""
+    flow, h = tuning.flow, model.hidden
+    if not flow.trained:
+        return (4 * h + 4) * batch.tokens
+    return (8 * h + 4) * batch.tokens + flow.compute * h * batch.supervised
+
+
+def final_norm_gradient_bytes(hidden: int, tokens: int) -> int:
+    """20·h·N: five fp32 tensors of its backward pass, which stand side by side.
+
+    Source: torch 2.13, tools/autograd/derivatives.yaml, `pow` and `mul`.
+    """
+    return 20 * hidden * tokens
+
+
+def loss_forward_bytes(vocabulary: int, supervised: int) -> int:
+    """8·V·S: the logits and the logarithms of probabilities, in fp32.
+
+    No other position reaches the head: most of a chat's tokens are not supervised.
+    """
+    return 8 * vocabulary * supervised
+
+
+def loss_backward_bytes(vocabulary: int, supervised: int) -> int:
+    """12·V·S: the logarithms, their gradient and that of the logits, in fp32.
+
+    Source: torch 2.13, `nll_loss_backward`, `log_softmax_backward`.
+    """
+    return 12 * vocabulary * supervised
+
+
+def head_gradient_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
+    """4·V·h of the trained head's matrix, beside c·V·S of the logits and 4·h·S of its input."""
+    v, s, h = model.vocabulary, batch.supervised, model.hidden
+    return 4 * v * h + tuning.flow.compute * v * s + 4 * h * s
+
+
+def waiting_gradient_bytes(model: Model, tuning: Tuning) -> int:
+    """4·V·h: of a tied matrix, the head's part of the gradient waits for the embedding's."""
+    tied = any(t.tied and t.kind == "head" for t in model.tensors)
+    return 4 * model.vocabulary * model.hidden if tied and tuning.flow.trained else 0
+
+
+def embedding_gradient_bytes(model: Model, tuning: Tuning) -> int:
+    """4·V·h of a trained embedding; tied, three times: the head's part, its own, their sum."""
+    own = 4 * model.vocabulary * model.hidden if tuning.flow.trained else 0
+    return own * (3 if waiting_gradient_bytes(model, tuning) else 1)
+
+
+def head_copy_bytes(model: Model, tuning: Tuning) -> int:
+    """2·V·h: the copy that autocast makes of a head trained in fp32."""
+    trained = tuning.flow.trained and tuning.casts_trained
+    return 2 * model.vocabulary * model.hidden if trained else 0
+
+
+def block_copies_bytes(model: Model, tuning: Tuning) -> int:
+    """2·P of what is trained in fp32 in the blocks: autocast keeps a copy for the backward pass.
+
+    Source: torch 2.13, aten/src/ATen/autocast_mode.cpp, `cached_cast`.
+    """
+    if not tuning.casts_trained:
+        return 0
+    if tuning.adapter is not None:
+        return 2 * tuning.adapter.multiplied
+    return 2 * sum(t.size for t in model.tensors if t.kind == "linear")
+
+
+def input_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
+    """16·N + 24·S of indices in int64, and 2·s·d·N of sines and cosines, d wide as a head."""
+    block = model.block
+    rotary = 2 * tuning.flow.stream * (block.query // block.heads) if block else 0
+    return (16 + rotary) * batch.tokens + 24 * batch.supervised
+
+
+def mask_bytes(tokens: int) -> int:
+    """N²: which token may look at which, a byte a pair.
+
+    transformers makes it for a packed row, though attention goes by the conversations' lengths.
+
+    Source: transformers 5.23, transformers/masking_utils.py, `sdpa_mask`.
+    """
+    return tokens * tokens
+
+
+def optimizer_step_bytes(model: Model, tuning: Tuning) -> int:
+    """Temporaries of the update, which goes from one trained tensor to the next.
+
+    AdamW of torch, on a CPU: 8·P of the root and its quotient, and 4·P of the tensor before, whose
+    quotient still has a name. 8-bit AdamW of bitsandbytes on a CPU: 20·P of both moments, the
+    scaled gradient, the root and its quotient, in fp32. On CUDA one fused kernel, and nothing.
+
+    Sources: torch 2.13, torch/optim/adam.py, `_single_tensor_adam`; bitsandbytes 0.50.2,
+    bitsandbytes/backends/cpu/ops.py, `_optimizer_update_8bit_blockwise_cpu`.
+    """
+    if tuning.device == "cuda":
+        return 0
+    sizes = tuning.trained_sizes(model)
+    if tuning.optimizer == "adamw_8bit":
+        return 20 * max((p for p in sizes if p >= memory.ADAM_8BIT_MINIMUM), default=0)
+    return max(8 * size + 4 * before for before, size in pairwise([0, *sizes]))
