@@ -10,7 +10,7 @@ from math import ceil, sqrt
 
 import torch
 
-from stages.quantize import levels
+from stages.quantize import heap, levels
 from stages.quantize.convert import Layout
 from stages.quantize.settings import DENSE
 from stages.quantize.stored import Stored, Weights
@@ -97,6 +97,7 @@ def compare(
                 compared_norm += levels.squared(weight)
                 for name, error in levels.squared_errors(weight, alpha).items():
                     errors[name] = errors.get(name, 0.0) + error
+            heap.trim()
             bar.update()
     return Comparison(
         relative_error=relative(own, norm),
@@ -122,6 +123,7 @@ def sample(base: Base, names: Sequence[str]) -> torch.Tensor:
         parts = []
         for name in names:
             parts.append(some(name))
+            heap.trim()
             bar.update()
     return torch.cat(parts)
 

@@ -1,29 +1,21 @@
 """The base model in the chosen precision, written as a folder that transformers loads."""
 
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import set_tqdm_hook
 
+from stages.quantize import loading
 from stages.quantize.settings import FOUR_BIT, Quantize
 from stages.quantize.stored import Weights
 from stages.shared import files, models, progress
 from stages.shared.errors import UserError
-from stages.shared.precision import DTYPES
 
+SHARD_BYTES = 5_000_000_000  # a larger model becomes several files and an index
 FP16_MAX = torch.finfo(torch.float16).max
 
 
@@ -56,57 +48,18 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
             the disk has no room.
     """
     models.require_safetensors(base)
+    weights = Weights(base)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if problem := device_problem(settings, capability):
         raise UserError(problem)
     if settings.dense_dtype == "fp16" or settings.precision == "int8":
-        require_fp16_range(Weights(base), settings)
-    # Not models.load_model: what that sets for the machine it runs on must not be written.
-    with loading_bar(f"into {settings.precision}"):
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=DTYPES[settings.dense_dtype],
-            device_map={"": device},
-            quantization_config=quantization_config(settings),
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        require_fp16_range(weights, settings)
+    model = loading.load(weights, settings, device)
     tensors = {t.data_ptr(): t for t in model.state_dict().values()}.values()  # tied ones once
     needed = sum(t.numel() * t.element_size() for t in tensors)
     files.require_space(target, needed, "the quantized model")
     save(model, base, target)
     return layout(model)
-
-
-@contextmanager
-def loading_bar(desc: str) -> Iterator[None]:
-    """Show our progress bar where transformers, loading tensor by tensor, would show its own."""
-
-    def shown(
-        _factory: Any, args: tuple[Collection[Any]], _kwargs: dict[str, Any]
-    ) -> Iterator[Any]:
-        with progress.bar(total=len(args[0]), desc=desc, unit="tensor") as bar:
-            for item in args[0]:
-                yield item
-                bar.update()
-
-    previous = set_tqdm_hook(shown)
-    try:
-        yield
-    finally:
-        set_tqdm_hook(previous)
-
-
-def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:
-    """What bitsandbytes is asked for; None for a dense precision."""
-    if settings.precision in FOUR_BIT:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=settings.precision,
-            bnb_4bit_use_double_quant=settings.double_quant,
-            bnb_4bit_compute_dtype=DTYPES[settings.compute_dtype],
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if settings.precision == "int8" else None
 
 
 def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> str | None:
@@ -160,7 +113,7 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
     among them.
     """
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(target)
+    model.save_pretrained(target, max_shard_size=SHARD_BYTES)
     generation = base / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, target / generation.name)

@@ -12,10 +12,24 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
-from safetensors import safe_open
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _STATE = "quant_state.bitsandbytes__"
 _PART_OF_4BIT = re.compile(
@@ -55,11 +69,12 @@ class Weights:
         self.folder = folder
         self.files = sorted(folder.glob("*.safetensors"))
         self._headers: dict[str, dict[str, Any]] = {}
-        self._readers: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
+        self._starts: dict[Path, int] = {}
         for path in self.files:
-            header = read_header(path)
+            header, self._starts[path] = read_header(path)
             self._headers |= header
-            self._readers |= dict.fromkeys(header, safe_open(path, framework="pt"))
+            self._paths |= dict.fromkeys(header, path)
 
     @property
     def bytes(self) -> int:
@@ -67,8 +82,22 @@ class Weights:
         return sum(path.stat().st_size for path in self.files)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, as it is stored."""
-        return self._readers[name].get_tensor(name)
+        """One tensor, as it is stored: a view of the file, out of memory when it is let go.
+
+        Not read by safetensors, whose views keep all that was read of a file in memory until the
+        last of them is gone.
+        """
+        header, path = self._headers[name], self._paths[name]
+        begin, end = header["data_offsets"]
+        if begin == end:
+            return torch.empty(header["shape"], dtype=_DTYPES[header["dtype"]])
+        # "c", copy on write: nothing reaches the file, and torch does not warn of read-only memory.
+        view = np.memmap(path, np.uint8, "c", self._starts[path] + begin, (end - begin,))
+        return torch.from_numpy(view).view(_DTYPES[header["dtype"]]).view(header["shape"])
+
+    def unread(self) -> dict[str, "Unread"]:
+        """All tensors, each to be read when its turn comes."""
+        return {name: Unread(self, name) for name in self._headers}
 
     def find(self, name: str, prefix: str) -> str | None:
         """The name under which a parameter lies here.
@@ -117,16 +146,30 @@ class Weights:
         return weight.float()
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file: `dtype`, `shape`, `data_offsets` (bytes) of each tensor.
+@dataclass(frozen=True)
+class Unread:
+    """A tensor that transformers reads, by `[...]`, when it puts it into a model."""
 
-    The format is eight bytes, the header's length, little-endian; then the header, JSON
-    (https://huggingface.co/docs/safetensors#format).
+    weights: Weights
+    name: str
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.weights.tensor(self.name)[index]
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The header of a safetensors file, and the byte at which the data begins.
+
+    The format is eight bytes, the header's length, little-endian; then the header, JSON; then the
+    data (https://huggingface.co/docs/safetensors#format).
+
+    Returns:
+        `dtype`, `shape` and `data_offsets` (bytes, from where the data begins) of each tensor.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    return {name: value for name, value in header.items() if name != "__metadata__"}
+    return {name: value for name, value in header.items() if name != "__metadata__"}, 8 + length
 
 
 def _owner(name: str) -> tuple[str, str | None]:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from stages.quantize.convert import device_problem, quantization_config
+from stages.quantize.convert import device_problem
+from stages.quantize.loading import quantization_config
 from stages.quantize.settings import Params, Quantize
 from stages.shared.errors import UserError
 from stages.shared.params import validate
