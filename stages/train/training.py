@@ -89,7 +89,7 @@ def _train(
     )
     if how.gradient_checkpointing:
         model.config.use_cache = False
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
     every = machine().checkpoint_steps
     loop = Loop(model, data, settings.train, how, among, checkpoints, every)

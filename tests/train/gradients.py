@@ -24,7 +24,7 @@ def learning_model(model_folder: Path, checkpointing: bool = False) -> torch.nn.
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
