@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from stages.merge.proven import merge_and_prove
 from stages.merge.settings import Merge
 from stages.shared import files, models, scoring
+from stages.shared.errors import UserError
 from stages.shared.examples import read_examples
-from stages.train.checkpoints import claim
-from stages.train.training import train
 from tests import tiny
-from tests.train.running import settings
+from tests.train.running import settings, train_on
 
 CPU = torch.device("cpu")
 BOTH_ENDS = ["embed_tokens", "lm_head"]
@@ -39,6 +38,9 @@ VARIANTS = {
     "pissa bf16 rslora": Variant({"init": "pissa", "rslora": True}, "bf16"),
     "olora": Variant({"init": "olora"}),
     "olora dora": Variant({"init": "olora", "dora": True}),
+    "loftq": Variant({"init": "loftq"}),
+    "loftq fp4 dora": Variant({"init": "loftq", "dora": True}, "fp4"),
+    "loftq int8 rslora": Variant({"init": "loftq", "rslora": True}, "int8"),
     "dora": Variant({"dora": True}),
     "dora bf16": Variant({"dora": True}, "bf16"),
     "rslora": Variant({"rslora": True}),
@@ -78,16 +80,8 @@ def trained(folder: Path, variant: Variant) -> dict[str, Any]:
     """Train the variant; returns the metrics."""
     lora = {f"lora__{key}": value for key, value in variant.lora.items()}
     data, quantized = tiny.prepared(folder / "prepared"), base(folder, variant)
-    inputs = {
-        "train": data / "train.parquet",
-        "eval": data / "eval.parquet",
-        "model": quantized,
-        "original": folder / "base",
-    }
-    with claim(folder, "a-training", keep=1) as checkpoints:
-        outcome = train(settings(train__epochs=1, **lora), inputs, checkpoints)
-        files.link_folder(checkpoints.best, folder / "adapter")
-        checkpoints.clear()
+    wanted = settings(train__epochs=1, **lora)
+    outcome = train_on(wanted, data, quantized, folder / "adapter", folder / "base")
     assert outcome.metrics["eval_loss"] < outcome.curve.rows[0]["eval_loss"] - 0.2
     return outcome.metrics
 
@@ -126,7 +120,7 @@ def test_what_is_trained_is_what_is_scored_and_merged(tmp_path: Path, variant: V
     assert (head.weight is embedding.weight) == variant.tied
 
 
-@pytest.mark.parametrize("name", ["pissa", "olora", "both ends of a tie"])
+@pytest.mark.parametrize("name", ["pissa", "olora", "loftq", "both ends of a tie"])
 def test_a_variant_trained_twice_is_the_same_bytes(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +131,12 @@ def test_a_variant_trained_twice_is_the_same_bytes(
         trained(Path(), VARIANTS[name])
         hashes.append(files.folder_sha256(Path("adapter")))
     assert hashes[0] == hashes[1]
+
+
+def test_what_loftq_makes_up_for_is_not_put_on_the_original_weights(tmp_path: Path) -> None:
+    trained(tmp_path, VARIANTS["loftq"])
+    with pytest.raises(UserError, match=r"merge\.onto is 'original'.*loftq"):
+        merge(tmp_path, onto="original")
 
 
 def test_pissa_fits_the_original_weights_as_any_adapter(tmp_path: Path) -> None:
