@@ -7,6 +7,7 @@ the string of one, everything between the template's own control tokens is encod
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -88,28 +89,21 @@ def _encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], *, plain: bool = False
 ) -> Iterator[Encoded]:
     """Encode whole texts; `plain` makes ordinary text of the strings of control tokens too."""
-    if not texts:
-        return
-    found = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=plain,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True):
-        yield _tiled(ids, offsets)
+    # Asked directly: transformers would turn each answer into lists that nobody reads.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = plain
+    for found in backend.encode_batch(texts, add_special_tokens=False):
+        yield _tiled(found.ids, found.offsets)
 
 
 def _tiled(ids: list[int], offsets: list[Span]) -> Encoded:
     """Close the gaps: some tokenizers leave the white space before a word out of its span."""
-    spans = np.asarray(offsets, dtype=np.int32).reshape(-1, 2)
-    starts, ends = spans[:, 0].copy(), spans[:, 1]
-    if len(starts):
-        starts[1:] = np.minimum(starts[1:], ends[:-1])
-        starts[0] = 0
+    spans = np.fromiter(chain.from_iterable(offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+    starts, ends = spans.T
+    np.minimum(starts[1:], ends[:-1], out=starts[1:])
+    starts[:1] = 0
     return Encoded(np.asarray(ids, dtype=np.int32), starts, ends)
 
 

@@ -112,6 +112,21 @@ def test_tokens_leave_no_gap(
     assert np.all(np.diff(found.starts) >= 0)
 
 
+def test_what_a_tokenizer_file_says_of_cutting_and_padding_is_not_followed() -> None:
+    rendered = [Rendered(text, (), ()) for text in ("two", "two plus two is four")]
+    careless = tiny.tokenizer()
+    careless.backend_tokenizer.enable_truncation(max_length=3)
+    careless.backend_tokenizer.enable_padding()
+    for plain, cut in zip(
+        encoding.encode(tiny.tokenizer(), rendered),
+        encoding.encode(careless, rendered),
+        strict=True,
+    ):
+        assert isinstance(plain, Encoded)
+        assert isinstance(cut, Encoded)
+        assert plain.input_ids.tolist() == cut.input_ids.tolist()
+
+
 def test_order_is_kept_where_some_rows_are_encoded_with_care() -> None:
     tokenizer = TOKENIZERS["tiny"]
     template = templates.make("chatml", tokenizer)
