@@ -1,0 +1,113 @@
+"""What is in memory while a model is quantized, counted in bytes of live tensors."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.live_memory import LiveMemory
+from stages.quantize import comparison, convert, heap, promise
+from stages.quantize.settings import Quantize
+from stages.quantize.stored import Weights
+from tests import tiny
+
+CPU = torch.device("cpu")
+LAYERS = 16
+
+
+class RealMemory(LiveMemory):
+    """Without the storages of torch's meta device, which have a size and take no memory."""
+
+    def _count(self, tensor: torch.Tensor, origin: str) -> None:
+        if tensor.device.type != "meta":
+            super()._count(tensor, origin)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So deep that two layers are an eighth of it; in fp32, which every precision has to change."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.model(layers=LAYERS).save_pretrained(folder)
+    return folder
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {stored.name: stored.bytes for stored in Weights(folder).parameters}
+
+
+def allowed(base: Path, written: Path) -> int:
+    """The quantized model, two layers and the embedding, as they lie in the base."""
+    layer = sum(size for name, size in sizes(base).items() if ".layers.0." in name)
+    embedding = sizes(base)["model.embed_tokens.weight"]
+    return sum(sizes(written).values()) + 2 * layer + embedding
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
+def test_no_more_than_the_result_two_layers_and_the_embedding(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+):
+    # What other threads allocate would not be seen: read in this one.
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    settings = Quantize.model_validate(
+        {"precision": precision, "double_quant": True, "compute_dtype": "bf16"}
+    )
+    with RealMemory() as memory:
+        layout = convert.convert(base, tmp_path, settings, CPU)
+    bound = allowed(base, tmp_path)
+    assert sum(sizes(tmp_path).values()) < memory.peak_bytes <= bound
+    # The bound is one that the base and the result together would break.
+    assert sum(sizes(base).values()) + sum(sizes(tmp_path).values()) > bound
+
+    # Of each matrix as small a part as of a real model's; here 256 blocks would be all of it.
+    monkeypatch.setattr(comparison, "BLOCKS_FOR_ALPHA", 4)
+    written = Weights(tmp_path)
+    matrices = promise.linear_matrices(written.parameters, layout.looked_up)
+    with RealMemory() as memory:
+        original = comparison.Base(Weights(base), layout, CPU)
+        comparison.compare(original, written, matrices, CPU)
+    assert 0 < memory.peak_bytes <= bound
+
+
+def mapped(folder: Path) -> int:
+    """The bytes of files below `folder` that this process has in its address space."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(folder) in line:
+            begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+            total += end - begin
+    return total
+
+
+def test_what_was_read_of_the_base_is_let_go(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[int] = []
+    monkeypatch.setattr(heap, "trim", lambda: seen.append(mapped(base)))
+    settings = Quantize(precision="nf4", double_quant=True, compute_dtype="bf16")
+    convert.convert(base, tmp_path, settings, CPU)
+    assert len(seen) == len(sizes(base))
+    largest = max(sizes(base).values())
+    assert max(seen) <= largest + 8192  # whole pages
+    assert mapped(base) == 0
+
+
+def test_a_view_of_a_file_goes_when_its_tensor_goes(base: Path):
+    weights = Weights(base)
+    views = [weights.tensor(name) for name in sizes(base)]
+    assert mapped(base) >= sum(sizes(base).values())
+    del views
+    assert mapped(base) == 0
+
+
+def test_the_heap_gives_back_what_lies_between_results():
+    holes = [bytearray(50_000) for _ in range(2000)]
+    del holes[::2]  # too small to be mapped by themselves, and none at the end of the heap
+    before = resident()
+    heap.trim()
+    assert before - resident() > 25_000_000
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
