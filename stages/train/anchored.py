@@ -13,6 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 class Anchored(nn.Module):
     """A parametrization of a weight: [trained; frozen] along a dimension."""
 
+    frozen: torch.Tensor
+
     def __init__(self, frozen: torch.Tensor, dim: int) -> None:
         super().__init__()
         self.register_buffer("frozen", frozen)

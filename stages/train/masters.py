@@ -64,7 +64,7 @@ def _lend_rounded_bias(layer: Linear4bit | Linear8bitLt) -> None:
 
     def lend(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         dtype = getattr(module, "compute_dtype", None) or inputs[0].dtype
-        module._parameters["bias"] = master.to(dtype)  # type: ignore[assignment]
+        module._parameters["bias"] = master.to(dtype)
 
     def take_back(module: nn.Module, *_: object) -> None:
         module._parameters["bias"] = master

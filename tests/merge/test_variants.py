@@ -89,7 +89,7 @@ def trained(folder: Path, variant: Variant) -> dict[str, Any]:
 def merge(folder: Path, onto: str = "quantized") -> dict[str, Any]:
     (folder / "merged").mkdir()
     return merge_and_prove(
-        Merge.model_validate({"onto": onto, "dtype": "fp16"}),
+        Merge.model_validate({"onto": onto, "dtype": "fp32"}),  # no rounding hides a difference
         folder / "adapter",
         {"quantized": folder / "quantized", "original": folder / "base"},
         folder / "tokenizer",
@@ -111,7 +111,7 @@ def test_what_is_trained_is_what_is_scored_and_merged(tmp_path: Path, variant: V
 
     proof = merge(tmp_path)
     assert proof["top1_agreement"] >= 0.99
-    assert proof["kl_divergence"] <= 1e-3
+    assert proof["kl_divergence"] <= 1e-6
     assert files.folder_sha256(tmp_path / "quantized") == before
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
