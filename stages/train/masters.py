@@ -13,11 +13,17 @@ from torch import nn
 
 
 def widen(model: nn.Module) -> None:
-    """Make fp32 masters of the trained weights that are not an adapter's (those are fp32)."""
+    """Make fp32 masters of the trained weights that are not an adapter's (those are fp32).
+
+    The layers still answer in the dtype that they had: what follows them takes no other.
+    """
+    own = set(own_weights(model))
     for layer in model.modules():
-        if isinstance(layer, Linear4bit | Linear8bitLt) and _learns(layer.bias):
+        if isinstance(layer, Linear4bit | Linear8bitLt) and layer.bias in own:
             _lend_rounded_bias(layer)
-    for weight in own_weights(model):
+        elif found := own.intersection(layer.parameters(recurse=False)):
+            _answer_in(layer, next(iter(found)).dtype)
+    for weight in own:
         weight.data = weight.data.float()
 
 
@@ -52,6 +58,13 @@ def own_weights(model: nn.Module) -> list[nn.Parameter]:
 
 def _learns(weight: nn.Parameter | None) -> bool:
     return weight is not None and weight.requires_grad
+
+
+def _answer_in(layer: nn.Module, dtype: torch.dtype) -> None:
+    def cast(module: nn.Module, inputs: object, output: object) -> object:
+        return output.to(dtype) if isinstance(output, torch.Tensor) else output
+
+    layer.register_forward_hook(cast)
 
 
 def _lend_rounded_bias(layer: Linear4bit | Linear8bitLt) -> None:

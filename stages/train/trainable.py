@@ -44,7 +44,7 @@ def load_for_lora(
         lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
+        modules_to_save=list(saved) or None,  # a copy: peft takes names out of the list
         ensure_weight_tying=_names_both_of_a_tie(base, saved),
         bias=lora.bias,
         use_rslora=lora.rslora,

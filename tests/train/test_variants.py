@@ -1,5 +1,6 @@
 """Where adapters start, what of them learns, and what else learns beside them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import (
     Starcoder2Config,
 )
 
-from stages.shared import files, models
+from stages.shared import files, machine, models
 from stages.shared.errors import UserError
 from stages.shared.precision import autocast
 from stages.train import anchored, initialisation, masters, trainable
+from stages.train.checkpoints import claim
+from stages.train.training import train
 from tests import tiny
 from tests.train.running import settings, train_on
 
@@ -298,3 +301,31 @@ def test_what_cannot_work_is_refused_in_one_line(
 def test_a_target_that_can_match_nothing_is_refused_before_any_weight(value: Any) -> None:
     with pytest.raises(ValueError, match="all-linear"):
         settings(lora__target_modules=value)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"lora__init": "pissa", "lora__dora": True},
+        {"lora__bias": "all", "lora__modules_to_save": ["lm_head", "embed_tokens"]},
+        {"lora__modules_to_save": ["embed_tokens"]},  # an fp32 one, before norms in bf16
+    ],
+)
+def test_a_variant_that_goes_on_from_a_checkpoint_ends_in_the_same_bytes(
+    tmp_path: Path, lora: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CHECKPOINT_STEPS", "2")
+    machine.machine.cache_clear()
+    data = tiny.prepared(tmp_path / "prepared")
+    inputs = {"train": data / "train.parquet", "eval": data / "eval.parquet"}
+    inputs["model"] = biased(tmp_path) / "nf4"
+    wanted = settings(train__epochs=1, **lora)
+    with claim(tmp_path, "a-training", keep=9) as checkpoints:
+        train(wanted, inputs, checkpoints)
+        whole = files.folder_sha256(checkpoints.best)
+        for later in sorted(checkpoints.folder.glob("step-*"))[1:]:
+            shutil.rmtree(later)
+        outcome = train(wanted, inputs, checkpoints)
+        assert outcome.metrics["resumed_from_step"] == 2
+        assert files.folder_sha256(checkpoints.best) == whole
+    machine.machine.cache_clear()
