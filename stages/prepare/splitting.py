@@ -39,12 +39,16 @@ class Splitter:
         return not self._seen.add(bytes.fromhex(conversation_id))
 
     def hold_out(self, question: str) -> None:
-        """Remember the first message of a held-out conversation."""
-        self._held_out.add(_hash(question))
+        """Remember the first message of a held-out conversation.
+
+        Where the first message decides the split, no other split can hold it.
+        """
+        if self.fraction is None:
+            self._held_out.add(_hash(question))
 
     def leaks(self, question: str) -> bool:
         """Whether a held-out conversation begins with this message too."""
-        return _hash(question) in self._held_out
+        return len(self._held_out) > 0 and _hash(question) in self._held_out
 
 
 def _hash(text: str) -> bytes:

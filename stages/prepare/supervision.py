@@ -124,7 +124,7 @@ class Supervisor:
             return Unusable(f"no supervised token within prepare.max_length = {self._max_length}")
         whole = len(one.messages) == messages
         control = self._is_control[ids]
-        for at in np.flatnonzero(ids == self._unknown):  # it may stand for a message's characters
+        for at in (ids == self._unknown).nonzero()[0]:  # it may stand for a message's characters
             control[at] = text[starts[at] : ends[at]] == self._tokenizer.unk_token
         return Supervised(
             messages=one.messages,
@@ -154,13 +154,13 @@ def messages_that_fit(one: _Tokenized, max_length: int) -> int:
 
 
 def _tokens_until(encoded: Encoded, character: int) -> int:
-    return int(np.searchsorted(encoded.starts, character))
+    return int(encoded.starts.searchsorted(character))
 
 
 def _bytes(text: str, starts: np.ndarray, ends: np.ndarray, learnt: np.ndarray) -> int:
     """UTF-8 bytes of the characters that some tokens stand for."""
     around = np.zeros(len(learnt) + 2, dtype=bool)
     around[1:-1] = learnt
-    edges = np.flatnonzero(around[1:] != around[:-1])
+    edges = (around[1:] != around[:-1]).nonzero()[0].tolist()
     runs = zip(edges[::2], edges[1::2], strict=True)
     return sum(len(text[starts[first] : ends[last - 1]].encode()) for first, last in runs)
