@@ -36,10 +36,13 @@ class Setting:
     Attributes:
         precision: of the frozen matrices; fp32 or bf16 in full fine-tuning.
         rank: of the adapter; None for full fine-tuning.
-        optimizer: adamw or adamw_8bit.
         gradient_checkpointing: recompute each block in backward.
         lengths: of the conversations in a micro-batch, in tokens.
         supervised: share of each conversation's tokens that is learnt, its last ones.
+        optimizer: adamw or adamw_8bit.
+        double_quant: of fp4 and nf4.
+        dropout: of the adapter's input.
+        init: where the adapter starts.
     """
 
     precision: str
@@ -49,6 +52,8 @@ class Setting:
     supervised: float = 0.5
     optimizer: str = "adamw"
     double_quant: bool = True
+    dropout: float = 0.0
+    init: str = "default"
 
     @property
     def tokens(self) -> int:
@@ -92,21 +97,21 @@ def load(folder: Path, setting: Setting, device: torch.device) -> PreTrainedMode
     if setting.rank is None:
         model = trainable.load_for_full(folder, device)
     else:
-        model = trainable.load_for_lora(folder, _lora(setting.rank), device)
+        model = trainable.load_for_lora(folder, _lora(setting, setting.rank), device)
     if setting.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
-def _lora(rank: int) -> Lora:
+def _lora(setting: Setting, rank: int) -> Lora:
     return Lora(
         r=rank,
         alpha=2 * rank,
-        dropout=0.0,
+        dropout=setting.dropout,
         target_modules="all-linear",
         modules_to_save=None,
         bias="none",
-        init="default",
+        init=setting.init,
         rslora=False,
         dora=False,
     )

@@ -1,19 +1,21 @@
-"""What full tuning, LoRA and QLoRA of this model keep in memory, for named cards.
+"""What full tuning, LoRA and QLoRA of this model need: memory, disk, operations, for named cards.
 
 Reads:  models/base/config.json, reports/prepare.json
 Writes: reports/plan.json, reports/plan.svg
 Run:    python -m stages.plan
+        python -m stages.plan --model Llama-3-8B --budget 16 --max-length 2048
 
-A pure function of the parameters, the config and the counts of `prepare`: nothing is measured, and
-nothing of this machine is looked at. Activations, logits and workspaces are not counted yet, so the
-figures are called `persistent`.
+What is written is a pure function of the parameters, the config and the counts of `prepare`:
+nothing is measured, and nothing of this machine is looked at. What this machine fits and how long
+it takes is only printed, and not under DVC. With a model named nothing is written.
 """
 
-import json
+import argparse
+import os
 from pathlib import Path
-from typing import Any
 
-from stages.plan import figures, picture
+from stages.plan import figures, growth, here, picture, table
+from stages.plan.data import Data, read_counts
 from stages.plan.settings import Params
 from stages.shared import files, params
 from stages.shared.errors import UserError, run
@@ -24,43 +26,65 @@ PLAN = Path("reports/plan.json")
 PICTURE = Path("reports/plan.svg")
 
 
-def read_counts(path: Path) -> dict[str, Any]:
-    """What `prepare` counted.
+def arguments() -> argparse.Namespace:
+    """The command line; without any, this is the stage."""
+    parser = argparse.ArgumentParser(prog="python -m stages.plan", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    known = ", ".join(sorted(path.stem for path in here.CONFIGS.glob("*.json")))
+    parser.add_argument("--model", help=f"a folder with a config.json, such a file, or: {known}")
+    parser.add_argument("--budget", type=float, help="GiB; this machine's memory if left out")
+    parser.add_argument("--max-length", type=int, help="tokens of the longest conversation")
+    return parser.parse_args()
+
+
+def config_path(model: str | None) -> Path:
+    """The config of a model that is named, or of the base model.
 
     Raises:
-        UserError: it is not there, or no JSON.
+        UserError: there is none.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    if model is None:
+        return CONFIG
+    given, shipped = Path(model), here.CONFIGS / f"{model}.json"
+    path = given / "config.json" if given.is_dir() else given
+    if not path.is_file() and not shipped.is_file():
+        known = ", ".join(sorted(path.stem for path in here.CONFIGS.glob("*.json")))
         raise UserError(
-            f"{path}: missing or not JSON; expected what `prepare` counted; run `dvc repro prepare`"
-        ) from None
+            f"--model is {model!r}; expected a folder with a config.json, such a file, or one of "
+            f"{known}; download the model's config.json"
+        )
+    return path if path.is_file() else shipped
 
 
-def table(plan: dict[str, Any]) -> str:
-    """The techniques for a terminal, a line each, in MB or GB."""
-    ways = plan["techniques"]
-    largest = max(way["persistent_bytes"] for way in ways.values())
-    unit, scale = ("GB", 1e9) if largest >= 1e10 else ("MB", 1e6)
-    parts = ("weights", "adapter", "gradients", "optimizer", "persistent")
-    lines = [f"{f'persistent memory, {unit}':24}" + "".join(f"{part:>12}" for part in parts)]
-    for name, way in ways.items():
-        cells = "".join(f"{way[f'{part}_bytes'] / scale:>12,.2f}" for part in parts)
-        lines.append(f"{name:24}{cells}")
-    return "\n".join([*lines, "activations and logits come on top and are not counted yet"])
+def data_of(max_length: int | None, batch_size: int) -> Data:
+    """What `prepare` counted, or one step of conversations of `max_length` tokens, all learnt."""
+    if max_length is None:
+        return read_counts(COUNTS)
+    if max_length < 2:
+        raise UserError(f"--max-length is {max_length}; expected 2 tokens or more; give more")
+    tokens = batch_size * max_length
+    return Data(batch_size, tokens, tokens - batch_size, max_length)
 
 
 def main() -> None:
     """Count, write, draw, print."""
+    options = arguments()
     values = params.load(Params, "plan")
-    counts = read_counts(COUNTS)
+    config = config_path(options.model)
+    found = data_of(options.max_length, values.train.batch_size)
     from stages.shared.architecture import model_of_config  # noqa: PLC0415  (seconds of imports)
 
-    plan = figures.plan(model_of_config(CONFIG).tensors, counts, values)
-    picture.draw(plan["techniques"], PICTURE)
-    files.write_json(PLAN, plan)
-    print(table(plan))
+    model = model_of_config(config)
+    plan = figures.plan(model, found, values)
+    if not any((options.model, options.budget, options.max_length)):
+        panels = growth.of_model(
+            model, figures.adapter_of(model.tensors, values.lora), found.supervised_share
+        )
+        picture.draw(plan["techniques"], panels, plan["micro_batch"]["tokens"], PICTURE)
+        files.write_json(PLAN, plan)
+    print(table.techniques(plan), table.configured(plan), table.disk(plan), sep="\n\n")
+    if "DVC_STAGE" not in os.environ:
+        print(f"\n{here.described(config, model, found, values, options.budget)}")
 
 
 if __name__ == "__main__":

@@ -1,120 +1,156 @@
-"""The figures of the plan: a pure function of tensors, counts and parameters."""
+"""The figures of the plan: a pure function of the model, the data and the parameters."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from math import ceil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
-from stages.plan import techniques
-from stages.plan.settings import Lora, Params, Train
-from stages.plan.techniques import Adapter
+from stages.plan import data, disk, operations, techniques
+from stages.plan.data import Data
+from stages.plan.settings import Lora, Params
+from stages.shared import adapter, fitting, memory, peak, workload
+from stages.shared.adapter import Adapter
 from stages.shared.errors import UserError
-from stages.shared.memory import Persistent
-from stages.shared.tensors import Kind, Tensor, lora_targets, parameter_count
+from stages.shared.fitting import GIB, Request
+from stages.shared.peak import PARTS
+from stages.shared.tensors import Kind, Model, Tensor, lora_targets, parameter_count
+from stages.shared.tuning import Device, Tuning
 
 NOTE = (
-    "persistent_bytes: weights, adapter, gradients and optimizer states. Activations, logits, "
-    "workspaces and the device's own context come on top and are not in it."
+    "Predicted peaks of live tensors in a training step on CUDA, by part. None is from a GPU: "
+    "the formulas were held against steps on a CPU. A card must hold an assumed context besides."
 )
+MICRO_BATCH_TOKENS = 2048  # of the comparison, where the data has so many
 
 
-def adapter(tensors: Sequence[Tensor], lora: Lora) -> Adapter:
+def adapter_of(tensors: Sequence[Tensor], lora: Lora) -> Adapter:
     """The adapter that the parameters ask for.
 
     Raises:
         UserError: `lora.target_modules` match no layer.
     """
-    found = techniques.adapter_of(
-        tensors,
-        rank=lora.r,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-        bias=lora.bias,
-        dora=lora.dora,
-    )
     if not lora_targets(tensors, lora.target_modules, lora.modules_to_save):
         names = sorted({t.module.rpartition(".")[2] for t in tensors if t.kind == "linear"})
         raise UserError(
             f"params.yaml: lora.target_modules is {lora.target_modules!r} and matches no layer of "
             f"the model; expected all-linear, or names or a pattern among {', '.join(names)}"
         )
-    return found
+    return adapter.adapter_of(
+        tensors,
+        rank=lora.r,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        bias=lora.bias,
+        dora=lora.dora,
+        init=lora.init,
+    )
 
 
-def configured(tensors: Sequence[Tensor], lora_adapter: Adapter, values: Params) -> Persistent:
+def configured(lora_adapter: Adapter, values: Params, device: Device = "cuda") -> Tuning:
     """What `params.yaml` asks for.
 
     Raises:
         UserError: a full fine-tune of weights that cannot be trained.
     """
-    precision, optimizer = values.quantize.precision, values.train.optimizer
-    if values.train.method == "lora":
-        return techniques.lora(
-            tensors,
-            lora_adapter,
-            precision,
-            double_quant=values.quantize.double_quant,
-            dense=values.quantize.compute_dtype,
-            optimizer=optimizer,
-        )
-    if precision not in ("fp32", "bf16"):
+    precision = values.quantize.precision
+    full = values.train.method == "full"
+    if full and precision not in ("fp32", "bf16"):
         raise UserError(
             f"params.yaml: train.method is 'full' and quantize.precision is {precision!r}; full "
             "fine-tuning needs fp32 or bf16; change one of the two"
         )
-    return techniques.full(tensors, "fp32", optimizer)  # bf16 too: it trains fp32 masters
+    return Tuning(
+        precision,
+        None if full else lora_adapter,
+        double_quant=values.quantize.double_quant,
+        compute=values.quantize.compute_dtype,
+        optimizer=values.train.optimizer,
+        dropout=values.lora.dropout > 0,
+        device=device,
+    )
 
 
-def schedule(counts: Mapping[str, Any], train: Train) -> dict[str, int]:
-    """How much training there is, if it does not stop early.
-
-    Args:
-        counts: `reports/prepare.json`.
-        train: epochs, conversations a step and the limit of steps.
-
-    Raises:
-        UserError: the counts are not those that `prepare` writes.
-    """
-    try:
-        conversations, tokens = counts["train"]["conversations"], counts["train"]["tokens"]
-        steps = train.epochs * ceil(conversations / train.batch_size)
-        tokens_per_step = round(tokens / conversations * min(train.batch_size, conversations))
-    except (KeyError, TypeError, ZeroDivisionError):
-        raise UserError(
-            "reports/prepare.json: no train.conversations and train.tokens above zero; expected "
-            "what `prepare` writes; run `dvc repro prepare`"
-        ) from None
-    return {
-        "steps": min(steps, train.max_steps or steps),
-        "conversations": conversations,
-        "tokens": tokens,
-        "tokens_per_step": tokens_per_step,
-    }
+def request(
+    model: Model,
+    lora_adapter: Adapter,
+    values: Params,
+    found: Data,
+    total_bytes: int,
+    device: Device = "cuda",
+) -> Request:
+    """What is to be trained with so much memory, where only counts of the data are known."""
+    return Request(
+        model,
+        configured(lora_adapter, values, device),
+        workload.of_counts(found.longest, values.train.batch_size, found.supervised_share),
+        total_bytes,
+        instead_of_full=lora_adapter,
+    )
 
 
-def plan(tensors: Sequence[Tensor], counts: Mapping[str, Any], values: Params) -> dict[str, Any]:
+def plan(model: Model, found: Data, values: Params) -> dict[str, Any]:
     """All figures, nested as `reports/plan.json` has them."""
-    lora_adapter = adapter(tensors, values.lora)
-    ways = {
-        "configured": configured(tensors, lora_adapter, values),
-        **techniques.standard(tensors, lora_adapter),
-    }
+    lora_adapter = adapter_of(model.tensors, values.lora)
+    asked = configured(lora_adapter, values)
+    work = workload.of_counts(found.longest, values.train.batch_size, found.supervised_share)
+    batch = max(work.micro_batches(MICRO_BATCH_TOKENS), key=lambda b: b.tokens)
+    ways = {"configured": asked, **techniques.standard(lora_adapter)}
+    cost = operations.of_token(model, asked, found.supervised_share, found.mean_length)
     return {
         "note": NOTE,
-        "model": {
-            "parameters": parameter_count(tensors),
-            **{kind: parameter_count(tensors, kind) for kind in get_args(Kind)},
-            "quantizable": sum(t.size for t in tensors if t.quantizable),
-        },
+        "model": parameters(model),
         "adapter": {"parameters": lora_adapter.trainable},
-        "training": schedule(counts, values.train),
-        "techniques": {name: _as_json(way) for name, way in ways.items()},
+        "training": data.schedule(found, values.train),
+        "micro_batch": asdict(batch),
+        "techniques": {name: _technique(model, way, batch) for name, way in ways.items()},
+        "configured_on": {
+            card: chosen(request(model, lora_adapter, values, found, gib * GIB))
+            for card, gib in techniques.CARDS_GIB.items()
+        },
+        "disk": disk.needed(model, asked),
+        "operations_per_token": {name: round(value) for name, value in asdict(cost).items()},
     }
 
 
-def _as_json(way: Persistent) -> dict[str, Any]:
+def parameters(model: Model) -> dict[str, Any]:
+    """Parameters by kind; attention and feed-forward matrices apart."""
+    tensors = model.tensors
+    attention = sum(t.size for t in tensors if t.kind == "linear" and "attn" in t.module)
+    linear = parameter_count(tensors, "linear")
     return {
-        **asdict(way),
-        "persistent_bytes": way.persistent_bytes,
-        "persistent_fits": techniques.fits(way),
+        "parameters": parameter_count(tensors),
+        **{kind: parameter_count(tensors, kind) for kind in get_args(Kind)},
+        "attention": attention,
+        "mlp": linear - attention,
+        "quantizable": sum(t.size for t in tensors if t.quantizable),
+        "tied_head": any(t.tied and t.kind == "head" for t in tensors),
+    }
+
+
+def chosen(asked: Request) -> dict[str, Any]:
+    """How a step would be computed with so much memory, or that it cannot be."""
+    choice = fitting.choose(asked)
+    if choice is None:
+        least = fitting.smallest(asked)
+        return {"fits": False, "peak_bytes": least.prediction.total_bytes}
+    return {
+        "fits": True,
+        "peak_bytes": choice.prediction.total_bytes,
+        "micro_batch_tokens": choice.micro_batch_tokens,
+        "gradient_checkpointing": choice.gradient_checkpointing,
+    }
+
+
+def _technique(model: Model, way: Tuning, batch: peak.MicroBatch) -> dict[str, Any]:
+    prediction = peak.predict(model, way, batch)
+    persistent = way.persistent(model).persistent_bytes
+    held = replace(prediction, parts={"persistent": persistent})
+    return {
+        **{f"{part}_bytes": prediction.parts[part] for part in PARTS},
+        "persistent_bytes": persistent,
+        "peak_bytes": prediction.total_bytes,
+        "peak_at_least_bytes": prediction.lowest_bytes,
+        "calibrated": prediction.calibrated,
+        "pageable_bytes": memory.pageable_bytes(way.optimizer, way.trained_sizes(model)),
+        "persistent_fits": techniques.cards_that_fit(model, way, held),
+        "fits": techniques.cards_that_fit(model, way, prediction),
     }

@@ -20,9 +20,11 @@ class Lora(BorrowedSection):
     """What of `lora` is read."""
 
     r: int = Field(ge=1)
+    dropout: float
     target_modules: str | list[str]
     modules_to_save: list[str] | None
     bias: Literal["none", "all", "lora_only"]
+    init: str
     dora: bool
 
 

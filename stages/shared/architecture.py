@@ -15,7 +15,12 @@ from stages.shared.errors import UserError
 from stages.shared.tensors import Kind, Model, Tensor
 
 # Blocks that `stages.shared.blocks` describes, and that were measured.
-KNOWN_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+KNOWN_BLOCKS = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+)
 
 
 def model_of_config(path: Path) -> Model:
@@ -80,6 +85,7 @@ def _block(tensors: list[Tensor], heads: int) -> Block | None:
         key_value=width["k_proj"],
         inner=width["gate_proj"],
         heads=heads,
+        head_norms="q_norm" in shapes,
     )
 
 

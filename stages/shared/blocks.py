@@ -1,9 +1,9 @@
 """Memory by formula: the activations of one block of a decoder, a term a function.
 
-The block is that of Llama, Mistral and Qwen2 as transformers builds it: root-mean-square norm,
-attention with rotary positions through torch's scaled dot product, norm, gated feed-forward. The
-terms describe the modules that run, line by line; where a leaner forward pass replaces them, this
-is the file that follows.
+The block is that of Llama, Mistral, Qwen2 and Qwen3 as transformers builds it: root-mean-square
+norm, attention with rotary positions through torch's scaled dot product, norm, gated feed-forward.
+The terms describe the modules that run, line by line; where a leaner forward pass replaces them,
+this is the file that follows.
 
 Widths are numbers of elements a token: h of the residual stream, q of all query heads together, kv
 of all key (or value) heads, f of the feed-forward; a heads, r the adapter's rank. s and c are bytes
@@ -19,13 +19,17 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass(frozen=True)
 class Block:
-    """Widths of a block, in elements a token, and its attention heads."""
+    """Widths of a block, in elements a token, and its attention heads.
+
+    `head_norms`: whether queries and keys are normed, head by head, as in Qwen3.
+    """
 
     hidden: int
     query: int
     key_value: int
     inner: int
     heads: int
+    head_norms: bool = False
 
     @property
     def largest_matrix(self) -> int:
@@ -77,14 +81,25 @@ class Saved:
 
     @property
     def norm(self) -> int:
-        """4·h + 4: the input in fp32 and the reciprocal root; 4·h more, the result, if trained.
+        """4·h + 4: the input in fp32 and the reciprocal root; s·h more, the result, if trained.
 
         Where the stream is fp32 the input is the residual itself.
 
         Source: transformers 5.23, `LlamaRMSNorm.forward`.
         """
-        h = self.block.hidden
-        return 4 * h + 4 + (4 * h if self.flow.trained else 0)
+        return self._norm(self.block.hidden, 1, self.flow.stream)
+
+    @property
+    def head_norms(self) -> int:
+        """The same for queries and keys, a root a head: 4·(q + kv) + 4·a·(1 + kv/q)."""
+        block, c = self.block, self.flow.compute
+        if not block.head_norms:
+            return 0
+        key_heads = block.heads * block.key_value // block.query
+        return self._norm(block.query, block.heads, c) + self._norm(block.key_value, key_heads, c)
+
+    def _norm(self, width: int, roots: int, result: int) -> int:
+        return 4 * width + 4 * roots + (result * width if self.flow.trained else 0)
 
     def inputs(self, width: int, *names: str) -> int:
         """Of linear layers that share one input from the residual stream.
@@ -166,6 +181,7 @@ class Saved:
         return (
             2 * self.norm
             + self.inputs(h, "q_proj", "k_proj", "v_proj")
+            + self.head_norms
             + self.attention
             + self.product_input(q, "o_proj")
             + self.inputs(h, "gate_proj", "up_proj")

@@ -40,20 +40,16 @@ def forward(saved: Saved, workspace: int) -> list[Instant]:
     gated = c * f  # gate times up
     unsaved_gated = gated if flow.copies and not flow.keeps_input else 0
     before_up = saved.total - saved.down_input - c * f - saved.adapters(f, "down_proj")
-    return [
+    down = around + unsaved_gated + _widened(saved, f, "down_proj")
+    up = around + _widened(saved, h, "up_proj")
+    found = [
         Instant(saved.total - saved.down_input, around + gated + c * h, workspace),
-        Instant(
-            saved.total,
-            around
-            + unsaved_gated
-            + _widened(saved, f, "down_proj")
-            + _results(saved, "down_proj") * h,
-        ),
-        Instant(
-            before_up,
-            around + _widened(saved, h, "up_proj") + _results(saved, "up_proj") * f,
-        ),
+        Instant(saved.total, down + _results(saved, "down_proj") * h),
+        Instant(before_up, up + _results(saved, "up_proj") * f),
     ]
+    if flow.dropout:  # what it left of the adapter's input, before that is in half precision again
+        found.append(Instant(saved.total, down + _widened(saved, f, "down_proj") + c * h))
+    return found
 
 
 def first_forward(saved: Saved, workspace: int) -> list[Instant]:

@@ -1,8 +1,8 @@
 """Memory by formula: what a training step keeps from one step to the next, a term a function.
 
-Weights, adapter, gradients and optimizer states. What lives only within a step (activations,
-logits, workspaces) and what depends on the device (its context, its allocator) is not here, so a
-sum of these terms is called persistent and never the peak.
+Weights, adapter, gradients and optimizer states. What lives only within a step is in
+`stages.shared.blocks` and `stages.shared.workspace`, so a sum of these terms is called persistent
+and never the peak.
 
 P is a number of parameters; every result is in bytes (`_bytes`) or a count. Nothing here needs
 torch: `stages.shared.architecture` says which tensors a model has.
@@ -21,6 +21,7 @@ DENSE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 BLOCK = 64  # weights that share a constant in fp4 and nf4
 NESTED_BLOCK = 256  # constants that share a constant with double quantization
 ADAM_8BIT_BLOCK = 256  # elements of an 8-bit state that share a constant
+PAGED_MINIMUM = 100_000  # a tensor with fewer elements keeps its states on the device
 ADAM_8BIT_MINIMUM = 4096  # a tensor with fewer elements keeps its states in fp32
 
 
@@ -168,6 +169,16 @@ def adamw_8bit_bytes(sizes: Iterable[int]) -> int:
 def optimizer_bytes(optimizer: str, sizes: Sequence[int]) -> int:
     """States of `adamw` or `adamw_8bit` for trainable tensors of these sizes."""
     return adamw_8bit_bytes(sizes) if optimizer == "adamw_8bit" else adamw_bytes(sum(sizes))
+
+
+def pageable_bytes(optimizer: str, sizes: Iterable[int]) -> int:
+    """Of the states of a paged optimizer, what may leave a full device for the host.
+
+    Those of tensors with 100,000 elements and more.
+
+    Source: bitsandbytes 0.50.2, bitsandbytes/optim/optimizer.py, `get_state_buffer`.
+    """
+    return optimizer_bytes(optimizer, [size for size in sizes if size >= PAGED_MINIMUM])
 
 
 def _ceil(numerator: int, denominator: int) -> int:

@@ -25,6 +25,7 @@ class Tuning:
         gradient_checkpointing: whether each block is computed again in the backward pass.
         dropout: whether the adapter's input is dropped out.
         device: whose kernels run.
+        paged: count what a paged optimizer may move to the host as being there.
         masters: full fine-tuning in bf16 keeps fp32 weights, as `train` does; False for pure bf16.
     """
 
@@ -36,6 +37,7 @@ class Tuning:
     gradient_checkpointing: bool = False
     dropout: bool = False
     device: Device = "cuda"
+    paged: bool = False
     masters: bool = True
 
     @property
@@ -84,6 +86,8 @@ class Tuning:
         """What is there from step to step; gradients from a step's first micro-batch on."""
         sizes, adapter = self.trained_sizes(model), self.adapter
         optimizer_bytes = memory.optimizer_bytes(self.optimizer, sizes)
+        if self.paged:
+            optimizer_bytes -= memory.pageable_bytes(self.optimizer, sizes)
         weights_bytes = memory.weights_bytes(
             model.tensors, self.loaded, double_quant=self.double_quant, dense=self.dense
         )

@@ -13,7 +13,7 @@ from stages.shared.workspace import MicroBatch
 # Of the widths (in + out) of all linear layers, in compute precision, what blocks keep. Llama's own
 # block keeps between 0.8 (full bf16) and 1.3 (int8 on a CPU) of it; the norms of others are more,
 # their gates fewer.
-LOWEST, HIGHEST = 0.5, 3.0
+LOWEST, HIGHEST = 0.5, 4.0
 
 
 def reasons(model: Model, tuning: Tuning, batch: MicroBatch) -> list[str]:
@@ -25,6 +25,8 @@ def reasons(model: Model, tuning: Tuning, batch: MicroBatch) -> list[str]:
         found.append(f"conversations may be longer than the window of {model.window} tokens")
     if tuning.adapter and tuning.adapter.magnitudes:
         found.append("lora.dora has not been measured")
+    if tuning.adapter and tuning.adapter.anchored:
+        found.append("lora.init pissa or olora has not been measured")
     if tuning.adapter and tuning.adapter.copies:
         found.append("lora.modules_to_save has not been measured")
     return found
@@ -63,19 +65,18 @@ def options_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
     """What options of the adapter that were not measured may add to the peak.
 
     Weight-decomposed adapters form each adapted matrix in fp32 (three times at once) and keep their
-    results; a layer trained in full has a copy, a gradient and its input.
+    results; anchored ones put their halves together in fp32 for each product; a layer trained in
+    full has a copy, a gradient and its input.
     """
     adapter = tuning.adapter
     if adapter is None:
         return 0
-    added = 0
+    added = 4 * adapter.multiplied if adapter.anchored else 0
     if adapter.magnitudes:
         linear = [t for t in model.tensors if t.kind == "linear"]
         results = 12 * sum(t.shape[0] for t in linear) * batch.tokens
         matrices = 12 * max(t.size for t in linear)
         added += matrices + (results // model.layers if tuning.gradient_checkpointing else results)
-    for size in adapter.copies:
-        added += 10 * size
     if adapter.copies:
-        added += 8 * (model.hidden + model.vocabulary) * batch.tokens
+        added += 10 * sum(adapter.copies) + 8 * (model.hidden + model.vocabulary) * batch.tokens
     return added

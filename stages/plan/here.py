@@ -1,0 +1,77 @@
+"""This machine: what it fits and how long it takes. For a terminal, and never in an out of DVC."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from stages.plan import figures, operations, table
+from stages.plan.data import Data
+from stages.plan.settings import Params
+from stages.shared import fitting
+from stages.shared.fitting import GIB
+from stages.shared.machine import device, machine
+from stages.shared.refusal import refusal
+from stages.shared.tensors import Model, parameter_count
+
+LARGER = ("Qwen1.5-0.5B", "Llama-3-8B", "Llama-3-70B")
+DEVICES = (1, 2, 8)
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def described(config: Path, model: Model, found: Data, values: Params, budget: float | None) -> str:
+    """What params.yaml's training takes here, in memory and in time.
+
+    Args:
+        config: the model's `config.json`.
+        model: that it describes.
+        found: the data.
+        values: the parameters.
+        budget: GiB; None for this machine's memory, or QLORA_MEMORY_BUDGET.
+    """
+    from stages.plan.calibration import operations_per_second  # noqa: PLC0415  (imports torch)
+    from stages.shared.architecture import model_of_config  # noqa: PLC0415
+
+    where = device()
+    kind = "cuda" if where.type == "cuda" else "cpu"
+    total = total_bytes(kind, budget)
+    asked = figures.request(
+        model, figures.adapter_of(model.tensors, values.lora), values, found, total, kind
+    )
+    choice = fitting.choose(asked)
+    lines = [f"this machine ({kind}, {total / GIB:.1f} GiB)"]
+    if choice is None:
+        return "\n".join([*lines, f"  {refusal(asked)}"])
+    lines.append(f"  {table.choice(figures.chosen(asked))}")
+    tuning = replace(asked.tuning, gradient_checkpointing=choice.gradient_checkpointing)
+    rate = operations_per_second(config, tuning, where)
+    lines.append(f"  one block computes {rate / 1e9:,.0f} billion operations a second here;")
+    lines.append(
+        f"  an epoch of {found.tokens:,} tokens at that rate, in hours, on so many such devices:"
+    )
+    lines.append(f"  {'':16}" + "".join(f"{count:>10}" for count in DEVICES))
+    models = {"this model": model} | {n: model_of_config(CONFIGS / f"{n}.json") for n in LARGER}
+    for name, one in models.items():
+        lora = figures.adapter_of(one.tensors, values.lora)
+        way = replace(tuning, adapter=lora if tuning.adapter else None)
+        hours = epoch_seconds(one, way, found, rate) / 3600
+        cells = "".join(f"{hours / count:>10,.2f}" for count in DEVICES)
+        lines.append(f"  {name:16}{cells}  {parameter_count(one.tensors) / 1e9:.2f}e9 parameters")
+    return "\n".join(lines)
+
+
+def epoch_seconds(model: Model, tuning: "figures.Tuning", found: Data, rate: float) -> float:
+    """Operations of all training tokens over the operations a second."""
+    cost = operations.of_token(model, tuning, found.supervised_share, found.mean_length)
+    return cost.total * found.tokens / rate
+
+
+def total_bytes(kind: str, budget: float | None) -> int:
+    """The machine's memory, or the budget."""
+    gib = budget or machine().memory_budget
+    if gib:
+        return int(gib * GIB)
+    if kind == "cuda":
+        import torch  # noqa: PLC0415
+
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
