@@ -44,7 +44,7 @@ def run(module: str, python: str, raw: Path, tokenizer: Path, folder: Path) -> R
         SystemExit: it failed.
     """
     folder.mkdir()
-    command = [python, "-m", module, raw, tokenizer, folder]
+    command = [python, "-m", module, *map(str, (raw, tokenizer, folder))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         sys.exit(f"{done.stderr}\nerror: {python} -m {module} failed")

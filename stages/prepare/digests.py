@@ -50,7 +50,7 @@ class DigestSet:
     def _grow(self) -> None:
         old, self._table = self._table, bytearray(2 * len(self._table))
         for begin in range(0, len(old), _WIDTH):
-            key = old[begin : begin + _WIDTH]
+            key = bytes(old[begin : begin + _WIDTH])
             if key != _FREE:
                 at = self._place(key)
                 self._table[at : at + _WIDTH] = key
