@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from stages.shared.architecture import model_of_config, tensors_of
+from stages.plan.here import CONFIGS
+from stages.shared.architecture import model_of, model_of_config, tensors_of
+from stages.shared.blocks import Block
 from stages.shared.errors import UserError
 from stages.shared.memory import lora_sizes
 from stages.shared.tensors import lora_targets, parameter_count
@@ -87,3 +89,34 @@ def test_a_config_that_is_no_language_model_is_told_in_one_line(tmp_path, config
 def test_a_missing_config_names_the_stage_that_writes_it(tmp_path):
     with pytest.raises(UserError, match="run `dvc repro fetch_model`"):
         model_of_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen1.5-0.5B", 463_987_712),
+        ("Llama-2-7B", 6_738_415_616),
+        ("Mistral-7B", 7_241_732_096),
+        ("Llama-3-8B", 8_030_261_248),
+        ("Llama-3-70B", 70_553_706_496),
+        ("Mixtral-8x7B", 46_702_792_704),
+    ],
+)
+def test_shipped_configs_have_exactly_the_published_number_of_parameters(name, parameters):
+    model = model_of_config(CONFIGS / f"{name}.json")
+    assert parameter_count(model.tensors) == parameters
+    assert (model.block is None) == (name == "Mixtral-8x7B")
+
+
+def test_widths_of_a_block_are_read_from_its_matrices():
+    model = model_of_config(CONFIGS / "Llama-3-8B.json")
+    assert model.block == Block(4096, 4096, 1024, 14336, heads=32)
+    assert (model.layers, model.hidden, model.vocabulary) == (32, 4096, 128_256)
+    assert model_of_config(CONFIGS / "Mistral-7B.json").window == 4096
+    assert model_of_config(CONFIGS / "Mixtral-8x7B.json").active_experts == 2
+
+
+def test_an_activation_other_than_silu_is_not_taken_for_a_known_block():
+    config = tiny.model().config
+    config.hidden_act = "gelu"
+    assert model_of(on_meta(config)).block is None
