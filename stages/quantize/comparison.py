@@ -18,6 +18,7 @@ from stages.shared import progress
 from stages.shared.errors import UserError
 
 COMPARED_PARAMETERS = 1_000_000_000  # of a larger model, every second, third, … matrix
+PART_PARAMETERS = 1_000_000  # of a matrix, compared at a time
 BLOCKS_FOR_ALPHA = 256  # of each matrix, evenly spread
 
 
@@ -95,8 +96,9 @@ def compare(
             norm += levels.squared(weight)
             if matrix.name in compared:
                 compared_norm += levels.squared(weight)
-                for name, error in levels.squared_errors(weight, alpha).items():
-                    errors[name] = errors.get(name, 0.0) + error
+                for rows in in_parts(weight):
+                    for name, error in levels.squared_errors(rows, alpha).items():
+                        errors[name] = errors.get(name, 0.0) + error
             heap.trim()
             bar.update()
     return Comparison(
@@ -110,6 +112,15 @@ def compare(
 def every_nth(matrices: Sequence[Stored], budget: int) -> Sequence[Stored]:
     """All matrices, or every n-th, so that about `budget` parameters remain."""
     return matrices[:: max(1, ceil(sum(m.parameters for m in matrices) / budget))]
+
+
+def in_parts(weight: torch.Tensor) -> Sequence[torch.Tensor]:
+    """A matrix some rows at a time: quantizers take many times what they are given.
+
+    A multiple of 64 rows, so that the blocks of a part are the blocks of the whole.
+    """
+    rows = weight.reshape(-1, weight.shape[-1])
+    return rows.split(levels.BLOCK * ceil(PART_PARAMETERS / (levels.BLOCK * rows.shape[1])))
 
 
 def sample(base: Base, names: Sequence[str]) -> torch.Tensor:

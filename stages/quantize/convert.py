@@ -1,5 +1,6 @@
 """The base model in the chosen precision, written as a folder that transformers loads."""
 
+import gc
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,10 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
     needed = sum(t.numel() * t.element_size() for t in tensors)
     files.require_space(target, needed, "the quantized model")
     save(model, base, target)
-    return layout(model)
+    found = layout(model)
+    del model
+    gc.collect()  # its modules refer to one another: without this it stays for seconds
+    return found
 
 
 def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> str | None:

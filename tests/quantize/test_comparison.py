@@ -47,3 +47,16 @@ def test_a_base_with_other_names_is_refused(tmp_path: Path):
     base = weights(tmp_path / "base", a=torch.zeros(1, 1))
     with pytest.raises(UserError, match="b is not in the files"):
         comparison.Base(base, LAYOUT, CPU).matrix("b")
+
+
+def test_a_matrix_in_parts_has_the_blocks_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    base = weights(tmp_path / "base", a=torch.randn(150, 50))
+    original = comparison.Base(base, LAYOUT, CPU)
+    whole = comparison.compare(original, base, base.parameters, CPU)
+    monkeypatch.setattr(comparison, "PART_PARAMETERS", 1)
+    assert [len(part) for part in comparison.in_parts(original.matrix("a"))] == [64, 64, 22]
+    parts = comparison.compare(original, base, base.parameters, CPU)
+    assert parts.errors == pytest.approx(whole.errors, rel=1e-5)
