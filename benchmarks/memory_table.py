@@ -59,10 +59,10 @@ def table(rows: Sequence[Row]) -> str:
 
 def trained(setting: Setting) -> str:
     """What is trained, in words."""
-    if setting.rank is None:
-        return f"all weights, {setting.precision}"
-    double = setting.precision in ("fp4", "nf4") and not setting.double_quant
     optimizer = ", 8-bit AdamW" if setting.optimizer == "adamw_8bit" else ""
+    if setting.rank is None:
+        return f"all weights, {setting.precision}{optimizer}"
+    double = setting.precision in ("fp4", "nf4") and not setting.double_quant
     return f"rank {setting.rank} on {setting.precision}{' single' if double else ''}{optimizer}"
 
 

@@ -42,6 +42,7 @@ def bases(tmp_path_factory):
         Setting("bf16", 8, False, LENGTHS, optimizer="adamw_8bit"),
         Setting("bf16", None, True, LENGTHS),
         Setting("fp32", None, False, LENGTHS),
+        Setting("bf16", None, False, LENGTHS, optimizer="adamw_8bit"),
         Setting("nf4", 8, True, LENGTHS, dropout=0.1),
     ],
     ids=memory_table.trained,
