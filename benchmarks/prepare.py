@@ -109,7 +109,7 @@ def grow(sizes: list[int], tokenizer: Path, folder: Path) -> None:
 def main() -> None:
     """Make the rows, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=50_000, help="of the comparison")
+    parser.add_argument("--rows", type=int, default=100_000, help="of the comparison")
     parser.add_argument("--rounds", type=int, default=3, help="of the comparison")
     parser.add_argument("--peer-python", help="a Python that has `datasets` too")
     parser.add_argument("--memory", type=int, nargs="+", default=[], help="sizes to grow through")
