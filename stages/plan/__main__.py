@@ -7,7 +7,7 @@ Run:    python -m stages.plan
 
 What is written is a pure function of the parameters, the config and the counts of `prepare`:
 nothing is measured, and nothing of this machine is looked at. What this machine fits and how long
-it takes is only printed, and not under DVC. With a model named nothing is written.
+it takes is only printed, and not under DVC. With any option these files are not written.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help=f"a folder with a config.json, such a file, or: {known}")
     parser.add_argument("--budget", type=float, help="GiB; this machine's memory if left out")
     parser.add_argument("--max-length", type=int, help="tokens of the longest conversation")
+    parser.add_argument("--picture", type=Path, help="where to draw the plan, as SVG")
     return parser.parse_args()
 
 
@@ -76,11 +77,12 @@ def main() -> None:
 
     model = model_of_config(config)
     plan = figures.plan(model, found, values)
-    if not any((options.model, options.budget, options.max_length)):
-        panels = growth.of_model(
-            model, figures.adapter_of(model.tensors, values.lora), found.supervised_share
-        )
-        picture.draw(plan["techniques"], panels, plan["micro_batch"]["tokens"], PICTURE)
+    is_stage = not any(vars(options).values())
+    if where := PICTURE if is_stage else options.picture:
+        adapter = figures.adapter_of(model.tensors, values.lora)
+        panels = growth.of_model(model, adapter, found.supervised_share)
+        picture.draw(plan["techniques"], panels, plan["micro_batch"]["tokens"], where)
+    if is_stage:
         files.write_json(PLAN, plan)
     print(table.techniques(plan), table.configured(plan), table.disk(plan), sep="\n\n")
     if "DVC_STAGE" not in os.environ:
