@@ -13,7 +13,6 @@ the model, `s` its seconds; `stage` also measures its errors, over fewer matrice
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from stages.quantize.heap import resident_bytes
 
 PRECISIONS = {"nf4, double quant": ("nf4", True), "nf4": ("nf4", False)} | {
     precision: (precision, False) for precision in ("int8", "bf16")
@@ -53,7 +54,7 @@ def write_base(folder: Path, hidden: int, layers: int) -> None:
     for name in shapes:
         shards.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
     torch.manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards.values(), start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(names, file)
@@ -63,20 +64,14 @@ def write_base(folder: Path, hidden: int, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def resident() -> int:
-    """The resident set of this process, in bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
 @contextmanager
-def peak_resident() -> Iterator[list[int]]:
+def peak_resident_bytes() -> Iterator[list[int]]:
     """A list whose only element is the largest resident set while the block runs."""
-    peak, done = [resident()], threading.Event()
+    peak, done = [resident_bytes()], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            peak[0] = max(peak[0], resident())
+            peak[0] = max(peak[0], resident_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -101,15 +96,15 @@ def measure(base: Path, precision: str, double_quant: bool, compared: int) -> di
         {"precision": precision, "double_quant": double_quant, "compute_dtype": "bf16"}
     )
     cpu = torch.device("cpu")
-    result = {}
-    start = resident()
+    result: dict[str, Any] = {}
+    start = resident_bytes()
     with tempfile.TemporaryDirectory(dir=base.parent) as folder:
         began = time.perf_counter()
-        with peak_resident() as peak:
+        with peak_resident_bytes() as peak:
             convert.convert(base, Path(folder), settings, cpu)
         result |= {"convert": peak[0] - start, "seconds": time.perf_counter() - began}
         result["quantized"] = Weights(Path(folder)).bytes
-    with tempfile.TemporaryDirectory(dir=base.parent) as folder, peak_resident() as peak:
+    with tempfile.TemporaryDirectory(dir=base.parent) as folder, peak_resident_bytes() as peak:
         stage.quantize(base, Path(folder) / "model", Path(folder) / "levels.svg", settings, cpu)
     return result | {"stage": peak[0] - start}
 

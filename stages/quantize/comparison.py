@@ -86,6 +86,7 @@ def compare(
     alpha = levels.best_alpha(sample(base, sorted(compared)))
     own = norm = compared_norm = 0.0
     errors: dict[str, float] = {}
+    trim = heap.Trimmer()
     with progress.bar(total=len(matrices), desc="errors of the precisions", unit="matrix") as bar:
         for matrix in matrices:
             weight = base.matrix(matrix.name)
@@ -99,7 +100,7 @@ def compare(
                 for rows in in_parts(weight):
                     for name, error in levels.squared_errors(rows, alpha).items():
                         errors[name] = errors.get(name, 0.0) + error
-            heap.trim()
+            trim()
             bar.update()
     return Comparison(
         relative_error=relative(own, norm),
@@ -130,11 +131,12 @@ def sample(base: Base, names: Sequence[str]) -> torch.Tensor:
         in_blocks = levels.blocks(base.matrix(name))
         return in_blocks[:: ceil(len(in_blocks) / BLOCKS_FOR_ALPHA)].clone()
 
+    trim = heap.Trimmer()
     with progress.bar(total=len(names), desc="best clipping", unit="matrix") as bar:
         parts = []
         for name in names:
             parts.append(some(name))
-            heap.trim()
+            trim()
             bar.update()
     return torch.cat(parts)
 

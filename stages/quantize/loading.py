@@ -73,16 +73,17 @@ def require_all(missing: Collection[str], base: Path) -> None:
 def loading_bar(desc: str) -> Iterator[None]:
     """Show our progress bar where transformers, loading tensor by tensor, would show its own.
 
-    After each tensor, what it took is given back.
+    Between tensors, what they took and freed is given back.
     """
 
     def shown(
         _factory: Any, args: tuple[Collection[Any]], _kwargs: dict[str, Any]
     ) -> Iterator[Any]:
+        trim = heap.Trimmer()
         with progress.bar(total=len(args[0]), desc=desc, unit="tensor") as bar:
             for item in args[0]:
                 yield item
-                heap.trim()
+                trim()
                 bar.update()
 
     previous = set_tqdm_hook(shown)

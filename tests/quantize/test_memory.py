@@ -1,6 +1,5 @@
 """What is in memory while a model is quantized, counted in bytes of live tensors."""
 
-import resource
 from pathlib import Path
 
 import pytest
@@ -83,7 +82,7 @@ def test_what_was_read_of_the_base_is_let_go(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[int] = []
-    monkeypatch.setattr(heap, "trim", lambda: seen.append(mapped(base)))
+    monkeypatch.setattr(heap.Trimmer, "__call__", lambda _: seen.append(mapped(base)))
     settings = Quantize(precision="nf4", double_quant=True, compute_dtype="bf16")
     convert.convert(base, tmp_path, settings, CPU)
     assert len(seen) == len(sizes(base))
@@ -103,11 +102,19 @@ def test_a_view_of_a_file_goes_when_its_tensor_goes(base: Path):
 def test_the_heap_gives_back_what_lies_between_results():
     holes = [bytearray(50_000) for _ in range(2000)]
     del holes[::2]  # too small to be mapped by themselves, and none at the end of the heap
-    before = resident()
+    before = heap.resident_bytes()
     heap.trim()
-    assert before - resident() > 25_000_000
+    assert before - heap.resident_bytes() > 25_000_000
 
 
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def test_it_is_trimmed_when_the_process_has_grown(monkeypatch: pytest.MonkeyPatch):
+    trimmed: list[bool] = []
+    monkeypatch.setattr(heap, "trim", lambda: trimmed.append(True))
+    trim = heap.Trimmer()
+    trim()
+    assert not trimmed
+    grown = bytearray(2 * heap.GROWTH_BYTES)
+    trim()
+    trim()
+    assert len(trimmed) == 1
+    assert grown[-1] == 0
