@@ -23,11 +23,12 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from benchmarks import memory_table
 from benchmarks.training_step import Measured, Setting, in_precision, measure, random_base
 from stages.shared import peak, progress
-from stages.shared.adapter import adapter_of
+from stages.shared.adapter import Adapter, adapter_of
 from stages.shared.architecture import model_of_config
+from stages.shared.memory import Precision
 from stages.shared.peak import Prediction
 from stages.shared.tensors import Model
-from stages.shared.tuning import Tuning
+from stages.shared.tuning import Device, Tuning
 from stages.shared.workspace import MicroBatch
 
 BASE = Path("models/base")
@@ -66,8 +67,8 @@ SMALL: dict[str, PretrainedConfig] = {
     ),
 }
 SHORT, MIDDLE, LONG = (32, 16), (90, 40, 120), (300, 200, 100)
-LORA = ("nf4", "fp4", "int8", "bf16", "fp32")
-FULL = ("bf16", "fp32")
+LORA: tuple[Precision, ...] = ("nf4", "fp4", "int8", "bf16", "fp32")
+FULL: tuple[Precision, ...] = ("bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,24 @@ def settings() -> Iterator[tuple[str, Setting]]:
     yield "default", Setting("fp32", None, False, (32,))
 
 
-def predict(model: Model, setting: Setting) -> Prediction:
-    """What the planner says of a setting, on a CPU."""
-    adapter = adapter_of(model.tensors, rank=setting.rank) if setting.rank else None
-    tuning = Tuning(
+def tuning_of(setting: Setting, adapter: Adapter | None, device: Device) -> Tuning:
+    """A setting as the planner takes it."""
+    return Tuning(
         setting.precision,
         adapter,
         double_quant=setting.double_quant,
         optimizer=setting.optimizer,
         gradient_checkpointing=setting.gradient_checkpointing,
         dropout=setting.dropout > 0,
-        device="cpu",
+        device=device,
     )
-    return peak.predict(model, tuning, MicroBatch(setting.tokens, setting.supervised_tokens))
+
+
+def predict(model: Model, setting: Setting, device: Device = "cpu") -> Prediction:
+    """What the planner says of a setting."""
+    adapter = adapter_of(model.tensors, rank=setting.rank) if setting.rank else None
+    batch = MicroBatch(setting.tokens, setting.supervised_tokens)
+    return peak.predict(model, tuning_of(setting, adapter, device), batch)
 
 
 def measured_row(name: str, base: Path, setting: Setting) -> Row:

@@ -4,21 +4,23 @@ The pieces are training's own: packed conversations, the one scorer's losses, au
 of what is trained. Weights and tokens are random, which no size depends on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.live_memory import LiveMemory
 from stages.quantize.convert import convert
 from stages.quantize.settings import Quantize
 from stages.shared import models
 from stages.shared.examples import Example
+from stages.shared.memory import Optimizer, Precision
 from stages.train import trainable
 from stages.train.computing import Computing
 from stages.train.gradient import accumulate
@@ -45,15 +47,15 @@ class Setting:
         init: where the adapter starts.
     """
 
-    precision: str
+    precision: Precision
     rank: int | None
     gradient_checkpointing: bool
     lengths: tuple[int, ...]
     supervised: float = 0.5
-    optimizer: str = "adamw"
+    optimizer: Optimizer = "adamw"
     double_quant: bool = True
     dropout: float = 0.0
-    init: str = "default"
+    init: Literal["default", "pissa", "olora", "loftq"] = "default"
 
     @property
     def tokens(self) -> int:
@@ -117,7 +119,7 @@ def _lora(setting: Setting, rank: int) -> Lora:
     )
 
 
-def _train(optimizer: str) -> Train:
+def _train(optimizer: Optimizer) -> Train:
     return Train(
         method="lora",
         epochs=1,
@@ -196,19 +198,28 @@ def measure(
     A step has two micro-batches: the second's activations stand beside the first's gradients.
     """
     model = load(folder, setting, device)
+    dtype = models.compute_dtype(folder, device)
+    adamw, take = prepared_step(model, setting, device, dtype)
+    memory = LiveMemory(held_tensors(model, adamw), keep_storages=keep_storages)
+    before = memory.live_bytes
+    with memory:
+        take()
+    return Measured(before, memory.peak_bytes, memory.peak_storages)
+
+
+def prepared_step(
+    model: nn.Module, setting: Setting, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+    """Take a short first step, so that the optimizer has its states; returns it, and the next."""
     adamw = make_optimizer(model, _train(setting.optimizer), device)
     computing = Computing(
         device=device,
-        dtype=models.compute_dtype(folder, device),
+        dtype=dtype,
         micro_batch_tokens=setting.tokens,
         gradient_checkpointing=setting.gradient_checkpointing,
         processes=1,
     )
-    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
-    batches = [micro_batch(setting, vocabulary, seed) for seed in range(2)]
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     step(model, adamw, [micro_batch(replace(setting, lengths=(8,)), vocabulary)], computing)
-    memory = LiveMemory(held_tensors(model, adamw), keep_storages=keep_storages)
-    before = memory.live_bytes
-    with memory:
-        step(model, adamw, batches, computing)
-    return Measured(before, memory.peak_bytes, memory.peak_storages)
+    batches = [micro_batch(setting, vocabulary, seed) for seed in range(2)]
+    return adamw, lambda: step(model, adamw, batches, computing)

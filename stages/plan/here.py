@@ -12,6 +12,7 @@ from stages.shared.fitting import GIB
 from stages.shared.machine import device, machine
 from stages.shared.refusal import refusal
 from stages.shared.tensors import Model, parameter_count
+from stages.shared.tuning import Device, Tuning
 
 LARGER = ("Qwen1.5-0.5B", "Llama-3-8B", "Llama-3-70B")
 DEVICES = (1, 2, 8)
@@ -32,7 +33,7 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
     from stages.shared.architecture import model_of_config  # noqa: PLC0415
 
     where = device()
-    kind = "cuda" if where.type == "cuda" else "cpu"
+    kind: Device = "cuda" if where.type == "cuda" else "cpu"
     total = total_bytes(kind, budget)
     asked = figures.request(
         model, figures.adapter_of(model.tensors, values.lora), values, found, total, kind
@@ -59,13 +60,13 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
     return "\n".join(lines)
 
 
-def epoch_seconds(model: Model, tuning: "figures.Tuning", found: Data, rate: float) -> float:
+def epoch_seconds(model: Model, tuning: Tuning, found: Data, rate: float) -> float:
     """Operations of all training tokens over the operations a second."""
     cost = operations.of_token(model, tuning, found.supervised_share, found.mean_length)
     return cost.total * found.tokens / rate
 
 
-def total_bytes(kind: str, budget: float | None) -> int:
+def total_bytes(kind: Device, budget: float | None) -> int:
     """The machine's memory, or the budget."""
     gib = budget or machine().memory_budget
     if gib:

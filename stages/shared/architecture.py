@@ -1,6 +1,7 @@
 """What a model is made of, from its config alone: nothing else is read, and nothing allocated."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,8 +13,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.shared.blocks import LINEAR, Block
 from stages.shared.errors import UserError
+from stages.shared.memory import DensePrecision, Precision
 from stages.shared.tensors import Kind, Model, Tensor
 
+DENSE: dict[torch.dtype, DensePrecision] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 # Blocks that `stages.shared.blocks` describes, and that were measured.
 KNOWN_BLOCKS = (
     "LlamaDecoderLayer",
@@ -44,6 +51,28 @@ def model_of_config(path: Path) -> Model:
             "knows; choose another base model"
         ) from None
     return model_of(model)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a model's weights are stored in, as `quantize` names it."""
+
+    precision: Precision
+    double_quant: bool
+    compute: DensePrecision
+
+
+def stored_as(path: Path) -> Stored:
+    """Read from a `config.json` that `quantize` wrote what its weights are in."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    dense = DENSE[config.dtype or torch.float32]
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("load_in_8bit"):
+        return Stored("int8", False, dense)
+    if not quantization.get("load_in_4bit"):
+        return Stored(dense, False, dense)
+    double_quant = bool(quantization["bnb_4bit_use_double_quant"])
+    return Stored(quantization["bnb_4bit_quant_type"], double_quant, dense)
 
 
 def model_of(model: PreTrainedModel) -> Model:

@@ -16,6 +16,7 @@ from stages.shared.tensors import Tensor
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp4", "nf4"]
 DensePrecision = Literal["fp32", "bf16", "fp16"]
+Optimizer = Literal["adamw", "adamw_8bit"]
 
 DENSE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 BLOCK = 64  # weights that share a constant in fp4 and nf4

@@ -99,8 +99,8 @@ def step_instants(
 ) -> Iterator[tuple[str, dict[str, int]]]:
     """The instants that can be the largest, and what stands beside what persists at each."""
     flow, n, checkpointed = tuning.flow, batch.tokens, tuning.gradient_checkpointing
-    saved = Saved(model.block, flow)
-    matrix = workspace.dequantized_bytes(model.block.largest_matrix, tuning)
+    saved = _saved(model, tuning)
+    matrix = workspace.dequantized_bytes(saved.block.largest_matrix, tuning)
     inputs = workspace.input_bytes(model, tuning, batch)
     mask = workspace.mask_bytes(n)
     stored = stored_bytes(model, tuning, batch) + inputs + (mask if checkpointed else 0)
@@ -155,12 +155,18 @@ def stored_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
 
     Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174.
     """
-    saved, flow = Saved(model.block, tuning.flow), tuning.flow
+    saved, flow = _saved(model, tuning), tuning.flow
     if tuning.gradient_checkpointing:
         a_block = flow.stream * model.hidden + saved.kept_by_products
         return model.layers * a_block * batch.tokens
     unneeded = 0 if flow.trained else saved.norm
     return (model.layers * saved.total - unneeded) * batch.tokens
+
+
+def _saved(model: Model, tuning: Tuning) -> Saved:
+    if model.block is None:
+        raise ValueError(f"blocks of {model.kind} have no formula")
+    return Saved(model.block, tuning.flow)
 
 
 def _shared_with_store(tuning: Tuning, model: Model) -> int:

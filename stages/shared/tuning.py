@@ -6,7 +6,7 @@ from typing import Literal
 from stages.shared import memory
 from stages.shared.adapter import Adapter
 from stages.shared.blocks import LINEAR, Flow
-from stages.shared.memory import DensePrecision, Persistent, Precision
+from stages.shared.memory import DensePrecision, Optimizer, Persistent, Precision
 from stages.shared.tensors import Model
 
 Device = Literal["cpu", "cuda"]
@@ -33,7 +33,7 @@ class Tuning:
     adapter: Adapter | None
     double_quant: bool = False
     compute: DensePrecision = "bf16"
-    optimizer: str = "adamw"
+    optimizer: Optimizer = "adamw"
     gradient_checkpointing: bool = False
     dropout: bool = False
     device: Device = "cuda"

@@ -8,7 +8,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from stages.plan.here import CONFIGS
-from stages.shared.architecture import model_of, model_of_config, tensors_of
+from stages.shared.architecture import (
+    Stored,
+    model_of,
+    model_of_config,
+    stored_as,
+    tensors_of,
+)
 from stages.shared.blocks import Block
 from stages.shared.errors import UserError
 from stages.shared.memory import lora_sizes
@@ -120,3 +126,19 @@ def test_an_activation_other_than_silu_is_not_taken_for_a_known_block():
     config = tiny.model().config
     config.hidden_act = "gelu"
     assert model_of(on_meta(config)).block is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("nf4", Stored("nf4", True, "bf16")),
+        ("fp4", Stored("fp4", True, "bf16")),
+        ("int8", Stored("int8", False, "bf16")),
+        ("bf16", Stored("bf16", False, "bf16")),
+        ("fp32", Stored("fp32", False, "fp32")),
+    ],
+)
+def test_the_precision_of_stored_weights_is_read_from_their_config(tmp_path, precision, expected):
+    folder = tiny.quantize(tmp_path / "quantized", precision)
+    assert stored_as(folder / "config.json") == expected
+    assert model_of_config(folder / "config.json") == model_of(tiny.model())

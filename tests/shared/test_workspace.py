@@ -99,7 +99,7 @@ def test_options_that_were_not_measured_widen_the_prediction():
     plain = peak.predict(SMOLLM2, QLORA, MicroBatch(512, 256))
     tensors = [*SMOLLM2.tensors, Tensor("x.bias", "bias", (1,))]
     for option in ({"dora": True}, {"init": "pissa"}, {"modules_to_save": ["lm_head"]}):
-        adapter = adapter_of(tensors, rank=16, **option)  # type: ignore[arg-type]
+        adapter = adapter_of(tensors, rank=16, **option)
         tuning = replace(QLORA, adapter=adapter)
         prediction = peak.predict(SMOLLM2, tuning, MicroBatch(512, 256))
         assert not prediction.calibrated
