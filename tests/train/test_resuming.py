@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -16,7 +17,7 @@ from tests import tiny, workspace
 from tests.workspace import Workspace
 
 TRAIN = (sys.executable, "-m", "stages.train")
-REPRO = (sys.executable, "-m", "dvc", "repro", "train")
+DVC = (sys.executable, "-m", "dvc")
 EVERY_FIVE = {"QLORA_CHECKPOINT_STEPS": "5"}
 SMALL = {
     "data.path": "mine.jsonl",
@@ -67,14 +68,15 @@ def start(space: Workspace, command: tuple[str, ...]) -> subprocess.Popen[str]:
 
 
 def wait_for_checkpoint(
-    space: Workspace, running: subprocess.Popen[str], step: int, ending: str = ""
+    space: Workspace, running: subprocess.Popen[str] | None, step: int, ending: str = ""
 ) -> None:
     """Until a checkpoint at `step` or later is there; with `.partial`, is being written."""
     for _ in range(6000):
         names = [p.name for p in space.root.glob(f".checkpoints/*/step-??????{ending}")]
         if any(int(name[5:11]) >= step for name in names):
             return
-        assert running.poll() is None, running.communicate()
+        if running:
+            assert running.poll() is None, running.communicate()
         time.sleep(0.01)
     raise AssertionError("no checkpoint within a minute")
 
@@ -190,7 +192,7 @@ def test_dvc_repro_goes_on_where_it_was_killed(
     space: Workspace, uninterrupted: dict[str, str]
 ) -> None:
     pipeline(space)
-    kill_at(space, 20, command=REPRO)
+    kill_at(space, 20, command=(*DVC, "repro", "train"))
     done = space.dvc("repro", "train", env=EVERY_FIVE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from" in done.stderr
@@ -202,10 +204,49 @@ def test_a_temporary_workspace_goes_on_where_another_was_killed(
 ) -> None:
     """Each `dvc exp run --temp` has a folder of its own; the state lies in the repository."""
     pipeline(space)
-    run = (sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", "killed")
+    run = (*DVC, "exp", "run", "--temp", "--name", "killed")
     kill_at(space, 20, command=run)
     done = space.run(*run, env=EVERY_FIVE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from" in done.stderr
     assert space.dvc("exp", "apply", "killed").returncode == 0
+    assert outcome(space) == uninterrupted
+
+
+def start_worker(space: Workspace, name: str) -> None:
+    """Queue the experiment and start a worker, which goes on by itself."""
+    assert space.dvc("exp", "run", "--queue", "--name", name).returncode == 0
+    subprocess.run(
+        (*DVC, "queue", "start"),
+        cwd=space.root,
+        env=space.environment(EVERY_FIVE),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
+
+
+def training_below(folder: Path) -> int:
+    """The process that trains in a workspace below a folder."""
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        command, where = process.info["cmdline"] or [], process.info["cwd"] or ""
+        if "stages.train" in command and where.startswith(str(folder)):
+            return process.pid
+    raise AssertionError("nobody trains")
+
+
+def test_the_queue_goes_on_where_its_worker_was_killed(
+    space: Workspace, uninterrupted: dict[str, str]
+) -> None:
+    pipeline(space)
+    start_worker(space, "first")
+    wait_for_checkpoint(space, None, 20)
+    os.killpg(os.getpgid(training_below(space.root)), signal.SIGKILL)  # the worker and all
+    start_worker(space, "second")
+    for _ in range(240):
+        if "Success" in space.dvc("queue", "status").stdout:
+            break
+        time.sleep(0.5)
+    assert "going on from" in space.dvc("queue", "logs", "second").stdout
+    assert space.dvc("exp", "apply", "second").returncode == 0
     assert outcome(space) == uninterrupted
