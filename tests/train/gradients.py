@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from stages.shared.examples import Example, read_examples
 from stages.train import gradient, trainable
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 Gradients = dict[str, np.ndarray]  # by the parameter's name
 
 
-def learning_model(model_folder: Path, checkpointing: bool = False) -> torch.nn.Module:
+def learning_model(model_folder: Path, checkpointing: bool = False) -> PeftModel:
     """An adapter that has moved: with B at zero, no gradient would reach A."""
     torch.manual_seed(1)
     model = trainable.load_for_lora(model_folder, settings().lora, CPU)
