@@ -114,7 +114,7 @@ WAITING_FOR_A_SECOND_ROOM = {
     f"{name}.py"
     for name in (
         *("adapter", "architecture", "blocks", "fitting", "instants", "memory", "peak"),
-        *("refusal", "tensors", "tuning", "uncalibrated", "workload", "workspace"),
+        *("refusal", "tensors", "total_memory", "tuning", "uncalibrated", "workload", "workspace"),
     )
 }
 

@@ -1,6 +1,5 @@
 """This machine: what it fits and how long it takes. For a terminal, and never in an out of DVC."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +8,10 @@ from stages.plan.data import Data
 from stages.plan.settings import Params
 from stages.shared import fitting
 from stages.shared.fitting import GIB
-from stages.shared.machine import device, machine
+from stages.shared.machine import device
 from stages.shared.refusal import refusal
 from stages.shared.tensors import Model, parameter_count
+from stages.shared.total_memory import total_memory_bytes
 from stages.shared.tuning import Device, Tuning
 
 LARGER = ("Qwen1.5-0.5B", "Llama-3-8B", "Llama-3-70B")
@@ -34,7 +34,7 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
 
     where = device()
     kind: Device = "cuda" if where.type == "cuda" else "cpu"
-    total = total_bytes(kind, budget)
+    total = total_memory_bytes(kind, budget)
     asked = figures.request(
         model, figures.adapter_of(model.tensors, values.lora), values, found, total, kind
     )
@@ -64,15 +64,3 @@ def epoch_seconds(model: Model, tuning: Tuning, found: Data, rate: float) -> flo
     """Operations of all training tokens over the operations a second."""
     cost = operations.of_token(model, tuning, found.supervised_share, found.mean_length)
     return cost.total * found.tokens / rate
-
-
-def total_bytes(kind: Device, budget: float | None) -> int:
-    """The machine's memory, or the budget."""
-    gib = budget or machine().memory_budget
-    if gib:
-        return int(gib * GIB)
-    if kind == "cuda":
-        import torch  # noqa: PLC0415
-
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,6 +13,7 @@ from stages.shared.peak import Prediction
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
 from stages.shared.workload import Workload
+from stages.shared.workspace import MicroBatch
 
 GIB = 2**30
 # Larger micro-batches gain nothing more. On a CPU: 300 tokens/s at 1,024 and 295 at 2,048.
@@ -49,6 +50,7 @@ class Request:
         micro_batch_tokens: None to choose.
         gradient_checkpointing: None to choose.
         instead_of_full: the adapter that could be trained instead of all weights.
+        scored: the micro-batches that held-out conversations are scored in, between steps.
     """
 
     model: Model
@@ -58,6 +60,7 @@ class Request:
     micro_batch_tokens: int | None = None
     gradient_checkpointing: bool | None = None
     instead_of_full: Adapter | None = None
+    scored: frozenset[MicroBatch] = frozenset()
 
 
 def device_bytes(model: Model, tuning: Tuning, prediction: Prediction) -> int:
@@ -100,7 +103,9 @@ def _candidates(request: Request) -> Iterator[Choice]:
         for limit in MICRO_BATCH_TOKENS[request.tuning.device] if tokens is None else (tokens,):
             tuning = replace(request.tuning, gradient_checkpointing=on)
             batches = request.workload.micro_batches(limit)
-            yield Choice(limit, on, peak.largest(request.model, tuning, batches))
+            training = peak.largest(request.model, tuning, batches)
+            scoring = (peak.evaluation(request.model, tuning, b) for b in request.scored)
+            yield Choice(limit, on, max([training, *scoring], key=lambda p: p.total_bytes))
 
 
 def _fits(request: Request, choice: Choice) -> bool:

@@ -53,13 +53,36 @@ def forward(saved: Saved, workspace: int) -> list[Instant]:
 
 
 def first_forward(saved: Saved, workspace: int) -> list[Instant]:
-    """Of a checkpointed block, which saves nothing the first time: at the product up."""
+    """Of a pass that saves nothing: a checkpointed block the first time, or evaluation.
+
+    At the product up, at gate times up, and at the product down with its adapter.
+    """
     block, flow = saved.block, saved.flow
-    gate = 2 * flow.stream * block.hidden + flow.compute * block.inner
+    h, f, c = block.hidden, block.inner, flow.compute
+    around = 2 * flow.stream * h
+    copy = c * f if flow.copies and flow.adapters("down_proj") else 0
+    results = max(copy + c * h, _results(saved, "down_proj") * h)
+    down = c * f + _widened(saved, f, "down_proj") + results
     return [
-        Instant(0, gate + flow.compute * block.inner, workspace),
-        Instant(0, gate + _results(saved, "up_proj") * block.inner),
+        Instant(0, around + 2 * c * f, workspace),
+        Instant(0, around + c * f + max(2 * c, _results(saved, "up_proj")) * f),
+        Instant(0, around + down),
     ]
+
+
+def evaluation(saved: Saved, workspace: int) -> list[Instant]:
+    """Of a block that is scored and not trained: as a first pass, but for int8.
+
+    Its products then run in integers: 12·f of their sums, and of these scaled, in fp32.
+
+    Source: bitsandbytes 0.50.2, `MatMul8bitLt.forward`; backends/default/ops.py, `int8_mm_dequant`.
+    """
+    found = first_forward(saved, workspace)
+    block, flow = saved.block, saved.flow
+    if flow.keeps_input:
+        gate = 2 * flow.stream * block.hidden + flow.compute * block.inner
+        found.append(Instant(0, gate + (12 + flow.compute) * block.inner + 3 * block.hidden))
+    return found
 
 
 def backward(saved: Saved, workspace: int, *, recomputed: bool) -> list[Instant]:

@@ -6,9 +6,9 @@ against real steps.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from stages.shared import instants, uncalibrated, workspace
+from stages.shared import instants, memory, uncalibrated, workspace
 from stages.shared.blocks import Saved
 from stages.shared.instants import Instant
 from stages.shared.tensors import Model
@@ -61,6 +61,40 @@ def predict(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
     parts["workspace"] += uncalibrated.options_bytes(model, tuning, batch)
     calibrated = not uncalibrated.reasons(model, tuning, batch)
     return Prediction(kept | parts, instant, calibrated, lowest_bytes)
+
+
+def evaluation(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
+    """The peak of scoring held-out conversations between two steps of a training.
+
+    Nothing is kept for a backward pass, but the scorer's micro-batches may be larger than those of
+    training, and what persists is there all the same, the last step's gradients among it. Of a full
+    fine-tune the weights are scored as their file will hold them: 2·P of copies.
+
+    Args:
+        model: from `architecture.model_of_config`.
+        tuning: how it is tuned.
+        batch: the largest micro-batch of the scorer.
+    """
+    kept = persistent_parts(model, tuning)
+    if model.block is None:
+        return predict(model, replace(tuning, gradient_checkpointing=True), batch)
+    flow, n = tuning.flow, batch.tokens
+    saved = _saved(model, tuning)
+    matrix = workspace.dequantized_bytes(saved.block.largest_matrix, tuning)
+    around = workspace.input_bytes(model, tuning, batch) + 2 * flow.stream * model.hidden * n
+    masters = tuning.adapter is None and tuning.casts_trained
+    scored = memory.dense_bytes(sum(tuning.trained_sizes(model)), "bf16") if masters else 0
+    copies = 0 if masters else workspace.block_copies_bytes(model, tuning)
+    logits = workspace.loss_forward_bytes(model.vocabulary, batch.supervised)
+    found = [("evaluation, loss", {"activations": around, "logits": logits, "workspace": copies})]
+    for at in instants.evaluation(saved, matrix):
+        held = around + workspace.mask_bytes(n) + (at.saved + at.extra) * n
+        parts = {"activations": held, "logits": 0, "workspace": at.matrix + copies}
+        found.append(("evaluation, a block", parts))
+    name, parts = max(found, key=lambda instant: sum(instant[1].values()))
+    parts["workspace"] += scored
+    total = sum(kept.values()) + sum(parts.values())
+    return Prediction(kept | parts, name, not uncalibrated.reasons(model, tuning, batch), total)
 
 
 def persistent_parts(model: Model, tuning: Tuning) -> dict[str, int]:

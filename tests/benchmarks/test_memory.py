@@ -7,7 +7,22 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from benchmarks import memory, memory_table
 from benchmarks.live_memory import LiveMemory
-from benchmarks.training_step import Setting, random_base
+from benchmarks.training_step import (
+    Setting,
+    held_tensors,
+    in_precision,
+    load,
+    micro_batch,
+    prepared_step,
+    random_base,
+)
+from stages.shared import peak, scoring
+from stages.shared.adapter import adapter_of
+from stages.shared.architecture import model_of_config
+from stages.shared.workspace import MicroBatch
+from stages.train import masters
+
+CPU = torch.device("cpu")
 
 SHAPE = {
     "hidden_size": 64,
@@ -116,3 +131,27 @@ def test_the_table_and_the_picture_name_each_setting(bases, tmp_path):
     assert text.endswith(memory_table.summary(rows))
     memory_table.draw(rows, tmp_path / "memory.svg")
     assert "llama" in (tmp_path / "memory.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [Setting("nf4", 8, False, LENGTHS), Setting("bf16", None, False, LENGTHS)],
+    ids=memory_table.trained,
+)
+def test_scoring_between_steps_takes_no_more_than_predicted(bases, setting):
+    base = bases["llama"]
+    folder = in_precision(base, base.with_name(f"scored-{setting.precision}"), setting, CPU)
+    model = load(folder, setting, CPU)
+    adamw, _ = prepared_step(model, setting, CPU, torch.bfloat16)
+    for parameter in model.parameters():  # of the step before, as in training
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    live = LiveMemory([*held_tensors(model, adamw), *gradients])
+    with live, masters.as_saved(model, torch.bfloat16):
+        scoring.score(model, micro_batch(setting, 500), CPU, torch.bfloat16, "score")
+    described = model_of_config(base / "config.json")
+    adapter = adapter_of(described.tensors, rank=8) if setting.rank else None
+    tuning = memory.tuning_of(setting, adapter, "cpu")
+    batch = MicroBatch(setting.tokens, setting.supervised_tokens)
+    predicted = peak.evaluation(described, tuning, batch).total_bytes
+    assert live.peak_bytes <= 1.01 * predicted < 1.2 * live.peak_bytes

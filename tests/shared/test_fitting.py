@@ -1,6 +1,7 @@
 """Which settings are chosen, and whether the advice of a refusal is true."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from stages.shared import fitting, peak, refusal, workload
 from stages.shared.adapter import adapter_of
 from stages.shared.fitting import GIB, Request
+from stages.shared.total_memory import total_memory_bytes
 from stages.shared.tuning import Tuning
 from stages.shared.workload import Workload
 from stages.shared.workspace import MicroBatch
@@ -143,3 +145,18 @@ def test_the_default_fits_a_laptop_without_checkpointing():
     choice = fitting.choose(Request(SMOLLM2, tuning, work, 8 * GIB))
     assert choice
     assert (choice.micro_batch_tokens, choice.gradient_checkpointing) == (1024, False)
+
+
+def test_scoring_larger_micro_batches_than_are_trained_counts_too():
+    asked = request(16, micro_batch_tokens=256, gradient_checkpointing=True)
+    asked = replace(asked, workload=asked.workload.cut(256))
+    alone = fitting.smallest(asked).prediction
+    scored = fitting.smallest(replace(asked, scored=frozenset({MicroBatch(1024, 1000)}))).prediction
+    assert scored.instant == "evaluation, loss"
+    assert scored.total_bytes - alone.total_bytes > 4e8  # 8 bytes a word and a token: 1.03 GB
+
+
+def test_the_budget_goes_before_the_machines_memory():
+    assert total_memory_bytes("cpu", 3.5) == 3.5 * GIB
+    pages = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert abs(total_memory_bytes("cpu") / pages - 1) < 0.01
