@@ -99,12 +99,15 @@ def smallest(request: Request) -> Choice:
 
 def _candidates(request: Request) -> Iterator[Choice]:
     tokens, checkpointing = request.micro_batch_tokens, request.gradient_checkpointing
-    for on in (False, True) if checkpointing is None else (checkpointing,):
-        for limit in MICRO_BATCH_TOKENS[request.tuning.device] if tokens is None else (tokens,):
+    for limit in MICRO_BATCH_TOKENS[request.tuning.device] if tokens is None else (tokens,):
+        batches = peak.undominated(request.workload.micro_batches(limit))
+        for on in (False, True) if checkpointing is None else (checkpointing,):
             tuning = replace(request.tuning, gradient_checkpointing=on)
-            batches = request.workload.micro_batches(limit)
             training = peak.largest(request.model, tuning, batches)
-            scoring = (peak.evaluation(request.model, tuning, b) for b in request.scored)
+            scoring = (
+                peak.evaluation(request.model, tuning, batch)
+                for batch in peak.undominated(request.scored)
+            )
             yield Choice(limit, on, max([training, *scoring], key=lambda p: p.total_bytes))
 
 

@@ -124,8 +124,17 @@ def _of_unknown_blocks(
 
 def largest(model: Model, tuning: Tuning, batches: Iterable[MicroBatch]) -> Prediction:
     """The peak of a training that sees these micro-batches: that of the one that needs most."""
-    predictions = (predict(model, tuning, batch) for batch in set(batches))
+    predictions = (predict(model, tuning, batch) for batch in undominated(batches))
     return max(predictions, key=lambda prediction: prediction.total_bytes)
+
+
+def undominated(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+    """Those that no other equals or exceeds in tokens and in supervised ones: few of thousands."""
+    found: list[MicroBatch] = []
+    for batch in sorted(batches, key=lambda b: (b.tokens, b.supervised), reverse=True):
+        if not found or batch.supervised > found[-1].supervised:
+            found.append(batch)
+    return found
 
 
 def step_instants(

@@ -1,7 +1,7 @@
 """The micro-batches that a training will see, for any number of tokens in each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Workload:
     """
 
     steps: Sequence[Sequence[Example]]
+    _packed: dict[int, set[MicroBatch]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def longest(self) -> int:
@@ -31,11 +32,13 @@ class Workload:
         Args:
             tokens: the most in a micro-batch; a longer conversation stands alone.
         """
-        return {
-            MicroBatch(sum(map(len, batch)), sum(e.supervised_tokens for e in batch))
-            for step in self.steps
-            for batch in packing.split(step, tokens)
-        }
+        if tokens not in self._packed:
+            self._packed[tokens] = {
+                MicroBatch(sum(map(len, batch)), sum(e.supervised_tokens for e in batch))
+                for step in self.steps
+                for batch in packing.split(step, tokens)
+            }
+        return self._packed[tokens]
 
     def cut(self, length: int) -> "Workload":
         """The same with conversations of at most so many tokens, about as `prepare` cuts them."""

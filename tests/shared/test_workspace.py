@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import numpy as np
+
 from stages.shared import instants, peak, workspace
 from stages.shared.adapter import Adapter, adapter_of
 from stages.shared.blocks import LINEAR, Block, Flow, Saved
@@ -105,3 +107,15 @@ def test_options_that_were_not_measured_widen_the_prediction():
         assert not prediction.calibrated
         assert plain.total_bytes < prediction.lowest_bytes < prediction.total_bytes
     assert not peak.predict(replace(SMOLLM2, window=256), QLORA, MicroBatch(512, 9)).calibrated
+
+
+def test_of_many_micro_batches_the_few_that_no_other_outdoes_decide():
+    random = np.random.default_rng(0)
+    sizes = [(int(n), int(random.integers(0, n))) for n in random.integers(1, 2000, 300)]
+    batches = [MicroBatch(tokens, supervised) for tokens, supervised in sizes]
+    few = peak.undominated(batches)
+    assert 1 < len(few) < 40
+    for batch in batches:
+        assert any(b.tokens >= batch.tokens and b.supervised >= batch.supervised for b in few)
+    every = (peak.predict(SMOLLM2, QLORA, batch).total_bytes for batch in batches)
+    assert peak.largest(SMOLLM2, QLORA, batches).total_bytes == max(every)
