@@ -1,11 +1,14 @@
 """The base model in the chosen precision, written as a folder that transformers loads."""
 
 import gc
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -115,9 +118,19 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
 
     transformers refuses to write some generation configs that it reads, those of well-known models
     among them.
+
+    Raises:
+        OSError: the system did not take what was written.
     """
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(target, max_shard_size=SHARD_BYTES)
+    try:
+        model.save_pretrained(target, max_shard_size=SHARD_BYTES)
+    except SafetensorError as error:  # a full disk, as an error that says so to `errors.run`
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(target)) from None
     generation = base / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, target / generation.name)

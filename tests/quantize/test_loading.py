@@ -1,6 +1,8 @@
 """What is read of a base, and what is written of it."""
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,18 @@ def test_a_base_that_lacks_a_weight_is_refused(base: Path, tmp_path: Path):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is in none"):
         run(base, tmp_path / "out", "nf4")
+
+
+def test_a_disk_that_is_full_in_the_middle(base: Path, tmp_path: Path):
+    # A limit on the size of a file stands in for the disk: the system's error is of the same kind.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            run(base, tmp_path / "out", "nf4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "out"))
 
 
 def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path: Path):
