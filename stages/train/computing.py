@@ -1,7 +1,8 @@
 """How a step is computed on this machine: it changes the speed and the memory, never the result."""
 
 import resource
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,12 @@ import torch
 
 from stages.shared import models
 from stages.shared.errors import UserError
+from stages.shared.examples import Example
 from stages.shared.machine import device, machine
+from stages.shared.total_memory import total_memory_bytes
+from stages.shared.tuning import Device
+from stages.train.fit import fit
+from stages.train.settings import Params
 
 NOTED = ("micro_batch_tokens", "gradient_checkpointing", "processes")
 
@@ -24,50 +30,82 @@ class Computing:
         micro_batch_tokens: the most tokens that go through the model at once.
         gradient_checkpointing: whether activations are computed again in the backward pass.
         processes: how many devices a step is divided among.
+        predicted_bytes: the most memory that it should need, on each device.
     """
 
     device: torch.device
     dtype: torch.dtype
     micro_batch_tokens: int
     gradient_checkpointing: bool
-    processes: int
+    processes: int = 1
+    predicted_bytes: int | None = None
 
     @property
     def noted(self) -> dict[str, Any]:
         """What a checkpoint notes, and a training that goes on from it takes over."""
         return {name: getattr(self, name) for name in NOTED}
 
-    def as_noted(self, noted: dict[str, Any]) -> "Computing":
-        """The same as before a training was stopped, on as many of its devices as are there."""
-        present = torch.cuda.device_count() if self.device.type == "cuda" else noted["processes"]
-        return replace(self, **noted | {"processes": min(noted["processes"], present)})
 
+def resolve(
+    settings: Params,
+    model_folder: Path,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    noted: Mapping[str, Any] | None = None,
+) -> Computing:
+    """What the user set; else what the plan chooses; after a stop, what it was before.
 
-def resolve(model_folder: Path) -> Computing:
-    """What the user set, or a default for the kind of device.
-
-    On a CPU a larger micro-batch gains nothing (measured: 300 tokens/s at 1024, 295 at 2048); on a
-    GPU it amortises the dequantization of the weights.
+    Args:
+        settings: the parameters.
+        model_folder: of the (quantized) weights; only its config is read.
+        train: the conversations that are learnt.
+        held_out: those that are scored.
+        noted: by the checkpoint that training goes on from.
 
     Raises:
-        UserError: more devices are asked for than there are.
+        UserError: it does not fit this machine's memory, or more devices are asked for than there
+            are.
     """
     where, wanted = device(), machine()
-    on_gpu = where.type == "cuda"
-    present = torch.cuda.device_count() if on_gpu else None
-    if wanted.devices and present and wanted.devices > present:
-        raise UserError(
-            f"QLORA_DEVICES is {wanted.devices}; this machine has {present} CUDA devices; "
-            "expected at most as many; unset it to use all"
-        )
-    checkpointing = wanted.gradient_checkpointing
+    asked = noted or {
+        "micro_batch_tokens": wanted.micro_batch_tokens,
+        "gradient_checkpointing": wanted.gradient_checkpointing,
+    }
+    kind: Device = "cuda" if where.type == "cuda" else "cpu"
+    fitting = fit(
+        settings,
+        model_folder,
+        train,
+        held_out,
+        kind,
+        total_memory_bytes(kind),
+        asked["micro_batch_tokens"],
+        asked["gradient_checkpointing"],
+    )
     return Computing(
         device=where,
         dtype=models.compute_dtype(model_folder, where),
-        micro_batch_tokens=wanted.micro_batch_tokens or (4096 if on_gpu else 1024),
-        gradient_checkpointing=on_gpu if checkpointing is None else checkpointing,
-        processes=wanted.devices or present or 1,
+        micro_batch_tokens=fitting.micro_batch_tokens,
+        gradient_checkpointing=fitting.gradient_checkpointing,
+        processes=_processes(where, noted),
+        predicted_bytes=fitting.predicted_bytes,
     )
+
+
+def _processes(where: torch.device, noted: Mapping[str, Any] | None) -> int:
+    """One a device: as many as before, as are asked for, or as there are."""
+    wanted = machine().devices
+    if where.type == "cpu":
+        return noted["processes"] if noted else wanted or 1
+    present = torch.cuda.device_count()
+    if noted:
+        return min(noted["processes"], present)
+    if wanted and wanted > present:
+        raise UserError(
+            f"QLORA_DEVICES is {wanted}; this machine has {present} CUDA devices; expected at most "
+            "as many; unset it to use all"
+        )
+    return wanted or present
 
 
 def peak_memory_bytes(where: torch.device) -> int:

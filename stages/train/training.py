@@ -60,13 +60,14 @@ def train(settings: Params, inputs: Inputs, checkpoints: Checkpoints) -> Outcome
         Stopped: a signal came; a checkpoint holds all that was done.
         UserError: a parameter does not fit the model or the machine, or training diverged.
     """
-    how = computing.resolve(inputs["model"])
+    data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
     checkpoint = checkpoints.latest()
+    noted = checkpoint.manifest["computing"] if checkpoint else None
+    how = computing.resolve(settings, inputs["model"], data.train, data.held_out, noted)
     if checkpoint is not None:
-        how = how.as_noted(checkpoint.manifest["computing"])
         print(f"going on from {checkpoint.folder}", file=sys.stderr)
     return processes.run(
-        how.processes, how.device, _train, settings, inputs, how, checkpoints, checkpoint
+        how.processes, how.device, _train, settings, inputs, data, how, checkpoints, checkpoint
     )
 
 
@@ -75,6 +76,7 @@ def _train(
     where: torch.device,
     settings: Params,
     inputs: Inputs,
+    data: Data,
     how: Computing,
     checkpoints: Checkpoints,
     checkpoint: Checkpoint | None,
@@ -90,7 +92,6 @@ def _train(
     if how.gradient_checkpointing:
         model.config.use_cache = False
         model.activation_checkpointing_enable({"use_reentrant": False})
-    data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
     every = machine().checkpoint_steps
     loop = Loop(model, data, settings.train, how, among, checkpoints, every)
     if checkpoint is not None:
@@ -121,7 +122,7 @@ def _metrics(loop: Loop) -> dict[str, Any]:
         "best_epoch": curve.rows[curve.best_step]["epoch"],
         "stopped_early": loop.done < loop.steps.total,
         "peak_memory_bytes": computing.peak_memory_bytes(how.device),
-        "predicted_memory_bytes": None,
+        "predicted_memory_bytes": how.predicted_bytes,
         "tokens_per_second": round(size.tokens / loop.seconds, 1),
         "supervised_tokens_per_second": round(size.supervised_tokens / loop.seconds, 1),
         "padding_fraction": 1 - size.tokens / size.computed_tokens,

@@ -1,0 +1,123 @@
+"""Ask the plan before a weight is read: how a step is best computed here, and whether it fits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stages.shared import architecture, fitting, packing, scoring
+from stages.shared.adapter import Adapter, adapter_of
+from stages.shared.errors import UserError
+from stages.shared.examples import Example
+from stages.shared.fitting import Request
+from stages.shared.refusal import refusal
+from stages.shared.tensors import Tensor, lora_targets
+from stages.shared.tuning import Device, Tuning
+from stages.shared.workload import Workload
+from stages.shared.workspace import MicroBatch
+from stages.train.settings import Params
+from stages.train.steps import Steps
+
+# More steps than this are stood for by one of the longest conversations.
+STEPS_LOOKED_AT = 10_000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a step is computed, and the most memory that training is predicted to need.
+
+    Attributes:
+        micro_batch_tokens: the most that go through the model at once.
+        gradient_checkpointing: whether activations are computed again.
+        predicted_bytes: what the device must have, see `fitting.device_bytes`.
+    """
+
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    predicted_bytes: int
+
+
+def fit(
+    settings: Params,
+    model_folder: Path,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    device: Device,
+    total_bytes: int,
+    micro_batch_tokens: int | None = None,
+    gradient_checkpointing: bool | None = None,
+) -> Fit:
+    """Choose what is not set: the fastest that fits, as the plan predicts it.
+
+    Args:
+        settings: the parameters.
+        model_folder: of the (quantized) weights; only its config is read.
+        train: the conversations that are learnt.
+        held_out: those that are scored.
+        device: whose kernels run.
+        total_bytes: of the device's memory, or the budget.
+        micro_batch_tokens: None to choose.
+        gradient_checkpointing: None to choose.
+
+    Raises:
+        UserError: nothing fits; the line names the parts and what would make it fit. Or
+            `lora.target_modules` match nothing.
+    """
+    model = architecture.model_of_config(model_folder / "config.json")
+    stored = architecture.stored_as(model_folder / "config.json")
+    lora = _adapter(settings, model.tensors)
+    full = settings.train.method == "full"
+    tuning = Tuning(
+        stored.precision,
+        None if full else lora,
+        double_quant=stored.double_quant,
+        compute=stored.compute,
+        optimizer=settings.train.optimizer,
+        dropout=settings.lora.dropout > 0,
+        device=device,
+    )
+    request = Request(
+        model,
+        tuning,
+        Workload(_steps(settings, train)),
+        total_bytes,
+        micro_batch_tokens,
+        gradient_checkpointing,
+        instead_of_full=lora,
+        scored=frozenset(map(_sizes, packing.split(held_out, scoring.SCORING_TOKENS))),
+    )
+    choice = fitting.choose(request)
+    if choice is None:
+        raise UserError(refusal(request))
+    chosen = replace(tuning, gradient_checkpointing=choice.gradient_checkpointing)
+    predicted = fitting.device_bytes(model, chosen, choice.prediction)
+    return Fit(choice.micro_batch_tokens, choice.gradient_checkpointing, predicted)
+
+
+def _adapter(settings: Params, tensors: Sequence[Tensor]) -> Adapter:
+    lora = settings.lora
+    if not lora_targets(tensors, lora.target_modules, lora.modules_to_save):
+        names = sorted({t.module.rpartition(".")[2] for t in tensors if t.kind == "linear"})
+        raise UserError(
+            f"params.yaml: lora.target_modules is {lora.target_modules!r}, which matches no layer "
+            f"of this model; expected all-linear, or names or a pattern of {', '.join(names)}"
+        )
+    return adapter_of(
+        tensors,
+        rank=lora.r,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        bias=lora.bias,
+        dora=lora.dora,
+        init=lora.init,
+    )
+
+
+def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:
+    steps = Steps.of(settings.train, len(train))
+    if steps.total <= STEPS_LOOKED_AT:
+        return [[train[row] for row in steps.drawn(step)] for step in range(steps.total)]
+    return [sorted(train, key=len)[-steps.batch_size :]]
+
+
+def _sizes(batch: Sequence[Example]) -> MicroBatch:
+    return MicroBatch(sum(map(len, batch)), sum(e.supervised_tokens for e in batch))

@@ -1,0 +1,50 @@
+"""Training asks the plan first: what does not fit is refused before a weight is read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stages.shared import machine
+from stages.shared.errors import UserError
+from tests import tiny
+from tests.train.running import run, settings, train_on
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Settings of the machine are read again, before and after."""
+    machine.machine.cache_clear()
+    yield
+    monkeypatch.undo()
+    machine.machine.cache_clear()
+
+
+def test_what_cannot_fit_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny.prepared(tmp_path / "prepared")
+    model = tiny.quantize(tmp_path / "quantized", "nf4")
+    for weights in model.glob("*.safetensors"):
+        weights.unlink()
+    monkeypatch.setenv("QLORA_MEMORY_BUDGET", "0.5")
+    with pytest.raises(
+        UserError, match=r"training needs 1\.\d\d GiB \(weights .* expected"
+    ) as error:
+        train_on(settings(), data, model, tmp_path / "adapter")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_unset_is_chosen_and_what_is_set_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny.prepared(tmp_path / "prepared")
+    for name, tokens, checkpointing in (("unset", None, None), ("set", 77, True)):
+        machine.machine.cache_clear()
+        if tokens:
+            monkeypatch.setenv("QLORA_MICRO_BATCH_TOKENS", str(tokens))
+            monkeypatch.setenv("QLORA_GRADIENT_CHECKPOINTING", str(checkpointing))
+        metrics, *_ = run(tmp_path / name, data, "nf4", train__max_steps=2)
+        assert metrics["micro_batch_tokens"] == (tokens or 1024)
+        assert metrics["gradient_checkpointing"] == bool(checkpointing)
+        assert 2**30 < metrics["predicted_memory_bytes"] < 1.1 * 2**30
