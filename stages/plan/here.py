@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from stages.plan import figures, operations, table
+from stages.plan import figures, operations, table, techniques
 from stages.plan.data import Data
 from stages.plan.settings import Params
-from stages.shared import fitting
-from stages.shared.fitting import GIB
+from stages.shared import fitting, peak
+from stages.shared.fitting import GIB, Request
 from stages.shared.machine import device
 from stages.shared.refusal import refusal
 from stages.shared.tensors import Model, parameter_count
@@ -39,7 +39,7 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
         model, figures.adapter_of(model.tensors, values.lora), values, found, total, kind
     )
     choice = fitting.choose(asked)
-    lines = [f"this machine ({kind}, {total / GIB:.1f} GiB)"]
+    lines = [f"this machine ({kind}, {total / GIB:.1f} GiB)", *_fitting(asked)]
     if choice is None:
         return "\n".join([*lines, f"  {refusal(asked)}"])
     lines.append(f"  {table.choice(figures.chosen(asked))}")
@@ -58,6 +58,23 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
         cells = "".join(f"{hours / count:>10,.2f}" for count in DEVICES)
         lines.append(f"  {name:16}{cells}  {parameter_count(one.tensors) / 1e9:.2f}e9 parameters")
     return "\n".join(lines)
+
+
+def _fitting(asked: Request) -> list[str]:
+    """Which techniques fit, and which do not, in micro-batches as those of the table."""
+    lora = asked.instead_of_full or asked.tuning.adapter
+    if lora is None:
+        return []
+    batches = asked.workload.micro_batches(figures.MICRO_BATCH_TOKENS)
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for name, way in techniques.standard(lora).items():
+        here = replace(way, device=asked.tuning.device, paged=False)
+        prediction = peak.largest(asked.model, here, batches)
+        fits = fitting.fits(asked.model, here, prediction, asked.total_bytes)
+        if not way.paged:
+            found[fits].append(name)
+    words = {True: "fits", False: "does not fit"}
+    return [f"  {words[fits]}: {', '.join(names)}" for fits, names in found.items() if names]
 
 
 def epoch_seconds(model: Model, tuning: Tuning, found: Data, rate: float) -> float:

@@ -99,6 +99,7 @@ def test_by_hand_it_tells_what_this_machine_fits_and_writes_the_very_same_outs(r
     assert result.returncode == 0, result.stderr
     assert "this machine (cpu, 3.0 GiB)" in result.stdout
     assert "operations a second" in result.stdout
+    assert "  fits: full_fp32, full_mixed" in result.stdout
     assert before == [(space.root / f"reports/plan.{e}").read_bytes() for e in ("json", "svg")]
 
 
@@ -109,6 +110,7 @@ def test_a_named_model_that_cannot_fit_is_refused_with_what_would_help_and_nothi
     result = space.stage("plan", *command, env={"QLORA_DEVICE": "cpu"})
     assert result.returncode == 0, result.stderr
     assert "expected at most 30.00 GiB" in result.stdout
+    assert "  does not fit: full_fp32, full_mixed" in result.stdout
     assert not (space.root / "reports").exists()
 
 
