@@ -56,8 +56,7 @@ def context(sources: Sources) -> dict[str, Any]:
         "gain": gain(sources),
         "languages": comparison.by_language(sources.evaluate),
         "memory_unit": wording.common_unit(
-            way.get("persistent_bytes", 0)
-            for way in (sources.plan.get("techniques") or {}).values()
+            way.get("peak_bytes", 0) for way in (sources.plan.get("techniques") or {}).values()
         ),
         "prompts": comparison.prompts(sources.answers),
     }
@@ -89,7 +88,7 @@ def html(sources: Sources) -> str:
             sources.quantize_picture, "quantize", "Levels of 4-bit types against a layer's weights"
         ),
         "plan": charts.inline(
-            sources.plan_picture, "plan", "Persistent memory of each way to tune, by part"
+            sources.plan_picture, "plan", "Peak memory of each way to tune, by part"
         ),
     }
     drawing = graph.draw(pipeline.stages(sources.pipeline))

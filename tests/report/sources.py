@@ -42,8 +42,9 @@ def answer(variant: str, text: str = "48 + 17 = 65.\n65") -> dict[str, Any]:
 
 def contents() -> dict[str, Any]:
     """Relative path → JSON value or text."""
-    part = {"weights_bytes": 4, "adapter_bytes": 3, "gradients_bytes": 2, "optimizer_bytes": 1}
-    way = {**part, "persistent_bytes": 10, "persistent_fits": {"T4_16GiB": True}}
+    names = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
+    parts = {f"{name}_bytes": size for size, name in enumerate(names, start=1)}
+    way = {**parts, "peak_bytes": 28, "fits": {"T4_16GiB": True}}
     split = {"conversations": 1500, "tokens": 95_000, "supervised_tokens": 31_000}
     files: dict[str, Any] = {
         "reports/prepare.json": {"rows_in": 1700, "rejected": 8, "train": split, "eval": split},
@@ -75,7 +76,7 @@ def contents() -> dict[str, Any]:
             "bytes": 269_060_552,
             "positions": 4096,
         },
-        "reports/plan.json": {"note": "persistent", "techniques": {"qlora_nf4": way}},
+        "reports/plan.json": {"note": "predicted", "techniques": {"qlora_nf4": way}},
         "reports/plan.svg": SVG,
         "reports/quantize.svg": SVG,
     }
