@@ -109,24 +109,13 @@ def test_every_file_of_a_room_is_used_and_none_imports_another_room(room: str) -
     assert not strangers
 
 
-# The planner's formulas: the design keeps them where training will ask them before it starts.
-WAITING_FOR_A_SECOND_ROOM = {
-    f"{name}.py"
-    for name in (
-        *("adapter", "architecture", "blocks", "fitting", "instants", "memory", "peak"),
-        *("refusal", "tensors", "total_memory", "tuning", "uncalibrated", "workload", "workspace"),
-    )
-}
-
-
 def test_every_room_is_a_stage_and_every_shared_file_is_used_by_two_rooms() -> None:
     rooms = {room_of(stage) for stage in declared()}
     folders = {p.stem for p in STAGES.iterdir() if p.name not in ("shared", "__pycache__")}
     assert folders == rooms
     for file in (STAGES / "shared").glob("*.py"):
         users = {r for r in rooms if file in reached_from(entry_of(r))}
-        needed = 1 if file.name in WAITING_FOR_A_SECOND_ROOM else 2
-        assert len(users) >= needed, f"{file.name} is used by {users or 'nobody'} alone"
+        assert len(users) >= 2, f"{file.name} is used by {users or 'nobody'} alone"
 
 
 @pytest.mark.parametrize("stage", declared())

@@ -67,7 +67,7 @@ def evaluation(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
     """The peak of scoring held-out conversations between two steps of a training.
 
     Nothing is kept for a backward pass, but the scorer's micro-batches may be larger than those of
-    training, and what persists is there all the same, the last step's gradients among it. Of a full
+    training, and what persists is there all the same but for gradients. Of a full
     fine-tune the weights are scored as their file will hold them: 2·P of copies.
 
     Args:
@@ -75,7 +75,7 @@ def evaluation(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
         tuning: how it is tuned.
         batch: the largest micro-batch of the scorer.
     """
-    kept = persistent_parts(model, tuning)
+    kept = persistent_parts(model, tuning) | {"gradients": 0}
     if model.block is None:
         return predict(model, replace(tuning, gradient_checkpointing=True), batch)
     flow, n = tuning.flow, batch.tokens

@@ -8,6 +8,7 @@ from torch import nn
 
 from stages.shared import packing, scoring
 from stages.shared.examples import Example
+from stages.shared.packing import Packed
 from stages.shared.precision import autocast
 from stages.train.computing import Computing
 from stages.train.processes import Processes
@@ -69,17 +70,32 @@ def accumulate(
     summed = torch.zeros(3, dtype=torch.float64, device=computing.device)
     for micro_batch in packing.split(examples, limit)[processes.share]:
         batch = packing.pack(micro_batch, computing.device)
-        with autocast(computing.device, computing.dtype):
-            losses = scoring.negative_log_likelihoods(model, batch)
-        loss = losses.sum() / supervised
-        scaler.scale(loss).backward()
+        summed[0] += _backward(model, batch, supervised, computing, scaler)
         computed = batch.input_ids.numel()
-        summed[0] += loss.detach()
         summed[1:] += torch.tensor([computed, max(limit, computed)], device=computing.device)
     processes.add_up([summed])
     _share_gradients(model, processes)
     loss, computed, capacity = summed.tolist()
     return loss, StepSize(tokens, supervised, int(computed), int(capacity))
+
+
+def _backward(
+    model: nn.Module,
+    batch: Packed,
+    supervised: int,
+    computing: Computing,
+    scaler: torch.amp.GradScaler,
+) -> torch.Tensor:
+    """Add a micro-batch's gradient; returns its part of the loss, fp32 [].
+
+    A function of its own, so that nothing of its graph outlives it: an int8 layer's inputs would
+    stand beside those of the next micro-batch.
+    """
+    with autocast(computing.device, computing.dtype):
+        losses = scoring.negative_log_likelihoods(model, batch)
+    loss = losses.sum() / supervised
+    scaler.scale(loss).backward()
+    return loss.detach()
 
 
 def _share_gradients(model: nn.Module, processes: Processes) -> None:

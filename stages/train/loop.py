@@ -123,7 +123,6 @@ class Loop:
         started = time.perf_counter()
         rows = self.steps.drawn(self.done)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
         self.steps.set_random_state(self.done, self.processes.rank)
         with self._repeatable(stop):
             loss, size = gradient.accumulate(
@@ -142,6 +141,7 @@ class Loop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)  # no evaluation has to stand beside gradients
         self.done += 1
         self.curve.record(
             self.done,

@@ -53,6 +53,7 @@ def test_a_schedule_is_that_of_its_parameters(tmp_path: Path) -> None:
     with claim(tmp_path, "name", keep=2) as checkpoints:
         loop = Loop(model, data, params.train, how, Processes(), checkpoints, checkpoint_every=99)
         loop.run()
+    assert all(weight.grad is None for weight in model.parameters())  # none beside an evaluation
     rates = [loop.curve.rows[step]["learning_rate"] for step in range(1, 13)]
     assert rates == pytest.approx([0, *(0.001 * left for left in range(11, 0, -1))])
     assert [r for r, row in loop.curve.rows.items() if "eval_loss" in row] == [0, 6, 12]
