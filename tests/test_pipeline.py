@@ -76,7 +76,9 @@ def test_every_metric_of_the_design_is_there(space: Workspace) -> None:
         "quantize.json": "parameters bytes bits_per_parameter relative_error",
         "train.json": "trainable_parameters steps loss eval_loss best_step stopped_early "
         "peak_memory_bytes predicted_memory_bytes tokens_per_second supervised_tokens_per_second "
-        "device optimizer micro_batch_tokens gradient_checkpointing resumed_from_step",
+        "device optimizer micro_batch_tokens gradient_checkpointing resumed_from_step "
+        "best_epoch generalization_gap padding_fraction packing_efficiency checkpoint_bytes",
+        "environment.json": "versions device threads",
         "merge.json": "onto kl_divergence top1_agreement runtime_kl_divergence "
         "runtime_top1_agreement bytes",
         **{
