@@ -187,6 +187,11 @@ class Loop:
             scored = torch.from_numpy(sums).to(computing.device)
             self.processes.add_up([scored])
         loss = scoring.mean_loss(scored.cpu().numpy(), tokens)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"training stopped after step {self.done}: the held-out loss is {loss}, expected a "
+                "finite number; lower train.learning_rate, or at step 0 look at the base model"
+            )
         if loss < self.curve.best_loss and self.processes.leads:
             with files.whole_folder(self.checkpoints.best) as partial:
                 trainable.save(self.model, partial, computing.dtype)

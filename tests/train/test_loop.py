@@ -43,6 +43,20 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step(tmp_path: Path) -> None
         assert newest.manifest["step"] == 3  # the last good one stays
 
 
+def test_a_model_that_scores_nothing_finite_is_refused_at_once(tmp_path: Path) -> None:
+    folder = tiny.prepared(tmp_path / "prepared")
+    data = Data(*(read_examples(folder / f"{split}.parquet") for split in ("train", "eval")))
+    params = settings()
+    model = trainable.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5:].fill_(torch.nan)
+    how = Computing(CPU, torch.float32, 4096, False, 1)
+    with claim(tmp_path, "name", keep=2) as checkpoints:
+        loop = Loop(model, data, params.train, how, Processes(), checkpoints, checkpoint_every=1)
+        with pytest.raises(UserError, match="after step 0: the held-out loss is nan"):
+            loop.run()
+
+
 def test_a_schedule_is_that_of_its_parameters(tmp_path: Path) -> None:
     """Of 12 steps the first warms up, from zero; the last would end at zero."""
     folder = tiny.prepared(tmp_path / "prepared")
