@@ -23,7 +23,7 @@ repro: $(VENV)/.ready
 	@$(ENV) dvc repro
 
 test: $(VENV)/.ready
-	@$(ENV) python -m pytest
+	@$(ENV) python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.ready
 	@$(ENV) ruff format --check .
