@@ -58,12 +58,6 @@ def part_adapted_ends(tuned: PeftModel) -> None:
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
-def link_model(tuned: Path, folder: Path) -> None:
-    """A fully tuned model is already standalone: give its files a second name."""
-    for source in sorted(tuned.iterdir()):
-        files.link_or_copy(source, folder / source.name)
-
-
 def refuse_original(tuned: Path, onto: str) -> None:
     """Some of what is trained fits no other weights than those it was trained on.
 

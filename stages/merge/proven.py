@@ -43,7 +43,7 @@ def merge_and_prove(
     if models.is_adapter(adapter):
         merging.merge_adapter(adapter, weights[onto], folder, DTYPES[settings.dtype])
     else:
-        merging.link_model(adapter, folder)
+        files.link_folder(adapter, folder)  # standalone already
     form = prepared.read_format(data / "format.json")
     merging.make_standalone(folder, trained_on, tokenizer, form)
 

@@ -18,6 +18,7 @@ from stages.plan import figures, growth, here, picture, table
 from stages.plan.data import Data, read_counts
 from stages.plan.settings import Params
 from stages.shared import files, params
+from stages.shared.adapter import of_parameters
 from stages.shared.errors import UserError, run
 
 CONFIG = Path("models/base/config.json")
@@ -79,7 +80,7 @@ def main() -> None:
     plan = figures.plan(model, found, values)
     is_stage = not any(vars(options).values())
     if where := PICTURE if is_stage else options.picture:
-        adapter = figures.adapter_of(model.tensors, values.lora)
+        adapter = of_parameters(model.tensors, values.lora)
         panels = growth.of_model(model, adapter, found.supervised_share)
         picture.draw(plan["techniques"], panels, plan["micro_batch"]["tokens"], where)
     if is_stage:

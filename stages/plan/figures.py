@@ -1,18 +1,17 @@
 """The figures of the plan: a pure function of the model, the data and the parameters."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, get_args
 
 from stages.plan import data, disk, operations, techniques
 from stages.plan.data import Data
-from stages.plan.settings import Lora, Params
+from stages.plan.settings import Params
 from stages.shared import adapter, fitting, memory, peak, workload
 from stages.shared.adapter import Adapter
 from stages.shared.errors import UserError
 from stages.shared.fitting import GIB, Request
 from stages.shared.peak import PARTS
-from stages.shared.tensors import Kind, Model, Tensor, lora_targets, parameter_count
+from stages.shared.tensors import Kind, Model, parameter_count
 from stages.shared.tuning import Device, Tuning
 
 NOTE = (
@@ -20,29 +19,6 @@ NOTE = (
     "the formulas were held against steps on a CPU. A card must hold an assumed context besides."
 )
 MICRO_BATCH_TOKENS = 2048  # of the comparison, where the data has so many
-
-
-def adapter_of(tensors: Sequence[Tensor], lora: Lora) -> Adapter:
-    """The adapter that the parameters ask for.
-
-    Raises:
-        UserError: `lora.target_modules` match no layer.
-    """
-    if not lora_targets(tensors, lora.target_modules, lora.modules_to_save):
-        names = sorted({t.module.rpartition(".")[2] for t in tensors if t.kind == "linear"})
-        raise UserError(
-            f"params.yaml: lora.target_modules is {lora.target_modules!r} and matches no layer of "
-            f"the model; expected all-linear, or names or a pattern among {', '.join(names)}"
-        )
-    return adapter.adapter_of(
-        tensors,
-        rank=lora.r,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-        bias=lora.bias,
-        dora=lora.dora,
-        init=lora.init,
-    )
 
 
 def configured(lora_adapter: Adapter, values: Params, device: Device = "cuda") -> Tuning:
@@ -89,7 +65,7 @@ def request(
 
 def plan(model: Model, found: Data, values: Params) -> dict[str, Any]:
     """All figures, nested as `reports/plan.json` has them."""
-    lora_adapter = adapter_of(model.tensors, values.lora)
+    lora_adapter = adapter.of_parameters(model.tensors, values.lora)
     asked = configured(lora_adapter, values)
     work = workload.of_counts(found.longest, values.train.batch_size, found.supervised_share)
     batch = max(work.micro_batches(MICRO_BATCH_TOKENS), key=lambda b: b.tokens)

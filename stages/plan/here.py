@@ -7,6 +7,7 @@ from stages.plan import figures, operations, table, techniques
 from stages.plan.data import Data
 from stages.plan.settings import Params
 from stages.shared import fitting, peak
+from stages.shared.adapter import of_parameters
 from stages.shared.fitting import GIB, Request
 from stages.shared.machine import device
 from stages.shared.refusal import refusal
@@ -36,7 +37,7 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
     kind: Device = "cuda" if where.type == "cuda" else "cpu"
     total = total_memory_bytes(kind, budget)
     asked = figures.request(
-        model, figures.adapter_of(model.tensors, values.lora), values, found, total, kind
+        model, of_parameters(model.tensors, values.lora), values, found, total, kind
     )
     choice = fitting.choose(asked)
     lines = [f"this machine ({kind}, {total / GIB:.1f} GiB)", *_fitting(asked)]
@@ -52,7 +53,7 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
     lines.append(f"  {'':16}" + "".join(f"{count:>10}" for count in DEVICES))
     models = {"this model": model} | {n: model_of_config(CONFIGS / f"{n}.json") for n in LARGER}
     for name, one in models.items():
-        lora = figures.adapter_of(one.tensors, values.lora)
+        lora = of_parameters(one.tensors, values.lora)
         way = replace(tuning, adapter=lora if tuning.adapter else None)
         hours = epoch_seconds(one, way, found, rate) / 3600
         cells = "".join(f"{hours / count:>10,.2f}" for count in DEVICES)
@@ -68,11 +69,11 @@ def _fitting(asked: Request) -> list[str]:
     batches = asked.workload.micro_batches(figures.MICRO_BATCH_TOKENS)
     found: dict[bool, list[str]] = {True: [], False: []}
     for name, way in techniques.standard(lora).items():
-        here = replace(way, device=asked.tuning.device, paged=False)
+        if way.paged:
+            continue
+        here = replace(way, device=asked.tuning.device)
         prediction = peak.largest(asked.model, here, batches)
-        fits = fitting.fits(asked.model, here, prediction, asked.total_bytes)
-        if not way.paged:
-            found[fits].append(name)
+        found[fitting.fits(asked.model, here, prediction, asked.total_bytes)].append(name)
     words = {True: "fits", False: "does not fit"}
     return [f"  {words[fits]}: {', '.join(names)}" for fits, names in found.items() if names]
 

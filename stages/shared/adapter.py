@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from stages.shared import memory
+from stages.shared.errors import UserError
 from stages.shared.tensors import Tensor, lora_targets, saved_tensors
 
 ANCHORED = ("pissa", "olora")  # adapters that carry a frozen copy of where they started
@@ -59,6 +61,33 @@ class Adapter:
     def at_rank(self, rank: int) -> "Adapter":
         """The same with matrices of another rank."""
         return replace(self, rank=rank, matrices=[m // self.rank * rank for m in self.matrices])
+
+
+def of_parameters(tensors: Sequence[Tensor], lora: Any) -> Adapter:
+    """The adapter that the parameters ask for.
+
+    Args:
+        tensors: of the model.
+        lora: the section `lora`, as whichever stage reads it.
+
+    Raises:
+        UserError: `lora.target_modules` match no layer.
+    """
+    if not lora_targets(tensors, lora.target_modules, lora.modules_to_save):
+        names = sorted({t.module.rpartition(".")[2] for t in tensors if t.kind == "linear"})
+        raise UserError(
+            f"params.yaml: lora.target_modules is {lora.target_modules!r} and matches no layer of "
+            f"the model; expected all-linear, or names or a pattern among {', '.join(names)}"
+        )
+    return adapter_of(
+        tensors,
+        rank=lora.r,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        bias=lora.bias,
+        dora=lora.dora,
+        init=lora.init,
+    )
 
 
 def adapter_of(

@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stages.shared import architecture, fitting, packing, scoring
-from stages.shared.adapter import Adapter, adapter_of
+from stages.shared import adapter, architecture, fitting, packing, scoring
 from stages.shared.errors import UserError
 from stages.shared.examples import Example
 from stages.shared.fitting import Request
 from stages.shared.refusal import refusal
-from stages.shared.tensors import Tensor, lora_targets
 from stages.shared.tuning import Device, Tuning
 from stages.shared.workload import Workload
 from stages.shared.workspace import MicroBatch
@@ -64,7 +62,7 @@ def fit(
     """
     model = architecture.model_of_config(model_folder / "config.json")
     stored = architecture.stored_as(model_folder / "config.json")
-    lora = _adapter(settings, model.tensors)
+    lora = adapter.of_parameters(model.tensors, settings.lora)
     full = settings.train.method == "full"
     tuning = Tuning(
         stored.precision,
@@ -91,25 +89,6 @@ def fit(
     chosen = replace(tuning, gradient_checkpointing=choice.gradient_checkpointing)
     predicted = fitting.device_bytes(model, chosen, choice.prediction)
     return Fit(choice.micro_batch_tokens, choice.gradient_checkpointing, predicted)
-
-
-def _adapter(settings: Params, tensors: Sequence[Tensor]) -> Adapter:
-    lora = settings.lora
-    if not lora_targets(tensors, lora.target_modules, lora.modules_to_save):
-        names = sorted({t.module.rpartition(".")[2] for t in tensors if t.kind == "linear"})
-        raise UserError(
-            f"params.yaml: lora.target_modules is {lora.target_modules!r}, which matches no layer "
-            f"of this model; expected all-linear, or names or a pattern of {', '.join(names)}"
-        )
-    return adapter_of(
-        tensors,
-        rank=lora.r,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-        bias=lora.bias,
-        dora=lora.dora,
-        init=lora.init,
-    )
 
 
 def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:

@@ -28,6 +28,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from stages.shared import models, progress
+from stages.shared.adapter import ANCHORED
 from stages.shared.errors import UserError
 from stages.train.anchored import anchor
 from stages.train.settings import Lora
@@ -35,7 +36,6 @@ from stages.train.settings import Lora
 Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, in] and B [out, r], fp32
 
 ADAPTER = "default"  # peft's own name for the only one
-ANCHORED = ("pissa", "olora")
 POWER_ITERATIONS = 8  # with 2r columns the error is within 0.1 % of that of the exact decomposition
 
 

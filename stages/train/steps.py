@@ -6,6 +6,7 @@ with the conversations that would have been next.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,9 +51,10 @@ class Steps:
     def drawn(self, step: int) -> list[int]:
         """The rows of the training split that step `step` learns from."""
         epoch, within = divmod(step, self.per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.conversations)
         start = within * self.batch_size
-        return order[start : start + self.batch_size].tolist()
+        return _order(self.conversations, self.seed, epoch)[
+            start : start + self.batch_size
+        ].tolist()
 
     def epochs_after(self, done: int) -> float:
         """How many epochs have passed after `done` steps."""
@@ -66,3 +68,9 @@ class Steps:
         """
         drawn = np.random.SeedSequence([self.seed, step, rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(drawn[0]))
+
+
+@lru_cache(maxsize=1)  # steps follow each other: an epoch's order is drawn once, not at each step
+def _order(conversations: int, seed: int, epoch: int) -> np.ndarray:
+    """The rows of the training split in the order of an epoch: int64 [conversations]."""
+    return np.random.default_rng([seed, epoch]).permutation(conversations)

@@ -7,6 +7,7 @@ import pytest
 
 from stages.plan import __main__ as stage
 from stages.plan import calibration, figures, growth, here, picture, table
+from stages.shared.adapter import of_parameters
 from stages.shared.errors import UserError
 from stages.shared.tuning import Tuning
 from tests import tiny, workspace
@@ -16,7 +17,7 @@ from tests.plan.cases import DATA, SMOLLM2, settings, shipped
 def drawn(path, model):
     values = settings()
     plan = figures.plan(model, DATA, values)
-    panels = growth.of_model(model, figures.adapter_of(model.tensors, values.lora), 0.5)
+    panels = growth.of_model(model, of_parameters(model.tensors, values.lora), 0.5)
     picture.draw(plan["techniques"], panels, plan["micro_batch"]["tokens"], path)
     return path.read_text()
 
@@ -43,7 +44,7 @@ def test_a_bar_that_is_not_calibrated_says_so(tmp_path):
 
 
 def test_checkpointing_grows_slower_with_length_than_keeping_everything():
-    adapter = figures.adapter_of(SMOLLM2.tensors, settings().lora)
+    adapter = of_parameters(SMOLLM2.tensors, settings().lora)
     by_length = growth.of_model(SMOLLM2, adapter, 0.5)[0]
     kept, checkpointed = (by_length.peaks[f"QLoRA nf4{end}"] for end in ("", ", checkpointed"))
     assert kept == sorted(kept)
@@ -115,7 +116,7 @@ def test_a_named_model_that_cannot_fit_is_refused_with_what_would_help_and_nothi
 
 
 def test_twice_the_model_takes_twice_the_time():
-    tuning = Tuning("nf4", figures.adapter_of(SMOLLM2.tensors, settings().lora))
+    tuning = Tuning("nf4", of_parameters(SMOLLM2.tensors, settings().lora))
     once = here.epoch_seconds(SMOLLM2, tuning, DATA, 1e12)
     assert here.epoch_seconds(SMOLLM2, tuning, DATA, 5e11) == 2 * once
 

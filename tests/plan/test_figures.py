@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.plan import data, figures, operations, techniques
-from stages.shared.adapter import Adapter
+from stages.shared.adapter import Adapter, of_parameters
 from stages.shared.errors import UserError
 from stages.shared.tensors import Tensor
 from stages.shared.tuning import Tuning
@@ -68,7 +68,7 @@ def test_mixtral_8x7b_does_not_fit_65_gb_at_16_bits_and_does_at_4_as_arithmetic(
     parameters = sum(t.size for t in model.tensors)
     assert 2 * parameters > 65e9 > parameters / 2
     # The libraries leave its fused experts dense, and so does the plan.
-    adapter = figures.adapter_of(model.tensors, settings().lora)
+    adapter = of_parameters(model.tensors, settings().lora)
     built = Tuning("nf4", adapter, double_quant=True).persistent(model).weights_bytes
     assert built > 90e9
 
@@ -97,7 +97,7 @@ def test_configured_is_what_params_yaml_says():
 
 def test_a_paged_optimizer_leaves_only_small_tensors_on_the_device():
     model = shipped("Llama-3-8B")
-    adapter = figures.adapter_of(model.tensors, settings().lora)
+    adapter = of_parameters(model.tensors, settings().lora)
     ways = techniques.standard(adapter)
     small = sum(size for size in adapter.sizes if size < 100_000)
     paged = ways["qlora_nf4_double_checkpointed_paged"].persistent(model)
@@ -144,7 +144,7 @@ def test_biases_and_modules_to_save_are_trained_too():
 
     def trainable(**lora: Any) -> int:
         chosen = settings(lora={"r": 1, "target_modules": ["q_proj"]} | lora)
-        return figures.adapter_of(tensors, chosen.lora).trainable
+        return of_parameters(tensors, chosen.lora).trainable
 
     assert trainable() == 16
     assert trainable(bias="lora_only") == 16 + 8
