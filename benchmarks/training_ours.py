@@ -1,0 +1,113 @@
+"""Our training, a step at a time: the loop that `train` runs, without its evaluations.
+
+Run:    by benchmarks.training, which tells it when (see benchmarks.paced)
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from peft import PeftModel
+
+from benchmarks import matrix_rate, resident
+from benchmarks.paced import Channel
+from benchmarks.training_data import training_params
+from stages.shared.examples import read_examples
+from stages.train import computing, trainable
+from stages.train.computing import Computing
+from stages.train.interruption import Interruption
+from stages.train.loop import Data, Loop
+from stages.train.processes import Processes
+from stages.train.settings import Params
+from stages.train.steps import Steps
+
+NO_CHECKPOINTS: Any = None  # a step neither reads nor writes them
+
+
+@dataclass(frozen=True)
+class Given(Steps):
+    """Steps whose conversations somebody else chose: `rows` of the split, step by step."""
+
+    rows: tuple[tuple[int, ...], ...] = ()
+
+    def drawn(self, step: int) -> list[int]:
+        """The rows of a step."""
+        return list(self.rows[step])
+
+
+def make_loop(
+    model: PeftModel,
+    data: Data,
+    settings: Params,
+    how: Computing,
+    steps: Sequence[Sequence[int]],
+) -> Loop:
+    """The loop of `stages.train.training`, over the steps that are given."""
+    loop = Loop(model, data, settings.train, how, Processes(), NO_CHECKPOINTS, len(steps) + 1)
+    rows = tuple(map(tuple, steps))
+    train = settings.train
+    loop.steps = Given(
+        len(data.train), train.batch_size, train.epochs, train.max_steps, train.seed, rows
+    )
+    return loop
+
+
+def load(settings: Params, inputs: dict[str, Path]) -> tuple[PeftModel, Data, Computing]:
+    """What `stages.train.training` loads before its loop begins."""
+    data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
+    how = computing.resolve(settings, inputs["model"], data.train, data.held_out)
+    torch.manual_seed(settings.train.seed)
+    model = trainable.load_for_lora(inputs["model"], settings.lora, how.device)
+    if how.gradient_checkpointing:
+        model.config.use_cache = False
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model, data, how
+
+
+def take_step(loop: Loop) -> dict[str, Any]:
+    """One step, timed, with the matrix rate just before it."""
+    device = loop.computing.device
+    rate, before = matrix_rate.probe(device), loop.size
+    with Interruption() as stop:
+        started = time.perf_counter()
+        loss = loop._step(stop)
+        seconds = time.perf_counter() - started
+    after = loop.size
+    return {
+        "seconds": seconds,
+        "matrix_rate": rate,
+        "loss": loss,
+        "tokens": after.tokens - before.tokens,
+        "supervised_tokens": after.supervised_tokens - before.supervised_tokens,
+        "computed_tokens": after.computed_tokens - before.computed_tokens,
+        "peak_bytes": resident.peak_bytes(),
+    }
+
+
+def main() -> None:
+    """Load, then a step whenever one is asked for."""
+    channel = Channel()
+    job = channel.hear()
+    settings = training_params(train__batch_size=job["batch_size"])
+    inputs = {
+        "train": Path(job["data"]) / "train.parquet",
+        "eval": Path(job["data"]) / "eval.parquet",
+        "model": Path(job["model"]),
+    }
+    model, data, how = load(settings, inputs)
+    loop = make_loop(model, data, settings, how, job["steps"])
+    resident.forget_peak()
+    channel.tell({"before_bytes": resident.resident_bytes(), **how.noted})
+    while True:
+        channel.hear()
+        channel.tell(take_step(loop))
+
+
+if __name__ == "__main__":
+    main()
