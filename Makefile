@@ -1,14 +1,17 @@
 # make repro   set up, run the whole pipeline on the embedded default
 # make test    set up, run the tests
 # make lint    set up, ruff and mypy
-# make clean   remove the environment (data, models and DVC's cache stay)
+# make bench   set up the peers too, measure the training step beside theirs (20 minutes, needs the default's model)
+# make clean   remove the environments (data, models and DVC's cache stay)
 
 PYTHON ?= python3
 VENV := .venv
 # DVC runs `python` from the PATH: everything runs with the environment's folder in front.
 ENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
+# The peers have an environment of their own, beside all that the project has.
+BENCH := .venv-bench
 
-.PHONY: repro test lint format clean
+.PHONY: repro test lint bench format clean
 .DEFAULT_GOAL := repro
 
 $(VENV)/.ready: requirements.lock
@@ -34,9 +37,19 @@ lint: $(VENV)/.ready
 	@$(ENV) ruff check .
 	@$(ENV) mypy
 
+$(BENCH)/.ready: requirements.lock benchmarks/requirements.lock
+	@echo "setting up $(BENCH) with the peers (some minutes, once)"
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --requirement requirements.lock --requirement benchmarks/requirements.lock
+	@touch $@
+
+bench: $(BENCH)/.ready
+	@$(BENCH)/bin/python -m benchmarks.training --minutes 20
+
 format: $(VENV)/.ready
 	@$(ENV) ruff format .
 	@$(ENV) ruff check --fix .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(BENCH)
