@@ -160,7 +160,7 @@ def draw(compared: Sequence[Comparison], path: Path) -> None:
             axes.tick_params(axis="x", labelsize=7)
             axes.grid(visible=False, axis="y")
             axes.set_axisbelow(True)
-        rates.margins(x=0.15)
+        rates.margins(x=0.2)
         peaks.legend(frameon=False, fontsize=8)
 
 
