@@ -45,8 +45,8 @@ def main() -> None:
     data = Data(micro_batch(setting, vocabulary), [])
     how = Computing(CPU, torch.bfloat16, job["length"], gradient_checkpointing=False)
     loop = training_ours.make_loop(model, data, settings, how, [[0]] * job["steps"])
-    resident.forget_peak()
-    channel.tell({"before_bytes": resident.resident_bytes()})
+    resident.forget_peak(CPU)
+    channel.tell({"before_bytes": resident.now_bytes(CPU)})
     while True:
         channel.hear()
         channel.tell(training_ours.take_step(loop))

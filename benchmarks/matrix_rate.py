@@ -31,15 +31,16 @@ def probe(device: torch.device) -> float:
     """Operations a second (a product and a sum are two) of a few bf16 matrix products."""
     a, b, product = _factors(device)
     torch.mm(a, b, out=product)
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     for _ in range(PRODUCTS):
         torch.mm(a, b, out=product)
-    _wait(device)
+    wait(device)
     return 2 * PRODUCTS * a.numel() * b.shape[1] / (time.perf_counter() - started)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given: a clock read earlier says nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

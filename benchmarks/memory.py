@@ -21,15 +21,22 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from benchmarks import memory_table
-from benchmarks.training_step import Measured, Setting, in_precision, measure, random_base
-from stages.shared import peak, progress
+from benchmarks.training_step import (
+    Measured,
+    Setting,
+    in_precision,
+    measure,
+    micro_batch,
+    random_base,
+)
+from stages.shared import packing, peak, progress
 from stages.shared.adapter import Adapter, adapter_of
 from stages.shared.architecture import model_of_config
 from stages.shared.memory import Precision
 from stages.shared.peak import Prediction
 from stages.shared.tensors import Model
 from stages.shared.tuning import Device, Tuning
-from stages.shared.workspace import MicroBatch
+from stages.shared.workspace import micro_batch_of
 
 BASE = Path("models/base")
 CPU = torch.device("cpu")
@@ -120,6 +127,7 @@ def tuning_of(setting: Setting, adapter: Adapter | None, device: Device) -> Tuni
         optimizer=setting.optimizer,
         gradient_checkpointing=setting.gradient_checkpointing,
         dropout=setting.dropout > 0,
+        fusing=setting.fusing,
         device=device,
     )
 
@@ -127,7 +135,8 @@ def tuning_of(setting: Setting, adapter: Adapter | None, device: Device) -> Tuni
 def predict(model: Model, setting: Setting, device: Device = "cpu") -> Prediction:
     """What the planner says of a setting."""
     adapter = adapter_of(model.tensors, rank=setting.rank) if setting.rank else None
-    batch = MicroBatch(setting.tokens, setting.supervised_tokens)
+    [together] = packing.split(micro_batch(setting, 2), setting.tokens)
+    batch = micro_batch_of(together)
     return peak.predict(model, tuning_of(setting, adapter, device), batch)
 
 

@@ -45,10 +45,10 @@ LOSS_TOLERANCE = 0.01
 
 def allocators() -> dict[str, dict[str, str]]:
     """The environment of each allocator that is here: the C library's own, and jemalloc."""
-    found = {"stock": {"LD_PRELOAD": ""}}
+    found = {"stock": {"LD_PRELOAD": "", "QLORA_DEVICE": "cpu"}}
     library = ctypes.util.find_library("jemalloc")
     if library:
-        found["jemalloc"] = {"LD_PRELOAD": library}
+        found["jemalloc"] = found["stock"] | {"LD_PRELOAD": library}
     return found
 
 

@@ -77,6 +77,7 @@ def take_step(loop: Loop) -> dict[str, Any]:
     with Interruption() as stop:
         started = time.perf_counter()
         loss = loop._step(stop)
+        matrix_rate.wait(device)
         seconds = time.perf_counter() - started
     after = loop.size
     return {
@@ -86,7 +87,7 @@ def take_step(loop: Loop) -> dict[str, Any]:
         "tokens": after.tokens - before.tokens,
         "supervised_tokens": after.supervised_tokens - before.supervised_tokens,
         "computed_tokens": after.computed_tokens - before.computed_tokens,
-        "peak_bytes": resident.peak_bytes(),
+        "peak_bytes": resident.peak_bytes(device),
     }
 
 
@@ -94,6 +95,7 @@ def main() -> None:
     """Load, then a step whenever one is asked for."""
     channel = Channel()
     job = channel.hear()
+    resident.cap(job.get("cap_gib"))
     settings = training_params(train__batch_size=job["batch_size"])
     inputs = {
         "train": Path(job["data"]) / "train.parquet",
@@ -102,8 +104,8 @@ def main() -> None:
     }
     model, data, how = load(settings, inputs)
     loop = make_loop(model, data, settings, how, job["steps"])
-    resident.forget_peak()
-    channel.tell({"before_bytes": resident.resident_bytes(), **how.noted})
+    resident.forget_peak(how.device)
+    channel.tell({"before_bytes": resident.now_bytes(how.device), **how.noted})
     while True:
         channel.hear()
         channel.tell(take_step(loop))

@@ -19,10 +19,12 @@ from benchmarks.live_memory import LiveMemory
 from stages.quantize.convert import convert
 from stages.quantize.settings import Quantize
 from stages.shared import models
+from stages.shared.architecture import KNOWN_BLOCKS
 from stages.shared.examples import Example
 from stages.shared.memory import Optimizer, Precision
 from stages.train import trainable
 from stages.train.computing import Computing
+from stages.train.fused.model import fuse
 from stages.train.gradient import accumulate
 from stages.train.optimizers import make_optimizer
 from stages.train.processes import Processes
@@ -45,6 +47,7 @@ class Setting:
         double_quant: of fp4 and nf4.
         dropout: of the adapter's input.
         init: where the adapter starts.
+        fusing: use the fused functions where they cover what is trained.
     """
 
     precision: Precision
@@ -56,6 +59,13 @@ class Setting:
     double_quant: bool = True
     dropout: float = 0.0
     init: Literal["default", "pissa", "olora", "loftq"] = "default"
+    fusing: bool = True
+
+    @property
+    def fused(self) -> bool:
+        """Whether they do; as `Tuning.unfused_because` says of these settings."""
+        plain = self.rank is None or self.precision == "int8" or self.dropout or not self.fusing
+        return not plain and self.init in ("default", "loftq")
 
     @property
     def tokens(self) -> int:
@@ -212,12 +222,19 @@ def prepared_step(
 ) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
     """Take a short first step, so that the optimizer has its states; returns it, and the next."""
     adamw = make_optimizer(model, _train(setting.optimizer), device)
+    known = any(type(module).__name__ in KNOWN_BLOCKS for module in model.modules())
+    if isinstance(model, PeftModel) and setting.fused and known:
+        fuse(model)
+        unfused_because = None
+    else:
+        unfused_because = "not covered"
     computing = Computing(
         device=device,
         dtype=dtype,
         micro_batch_tokens=setting.tokens,
         gradient_checkpointing=setting.gradient_checkpointing,
         processes=1,
+        unfused_because=unfused_because,
     )
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     step(model, adamw, [micro_batch(replace(setting, lengths=(8,)), vocabulary)], computing)

@@ -16,10 +16,10 @@ from benchmarks.training_step import (
     prepared_step,
     random_base,
 )
-from stages.shared import peak, scoring
+from stages.shared import packing, peak, scoring
 from stages.shared.adapter import adapter_of
 from stages.shared.architecture import model_of_config
-from stages.shared.workspace import MicroBatch
+from stages.shared.workspace import micro_batch_of
 from stages.train import masters
 
 CPU = torch.device("cpu")
@@ -59,6 +59,9 @@ def bases(tmp_path_factory):
         Setting("fp32", None, False, LENGTHS),
         Setting("bf16", None, False, LENGTHS, optimizer="adamw_8bit"),
         Setting("nf4", 8, True, LENGTHS, dropout=0.1),
+        Setting("nf4", 8, False, LENGTHS, fusing=False),
+        Setting("nf4", 8, True, LENGTHS),
+        Setting("fp32", 8, False, LENGTHS),
     ],
     ids=memory_table.trained,
 )
@@ -149,6 +152,7 @@ def test_scoring_between_steps_takes_no_more_than_predicted(bases, setting):
     described = model_of_config(base / "config.json")
     adapter = adapter_of(described.tensors, rank=8) if setting.rank else None
     tuning = memory.tuning_of(setting, adapter, "cpu")
-    batch = MicroBatch(setting.tokens, setting.supervised_tokens)
+    [together] = packing.split(micro_batch(setting, 2), setting.tokens)
+    batch = micro_batch_of(together)
     predicted = peak.evaluation(described, tuning, batch).total_bytes
     assert live.peak_bytes <= 1.01 * predicted < 1.2 * live.peak_bytes

@@ -25,7 +25,7 @@ from benchmarks.paced import Worker
 from benchmarks.training_figures import Comparison, Tried, best, better_mode, spread
 from stages.shared import files, models, scoring
 from stages.shared.architecture import model_of
-from stages.shared.errors import UserError
+from stages.shared.errors import run
 from stages.shared.examples import read_examples
 from tests import tiny
 from tests.workspace import ROOT
@@ -101,26 +101,26 @@ def test_a_worker_that_fails_ends_the_benchmark_and_says_why():
 
 def test_a_worker_has_the_allocator_that_is_preloaded():
     environment = training.allocators()
-    assert environment["stock"] == {"LD_PRELOAD": ""}
+    assert environment["stock"] == {"LD_PRELOAD": "", "QLORA_DEVICE": "cpu"}
     if "jemalloc" not in environment:
         pytest.skip("no libjemalloc on this machine")
     maps = "print(open('/proc/self/maps').read())"
-    run = subprocess.run(
+    shown = subprocess.run(
         [sys.executable, "-c", maps],
         env=environment["jemalloc"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "jemalloc" in run.stdout
+    assert "jemalloc" in shown.stdout
 
 
 def test_the_peak_is_forgotten_before_the_first_step():
     held = np.ones(50_000_000)
     del held
-    high = resident.peak_bytes()
-    resident.forget_peak()
-    assert resident.peak_bytes() < high - 300_000_000
+    high = resident.peak_bytes(CPU)
+    resident.forget_peak(CPU)
+    assert resident.peak_bytes(CPU) < high - 300_000_000
 
 
 def test_our_worker_takes_the_steps_that_are_given_and_learns_from_them(inputs):
@@ -175,17 +175,17 @@ def test_both_learn_from_the_same_tokens_and_begin_at_the_same_loss(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_peer_says_which_rows_each_of_its_steps_holds(trl, inputs, packed, tmp_path):
-    from benchmarks import training_trl
+    from benchmarks import trl_trainer
 
     settings = training_data.training_params()
     examples = read_examples(Path(inputs.job["data"]) / "train.parquet")
     job = training.peer_job(inputs, None if packed else 4)
     model = tiny.model()
-    trainer = training_trl.make_trainer(
+    trainer = trl_trainer.make_trainer(
         model, tiny.tokenizer(), settings, job, examples, str(tmp_path)
     )
-    steps = training_trl.rows_of_steps(trainer, examples)
-    drawn = training_trl.Steps.of(settings.train, len(examples))
+    steps = trl_trainer.rows_of_steps(trainer, examples)
+    drawn = trl_trainer.Steps.of(settings.train, len(examples))
     wanted = [drawn.drawn(step) for step in range(inputs.job["steps"])]
     assert sorted(chain(*steps)) == sorted(chain(*wanted))
     assert (steps == wanted) == (not packed)
@@ -331,11 +331,9 @@ def test_the_conversations_are_prepared_as_the_pipeline_does(tmp_path):
     assert described.job["steps"] == min(training_data.STEPS, len(lengths) // 8)
 
 
-def test_without_a_model_it_ends_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="dvc repro"):
-        training_data.require_model(tmp_path / "quantized")
-    command = [sys.executable, "-m", "benchmarks.training", "--model", str(tmp_path / "none")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    [line] = result.stderr.splitlines()
+def test_without_a_model_it_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["training", "--model", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        run(training.main)
+    [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "dvc repro" in line
