@@ -41,7 +41,7 @@ def main() -> None:
     torch.manual_seed(settings.train.seed)
     model = load(job["model"], settings)
     setting = Setting("nf4", job["rank"], False, (job["length"],))
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = model.get_input_embeddings().num_embeddings
     data = Data(micro_batch(setting, vocabulary), [])
     how = Computing(CPU, torch.bfloat16, job["length"], gradient_checkpointing=False)
     loop = training_ours.make_loop(model, data, settings, how, [[0]] * job["steps"])

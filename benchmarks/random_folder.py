@@ -28,7 +28,7 @@ def write_model(config: PretrainedConfig, folder: Path, device: torch.device) ->
         device: that quantizes.
     """
     folder.mkdir(parents=True)
-    base = qlora_model(config, 1, device).unload()  # type: ignore[operator]
+    base = qlora_model(config, 1, device).unload()
     state = {name: value.cpu().contiguous() for name, value in base.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]

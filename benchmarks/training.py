@@ -81,7 +81,7 @@ def compare(
     model = model_of_config(Path(inputs.job["model"]) / "config.json")
     with (
         Worker(PEER, peer_job(inputs, micro_batch), environment_) as peer,
-        Worker(OURS, inputs.job | {"steps": peer.found["steps"]}, environment_) as ours,
+        Worker(OURS, {**inputs.job, "steps": peer.found["steps"]}, environment_) as ours,
     ):
         done = Comparison(
             inputs.name,

@@ -127,7 +127,7 @@ def measure_all(
     models: Mapping[str, Path], length: int, device: str, cap_gib: int | None
 ) -> Iterator[Result]:
     """Every way on every model, under a progress bar; last, the capped model within its cap."""
-    wanted = [(name, None) for name in models]
+    wanted: list[tuple[str, int | None]] = [(name, None) for name in models]
     if cap_gib is not None:
         wanted += [(name, cap_gib) for name in models if name == CAPPED]
     for name, cap in wanted:

@@ -21,7 +21,7 @@ from benchmarks import (
     training_ours,
     training_table,
 )
-from benchmarks.paced import Worker
+from benchmarks.paced import Channel, Worker
 from benchmarks.training_figures import Comparison, Tried, best, better_mode, spread
 from stages.shared import files, models, scoring
 from stages.shared.architecture import model_of
@@ -72,7 +72,12 @@ def test_the_bound_counts_every_frozen_product_of_a_model():
 def test_the_probe_counts_the_products_that_it_does(monkeypatch):
     done = []
     mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, out: done.append((a, b)) or mm(a, b, out=out))
+
+    def counted(a, b, out):
+        done.append((a, b))
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
     clock = iter((10.0, 10.5))
     monkeypatch.setattr(matrix_rate.time, "perf_counter", lambda: next(clock))
     rate = matrix_rate.probe(CPU)
@@ -199,7 +204,10 @@ def test_the_peer_stops_where_it_would_learn_from_other_tokens(trl, inputs):
     class ToldError(Exception):
         pass
 
-    class Mute:
+    class Mute(Channel):
+        def __init__(self):
+            pass
+
         def hear(self):
             pass
 

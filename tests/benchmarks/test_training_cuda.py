@@ -46,11 +46,12 @@ def folder(config, tmp_path_factory):
 def test_a_random_model_is_read_from_its_folder_as_it_was_made(tied, tmp_path, monkeypatch):
     made = []
     quantize = random_folder.qlora_model
-    monkeypatch.setattr(
-        random_folder,
-        "qlora_model",
-        lambda *args: made.append(quantize(*args)) or made[-1],
-    )
+
+    def kept(*args):
+        made.append(quantize(*args))
+        return made[-1]
+
+    monkeypatch.setattr(random_folder, "qlora_model", kept)
     config = LlamaConfig(**SHAPE, tie_word_embeddings=tied)
     random_folder.write_model(config, tmp_path / "model", CPU)
     read = models.load_model(tmp_path / "model", CPU)
