@@ -2,8 +2,9 @@
 
 The mask that transformers makes for a packed row is right, but everything it shuts out is computed
 first: of 16 conversations of 50 tokens, fifteen parts in sixteen. Here the library's own attention
-is called once a conversation instead. Where it is not told their lengths (in generation), or where
-a layer looks back less far than the longest of them (a sliding window), it goes by the mask.
+is called once a conversation instead; on a CPU, batched products that are faster. Where it is not
+told their lengths (in generation), or where a layer looks back less far than the longest of them (a
+sliding window), it goes by the mask.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from stages.shared import batched_attention, precision
 
 NAME = "sdpa_per_conversation"
 
@@ -45,6 +48,11 @@ def attend(
     window = kwargs.get("sliding_window")
     if conversation_lengths is None or (window and max(conversation_lengths) > window):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.device.type == "cpu" and not kwargs.get("dropout"):
+        dtype = precision.of_products(query)  # as autocast would have it for the library's own
+        alone = (heads.squeeze(0).to(dtype) for heads in (query, key, value))
+        result = batched_attention.attend(*alone, kwargs["scaling"], conversation_lengths)
+        return result.transpose(0, 1)[None], None
     parts = [
         sdpa_attention_forward(
             module,

@@ -1,9 +1,8 @@
 """Memory by formula: the activations of one block of a decoder, a term a function.
 
 The block is that of Llama, Mistral, Qwen2 and Qwen3 as transformers builds it: root-mean-square
-norm, attention with rotary positions through torch's scaled dot product, norm, gated feed-forward.
-The terms describe the modules that run, line by line; where a leaner forward pass replaces them,
-this is the file that follows.
+norm, attention with rotary positions, norm, gated feed-forward. The terms describe the modules that
+run, line by line, and the fused functions that training puts in their place where it can.
 
 Widths are numbers of elements a token: h of the residual stream, q of all query heads together, kv
 of all key (or value) heads, f of the feed-forward; a heads, r the adapter's rank. s and c are bytes
@@ -51,6 +50,8 @@ class Flow:
             dense layers, and, since it asks for CUDA's autocast alone, for quantized ones on a CPU.
         keeps_input: whether the product below an adapter keeps its input too, as int8's does.
         dropout: bytes an element of an adapter's input that its dropout keeps; 0 without.
+        fused: whether the functions of stages/train/fused run in the modules' place.
+        kernel: whether attention is torch's kernel, as on CUDA, or batched products.
     """
 
     stream: int
@@ -61,6 +62,8 @@ class Flow:
     widened: bool = False
     keeps_input: bool = False
     dropout: int = 0
+    fused: bool = False
+    kernel: bool = True
 
     @property
     def copies(self) -> bool:
@@ -83,7 +86,7 @@ class Saved:
     def norm(self) -> int:
         """4·h + 4: the input in fp32 and the reciprocal root; s·h more, the result, if trained.
 
-        Where the stream is fp32 the input is the residual itself.
+        Where the stream is fp32 the input is the residual itself. Fused, it always is: s·h + 4.
 
         Source: transformers 5.23, `LlamaRMSNorm.forward`.
         """
@@ -99,7 +102,8 @@ class Saved:
         return self._norm(block.query, block.heads, c) + self._norm(block.key_value, key_heads, c)
 
     def _norm(self, width: int, roots: int, result: int) -> int:
-        return 4 * width + 4 * roots + (result * width if self.flow.trained else 0)
+        kept = result if self.flow.fused else 4
+        return kept * width + 4 * roots + (result * width if self.flow.trained else 0)
 
     def inputs(self, width: int, *names: str) -> int:
         """Of linear layers that share one input from the residual stream.
@@ -141,25 +145,30 @@ class Saved:
     def attention(self) -> int:
         """c·(2q + 2kv) + 4·a: rotated queries and keys, values, the result, fp32 logarithms.
 
-        No score is kept, whatever the length.
+        As products, c·(q + 2kv): the result and the logarithms are not asked for again. No score
+        is kept, whatever the length.
 
         Source: Dao et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 1 and appendix B.
         """
-        block = self.block
-        return self.flow.compute * 2 * (block.query + block.key_value) + 4 * block.heads
+        block, c = self.block, self.flow.compute
+        if not self.flow.kernel:
+            return c * (block.query + 2 * block.key_value)
+        return c * 2 * (block.query + block.key_value) + 4 * block.heads
 
     @property
     def gate(self) -> int:
         """3·c·f: the gate before and after its activation, and what it is multiplied with.
 
+        Fused, 2·c·f: the activation is computed again.
+
         Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202, equation 6.
         """
-        return 3 * self.flow.compute * self.block.inner
+        return (2 if self.flow.fused else 3) * self.flow.compute * self.block.inner
 
     @property
     def down_input(self) -> int:
-        """Of the last product: f wide."""
-        return self.product_input(self.block.inner, "down_proj")
+        """Of the last product: f wide; fused, computed again from gate and up."""
+        return 0 if self.flow.fused else self.product_input(self.block.inner, "down_proj")
 
     @property
     def kept_by_products(self) -> int:

@@ -27,6 +27,7 @@ class Machine(BaseSettings):
     devices: int | None = Field(default=None, ge=1)  # how many share a step; unset: all GPUs
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
+    fused: bool = True  # false: a step is computed by the library's own modules
     memory_budget: float | None = Field(default=None, gt=0)  # GiB
     checkpoint_steps: int = Field(default=25, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

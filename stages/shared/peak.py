@@ -8,8 +8,9 @@ against real steps.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from stages.shared import instants, memory, uncalibrated, workspace
+from stages.shared import fused_instants, instants, memory, uncalibrated, workspace
 from stages.shared.blocks import Saved
+from stages.shared.fused_instants import Attention
 from stages.shared.instants import Instant
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
@@ -52,6 +53,7 @@ def predict(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
     """
     kept = persistent_parts(model, tuning)
     if model.block is None:
+        tuning = replace(tuning, fusing=False)
         instant, low, parts = _of_unknown_blocks(model, tuning, batch)
     else:
         instants_ = step_instants(model, tuning, batch)
@@ -87,8 +89,12 @@ def evaluation(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
     copies = 0 if masters else workspace.block_copies_bytes(model, tuning)
     logits = workspace.loss_forward_bytes(model.vocabulary, batch.supervised)
     found = [("evaluation, loss", {"activations": around, "logits": logits, "workspace": copies})]
-    for at in instants.evaluation(saved, matrix):
-        held = around + workspace.mask_bytes(n) + (at.saved + at.extra) * n
+    scored_blocks = instants.evaluation(saved, matrix)
+    if not flow.kernel:
+        attention = Attention(saved, batch.tokens_together)
+        scored_blocks.append(attention.without_gradients())
+    for at in scored_blocks:
+        held = around + n**2 + (at.saved + at.extra) * n  # n²: the mask, see workspace
         parts = {"activations": held, "logits": 0, "workspace": at.matrix + copies}
         found.append(("evaluation, a block", parts))
     name, parts = max(found, key=lambda instant: sum(instant[1].values()))
@@ -115,7 +121,7 @@ def _of_unknown_blocks(
     low, high = uncalibrated.activations_bytes(model, tuning, batch)
     logits = workspace.loss_backward_bytes(model.vocabulary, batch.supervised)
     parts = {
-        "activations": high + workspace.mask_bytes(batch.tokens),
+        "activations": high + batch.tokens**2,  # and the mask
         "logits": logits,
         "workspace": uncalibrated.workspace_bytes(model, tuning),
     }
@@ -129,10 +135,11 @@ def largest(model: Model, tuning: Tuning, batches: Iterable[MicroBatch]) -> Pred
 
 
 def undominated(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
-    """Those that no other equals or exceeds in tokens and in supervised ones: few of thousands."""
+    """Those that no other equals or exceeds in every size: few of thousands."""
     found: list[MicroBatch] = []
-    for batch in sorted(batches, key=lambda b: (b.tokens, b.supervised), reverse=True):
-        if not found or batch.supervised > found[-1].supervised:
+    by_size = sorted(batches, key=lambda b: (b.tokens, b.supervised, b.tokens_together))
+    for batch in reversed(by_size):
+        if not any(larger.outdoes(batch) for larger in found):
             found.append(batch)
     return found
 
@@ -145,7 +152,7 @@ def step_instants(
     saved = _saved(model, tuning)
     matrix = workspace.dequantized_bytes(saved.block.largest_matrix, tuning)
     inputs = workspace.input_bytes(model, tuning, batch)
-    mask = workspace.mask_bytes(n)
+    mask = workspace.mask_bytes(model, tuning, batch)
     stored = stored_bytes(model, tuning, batch) + inputs + (mask if checkpointed else 0)
     copies = workspace.block_copies_bytes(model, tuning)
     head_copy = workspace.head_copy_bytes(model, tuning)
@@ -159,25 +166,30 @@ def step_instants(
     def in_block(at: Instant, others: int, work: int) -> dict[str, int]:
         return parts(others + (at.saved + at.extra) * n, work=at.matrix + work)
 
+    first, forward, backward = _of_a_block(model, tuning, batch, saved, matrix)
     # One block stands at its own instant, the others with all that they store.
     others = stored - (_shared_with_store(tuning, model) if checkpointed else saved.total) * n
     if checkpointed:
-        for at in instants.first_forward(saved, matrix):
+        for at in first:
             yield "first forward pass", in_block(at, stored, copies)
     forward_work = kept_copies + (waiting if checkpointed else 0)
     callers = 0 if checkpointed else mask + _held_by_callers(tuning, model) * n
-    for at in instants.forward(saved, matrix):
+    for at in forward:
         yield "forward pass of a block", in_block(at, others + callers, forward_work)
-    for at in instants.backward(saved, matrix, recomputed=checkpointed):
+    for at in backward:
         yield "backward pass of a block", in_block(at, others, kept_copies + waiting)
     v, s = model.vocabulary, batch.supervised
-    forward_logits = workspace.loss_forward_bytes(v, s)
-    backward_logits = workspace.loss_backward_bytes(v, s)
+    if flow.fused:
+        forward_logits = workspace.fused_loss_bytes(model, tuning, batch)
+        backward_logits = workspace.fused_loss_gradient_bytes(model, tuning, batch)
+    else:
+        forward_logits = workspace.loss_forward_bytes(v, s)
+        backward_logits = workspace.loss_backward_bytes(v, s)
     # Autocast forgets its copies at the end of the forward pass; checkpointed blocks have no other.
     copies_after = head_copy + (0 if checkpointed else copies)
     yield "loss", parts(final, forward_logits, copies + head_copy)
     yield "gradient of the loss", parts(final, backward_logits, copies_after)
-    gradient = workspace.final_norm_gradient_bytes(model.hidden, n)
+    gradient = workspace.final_norm_gradient_bytes(model.hidden, n, tuning)
     yield (
         "gradient of the last norm",
         parts(final + gradient, work=copies_after - head_copy + waiting),
@@ -212,9 +224,31 @@ def _saved(model: Model, tuning: Tuning) -> Saved:
     return Saved(model.block, tuning.flow)
 
 
+def _of_a_block(
+    model: Model, tuning: Tuning, batch: MicroBatch, saved: Saved, matrix: int
+) -> tuple[list[Instant], list[Instant], list[Instant]]:
+    """Its instants in a first forward pass that saves nothing, in the forward and the backward."""
+    flow = tuning.flow
+    if flow.fused:
+        first = fused_instants.first_forward(saved, matrix)
+        forward = fused_instants.forward(saved, matrix)
+        backward = fused_instants.backward(saved, matrix)
+    else:
+        first = instants.first_forward(saved, matrix)
+        forward = instants.forward(saved, matrix)
+        backward = instants.backward(saved, matrix, recomputed=tuning.gradient_checkpointing)
+    if not flow.kernel:
+        attention = Attention(saved, batch.tokens_together)
+        first.append(attention.without_gradients())
+        forward.append(attention.forward())
+        backward.append(attention.backward())
+    return first, forward, backward
+
+
 def _shared_with_store(tuning: Tuning, model: Model) -> int:
-    """A recomputed block's first norm saves the stored input itself, where that is fp32."""
-    return 4 * model.hidden if tuning.flow.stream == 4 else 0
+    """A recomputed block's first norm saves the stored input itself: in fp32, and if fused."""
+    flow = tuning.flow
+    return flow.stream * model.hidden if flow.stream == 4 or flow.fused else 0
 
 
 def _held_by_callers(tuning: Tuning, model: Model) -> int:
@@ -222,4 +256,4 @@ def _held_by_callers(tuning: Tuning, model: Model) -> int:
     flow = tuning.flow
     if flow.trained:
         return 0  # norms have saved them
-    return flow.stream * model.hidden * (1 if flow.stream == 4 else 2)
+    return flow.stream * model.hidden * (1 if flow.stream == 4 or flow.fused else 2)

@@ -15,3 +15,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     decided here and nowhere else.
     """
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def of_products(x: torch.Tensor) -> torch.dtype:
+    """What autocast has matrix products run in, or the input's own dtype outside of it."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -27,6 +27,7 @@ class Tuning:
         device: whose kernels run.
         paged: count what a paged optimizer may move to the host as being there.
         masters: full fine-tuning in bf16 keeps fp32 weights, as `train` does; False for pure bf16.
+        fusing: use the functions of stages/train/fused where they cover what is trained.
     """
 
     precision: Precision
@@ -39,6 +40,32 @@ class Tuning:
     device: Device = "cuda"
     paged: bool = False
     masters: bool = True
+    fusing: bool = True
+
+    @property
+    def unfused_because(self) -> str | None:
+        """Why a step is computed by the library's own modules; None where it is fused."""
+        adapter = self.adapter
+        if not self.fusing:
+            return "QLORA_FUSED is false"
+        if adapter is None:
+            return "train.method is full"
+        if self.precision == "int8":
+            return "quantize.precision is int8"
+        reasons = {
+            "lora.dropout is not 0": self.dropout,
+            "lora.dora is true": adapter.magnitudes,
+            "lora.init is pissa or olora": adapter.anchored,
+            "lora.modules_to_save are trained too": adapter.copies,
+            "lora.bias is not none": adapter.biases,
+            "lora.target_modules leave out a linear layer": not adapter.layers.issuperset(LINEAR),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the functions of stages/train/fused run, if the model's blocks are known."""
+        return self.unfused_because is None
 
     @property
     def dense(self) -> str:
@@ -58,16 +85,21 @@ class Tuning:
         """What numbers are in as they pass through a block."""
         size = memory.DENSE_BYTES[self.dense]
         if self.adapter is None:
-            return Flow(stream=memory.DENSE_BYTES[self.loaded], compute=size, trained=True)
+            stream = memory.DENSE_BYTES[self.loaded]
+            return Flow(stream=stream, compute=size, trained=True, kernel=self.device == "cuda")
         adapted = self.adapter.layers.intersection(LINEAR)
         return Flow(
             stream=size,
             compute=size,
             rank=self.adapter.multiplied_rank if adapted else 0,
             adapted=adapted,
-            widened=size < 4 and (self.loaded in memory.DENSE_BYTES or self.device == "cpu"),
+            widened=not self.fused
+            and size < 4
+            and (self.loaded in memory.DENSE_BYTES or self.device == "cpu"),
             keeps_input=self.precision == "int8",
             dropout=(1 if self.device == "cuda" else 4) if self.dropout else 0,
+            fused=self.fused,
+            kernel=self.device == "cuda",
         )
 
     @property

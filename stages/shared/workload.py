@@ -7,7 +7,7 @@ import numpy as np
 
 from stages.shared import packing
 from stages.shared.examples import Example
-from stages.shared.workspace import MicroBatch
+from stages.shared.workspace import MicroBatch, micro_batch_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Workload:
         """
         if tokens not in self._packed:
             self._packed[tokens] = {
-                MicroBatch(sum(map(len, batch)), sum(e.supervised_tokens for e in batch))
+                micro_batch_of(batch)
                 for step in self.steps
                 for batch in packing.split(step, tokens)
             }

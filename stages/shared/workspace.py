@@ -4,12 +4,17 @@ P is a number of parameters, V the vocabulary, h the hidden size, N the tokens o
 those of which the loss is taken. Results are in bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from stages.shared import memory
+from stages.shared import batched_attention, memory
+from stages.shared.examples import Example
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
+
+# Of the fused loss: the fp32 logits of as many tokens as fit are made at once.
+LOSS_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -19,10 +24,33 @@ class MicroBatch:
     Attributes:
         tokens: N, of all conversations together.
         supervised: S, those of which the loss is taken.
+        together: T, the most whose attention is computed together: the longest conversation, or
+            several short ones. None if there is only one.
     """
 
     tokens: int
     supervised: int
+    together: int | None = None
+
+    @property
+    def tokens_together(self) -> int:
+        """T, where there is only one conversation too."""
+        return self.together or self.tokens
+
+    def outdoes(self, other: "MicroBatch") -> bool:
+        """Whether it needs no less than the other, whatever is trained."""
+        return (
+            self.tokens >= other.tokens
+            and self.supervised >= other.supervised
+            and self.tokens_together >= other.tokens_together
+        )
+
+
+def micro_batch_of(examples: Sequence[Example]) -> MicroBatch:
+    """The sizes of conversations that go through the model together, in their order."""
+    lengths = [len(example) for example in examples]
+    together = max(sum(span) for _, span in batched_attention.spans(lengths))
+    return MicroBatch(sum(lengths), sum(e.supervised_tokens for e in examples), together)
 
 
 def dequantized_bytes(parameters: int, tuning: Tuning) -> int:
@@ -43,19 +71,27 @@ def dequantized_bytes(parameters: int, tuning: Tuning) -> int:
 
 
 def final_norm_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
-    """(4·h + 4)·N as every norm; trained, 4·h·N more, and c·h·S, the input of the trained head."""
+    """(4·h + 4)·N as every norm; trained, 4·h·N more, and c·h·S, the input of the trained head.
+
+    Fused, (s·h + 4)·N.
+    """
     flow, h = tuning.flow, model.hidden
+    if flow.fused:
+        return (flow.stream * h + 4) * batch.tokens
     if not flow.trained:
         return (4 * h + 4) * batch.tokens
     return (8 * h + 4) * batch.tokens + flow.compute * h * batch.supervised
 
 
-def final_norm_gradient_bytes(hidden: int, tokens: int) -> int:
+def final_norm_gradient_bytes(hidden: int, tokens: int, tuning: Tuning) -> int:
     """20·h·N: five fp32 tensors of its backward pass, which stand side by side.
+
+    Fused, three, and the gradients that come and go in the compute dtype: (12 + 2·c)·h·N.
 
     Source: torch 2.13, tools/autograd/derivatives.yaml, `pow` and `mul`.
     """
-    return 20 * hidden * tokens
+    flow = tuning.flow
+    return (12 + 2 * flow.compute if flow.fused else 20) * hidden * tokens
 
 
 def loss_forward_bytes(vocabulary: int, supervised: int) -> int:
@@ -72,6 +108,19 @@ def loss_backward_bytes(vocabulary: int, supervised: int) -> int:
     Source: torch 2.13, `nll_loss_backward`, `log_softmax_backward`.
     """
     return 12 * vocabulary * supervised
+
+
+def fused_loss_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
+    """8·V·n + 2·c·h·S: n tokens' logits twice in fp32; all inputs and their gradients."""
+    rows = min(batch.supervised, max(1, LOSS_CHUNK_BYTES // (4 * model.vocabulary)))
+    inputs = 2 * tuning.flow.compute * model.hidden * batch.supervised
+    return 8 * model.vocabulary * rows + inputs
+
+
+def fused_loss_gradient_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
+    """(2·c + 4)·h·S, or 2·c·h·S + c·h·N as it is laid out among all tokens, whichever is more."""
+    c, h, s = tuning.flow.compute, model.hidden, batch.supervised
+    return 2 * c * h * s + max(4 * h * s, c * h * batch.tokens)
 
 
 def head_gradient_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
@@ -101,9 +150,11 @@ def head_copy_bytes(model: Model, tuning: Tuning) -> int:
 def block_copies_bytes(model: Model, tuning: Tuning) -> int:
     """2·P of what is trained in fp32 in the blocks: autocast keeps a copy for the backward pass.
 
+    Fused functions make theirs for one product and let go of it.
+
     Source: torch 2.13, aten/src/ATen/autocast_mode.cpp, `cached_cast`.
     """
-    if not tuning.casts_trained:
+    if not tuning.casts_trained or tuning.fused:
         return 0
     if tuning.adapter is not None:
         return 2 * tuning.adapter.multiplied
@@ -117,14 +168,16 @@ def input_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
     return (16 + rotary) * batch.tokens + 24 * batch.supervised
 
 
-def mask_bytes(tokens: int) -> int:
+def mask_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
     """N²: which token may look at which, a byte a pair.
 
     transformers makes it for a packed row, though attention goes by the conversations' lengths.
+    The fused step does not ask for it, unless a conversation is longer than a sliding window.
 
     Source: transformers 5.23, transformers/masking_utils.py, `sdpa_mask`.
     """
-    return tokens * tokens
+    windowed = model.window is not None and batch.tokens_together > model.window
+    return 0 if tuning.fused and not windowed else batch.tokens**2
 
 
 def optimizer_step_bytes(model: Model, tuning: Tuning) -> int:

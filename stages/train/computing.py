@@ -17,7 +17,7 @@ from stages.shared.tuning import Device
 from stages.train.fit import fit
 from stages.train.settings import Params
 
-NOTED = ("micro_batch_tokens", "gradient_checkpointing", "processes")
+NOTED = ("micro_batch_tokens", "gradient_checkpointing", "processes", "unfused_because")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Computing:
         gradient_checkpointing: whether activations are computed again in the backward pass.
         processes: how many devices a step is divided among.
         predicted_bytes: the most memory that it should need, on each device.
+        unfused_because: why the library's own modules compute it; None if the fused functions do.
     """
 
     device: torch.device
@@ -39,6 +40,12 @@ class Computing:
     gradient_checkpointing: bool
     processes: int = 1
     predicted_bytes: int | None = None
+    unfused_because: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether the functions of stages/train/fused compute the step."""
+        return self.unfused_because is None
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -81,6 +88,7 @@ def resolve(
         total_memory_bytes(kind),
         asked["micro_batch_tokens"],
         asked["gradient_checkpointing"],
+        noted["unfused_because"] is None if noted else wanted.fused,
     )
     return Computing(
         device=where,
@@ -89,6 +97,7 @@ def resolve(
         gradient_checkpointing=fitting.gradient_checkpointing,
         processes=_processes(where, noted),
         predicted_bytes=fitting.predicted_bytes,
+        unfused_because=fitting.unfused_because,
     )
 
 

@@ -11,7 +11,7 @@ from stages.shared.fitting import Request
 from stages.shared.refusal import refusal
 from stages.shared.tuning import Device, Tuning
 from stages.shared.workload import Workload
-from stages.shared.workspace import MicroBatch
+from stages.shared.workspace import micro_batch_of
 from stages.train.settings import Params
 from stages.train.steps import Steps
 
@@ -27,11 +27,13 @@ class Fit:
         micro_batch_tokens: the most that go through the model at once.
         gradient_checkpointing: whether activations are computed again.
         predicted_bytes: what the device must have, see `fitting.device_bytes`.
+        unfused_because: why the library's own modules compute it; None if the fused functions do.
     """
 
     micro_batch_tokens: int
     gradient_checkpointing: bool
     predicted_bytes: int
+    unfused_because: str | None
 
 
 def fit(
@@ -43,6 +45,7 @@ def fit(
     total_bytes: int,
     micro_batch_tokens: int | None = None,
     gradient_checkpointing: bool | None = None,
+    fusing: bool = True,
 ) -> Fit:
     """Choose what is not set: the fastest that fits, as the plan predicts it.
 
@@ -55,6 +58,7 @@ def fit(
         total_bytes: of the device's memory, or the budget.
         micro_batch_tokens: None to choose.
         gradient_checkpointing: None to choose.
+        fusing: whether to use the fused functions where they cover what is trained.
 
     Raises:
         UserError: nothing fits; the line names the parts and what would make it fit. Or
@@ -72,6 +76,7 @@ def fit(
         optimizer=settings.train.optimizer,
         dropout=settings.lora.dropout > 0,
         device=device,
+        fusing=fusing,
     )
     request = Request(
         model,
@@ -81,14 +86,20 @@ def fit(
         micro_batch_tokens,
         gradient_checkpointing,
         instead_of_full=lora,
-        scored=frozenset(map(_sizes, packing.split(held_out, scoring.SCORING_TOKENS))),
+        scored=frozenset(map(micro_batch_of, packing.split(held_out, scoring.SCORING_TOKENS))),
     )
     choice = fitting.choose(request)
     if choice is None:
         raise UserError(refusal(request))
     chosen = replace(tuning, gradient_checkpointing=choice.gradient_checkpointing)
     predicted = fitting.device_bytes(model, chosen, choice.prediction)
-    return Fit(choice.micro_batch_tokens, choice.gradient_checkpointing, predicted)
+    unknown = f"blocks of {model.kind} are not known" if model.block is None else None
+    return Fit(
+        choice.micro_batch_tokens,
+        choice.gradient_checkpointing,
+        predicted,
+        tuning.unfused_because or unknown,
+    )
 
 
 def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:
@@ -96,7 +107,3 @@ def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:
     if steps.total <= STEPS_LOOKED_AT:
         return [[train[row] for row in steps.drawn(step)] for step in range(steps.total)]
     return [sorted(train, key=len)[-steps.batch_size :]]
-
-
-def _sizes(batch: Sequence[Example]) -> MicroBatch:
-    return MicroBatch(sum(map(len, batch)), sum(e.supervised_tokens for e in batch))

@@ -11,6 +11,7 @@ from stages.shared.examples import Example
 from stages.shared.packing import Packed
 from stages.shared.precision import autocast
 from stages.train.computing import Computing
+from stages.train.fused import model as fused
 from stages.train.processes import Processes
 
 
@@ -92,7 +93,8 @@ def _backward(
     stand beside those of the next micro-batch.
     """
     with autocast(computing.device, computing.dtype):
-        losses = scoring.negative_log_likelihoods(model, batch)
+        likelihoods = fused if computing.fused else scoring
+        losses = likelihoods.negative_log_likelihoods(model, batch)
     loss = losses.sum() / supervised
     scaler.scale(loss).backward()
     return loss.detach()

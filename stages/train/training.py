@@ -17,6 +17,7 @@ from stages.train.computing import Computing
 from stages.train.curve import Curve
 from stages.train.environment import environment
 from stages.train.fingerprint import fingerprint
+from stages.train.fused.model import fuse
 from stages.train.loop import Data, Loop
 from stages.train.processes import Processes
 from stages.train.settings import Params
@@ -89,6 +90,8 @@ def _train(
         if settings.train.method == "lora"
         else trainable.load_for_full(inputs["model"], where)
     )
+    if how.fused:
+        fuse(model)
     if how.gradient_checkpointing:
         model.config.use_cache = False
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -132,6 +135,7 @@ def _metrics(loop: Loop) -> dict[str, Any]:
         "optimizer": type(loop.optimizer).__name__,
         "micro_batch_tokens": how.micro_batch_tokens,
         "gradient_checkpointing": how.gradient_checkpointing,
+        "path": "fused" if how.fused else f"stock: {how.unfused_because}",
         "checkpoint_bytes": loop.checkpoints.newest_bytes(),
         "resumed_from_step": loop.resumed_from,
     }

@@ -106,7 +106,7 @@ def test_a_paged_optimizer_leaves_only_small_tensors_on_the_device():
 
 
 def test_each_card_gets_the_fastest_settings_that_fit_it():
-    plan = figures.plan(shipped("Llama-3-8B"), replace(DATA, longest=2048), settings())
+    plan = figures.plan(shipped("Llama-3-8B"), replace(DATA, longest=4096), settings())
     cards = plan["configured_on"]
     assert cards["T4_16GiB"]["gradient_checkpointing"] is True
     assert cards["A100_40GiB"]["gradient_checkpointing"] is False

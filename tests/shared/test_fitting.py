@@ -68,9 +68,9 @@ def test_a_conversation_longer_than_a_micro_batch_counts_whole():
 
 def test_a_micro_batch_holds_no_more_than_its_step():
     work = workload.of_counts(longest=100, batch_size=4, supervised_share=0.25)
-    assert work.micro_batches(4096) == {MicroBatch(400, 100)}
-    assert work.micro_batches(250) == {MicroBatch(200, 50)}
-    assert work.cut(40).micro_batches(4096) == {MicroBatch(160, 0)}
+    assert work.micro_batches(4096) == {MicroBatch(400, 100, together=100)}
+    assert work.micro_batches(250) == {MicroBatch(200, 50, together=100)}
+    assert work.cut(40).micro_batches(4096) == {MicroBatch(160, 0, together=120)}
 
 
 def test_micro_batches_are_those_that_training_packs():
@@ -81,9 +81,9 @@ def test_micro_batches_are_those_that_training_packs():
 
     steps = [[conversation(n, i) for i, n in enumerate((60, 50, 40))], [conversation(90, 0)]]
     assert Workload(steps).micro_batches(100) == {
-        MicroBatch(100, 56 + 36),
-        MicroBatch(50, 46),
-        MicroBatch(90, 86),
+        MicroBatch(100, 56 + 36, together=100),
+        MicroBatch(50, 46, together=50),
+        MicroBatch(90, 86, together=90),
     }
     assert Workload(steps).longest == 90
 

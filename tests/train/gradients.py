@@ -9,6 +9,7 @@ from peft import PeftModel
 from stages.shared.examples import Example, read_examples
 from stages.train import gradient, trainable
 from stages.train.computing import Computing
+from stages.train.fused.model import fuse
 from stages.train.processes import Processes
 from tests.train.running import settings
 
@@ -43,12 +44,22 @@ def of_step(
     micro_batch_tokens: int,
     checkpointing: bool,
     attention: str | None = None,
+    path: str = "fused",
 ) -> tuple[float, Gradients]:
     """Loss and gradients, as the loop computes them."""
     model = learning_model(model_folder, checkpointing)
     if attention:
         model.set_attn_implementation(attention)
-    how = Computing(where, torch.float32, micro_batch_tokens, checkpointing, among.size)
+    how = Computing(
+        where,
+        torch.float32,
+        micro_batch_tokens,
+        checkpointing,
+        among.size,
+        unfused_because=None if path == "fused" else path,
+    )
+    if how.fused:
+        fuse(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loss, _ = gradient.accumulate(model, chosen(data, rows), how, among, scaler)
     return loss, gradients(model)

@@ -53,6 +53,7 @@ def difference(one: Gradients, other: Gradients) -> float:
     return max(float(norm(one[n] - other[n]) / norm(other[n])) for n in other)
 
 
+@pytest.mark.parametrize("path", ["fused", "stock"])
 @pytest.mark.parametrize("rows", [WHOLE, SHORT, ONE], ids=["whole", "short", "one"])
 @pytest.mark.parametrize(
     ("tokens", "checkpointing", "attention"),
@@ -70,8 +71,10 @@ def test_a_step_has_one_gradient(
     tokens: int,
     checkpointing: bool,
     attention: str | None,
+    path: str,
 ) -> None:
-    _, found = of_step(Processes(), CPU, *folders, rows, tokens, checkpointing, attention)
+    how = tokens, checkpointing, attention, path
+    _, found = of_step(Processes(), CPU, *folders, rows, *how)
     assert difference(found, by_the_book(folders, rows)) < 1e-5
 
 

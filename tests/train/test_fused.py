@@ -1,0 +1,214 @@
+"""The fused step computes what the library's own modules compute, and says where it does not."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from benchmarks.training_step import random_base
+from stages.quantize.convert import convert
+from stages.quantize.settings import Quantize
+from stages.shared import machine, packing, scoring
+from stages.shared.examples import Example
+from stages.shared.precision import autocast
+from stages.train import trainable
+from stages.train.fused import loss as fused_loss
+from stages.train.fused import model as fused
+from tests import tiny
+from tests.train.running import run, settings
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "initializer_range": 0.2,
+}
+KINDS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHAPE, sliding_window=32),
+    "qwen2": Qwen2Config(**SHAPE),  # q, k and v have biases
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),  # queries and keys have norms
+}
+LENGTHS = (40, 30, 9, 5)
+Gradients = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("fused")
+    return {kind: random_base(config, root / kind) for kind, config in KINDS.items()}
+
+
+def quantized(base: Path, precision: Any, compute: Any) -> Path:
+    folder = base.with_name(f"{base.name}-{precision}-{compute}")
+    if not folder.exists():
+        folder.mkdir()
+        wanted = Quantize(precision=precision, double_quant=True, compute_dtype=compute)
+        convert(base, folder, wanted, CPU)
+    return folder
+
+
+def adapted(folder: Path) -> PeftModel:
+    """With factors that have moved: with B at zero, no gradient would reach A."""
+    torch.manual_seed(1)
+    model = trainable.load_for_lora(folder, settings().lora, CPU)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+def batch() -> packing.Packed:
+    random = np.random.default_rng(0)
+    return packing.pack(
+        [
+            Example(random.integers(3, 300, n), random.random(n) < 0.6, i)
+            for i, n in enumerate(LENGTHS)
+        ],
+        CPU,
+    )
+
+
+def step(model: PeftModel, likelihoods: Any, dtype: torch.dtype) -> tuple[torch.Tensor, Gradients]:
+    model.zero_grad()
+    with autocast(CPU, dtype):
+        losses = likelihoods.negative_log_likelihoods(model, batch())
+    losses.mean().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return losses.detach(), found
+
+
+def distance(one: Gradients, other: Gradients) -> float:
+    """Of all gradients together, relative, by Frobenius norm."""
+    assert one.keys() == other.keys()
+    apart = sum((one[n] - other[n]).square().sum() for n in other)
+    return float((apart / sum(g.square().sum() for g in other.values())).sqrt())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp4", "fp32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_the_modules(
+    bases: dict[str, Path], kind: str, precision: str
+) -> None:
+    folder = quantized(bases[kind], precision, "fp32")
+    losses, gradients = step(adapted(folder), scoring, torch.float32)
+    model = adapted(folder)
+    fused.fuse(model)
+    found, fused_gradients = step(model, fused, torch.float32)
+    assert torch.allclose(found, losses, atol=2e-5)
+    for name, gradient in gradients.items():
+        apart = (fused_gradients[name] - gradient).norm() / gradient.norm()
+        assert apart < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_half_precision_gradients_are_no_further_from_fp32_than_those_of_the_modules(
+    bases: dict[str, Path], kind: str
+) -> None:
+    folder = quantized(bases[kind], "nf4", "bf16")
+    exact = adapted(folder).float()
+    for module in exact.modules():
+        if hasattr(module, "quant_state") or hasattr(module, "compute_dtype"):
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+    _, truth = step(exact, scoring, torch.float32)
+    _, plain = step(adapted(folder), scoring, torch.bfloat16)
+    model = adapted(folder)
+    fused.fuse(model)
+    _, found = step(model, fused, torch.bfloat16)
+    assert 1e-4 < distance(plain, truth) < 0.1
+    assert distance(found, truth) < 1.05 * distance(plain, truth)
+
+
+def test_a_mask_is_made_only_where_a_conversation_is_longer_than_the_window(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison above has one of 40 tokens, and Mistral's window here is 32."""
+    model = adapted(quantized(bases["mistral"], "fp32", "fp32"))
+    causal = model.get_base_model()
+    assert fused._no_mask(causal, batch()) is None
+    causal.config.sliding_window = 40
+    assert fused._no_mask(causal, batch()) is not None
+    model.set_attn_implementation("sdpa")
+    assert fused._no_mask(causal, batch()) is None
+
+
+def test_without_gradients_the_modules_do_what_they_always_did(bases: dict[str, Path]) -> None:
+    model = adapted(quantized(bases["llama"], "nf4", "bf16"))
+    with torch.no_grad(), autocast(CPU, torch.bfloat16):
+        before = scoring.supervised_logits(model, batch())
+        fused.fuse(model)
+        after = scoring.supervised_logits(model, batch())
+    assert torch.equal(before, after)
+
+
+def test_a_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(23, 16, requires_grad=True)
+    head, targets = torch.randn(50, 16), torch.randint(0, 50, (23,))
+    weights = torch.rand(23)
+    expected = cross_entropy(hidden @ head.t(), targets, reduction="none")
+    (wanted,) = torch.autograd.grad(expected @ weights, hidden)
+    monkeypatch.setattr(fused_loss, "LOSS_CHUNK_BYTES", 4 * 50 * 5)  # five tokens at a time
+    losses = fused_loss.token_losses(hidden, head, targets)
+    (found,) = torch.autograd.grad(losses @ weights, hidden)
+    assert torch.allclose(losses, expected, atol=1e-5)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_a_token_of_no_probability_has_a_finite_loss_and_gradient() -> None:
+    hidden = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    losses = fused_loss.token_losses(hidden, torch.eye(2), torch.tensor([1]))
+    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+    assert losses.tolist() == [200.0]
+    assert gradient.tolist() == [[1.0, -1.0]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.prepared(tmp_path_factory.mktemp("data") / "prepared")
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "path"),
+    [
+        ("nf4", {}, "fused"),
+        ("nf4", {"lora__dropout": 0.1}, "stock: lora.dropout is not 0"),
+        ("nf4", {"lora__dora": True}, "stock: lora.dora is true"),
+        ("nf4", {"lora__init": "pissa"}, "stock: lora.init is pissa or olora"),
+        ("nf4", {"lora__modules_to_save": ["lm_head"]}, "stock: lora.modules_to_save are trained"),
+        ("nf4", {"lora__target_modules": ["q_proj", "v_proj"]}, "stock: lora.target_modules leave"),
+        ("int8", {}, "stock: quantize.precision is int8"),
+        ("bf16", {"train__method": "full"}, "stock: train.method is full"),
+    ],
+)
+def test_what_is_not_covered_takes_the_modules_and_the_metrics_say_so(
+    tmp_path: Path, data: Path, precision: str, changes: dict[str, Any], path: str
+) -> None:
+    metrics, _, _ = run(tmp_path, data, precision, train__max_steps=1, **changes)
+    assert metrics["path"].startswith(path)
+
+
+def test_the_fused_step_can_be_switched_off(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_FUSED", "false")
+    machine.machine.cache_clear()
+    metrics, _, _ = run(tmp_path, data, "nf4", train__max_steps=1)
+    machine.machine.cache_clear()
+    assert metrics["path"] == "stock: QLORA_FUSED is false"
