@@ -41,6 +41,7 @@ MICRO_BATCHES = (1, 2, 4, 8)  # that the peer is tried with
 ROUNDS = 4  # at least, the first of them to warm up
 LONGER = {"sample": 1, "real": 3}  # how much of the time a comparison gets, beside the others
 LOSS_TOLERANCE = 0.01
+RESOLVED = ("micro_batch_tokens", "gradient_checkpointing", "unfused_because")  # of ours, noted
 
 
 def allocators() -> dict[str, dict[str, str]]:
@@ -89,7 +90,7 @@ def compare(
             micro_batch,
             None if micro_batch else inputs.tokens,
             {"ours": ours.found["before_bytes"], "peer": peer.found["before_bytes"]},
-            {name: ours.found[name] for name in ("micro_batch_tokens", "gradient_checkpointing")},
+            {name: ours.found[name] for name in RESOLVED},
             [],
         )
         for _ in peer.found["steps"]:

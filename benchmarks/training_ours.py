@@ -21,6 +21,7 @@ from benchmarks.training_data import training_params
 from stages.shared.examples import read_examples
 from stages.train import computing, trainable
 from stages.train.computing import Computing
+from stages.train.fused.model import fuse
 from stages.train.interruption import Interruption
 from stages.train.loop import Data, Loop
 from stages.train.processes import Processes
@@ -48,7 +49,12 @@ def make_loop(
     how: Computing,
     steps: Sequence[Sequence[int]],
 ) -> Loop:
-    """The loop of `stages.train.training`, over the steps that are given."""
+    """The loop of `stages.train.training`, with the model made ready as there, over given steps."""
+    if how.fused:
+        fuse(model)
+    if how.gradient_checkpointing:
+        model.config.use_cache = False
+        model.activation_checkpointing_enable({"use_reentrant": False})
     loop = Loop(model, data, settings.train, how, Processes(), NO_CHECKPOINTS, len(steps) + 1)
     rows = tuple(map(tuple, steps))
     train = settings.train
@@ -63,11 +69,7 @@ def load(settings: Params, inputs: dict[str, Path]) -> tuple[PeftModel, Data, Co
     data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
     how = computing.resolve(settings, inputs["model"], data.train, data.held_out)
     torch.manual_seed(settings.train.seed)
-    model = trainable.load_for_lora(inputs["model"], settings.lora, how.device)
-    if how.gradient_checkpointing:
-        model.config.use_cache = False
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model, data, how
+    return trainable.load_for_lora(inputs["model"], settings.lora, how.device), data, how
 
 
 def take_step(loop: Loop) -> dict[str, Any]:

@@ -44,7 +44,19 @@ def where(found: Mapping[str, Any], compared: Sequence[Comparison]) -> str:
         f"{ran['device']}, {ran['threads']} threads; "
         + ", ".join(f"{name} {versions[name]}" for name in names)
         + f", trl {found['trl']}. The probes found {min(r.low for r in rates) / GB:,.0f} to "
-        f"{max(r.high for r in rates) / GB:,.0f} GFLOP/s (quartiles)."
+        f"{max(r.high for r in rates) / GB:,.0f} GFLOP/s (quartiles). Ours: "
+        + ", ".join(dict.fromkeys(computed(one.resolved) for one in compared))
+        + "."
+    )
+
+
+def computed(resolved: Mapping[str, Any]) -> str:
+    """How ours computed a step, in words."""
+    because = resolved["unfused_because"]
+    return (
+        f"micro-batches of {resolved['micro_batch_tokens']:,} tokens, "
+        f"{'' if resolved['gradient_checkpointing'] else 'not '}checkpointed, "
+        f"{'fused' if because is None else f'not fused ({because})'}"
     )
 
 

@@ -51,7 +51,12 @@ def comparison(*rounds, micro_batch=4, allocator="stock"):
     packed = None if micro_batch else 256
     before = {"ours": 10**8, "peer": 2 * 10**8}
     made = [{"ours": a, "peer": b, "bound_operations": 2e11} for a, b in rounds]
-    return Comparison("tiny", allocator, micro_batch, packed, before, {}, made)
+    resolved = {
+        "micro_batch_tokens": 1024,
+        "gradient_checkpointing": False,
+        "unfused_because": None,
+    }
+    return Comparison("tiny", allocator, micro_batch, packed, before, resolved, made)
 
 
 # What bounds a step
@@ -296,6 +301,7 @@ def test_the_tables_are_made_of_the_committed_figures_alone():
     text = training_table.text(found)
     assert "| tiny | stock | unpacked, 4 at once (20% padding) | 50 | 20 | **2.50**" in text
     assert "| 1.00 (0.10 before) | 1.00 (0.20 before) | 1.00 | 1 |" in text
+    assert "Ours: micro-batches of 1,024 tokens, not checkpointed, fused." in text
     assert "| tiny | 4 | 50 | 400 | 1.00 |" in text
 
 

@@ -89,6 +89,7 @@ def test_a_way_is_measured_end_to_end(config, folder, way, monkeypatch):
         assert result.resolved == {
             "micro_batch_tokens": 2 * LENGTH,
             "gradient_checkpointing": True,
+            "unfused_because": None,
         }
 
 
