@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.quantize.heap import resident_bytes
+from stages.shared.heap import resident_bytes
 
 PRECISIONS = {"nf4, double quant": ("nf4", True), "nf4": ("nf4", False)} | {
     precision: (precision, False) for precision in ("int8", "bf16")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measured
-from stages.quantize import heap
+from stages.shared import heap
 from stages.shared.fitting import GIB
 
 

@@ -10,11 +10,11 @@ from math import ceil, sqrt
 
 import torch
 
-from stages.quantize import heap, levels
+from stages.quantize import levels
 from stages.quantize.convert import Layout
 from stages.quantize.settings import DENSE
 from stages.quantize.stored import Stored, Weights
-from stages.shared import progress
+from stages.shared import heap, progress
 from stages.shared.errors import UserError
 
 COMPARED_PARAMETERS = 1_000_000_000  # of a larger model, every second, third, … matrix

@@ -9,10 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import set_tqdm_hook
 
-from stages.quantize import heap
 from stages.quantize.settings import FOUR_BIT, Quantize
 from stages.quantize.stored import Weights
-from stages.shared import progress
+from stages.shared import heap, progress
 from stages.shared.errors import UserError
 from stages.shared.precision import DTYPES
 

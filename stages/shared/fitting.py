@@ -23,8 +23,12 @@ MICRO_BATCH_TOKENS = {"cuda": (4096, 2048, 1024, 512, 256), "cpu": (1024, 512, 2
 # From an A100's 312 Tflop/s (half of them reached) and 1.5 TB/s; it only orders candidates.
 DEQUANTIZATION_TOKENS = {"cuda": 130, "cpu": 20}
 # Held beside live tensors. Of CUDA an assumption, a context with its kernels, until a GPU has
-# measured it (benchmarks/memory_cuda.py); of a CPU the interpreter and its libraries (measured).
-RESERVED_BYTES = {"cuda": 768 * 2**20, "cpu": 1 * GIB}
+# measured it (benchmarks/memory_cuda.py); of a CPU the interpreter, its libraries and the products
+# that they compile, measured: see docs/memory.md.
+RESERVED_BYTES = {"cuda": 768 * 2**20, "cpu": 3 * GIB // 2}
+# Of a CPU's tensors that come and go, the C library's heap keeps freed pages between those that stay.
+HEAP_SHARE = 0.25
+TRANSIENT = ("activations", "logits", "workspace")
 ALLOCATION_ROUNDING = 512  # CUDA's allocator hands out multiples of it
 SEGMENT_BYTES = 20 * 2**20  # and holds one such segment that is not full, at the least
 
@@ -66,7 +70,8 @@ class Request:
 def device_bytes(model: Model, tuning: Tuning, prediction: Prediction) -> int:
     """What a device must have: live tensors, the allocator's rounding, and what else runs there.
 
-    On CUDA half of 512 bytes is lost with each tensor on average, and a part of a segment.
+    On CUDA half of 512 bytes is lost with each tensor on average, and a part of a segment. On a CPU
+    it is an allowance for the whole process: the most that was seen, rounded up.
 
     Source: torch 2.13, c10/cuda/CUDACachingAllocator.cpp, `kMinBlockSize`, `kLargeBuffer`.
     """
@@ -74,6 +79,8 @@ def device_bytes(model: Model, tuning: Tuning, prediction: Prediction) -> int:
     if tuning.device == "cuda":
         tensors = len(model.tensors) + 4 * len(tuning.trained_sizes(model))
         reserved += SEGMENT_BYTES + tensors * ALLOCATION_ROUNDING // 2
+    else:
+        reserved += int(HEAP_SHARE * sum(prediction.parts[name] for name in TRANSIENT))
     return prediction.total_bytes + reserved
 
 

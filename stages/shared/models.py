@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a stage that loads a model never needs the hub
+# Products compiled for one shape each, half a megabyte and more: conversations have many lengths,
+# and the library would keep 1,024 of them. A step needs about a hundred.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 # On a CPU, bitsandbytes tells of a hub kernel it lacks, and of a cast with every int8 product.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from stages.shared import files, progress, scoring
+from stages.shared import files, heap, progress, scoring
 from stages.shared.errors import Stopped, UserError
 from stages.shared.examples import Example
 from stages.train import gradient, optimizers, trainable
@@ -85,6 +85,7 @@ class Loop:
                         self._checkpoint()
                     if self._is_finished():
                         return
+                    self._give_back_freed_memory()
                     loss = self._step(stop)
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     bar.update()
@@ -153,6 +154,12 @@ class Loop:
         self.size += size
         self.seconds += time.perf_counter() - started
         return loss
+
+    def _give_back_freed_memory(self) -> None:
+        """On a CPU, so that what the process holds stays near what its tensors need."""
+        predicted = self.computing.predicted_bytes
+        if self.computing.device.type == "cpu" and predicted:
+            heap.trim_above(predicted)
 
     def _refuse_nonfinite(self, loss: float, norm: float, rate: float, rows: list[int]) -> None:
         """Before the optimizer has touched a weight."""

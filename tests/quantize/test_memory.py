@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from benchmarks.live_memory import LiveMemory
-from stages.quantize import comparison, convert, heap, promise
+from stages.quantize import comparison, convert, promise
 from stages.quantize.settings import Quantize
 from stages.quantize.stored import Weights
+from stages.shared import heap
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -47,4 +47,4 @@ def test_what_is_unset_is_chosen_and_what_is_set_is_kept(
         metrics, *_ = run(tmp_path / name, data, "nf4", train__max_steps=2)
         assert metrics["micro_batch_tokens"] == (tokens or 1024)
         assert metrics["gradient_checkpointing"] == bool(checkpointing)
-        assert 2**30 < metrics["predicted_memory_bytes"] < 1.1 * 2**30
+        assert 1.5 * 2**30 < metrics["predicted_memory_bytes"] < 1.6 * 2**30
