@@ -183,6 +183,15 @@ def test_both_learn_from_the_same_tokens_and_begin_at_the_same_loss(
     assert (done.padding == 0) == (done.mode == "packed")
 
 
+def test_the_peer_runs_without_what_we_set_for_ourselves(trl):
+    """`stages.shared.models` sets up libraries before they are loaded: for ours alone."""
+    look = "import sys, benchmarks.training_trl; print('stages.shared.models' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False"]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_peer_says_which_rows_each_of_its_steps_holds(trl, inputs, packed, tmp_path):
     from benchmarks import trl_trainer

@@ -71,7 +71,8 @@ def test_a_faster_spell_of_the_machine_does_not_look_like_a_cheaper_step():
 
 
 def test_the_first_step_is_left_out_of_the_speed():
-    assert point(seconds=1.0).tokens_per_operation == pytest.approx(100 / 4e11)
+    two = dataclasses.replace(point(seconds=1.0), steps=point(seconds=1.0).steps[:2])
+    assert two.tokens_per_operation == pytest.approx(100 / 4e11)
 
 
 def results():
