@@ -50,8 +50,8 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.device.type == "cpu" and not kwargs.get("dropout"):
         dtype = precision.of_products(query)  # as autocast would have it for the library's own
-        alone = (heads.squeeze(0).to(dtype) for heads in (query, key, value))
-        result = batched_attention.attend(*alone, kwargs["scaling"], conversation_lengths)
+        q, k, v = (heads.squeeze(0).to(dtype) for heads in (query, key, value))
+        result = batched_attention.attend(q, k, v, kwargs["scaling"], conversation_lengths)
         return result.transpose(0, 1)[None], None
     parts = [
         sdpa_attention_forward(

@@ -26,7 +26,7 @@ DEQUANTIZATION_TOKENS = {"cuda": 130, "cpu": 20}
 # measured it (benchmarks/memory_cuda.py); of a CPU the interpreter, its libraries and the products
 # that they compile, measured: see docs/memory.md.
 RESERVED_BYTES = {"cuda": 768 * 2**20, "cpu": 3 * GIB // 2}
-# Of a CPU's tensors that come and go, the C library's heap keeps freed pages between those that stay.
+# Of a CPU's tensors that come and go: freed pages that the C library's heap keeps between others.
 HEAP_SHARE = 0.25
 TRANSIENT = ("activations", "logits", "workspace")
 ALLOCATION_ROUNDING = 512  # CUDA's allocator hands out multiples of it

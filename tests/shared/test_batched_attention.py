@@ -29,7 +29,8 @@ def test_results_and_gradients_are_those_of_torch(
     torch.manual_seed(0)
     tokens = sum(LENGTHS)
     inputs = [torch.randn(n, tokens, SIZE, requires_grad=True) for n in (HEADS, groups, groups)]
-    result = batched_attention.attend(*inputs, SCALE, LENGTHS)
+    q, k, v = inputs
+    result = batched_attention.attend(q, k, v, SCALE, LENGTHS)
     gradient = torch.randn_like(result)
     found = torch.autograd.grad(result, inputs, gradient)
 
@@ -49,9 +50,8 @@ def test_scores_are_not_rounded_in_half_precision() -> None:
     query, key, value = (torch.randn(4, 100, 64).mul(2).bfloat16() for _ in range(3))
     scale = 0.5
     found = batched_attention.attend(query, key, value, scale, (100,))
-    exact = scaled_dot_product_attention(
-        *(x.double()[None] for x in (query, key, value)), is_causal=True, scale=scale
-    )[0]
+    q, k, v = (x.double()[None] for x in (query, key, value))
+    exact = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0]
     assert (found - exact).norm() < 5e-3 * exact.norm()
 
 

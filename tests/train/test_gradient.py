@@ -73,8 +73,8 @@ def test_a_step_has_one_gradient(
     attention: str | None,
     path: str,
 ) -> None:
-    how = tokens, checkpointing, attention, path
-    _, found = of_step(Processes(), CPU, *folders, rows, *how)
+    model, data = folders
+    _, found = of_step(Processes(), CPU, model, data, rows, tokens, checkpointing, attention, path)
     assert difference(found, by_the_book(folders, rows)) < 1e-5
 
 

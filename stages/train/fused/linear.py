@@ -57,7 +57,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inner, a, b = ctx.saved_tensors
         dy = gradient.reshape(-1, gradient.shape[-1])
         factors = Factors(a.to(dy.dtype), b.to(dy.dtype), ctx.layer.scaling[ADAPTER])
@@ -88,7 +88,7 @@ class _GatedLoraLinear(torch.autograd.Function):
         return y.view(*gate.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up, inner, a, b = ctx.saved_tensors
         dy = gradient.reshape(-1, gradient.shape[-1])
         factors = Factors(a.to(dy.dtype), b.to(dy.dtype), ctx.layer.scaling[ADAPTER])

@@ -54,7 +54,7 @@ class _TokenLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
         # The factor is not rounded: in half precision it would be off by the same for all tokens.
         return (gradients * gradient[:, None]).to(gradients.dtype), None, None

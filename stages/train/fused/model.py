@@ -67,7 +67,7 @@ def _while_learning(module: nn.Module, fused: Callable[..., torch.Tensor]) -> No
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         return (fused if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def _norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

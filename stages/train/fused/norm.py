@@ -27,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
         return weight * (wide * root).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, root, weight = ctx.saved_tensors
         normed = x.float() * root  # a tensor of its own where x is fp32 already
         wide = (gradient * weight).float()

@@ -9,12 +9,12 @@ dequantized matrix nor a copy of the input is kept from the forward to the backw
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ class Factors:
     scale: float
 
 
-def frozen_matrix(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def frozen_matrix(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
     """The weights [out, in] below an adapter, dequantized where they are quantized."""
-    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    base = layer.get_base_layer()
     weight = base.weight
     if isinstance(base, Linear4bit):
+        weight = cast(Params4bit, weight)
         return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    return weight.detach().to(dtype)
+    return cast(torch.Tensor, weight).detach().to(dtype)
 
 
 def product(
