@@ -73,11 +73,12 @@ def load(settings: Params, inputs: dict[str, Path]) -> tuple[PeftModel, Data, Co
 
 
 def take_step(loop: Loop) -> dict[str, Any]:
-    """One step, timed, with the matrix rate just before it."""
+    """What the loop does between two evaluations, timed, with the matrix rate just before it."""
     device = loop.computing.device
     rate, before = matrix_rate.probe(device), loop.size
     with Interruption() as stop:
         started = time.perf_counter()
+        loop._give_back_freed_memory()
         loss = loop._step(stop)
         matrix_rate.wait(device)
         seconds = time.perf_counter() - started
