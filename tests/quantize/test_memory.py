@@ -98,24 +98,3 @@ def test_a_view_of_a_file_goes_when_its_tensor_goes(base: Path):
     assert mapped(base) >= sum(sizes(base).values())
     del views
     assert mapped(base) == 0
-
-
-def test_the_heap_gives_back_what_lies_between_results():
-    holes = [bytearray(50_000) for _ in range(2000)]
-    del holes[::2]  # too small to be mapped by themselves, and none at the end of the heap
-    before = heap.resident_bytes()
-    heap.trim()
-    assert before - heap.resident_bytes() > 25_000_000
-
-
-def test_it_is_trimmed_when_the_process_has_grown(monkeypatch: pytest.MonkeyPatch):
-    trimmed: list[bool] = []
-    monkeypatch.setattr(heap, "trim", lambda: trimmed.append(True))
-    trim = heap.Trimmer()
-    trim()
-    assert not trimmed
-    grown = bytearray(2 * heap.GROWTH_BYTES)
-    trim()
-    trim()
-    assert len(trimmed) == 1
-    assert grown[-1] == 0

@@ -9,6 +9,7 @@ import pytest
 from stages.shared import fitting, peak, refusal, workload
 from stages.shared.adapter import adapter_of
 from stages.shared.fitting import GIB, Request
+from stages.shared.peak import Prediction
 from stages.shared.total_memory import total_memory_bytes
 from stages.shared.tuning import Tuning
 from stages.shared.workload import Workload
@@ -160,3 +161,14 @@ def test_the_budget_goes_before_the_machines_memory():
     assert total_memory_bytes("cpu", 3.5) == 3.5 * GIB
     pages = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert abs(total_memory_bytes("cpu") / pages - 1) < 0.01
+
+
+def test_on_a_cpu_a_quarter_of_what_comes_and_goes_is_allowed_for_the_heap() -> None:
+    prediction = Prediction(
+        {"weights": 1000, "activations": 300, "logits": 80, "workspace": 20}, "loss", True, 1400
+    )
+    tuning = replace(QLORA, device="cpu")
+    assert (
+        fitting.device_bytes(LLAMA, tuning, prediction)
+        == 1400 + 100 + fitting.RESERVED_BYTES["cpu"]
+    )

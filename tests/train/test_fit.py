@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared import machine
+from stages.shared import heap, machine
 from stages.shared.errors import UserError
 from tests import tiny
 from tests.train.running import run, settings, train_on
@@ -48,3 +48,13 @@ def test_what_is_unset_is_chosen_and_what_is_set_is_kept(
         assert metrics["micro_batch_tokens"] == (tokens or 1024)
         assert metrics["gradient_checkpointing"] == bool(checkpointing)
         assert 1.5 * 2**30 < metrics["predicted_memory_bytes"] < 1.6 * 2**30
+
+
+def test_freed_memory_is_given_back_before_a_step_above_what_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(heap, "trim_above", limits.append)
+    data = tiny.prepared(tmp_path / "prepared")
+    metrics, *_ = run(tmp_path, data, "nf4", train__max_steps=3)
+    assert limits == [metrics["predicted_memory_bytes"]] * 3

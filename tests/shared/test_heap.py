@@ -1,0 +1,35 @@
+"""The heap gives back what is freed, when it is told to."""
+
+import pytest
+
+from stages.shared import heap
+
+
+def test_the_heap_gives_back_what_lies_between_results():
+    holes = [bytearray(50_000) for _ in range(2000)]
+    del holes[::2]  # too small to be mapped by themselves, and none at the end of the heap
+    before = heap.resident_bytes()
+    heap.trim()
+    assert before - heap.resident_bytes() > 25_000_000
+
+
+def test_it_is_trimmed_when_the_process_has_grown(monkeypatch: pytest.MonkeyPatch):
+    trimmed: list[bool] = []
+    monkeypatch.setattr(heap, "trim", lambda: trimmed.append(True))
+    trim = heap.Trimmer()
+    trim()
+    assert not trimmed
+    grown = bytearray(2 * heap.GROWTH_BYTES)
+    trim()
+    trim()
+    assert len(trimmed) == 1
+    assert grown[-1] == 0
+
+
+def test_it_is_trimmed_above_a_limit_and_not_below(monkeypatch: pytest.MonkeyPatch):
+    trimmed: list[bool] = []
+    monkeypatch.setattr(heap, "trim", lambda: trimmed.append(True))
+    heap.trim_above(heap.resident_bytes() + 10**8)
+    assert not trimmed
+    heap.trim_above(heap.resident_bytes() - 10**6)
+    assert trimmed
