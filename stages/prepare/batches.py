@@ -1,5 +1,6 @@
 """Rows in batches, and two of them under way at once."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from stages.shared.conversation import Unusable
 
 # A batch is bounded in both, so that memory is the same for short rows and for long ones.
 ROWS = 1000
-BYTES = 2_000_000
+BYTES = 500_000
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -55,9 +56,11 @@ def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
     """Each item with what `work` makes of it, in order.
 
     `work` runs in one other thread, an item ahead of the caller. A tokenizer computes outside
-    Python's lock, and meanwhile the caller reads the next item and writes the last.
+    Python's lock, and meanwhile the caller reads the next item and writes the last. Where there
+    are fewer cores than threads the caller goes first: the tokenizer's own threads, which inherit
+    from this one, can share what it leaves, and nobody can do its work for it.
     """
-    with ThreadPoolExecutor(max_workers=1) as thread:
+    with ThreadPoolExecutor(max_workers=1, initializer=os.nice, initargs=(10,)) as thread:
         under_way: deque[tuple[T, Future[R]]] = deque()
         for item in items:
             under_way.append((item, thread.submit(work, item)))

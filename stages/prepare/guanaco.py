@@ -49,15 +49,16 @@ def starts_turn(before: str) -> bool:
     opening quotation mark or bracket, and in a longer row of `#` that stands free (a Markdown
     heading).
     """
-    if not before.strip() or before[-1] == "\n":
+    last = before[-1:]
+    if not last or last == "\n":
         return True
-    if before[-1].isspace():
-        return False
-    if before[-1] == "#":
+    if last.isspace():
+        return not before.strip()
+    if last == "#":
         return not _stands_free(before.rstrip("#"))
-    if before[-1] in _BRACKETS:
+    if last in _BRACKETS:
         return not _stands_free(before[:-1])
-    return before[-1] not in _QUOTES or not _opens_quote(before)
+    return last not in _QUOTES or not _opens_quote(before)
 
 
 def _stands_free(before: str) -> bool:

@@ -26,7 +26,7 @@ def read_jsonl(path: Path, name: str) -> Iterator[Row]:
 
 def _json_row(number: int, line: bytes, position: int) -> Row:
     try:
-        value = json.loads(line.rstrip().decode().removeprefix("\ufeff"))
+        value = _DECODER.decode(line.rstrip().decode().removeprefix("\ufeff"))
     except UnicodeDecodeError:
         return Row(number, {}, "not UTF-8", position)
     except json.JSONDecodeError as error:

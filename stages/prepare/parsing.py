@@ -1,7 +1,6 @@
 """Rows of any known form into conversations of one form."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from stages.prepare import alpaca, chat_messages, guanaco
 from stages.prepare.rows import Row, kind_of
@@ -16,8 +15,7 @@ from stages.shared.conversation import (
 Form = Literal["guanaco", "messages", "alpaca"]
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """A conversation that can be trained on, as far as can be seen without a tokenizer.
 
     Attributes:
@@ -62,10 +60,9 @@ def parse(row: Row, form: Form | None) -> Conversation:
         raise Unusable(f"no known form in {', '.join(row.fields)[:80] or 'an empty row'}")
     messages = _messages(row.fields, form)
     kept = drop_unanswered(messages)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise Unusable("no reply")
     if (problem := problem_with(kept)) is not None:
-        raise Unusable(problem)
+        replied = any(message["role"] == "assistant" for message in messages)
+        raise Unusable(problem if replied else "no reply")
     _require_unicode(kept)
     answer, language = row.fields.get("answer"), row.fields.get("language")
     return Conversation(

@@ -7,15 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tqdm import tqdm
 
-from stages.prepare import batches, sources, writing
+from stages.prepare import batches, garbage, sources, writing
 from stages.prepare.batches import Batch
 from stages.prepare.parsing import Conversation, Form
 from stages.prepare.settings import Prepare
 from stages.prepare.sources import Source
 from stages.prepare.splitting import SPLITS, Split, Splitter
-from stages.prepare.supervision import Supervised, Supervisor
+from stages.prepare.supervision import Supervised, Supervisor, Text
 from stages.prepare.writing import Rejections, SplitFile
 from stages.shared import files, progress, templates, vocabulary
 from stages.shared.conversation import Unusable, conversation_id
@@ -44,7 +45,7 @@ def prepare(raw: Path, tokenizer_folder: Path, folder: Path, wanted: Prepare) ->
     supervisor = Supervisor(tokenizer, template, wanted.train_on, wanted.max_length)
     splitter = Splitter(None if "eval" in found else wanted.eval_fraction, wanted.seed)
     size = sum(source.path.stat().st_size for source in found.values())
-    with ExitStack() as stack:
+    with garbage.collected_rarely(), ExitStack() as stack:
         rejected = stack.enter_context(writing.rejections(folder / "rejected.jsonl"))
         splits = {
             split: stack.enter_context(writing.split_file(folder / f"{split}.parquet"))
@@ -67,12 +68,13 @@ def prepare(raw: Path, tokenizer_folder: Path, folder: Path, wanted: Prepare) ->
     return {**work.figures(), "template": template.name}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Placed:
-    """A batch, and its conversations that are needed, each with its split."""
+    """A batch, and its conversations that are needed, each with its split and its text."""
 
     batch: Batch
     needed: list[tuple[Split, Conversation]]
+    texts: list[Text | Unusable]
 
 
 @dataclass
@@ -98,7 +100,8 @@ class _Work:
         """
         form: Form | None = None if self.wanted.format == "auto" else self.wanted.format
         placed = map(partial(self._split, source), batches.read(source, form, bar))
-        for one, supervised in batches.ahead(self._supervise, placed):
+        for one, begun in batches.ahead(self._begin, placed):
+            supervised = self.supervisor.finish(one.texts, begun)
             unusable = one.batch.unusable + self._write(one, supervised)
             for line, reason in sorted(unusable):
                 self.rejected.add(source, line, reason)
@@ -116,10 +119,11 @@ class _Work:
     def _split(self, source: Source, batch: Batch) -> _Placed:
         """Say where each conversation goes, but for those that find their split full."""
         found = [(self.splitter.split_of(source.split, c.question), c) for c in batch.conversations]
-        return _Placed(batch, [(split, c) for split, c in found if not self._is_full(split)])
+        needed = [(split, c) for split, c in found if not self._is_full(split)]
+        return _Placed(batch, needed, self.supervisor.render([c.messages for _, c in needed]))
 
-    def _supervise(self, one: _Placed) -> list[Supervised | Unusable]:
-        return self.supervisor.supervise([c.messages for _, c in one.needed])
+    def _begin(self, one: _Placed) -> list[Encoding]:
+        return self.supervisor.begin(one.texts)
 
     def _write(
         self, one: _Placed, supervised: list[Supervised | Unusable]

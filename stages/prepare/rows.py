@@ -1,13 +1,11 @@
 """A row of the user's file, and how a file that has none is told."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.shared.errors import UserError
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row of a file.
 
     Attributes:

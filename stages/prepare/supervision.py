@@ -1,21 +1,24 @@
 """Which tokens are learnt, and what is kept of a conversation that is too long."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from stages.shared import encoding, vocabulary
+from stages.prepare import masks
+from stages.shared import encoding
 from stages.shared.conversation import Message, Unusable
-from stages.shared.encoding import Encoded
-from stages.shared.templates import Rendered, Template
+from stages.shared.encoded import Encoded, join
+from stages.shared.templates import Rendered, Span, Template
 
+T = TypeVar("T")
 TrainOn = Literal["assistant", "last", "all"]
 
 
-@dataclass(frozen=True)
-class Supervised:
+class Supervised(NamedTuple):
     """A conversation as it is trained on.
 
     Attributes:
@@ -24,6 +27,7 @@ class Supervised:
         input_ids: int32 [tokens], at most `max_length`.
         loss_mask: bool [tokens], whether a token is learnt; never the first, which nothing
             predicts.
+        supervised_tokens: how many are.
         text_bytes: UTF-8 bytes of what is learnt; a control token counts none.
         truncated: it was too long.
         answered: the last reply that it came with is there, to its end.
@@ -33,20 +37,32 @@ class Supervised:
     text: str
     input_ids: np.ndarray
     loss_mask: np.ndarray
+    supervised_tokens: int
     text_bytes: int
     truncated: bool
     answered: bool
 
 
-@dataclass(frozen=True)
-class _Tokenized:
+class Text(NamedTuple):
+    """A conversation as text; `whole` says that none of its messages was left out."""
+
     messages: list[Message]
     rendered: Rendered
+    whole: bool = True
+
+
+class Tokenized(NamedTuple):
+    """A conversation as tokens."""
+
+    text: Text
     encoded: Encoded
 
 
 class Supervisor:
-    """Renders, encodes, cuts and masks conversations, a batch at a time."""
+    """Renders, encodes, cuts and masks conversations, a batch at a time.
+
+    In three steps, so that other work can be done while the tokenizer works.
+    """
 
     def __init__(
         self,
@@ -59,108 +75,126 @@ class Supervisor:
         self._template = template
         self._train_on = train_on
         self._max_length = max_length
-        control = sorted(vocabulary.control_tokens(tokenizer))
-        # Looked up by token: on the few tokens of a row, a search costs ten times that.
-        self._is_control = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)
-        self._is_control[tokenizer.convert_tokens_to_ids(control)] = True
-        self._unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
 
-    def supervise(self, batch: list[list[Message]]) -> list[Supervised | Unusable]:
+    def supervise(self, batch: Sequence[list[Message]]) -> list[Supervised | Unusable]:
         """Of each conversation what is trained on, or why it cannot be."""
-        whole = self._tokenize(batch)
-        kept = [
-            len(messages) if isinstance(one, Unusable) else messages_that_fit(one, self._max_length)
-            for one, messages in zip(whole, batch, strict=True)
-        ]
+        texts = self.render(batch)
+        return self.finish(texts, self.begin(texts))
+
+    def render(self, batch: Sequence[list[Message]]) -> list[Text | Unusable]:
+        """The first step: texts."""
+        return [self._render(messages) for messages in batch]
+
+    def begin(self, batch: Sequence[Text | Unusable]) -> list[Encoding]:
+        """The second step: tokens, as the tokenizer gives them. It needs no lock of Python's."""
+        return encoding.begin(self._tokenizer, [one.rendered for one in _usable(batch, Text)])
+
+    def finish(
+        self, batch: Sequence[Text | Unusable], begun: Sequence[Encoding]
+    ) -> list[Supervised | Unusable]:
+        """The third step: cut what is too long, and mark what is learnt."""
+        found = self._read(batch, begun)
         # Encoded again and not cut: what a turn's end becomes may depend on what follows it.
-        cut = [i for i, messages in enumerate(batch) if kept[i] < len(messages)]
-        shorter = dict(zip(cut, self._tokenize([batch[i][: kept[i]] for i in cut]), strict=True))
+        shorter = {i: text for i, one in enumerate(found) if (text := self._shorten(one))}
+        again = [*shorter.values()]
+        for i, one in zip(shorter, self._read(again, self.begin(again)), strict=True):
+            found[i] = one
+        return self._mask(found)
+
+    def _read(
+        self, batch: Sequence[Text | Unusable], begun: Sequence[Encoding]
+    ) -> list[Tokenized | Unusable]:
+        rendered = [one.rendered for one in _usable(batch, Text)]
+        encoded = iter(encoding.finish(self._tokenizer, rendered, begun))
         return [
-            one if isinstance(one, Unusable) else self._mask(one, len(batch[i]))
-            for i, one in enumerate(shorter.get(i, one) for i, one in enumerate(whole))
+            one if isinstance(one, Unusable) else _tokenized(one, next(encoded)) for one in batch
         ]
 
-    def _tokenize(self, batch: list[list[Message]]) -> list[_Tokenized | Unusable]:
-        rendered = [self._render(messages) for messages in batch]
-        encoded = iter(
-            encoding.encode(self._tokenizer, [r for r in rendered if isinstance(r, Rendered)])
+    def _mask(self, batch: Sequence[Tokenized | Unusable]) -> list[Supervised | Unusable]:
+        """Cut at `max_length` what still is too long, and mark what is learnt."""
+        usable = _usable(batch, Tokenized)
+        encoded = [_first(one.encoded, self._max_length) for one in usable]
+        joined = join([one.text.rendered.text for one in usable], encoded)
+        learnt = masks.learnt(joined, [self._spans(one) for one in usable])
+        control = encoding.control_tokens(self._tokenizer, joined)
+        made = map(
+            self._supervised,
+            usable,
+            encoded,
+            (learnt[a:b] for a, b in pairwise(joined.edges.tolist())),
+            joined.sums(learnt).tolist(),
+            masks.utf8_bytes(joined, learnt & ~control).tolist(),
         )
-        found: list[_Tokenized | Unusable] = []
-        for messages, text in zip(batch, rendered, strict=True):
-            if isinstance(text, Unusable):
-                found.append(text)
-                continue
-            tokens = next(encoded)
-            if isinstance(tokens, Encoded):
-                found.append(_Tokenized(messages, text, tokens))
-            else:
-                found.append(tokens)
-        return found
+        return [next(made) if isinstance(one, Tokenized) else one for one in batch]
 
-    def _render(self, messages: list[Message]) -> Rendered | Unusable:
+    def _render(self, messages: list[Message], *, whole: bool = True) -> Text | Unusable:
         try:
             if (problem := self._template.problem_with(messages)) is not None:
                 return Unusable(problem)
-            return self._template.render(messages)
+            return Text(messages, self._template.render(messages), whole)
         except Unusable as reason:
             return reason
 
-    def _mask(self, one: _Tokenized, messages: int) -> Supervised | Unusable:
-        """Cut at `max_length` what is still too long, and mark what is learnt."""
-        text = one.rendered.text
-        ids = one.encoded.input_ids[: self._max_length]
-        starts, ends = one.encoded.starts[: len(ids)], one.encoded.ends[: len(ids)]
-        cut = len(ids) < len(one.encoded.input_ids)
-        spans = {
-            "assistant": one.rendered.replies,
-            "last": one.rendered.replies[-1:],
-            "all": ((0, len(text)),),
-        }[self._train_on]
-        mask = np.zeros(len(ids), dtype=bool)
-        for start, end in spans:
-            mask |= (starts < end) & (ends > start)
-        mask[:1] = False
-        if not mask.any():
+    def _shorten(self, one: Tokenized | Unusable) -> Text | Unusable | None:
+        """A conversation without the exchanges that do not fit; None where all are kept."""
+        if isinstance(one, Unusable) or len(one.encoded) <= self._max_length:
+            return None
+        messages, kept = one.text.messages, messages_that_fit(one, self._max_length)
+        return None if kept == len(messages) else self._render(messages[:kept], whole=False)
+
+    def _spans(self, one: Tokenized) -> Sequence[Span]:
+        rendered = one.text.rendered
+        if self._train_on == "all":
+            return ((0, len(rendered.text)),)
+        return rendered.replies[-1:] if self._train_on == "last" else rendered.replies
+
+    def _supervised(
+        self, one: Tokenized, encoded: Encoded, mask: np.ndarray, count: int, text_bytes: int
+    ) -> Supervised | Unusable:
+        if not count:
             return Unusable(f"no supervised token within prepare.max_length = {self._max_length}")
-        whole = len(one.messages) == messages
-        control = self._is_control[ids]
-        for at in (ids == self._unknown).nonzero()[0]:  # it may stand for a message's characters
-            control[at] = text[starts[at] : ends[at]] == self._tokenizer.unk_token
+        text, whole = one.text.rendered.text, one.text.whole
+        cut = len(encoded) < len(one.encoded)
+        end = one.text.rendered.replies[-1][1]
         return Supervised(
-            messages=one.messages,
-            text=text[: ends.max()] if cut else text,
-            input_ids=ids,
+            messages=one.text.messages,
+            text=text[: encoded.ends.max()] if cut else text,
+            input_ids=encoded.input_ids,
             loss_mask=mask,
-            text_bytes=_bytes(text, starts, ends, mask & ~control),
+            supervised_tokens=count,
+            text_bytes=text_bytes,
             truncated=cut or not whole,
-            answered=whole and _tokens_until(one.encoded, one.rendered.replies[-1][1]) <= len(ids),
+            answered=whole and (not cut or _tokens_until(one.encoded, end) <= len(encoded)),
         )
 
 
-def messages_that_fit(one: _Tokenized, max_length: int) -> int:
+def messages_that_fit(one: Tokenized, max_length: int) -> int:
     """How many messages to keep: exchanges whose last reply ends within `max_length`; at least one.
 
     The white space that a template puts after a reply's end may be left out.
     """
-    if len(one.encoded.input_ids) <= max_length:
-        return len(one.messages)
-    replies = [i for i, message in enumerate(one.messages) if message["role"] == "assistant"]
+    if len(one.encoded) <= max_length:
+        return len(one.text.messages)
+    replies = [i for i, message in enumerate(one.text.messages) if message["role"] == "assistant"]
     fit = [
         i
-        for i, (_, end) in zip(replies, one.rendered.replies, strict=True)
+        for i, (_, end) in zip(replies, one.text.rendered.replies, strict=True)
         if _tokens_until(one.encoded, end) <= max_length
     ]
     return (fit or replies[:1])[-1] + 1
 
 
+def _usable(batch: Sequence[T | Unusable], kind: type[T]) -> list[T]:
+    return [one for one in batch if isinstance(one, kind)]
+
+
+def _tokenized(text: Text, encoded: Encoded | Unusable) -> Tokenized | Unusable:
+    return encoded if isinstance(encoded, Unusable) else Tokenized(text, encoded)
+
+
+def _first(one: Encoded, count: int) -> Encoded:
+    return one if len(one) <= count else one[:count]
+
+
 def _tokens_until(encoded: Encoded, character: int) -> int:
     return int(encoded.starts.searchsorted(character))
-
-
-def _bytes(text: str, starts: np.ndarray, ends: np.ndarray, learnt: np.ndarray) -> int:
-    """UTF-8 bytes of the characters that some tokens stand for."""
-    around = np.zeros(len(learnt) + 2, dtype=bool)
-    around[1:-1] = learnt
-    edges = (around[1:] != around[:-1]).nonzero()[0].tolist()
-    runs = zip(edges[::2], edges[1::2], strict=True)
-    return sum(len(text[starts[first] : ends[last - 1]].encode()) for first, last in runs)

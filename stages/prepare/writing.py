@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -61,7 +60,7 @@ class SplitFile:
         )
         self.conversations += 1
         self.tokens += len(one.input_ids)
-        self.supervised_tokens += int(np.count_nonzero(one.loss_mask))
+        self.supervised_tokens += one.supervised_tokens
         self.longest_tokens = max(self.longest_tokens, len(one.input_ids))
         self.languages[language] += 1
         if len(self._rows) == _ROWS:

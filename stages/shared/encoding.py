@@ -4,33 +4,20 @@ What a message says can never become a control token, and so never a turn: where
 the string of one, everything between the template's own control tokens is encoded as plain text.
 """
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from stages.shared import vocabulary
+from stages.shared import spelling, vocabulary
 from stages.shared.conversation import Message, Unusable
+from stages.shared.encoded import Encoded, Joined, join
 from stages.shared.templates import Rendered, Span, Template
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens of a text.
-
-    Attributes:
-        input_ids: int32 [tokens].
-        starts: int32 [tokens], the first character that each token stands for.
-        ends: int32 [tokens], the character after its last. Tokens leave no gap between them; where
-            several share the bytes of one character, each of them stands for it.
-    """
-
-    input_ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
 
 
 def encode(
@@ -43,14 +30,22 @@ def encode(
         string of a control token; or, where the tokenizer makes a control token even of plain
         text, the reason why it cannot be used.
     """
-    pattern = vocabulary.control_pattern(tokenizer)
-    forging = [_has_control_tokens(pattern, rendered) for rendered in batch]
-    whole = _encode_texts(
-        tokenizer, [r.text for r, apart in zip(batch, forging, strict=True) if not apart]
-    )
+    return finish(tokenizer, batch, begin(tokenizer, batch))
+
+
+def begin(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Rendered]) -> list[Encoding]:
+    """What of `encode` is the tokenizer's own work, outside Python's lock; in any thread."""
+    return _ask(_backend(tokenizer), [rendered.text for rendered in batch])
+
+
+def finish(
+    tokenizer: PreTrainedTokenizerBase, batch: Sequence[Rendered], begun: Sequence[Encoding]
+) -> list[Encoded | Unusable]:
+    """What else there is to `encode`, while another thread may begin the next batch."""
+    whole = _read(_backend(tokenizer), [rendered.text for rendered in batch], begun)
+    forged = _forged(tokenizer, batch, whole)
     return [
-        _encode_apart(tokenizer, pattern, rendered) if apart else next(whole)
-        for rendered, apart in zip(batch, forging, strict=True)
+        _encode_apart(tokenizer, batch[i]) if i in forged else one for i, one in enumerate(whole)
     ]
 
 
@@ -73,9 +68,29 @@ def encode_prompt(
     return [int(token) for token in found.input_ids]
 
 
-def _has_control_tokens(pattern: re.Pattern[str], rendered: Rendered) -> bool:
-    """Whether a message holds the string of a control token, in full or across its ends."""
-    return [m.span() for m in pattern.finditer(rendered.text)] != _controls(pattern, rendered)
+def _forged(
+    tokenizer: PreTrainedTokenizerBase, batch: Sequence[Rendered], encoded: Sequence[Encoded]
+) -> set[int]:
+    """The conversations in which a control token holds a character of a message."""
+    joined = join([rendered.text for rendered in batch], encoded)
+    control = control_tokens(tokenizer, joined).nonzero()[0]
+    contents = joined.spans([rendered.contents for rendered in batch])
+    inside = joined.tokens[control].holding(contents[contents[:, 0] < contents[:, 1]])
+    return set((joined.edges.searchsorted(control[inside], side="right") - 1).tolist())
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, joined: Joined) -> np.ndarray:
+    """Which tokens are control tokens, bool [tokens].
+
+    The one for what is unknown is none where it stands for other characters than its own.
+    """
+    known = tokenizer.convert_tokens_to_ids(sorted(vocabulary.control_tokens(tokenizer)))
+    tokens = joined.tokens
+    control = np.isin(tokens.input_ids, known)
+    for at in (control & (tokens.input_ids == tokenizer.unk_token_id)).nonzero()[0]:
+        said = joined.text[tokens.starts[at] : tokens.ends[at]]
+        control[at] = said == tokenizer.unk_token
+    return control
 
 
 def _controls(pattern: re.Pattern[str], rendered: Rendered) -> list[Span]:
@@ -85,32 +100,57 @@ def _controls(pattern: re.Pattern[str], rendered: Rendered) -> list[Span]:
     return [m.span() for a, b in between for m in pattern.finditer(rendered.text, a, b)]
 
 
-def _encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, plain: bool = False
-) -> Iterator[Encoded]:
-    """Encode whole texts; `plain` makes ordinary text of the strings of control tokens too."""
-    # Asked directly: transformers would turn each answer into lists that nobody reads.
+def _backend(tokenizer: PreTrainedTokenizerBase, *, plain: bool = False) -> Tokenizer:
+    """What encodes whole texts; `plain` makes ordinary text of the strings of control tokens."""
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = plain
-    for found in backend.encode_batch(texts, add_special_tokens=False):
-        yield _tiled(found.ids, found.offsets)
+    if plain:  # a copy: of the one that another thread may be using no setting changes
+        backend = _copy(backend, backend.get_vocab_size(with_added_tokens=True))
+    # To set something waits for that thread, and so is done only where it is not so yet.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != plain:
+        backend.encode_special_tokens = plain
+    return backend
 
 
-def _tiled(ids: list[int], offsets: list[Span]) -> Encoded:
+@lru_cache(maxsize=1)
+def _copy(backend: Tokenizer, size: int) -> Tokenizer:
+    return copy.deepcopy(backend)
+
+
+def _ask(backend: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    # Asked directly: transformers would turn each answer into lists that nobody reads.
+    ask = backend.encode_batch if spelling.of(backend) is None else backend.encode_batch_fast
+    return ask(texts, add_special_tokens=False)
+
+
+def _read(backend: Tokenizer, texts: Sequence[str], asked: Sequence[Encoding]) -> list[Encoded]:
+    """Tokens, and the characters that they stand for."""
+    spelt = spelling.of(backend)
+    if spelt is None:
+        return [_tiled(one) for one in asked]
+    read = spelt.read([one.ids for one in asked], texts)
+    # A text that is not what its tokens spell is encoded again, and its characters asked for.
+    others = [text for text, one in zip(texts, read, strict=True) if one is None]
+    again = iter(backend.encode_batch(others, add_special_tokens=False))
+    return [_tiled(next(again)) if one is None else one for one in read]
+
+
+def _tiled(found: Encoding) -> Encoded:
     """Close the gaps: some tokenizers leave the white space before a word out of its span."""
-    spans = np.fromiter(chain.from_iterable(offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
+    ids = np.array(found.ids, dtype=np.int32)
+    spans = np.fromiter(chain.from_iterable(found.offsets), np.int32, 2 * len(ids)).reshape(-1, 2)
     starts, ends = spans.T
     np.minimum(starts[1:], ends[:-1], out=starts[1:])
     starts[:1] = 0
-    return Encoded(np.asarray(ids, dtype=np.int32), starts, ends)
+    return Encoded(ids, starts, ends)
 
 
-def _encode_apart(
-    tokenizer: PreTrainedTokenizerBase, pattern: re.Pattern[str], rendered: Rendered
-) -> Encoded | Unusable:
+def _encode_apart(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Encoded | Unusable:
     """Encode, piece by piece, all but the template's own control tokens as plain text."""
+    pattern = vocabulary.control_pattern(tokenizer)
     unknown = {tokenizer.unk_token} - {tokenizer.eos_token}  # it may stand for a character
     control = sorted(vocabulary.control_tokens(tokenizer) - unknown)
     control_ids = tokenizer.convert_tokens_to_ids(control)
@@ -138,7 +178,8 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, at: int) -> Enc
     """
     before = "\n" if at and _spaces_a_beginning(tokenizer) else ""
     skip = len(tokenizer.encode(before, add_special_tokens=False))
-    found = next(_encode_texts(tokenizer, [before + text], plain=True))
+    backend, texts = _backend(tokenizer, plain=True), [before + text]
+    [found] = _read(backend, texts, _ask(backend, texts))
     shift = at - len(before)
     return Encoded(found.input_ids[skip:], found.starts[skip:] + shift, found.ends[skip:] + shift)
 

@@ -1,5 +1,6 @@
 """Batches of rows, and the one that is under way in another thread."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,14 @@ def test_the_next_item_is_taken_while_the_first_is_worked_on() -> None:
         return next_taken.wait(timeout=10)
 
     assert list(batches.ahead(work, items())) == [(0, True), (1, True)]
+
+
+def test_the_caller_goes_before_the_other_thread() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    [(_, other)] = batches.ahead(lambda _: priority(), [0])
+    assert other == min(priority() + 10, 19)
 
 
 def test_an_error_in_the_other_thread_is_raised() -> None:

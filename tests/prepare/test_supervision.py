@@ -1,5 +1,8 @@
 """Cuts, bytes and refusals; the mask token by token is in golden.txt."""
 
+import random
+from typing import get_args
+
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -9,7 +12,7 @@ from stages.prepare.supervision import Supervised, Supervisor, TrainOn
 from stages.shared import templates
 from stages.shared.conversation import Message, Unusable
 from tests import tiny, vocabularies
-from tests.conversations import FORGED, PLAIN, assistant, user
+from tests.conversations import FORGED, PLAIN, assistant, random_conversation, user
 
 TINY = tiny.tokenizer()
 
@@ -151,3 +154,18 @@ def test_a_batch_keeps_its_order() -> None:
     assert kinds == [False, True, False, True, False]
     assert accepted(found[2]).messages == PLAIN["two exchanges"]
     assert accepted(found[4]).messages == PLAIN["lines"]
+
+
+@pytest.mark.parametrize("train_on", get_args(TrainOn))
+@pytest.mark.parametrize("tokenizer", [TINY, vocabularies.spaced()], ids=["tiny", "spaced"])
+def test_what_stands_beside_a_conversation_changes_nothing(
+    tokenizer: PreTrainedTokenizerFast, train_on: TrainOn
+) -> None:
+    rng = random.Random(train_on)
+    batch = [random_conversation(rng, ascii_only=tokenizer is not TINY) for _ in range(40)]
+    supervisor = Supervisor(tokenizer, templates.make("chatml", tokenizer), train_on, 40)
+    together = supervisor.supervise(batch)
+    alone = [supervisor.supervise([messages])[0] for messages in batch]
+    assert [str(one) for one in together] == [str(one) for one in alone]
+    assert train_on == "all" or any(isinstance(one, Unusable) for one in together)
+    assert any(isinstance(one, Supervised) and one.truncated for one in together)
