@@ -19,6 +19,7 @@ from benchmarks import (
     training,
     training_data,
     training_ours,
+    training_picture,
     training_table,
 )
 from benchmarks.paced import Channel, Worker
@@ -281,9 +282,16 @@ def test_the_better_mode_is_the_one_in_which_the_peer_is_faster():
     slow = comparison((step(), step()), (step(), step(4.0)))
     fast = comparison((step(), step()), (step(), step(3.0)), micro_batch=None)
     assert better_mode([slow, fast], "tiny", "stock") is fast
-    assert "1.50 times the tokens a second of trl's better mode (packed)" in training_table.goals(
-        [slow, fast]
-    )
+    said = training_table.goals([slow, fast])
+    assert "trl packed: 1.50 times its tokens a second (not reached), 1.00 of its memory" in said
+
+
+def test_what_was_aimed_at_is_said_to_be_reached_only_where_it_is():
+    far = comparison((step(), step()), (step(0.5, peak_bytes=10**8), step(2.0)))
+    light = comparison((step(), step(peak_bytes=10**10)), (step(0.5), step(1.5)))
+    assert training_table.goals([far]).count("(reached)") == 2  # its first step needed as much
+    assert training_table.goals([light]).count("(reached)") == 3
+    assert training_table.goals([comparison(*[(step(), step())] * 2)]).count("(not reached)") == 3
 
 
 def test_quartiles():
@@ -316,7 +324,7 @@ def test_the_tables_are_made_of_the_committed_figures_alone():
 
 def test_the_picture_names_each_comparison(tmp_path):
     _, compared = training_table.read(results())
-    training_table.draw(compared, tmp_path / "performance.svg")
+    training_picture.draw(compared, tmp_path / "performance.svg")
     assert "tiny, stock" in (tmp_path / "performance.svg").read_text()
 
 
