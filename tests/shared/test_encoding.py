@@ -181,6 +181,20 @@ def test_a_control_token_that_the_normalizer_makes_is_found_out() -> None:
     assert stop not in found.input_ids
 
 
+def test_white_space_that_a_control_token_swallows_around_an_empty_message() -> None:
+    """The token reaches across the message, but holds nothing of it: no care is needed."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"eos_token": AddedToken("<|im_end|>", special=True, lstrip=True)})
+    template = templates.make("chatml", tokenizer)
+    chat = cast(list[dict[str, str]], PLAIN["empty reply"])
+    ids = tokenizer.apply_chat_template(
+        chat, chat_template=template.chat_template, return_dict=False
+    )
+    found = encode(tokenizer, "chatml", PLAIN["empty reply"])
+    assert found.input_ids.tolist() == ids
+    assert found.ends[-2] - found.starts[-2] == len("\n<|im_end|>")
+
+
 def test_care_with_one_row_changes_no_setting_for_others() -> None:
     """Another thread may be encoding them at the same time."""
     tokenizer = tiny.tokenizer()
