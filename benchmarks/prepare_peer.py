@@ -1,9 +1,10 @@
 """The same rows with `datasets.map` and a Python function a row, as most recipes prepare data.
 
-Prints one line of JSON. It does less than `prepare` does: no search for duplicates and leaks, no
-split, no rendered text beside the tokens, no count of bytes, no guard against forged turns.
+Prints one line of JSON. The columns are those of `prepare`. Still it does less: no search for
+duplicates and leaks, no split, no guard against forged turns, no cut between turns, no list of
+what was rejected.
 
-Run:    python -m benchmarks.prepare_peer RAW_FOLDER TOKENIZER_FOLDER EMPTY_FOLDER
+Run:    python -m benchmarks.prepare_peer RAW_FOLDER TOKENIZER_FOLDER EMPTY_FOLDER [PROCESSES]
 """
 
 import os
@@ -18,7 +19,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks import measured
 from stages.prepare import guanaco
-from stages.shared.conversation import Unusable, drop_unanswered, problem_with
+from stages.shared.conversation import (
+    Unusable,
+    conversation_id,
+    drop_unanswered,
+    language_of,
+    problem_with,
+)
 
 # What marks a reply for `return_assistant_tokens_mask`, and else ChatML as `prepare` renders it.
 CHATML = (
@@ -27,16 +34,25 @@ CHATML = (
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
+COLUMNS = (
+    "conversation_id",
+    "messages",
+    "text",
+    "input_ids",
+    "loss_mask",
+    "text_bytes",
+    "language",
+)
 
 
 def tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Tokens and mask of one row; nothing of one that cannot be trained on."""
+    """All columns of one row but its answer; nothing of one that cannot be trained on."""
     try:
         messages = drop_unanswered(guanaco.parse(row["text"] or ""))
     except Unusable:
         messages = []
     if problem_with(messages) is not None:
-        return {"messages": None, "input_ids": None, "loss_mask": None}
+        return dict.fromkeys(COLUMNS)
     found = tokenizer.apply_chat_template(
         messages,
         chat_template=CHATML,
@@ -47,24 +63,30 @@ def tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[st
         max_length=512,
     )
     return {
+        "conversation_id": conversation_id(messages),
         "messages": messages,
+        "text": tokenizer.apply_chat_template(messages, chat_template=CHATML, tokenize=False),
         "input_ids": found["input_ids"],
         "loss_mask": found["assistant_masks"],
+        "text_bytes": sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant"),
+        "language": row["language"] or language_of(messages),
     }
 
 
-def prepare(raw: Path, tokenizer_folder: Path, folder: Path) -> dict[str, int]:
+def prepare(raw: Path, tokenizer_folder: Path, folder: Path, processes: int) -> dict[str, int]:
     """Read, map, drop, write."""
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     rows = datasets.load_dataset(
         "json", data_files=str(raw / "train.jsonl"), split="train", cache_dir=str(folder)
     )
-    mapped = rows.map(tokenize, fn_kwargs={"tokenizer": tokenizer}, remove_columns=["text"])
-    mapped = mapped.filter(lambda ids: ids is not None, input_columns=["input_ids"])
+    count = None if processes == 1 else processes
+    mapped = rows.map(tokenize, fn_kwargs={"tokenizer": tokenizer}, num_proc=count)
+    mapped = mapped.filter(lambda ids: ids is not None, input_columns=["input_ids"], num_proc=count)
     mapped.to_parquet(folder / "train.parquet")
     return {"rows": len(rows)}
 
 
 if __name__ == "__main__":
-    measured.tell(lambda: prepare(*map(Path, sys.argv[1:4])))
+    processes = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    measured.tell(lambda: prepare(*map(Path, sys.argv[1:4]), processes))
