@@ -88,5 +88,6 @@ def prepare(raw: Path, tokenizer_folder: Path, folder: Path, processes: int) -> 
 
 
 if __name__ == "__main__":
+    raw, tokenizer, folder = map(Path, sys.argv[1:4])
     processes = int(sys.argv[4]) if len(sys.argv) > 4 else 1
-    measured.tell(lambda: prepare(*map(Path, sys.argv[1:4]), processes))
+    measured.tell(lambda: prepare(raw, tokenizer, folder, processes))

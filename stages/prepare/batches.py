@@ -60,7 +60,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
     are fewer cores than threads the caller goes first: the tokenizer's own threads, which inherit
     from this one, can share what it leaves, and nobody can do its work for it.
     """
-    with ThreadPoolExecutor(max_workers=1, initializer=os.nice, initargs=(10,)) as thread:
+    with ThreadPoolExecutor(max_workers=1, initializer=os.nice, initargs=(5,)) as thread:
         under_way: deque[tuple[T, Future[R]]] = deque()
         for item in items:
             under_way.append((item, thread.submit(work, item)))

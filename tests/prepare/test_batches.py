@@ -88,7 +88,7 @@ def test_the_caller_goes_before_the_other_thread() -> None:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     [(_, other)] = batches.ahead(lambda _: priority(), [0])
-    assert other == min(priority() + 10, 19)
+    assert other == min(priority() + 5, 19)
 
 
 def test_an_error_in_the_other_thread_is_raised() -> None:
