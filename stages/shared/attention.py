@@ -1,10 +1,10 @@
-"""Attention inside each conversation of a packed row, computed one conversation at a time.
+"""Attention inside each conversation of a packed row, without what lies between them.
 
 The mask that transformers makes for a packed row is right, but everything it shuts out is computed
-first: of 16 conversations of 50 tokens, fifteen parts in sixteen. Here the library's own attention
-is called once a conversation instead; on a CPU, batched products that are faster. Where it is not
-told their lengths (in generation), or where a layer looks back less far than the longest of them (a
-sliding window), it goes by the mask.
+first: of 16 conversations of 50 tokens, fifteen parts in sixteen. Here a GPU is told where
+conversations end; a CPU computes batched products. What neither covers is the library's own
+attention, called once a conversation. That goes by the mask where it is not told the lengths (in
+generation), or where a layer looks back less far than the longest of them (a sliding window).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from stages.shared import batched_attention, precision
+from stages.shared import batched_attention, precision, varlen_attention
 
 NAME = "sdpa_per_conversation"
 
@@ -45,14 +45,20 @@ def attend(
     Returns:
         [batch, tokens, heads, head size], and no attention weights.
     """
-    window = kwargs.get("sliding_window")
-    if conversation_lengths is None or (window and max(conversation_lengths) > window):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if query.device.type == "cpu" and not kwargs.get("dropout"):
+    lengths, window = conversation_lengths, kwargs.get("sliding_window")
+    windowed = bool(lengths and window and max(lengths) > window)
+    if lengths and not kwargs.get("dropout"):
         dtype = precision.of_products(query)  # as autocast would have it for the library's own
-        q, k, v = (heads.squeeze(0).to(dtype) for heads in (query, key, value))
-        result = batched_attention.attend(q, k, v, kwargs["scaling"], conversation_lengths)
-        return result.transpose(0, 1)[None], None
+        q, k, v = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
+        scaling = kwargs["scaling"]
+        if varlen_attention.covers(q, v):
+            return varlen_attention.attend(q, k, v, scaling, lengths, window)[None], None
+        if q.device.type == "cpu" and not windowed:
+            q, k, v = (heads.transpose(0, 1) for heads in (q, k, v))
+            result = batched_attention.attend(q, k, v, scaling, lengths)
+            return result.transpose(0, 1)[None], None
+    if not lengths or windowed:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     parts = [
         sdpa_attention_forward(
             module,
@@ -62,7 +68,7 @@ def attend(
             None,
             **kwargs,
         )[0]
-        for start, end in pairwise(accumulate(conversation_lengths, initial=0))
+        for start, end in pairwise(accumulate(lengths, initial=0))
     ]
     return torch.cat(parts, dim=1), None
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from stages.shared.examples import Example
+from stages.shared.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Packed:
         position_ids: int64 [1, tokens], from 0 in each conversation.
         predictors: int64 [supervised], the positions whose logits predict a supervised token.
         targets: int64 [supervised], the tokens they should predict.
-        rows: int64 [supervised], the row of the conversation that each belongs to.
+        rows: int64 [supervised], the row of the conversation that each belongs to; on the host,
+            where losses are added up.
         lengths: tokens of each conversation, in order.
     """
 
@@ -44,15 +46,12 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
     rows = np.concatenate([np.full(len(e), e.row) for e in examples])
     targets = np.flatnonzero(supervised)
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
-
     return Packed(
-        input_ids=tensor(ids)[None],
-        position_ids=tensor(positions)[None],
-        predictors=tensor(targets - 1),
-        targets=tensor(ids[targets]),
-        rows=tensor(rows[targets]),
+        input_ids=to_device(ids, device)[None],
+        position_ids=to_device(positions, device)[None],
+        predictors=to_device(targets - 1, device),
+        targets=to_device(ids[targets], device),
+        rows=torch.from_numpy(rows[targets]),
         lengths=tuple(map(len, examples)),
     )
 
