@@ -76,7 +76,7 @@ def plan(model: Model, found: Data, values: Params) -> dict[str, Any]:
         "model": parameters(model),
         "adapter": {"parameters": lora_adapter.trainable},
         "training": data.schedule(found, values.train),
-        "micro_batch": asdict(batch),
+        "micro_batch": {"tokens": batch.tokens, "supervised": batch.supervised},
         "techniques": {name: _technique(model, way, batch) for name, way in ways.items()},
         "configured_on": {
             card: chosen(request(model, lora_adapter, values, found, gib * GIB))

@@ -54,9 +54,7 @@ def attend(
         if varlen_attention.covers(q, v):
             return varlen_attention.attend(q, k, v, scaling, lengths, window)[None], None
         if q.device.type == "cpu" and not windowed:
-            q, k, v = (heads.transpose(0, 1) for heads in (q, k, v))
-            result = batched_attention.attend(q, k, v, scaling, lengths)
-            return result.transpose(0, 1)[None], None
+            return batched_attention.attend(q, k, v, scaling, lengths)[None], None
     if not lengths or windowed:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     parts = [

@@ -109,12 +109,15 @@ class Saved:
         """Of linear layers that share one input from the residual stream.
 
         s·width for all of them where an adapter, a trained matrix or an int8 product needs it as
-        it is; c·width for each that autocast, or its adapter, makes a copy for.
+        it is; c·width for each that autocast, or its adapter, makes a copy for. Fused, nothing: the
+        norm is computed again from what it keeps.
 
         Sources: peft 0.21.2, `Linear.forward` and `Linear4bit.forward` of peft/tuners/lora;
         bitsandbytes 0.50.2, `MatMul8bitFp.forward`.
         """
         flow = self.flow
+        if flow.fused:
+            return 0
         shared, own = flow.stream * width, flow.compute * width
         if flow.trained:
             return own * len(names) if flow.compute < flow.stream else shared

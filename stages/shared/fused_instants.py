@@ -12,37 +12,33 @@ from stages.shared.instants import Instant
 
 
 def forward(saved: Saved, workspace: int) -> list[Instant]:
-    """At silu(gate)·up, and at the product down, which wants its matrix.
+    """At the product down, of silu(gate)·up, which wants its matrix: c·(f + h) beside it.
 
     Args:
         saved: of the block.
         workspace: bytes of its largest matrix, dequantized; 0 where it need not be.
     """
     block, c = saved.block, saved.flow.compute
-    before_down = saved.total - saved.adapters(block.inner, "down_proj")
-    return [
-        Instant(before_down, 2 * c * block.inner),
-        Instant(saved.total, c * (block.inner + block.hidden), workspace),
-    ]
+    return [Instant(saved.total, c * (block.inner + block.hidden), workspace)]
 
 
 def first_forward(saved: Saved, workspace: int) -> list[Instant]:
     """The same of a checkpointed block the first time: what it would save goes at once."""
     block, flow = saved.block, saved.flow
     c, around = flow.compute, 2 * flow.stream * block.hidden
-    return [
-        Instant(0, around + 4 * c * block.inner),
-        Instant(0, around + c * (3 * block.inner + block.hidden), workspace),
-    ]
+    return [Instant(0, around + c * (3 * block.inner + block.hidden), workspace)]
 
 
 def backward(saved: Saved, workspace: int) -> list[Instant]:
-    """At the product down: the gradients of gate and up are formed while both are there."""
+    """At the products gate and up, of gradients in the place of what they were made from; the norm.
+
+    c·(2f + h) beside the matrix; then 12·h in fp32 and c·h.
+    """
     block, flow = saved.block, saved.flow
-    gradient, f = flow.stream * block.hidden, flow.compute * block.inner
+    gradient, h = flow.stream * block.hidden, flow.compute * block.hidden
     return [
-        Instant(saved.total, gradient + 2 * f, workspace),
-        Instant(saved.total, gradient + 3 * f),
+        Instant(saved.total, gradient + 2 * flow.compute * block.inner + h, workspace),
+        Instant(saved.total, gradient + 12 * block.hidden + h),
     ]
 
 
@@ -52,11 +48,13 @@ class Attention:
 
     Attributes:
         saved: of the block.
-        tokens: T, the most that are computed together: the longest conversation, or several short.
+        conversations: B that are computed together.
+        length: what they are padded to, in tokens; T are all of them.
     """
 
     saved: Saved
-    tokens: int
+    conversations: int
+    length: int
 
     @property
     def _block(self) -> Block:
@@ -80,51 +78,67 @@ class Attention:
         )
 
     @property
+    def _tokens(self) -> int:
+        return self.conversations * self.length
+
+    @property
+    def _queries(self) -> int:
+        """n, of each conversation at a time."""
+        return queries_of_block(self._block.heads * self.conversations, self.length)
+
+    @property
     def _scores(self) -> int:
-        """Elements of one block of scores: a·n·T, n queries at a time."""
-        heads = self._block.heads
-        return heads * queries_of_block(heads, self.tokens) * self.tokens
+        """Elements of one block of scores: a·n·T."""
+        return self._block.heads * self._queries * self._tokens
 
     @property
     def _regrouped(self) -> int:
-        """c·q, of queries in the order of their groups, where heads share keys."""
+        """c·q, of queries in the order of their groups, where heads share keys or rows do."""
         block = self._block
-        return self._flow.compute * block.query if block.query > block.key_value else 0
+        moved = block.query > block.key_value or self.conversations > 1
+        return self._flow.compute * block.query if moved else 0
+
+    @property
+    def _padded(self) -> int:
+        """2·c·kv, of keys and values where there are several conversations."""
+        return 2 * self._flow.compute * self._block.key_value if self.conversations > 1 else 0
 
     @property
     def workspace_bytes(self) -> int:
-        """T·(c·q + 4q + 4kv) of regrouped and fp32 copies; (4 + c)·a·n·T of scores; 4·n²."""
+        """T·(c·q + 2·c·kv + 4q + 4kv) of copies; (4 + c)·a·n·T of scores; 4·n²."""
         block, c = self._block, self._flow.compute
-        copies = 4 * (block.query + block.key_value) if c < 4 else 0
-        size = queries_of_block(block.heads, self.tokens)
-        return self.tokens * (self._regrouped + copies) + (4 + c) * self._scores + 4 * size**2
+        wide = 4 * block.key_value + (4 * block.query if c < 4 else 0)
+        scores = (4 + c) * self._scores + 4 * self._queries**2
+        return self._tokens * (self._regrouped + self._padded + wide) + scores
 
     def forward(self) -> Instant:
-        """c·q a token of the result, and the same of one span before it is in its place."""
+        """c·q a token of the result; of those together, in the order of groups and in its own."""
         block, flow = self._block, self._flow
-        around = flow.stream * block.hidden
-        if not flow.fused:
-            around += flow.stream * block.hidden
+        around = 0 if flow.fused else 2 * flow.stream * block.hidden
         extra = around + flow.compute * block.query
-        span = flow.compute * block.query * self.tokens
-        return Instant(self._kept, extra, self.workspace_bytes + span)
+        return Instant(self._kept, extra, self.workspace_bytes + self._tokens * self._of_result)
+
+    @property
+    def _of_result(self) -> int:
+        return self._flow.compute * self._block.query + self._regrouped
 
     def without_gradients(self) -> Instant:
         """The same where nothing is kept: residual, normed input, queries, keys, values stand."""
         block, flow = self._block, self._flow
         held = 2 * flow.stream * block.hidden + 2 * flow.compute * (block.query + block.key_value)
-        span = flow.compute * block.query * self.tokens
-        return Instant(0, held, self.workspace_bytes + span)
+        return Instant(0, held, self.workspace_bytes + self._tokens * self._of_result)
 
     def backward(self) -> Instant:
-        """c·(2q + 2kv) a token of gradients that come and go; a span's own, and its scores'.
+        """c·(2q + 2kv) a token of gradients that come and go; those of a group, and its scores'.
 
-        T·c·3q of a span's gradients (of the result, of queries, and these in their own order),
-        8·kv·T of keys' and values' in fp32, 4·a·n·T of the scores'.
+        T·c·3q of a group's gradients (of the result, of queries, and these in their own order; of
+        several conversations c·q more, that of the result padded), 8·kv·T of keys' and values' in
+        fp32, 4·a·n·T of the scores'.
         """
         block, flow = self._block, self._flow
         c = flow.compute
         extra = flow.stream * block.hidden + c * (2 * block.query + 2 * block.key_value)
-        span = 2 * self._regrouped + c * block.query + (8 + c) * block.key_value
-        room = self.workspace_bytes + self.tokens * span + 4 * self._scores
+        padded = c * block.query if self.conversations > 1 else 0
+        group = padded + self._regrouped + self._of_result + 8 * block.key_value
+        room = self.workspace_bytes + self._tokens * group + 4 * self._scores
         return Instant(self._kept, extra, room)

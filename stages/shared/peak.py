@@ -89,7 +89,7 @@ def evaluation(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
     found = [("evaluation, loss", {"activations": around, "logits": logits, "workspace": copies})]
     scored_blocks = instants.evaluation(saved, matrix)
     if not flow.kernel:
-        attention = Attention(saved, batch.tokens_together)
+        attention = Attention(saved, *batch.alike)
         scored_blocks.append(attention.without_gradients())
     for at in scored_blocks:
         held = around + n**2 + (at.saved + at.extra) * n  # n²: the mask, see workspace
@@ -135,7 +135,7 @@ def largest(model: Model, tuning: Tuning, batches: Iterable[MicroBatch]) -> Pred
 def undominated(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
     """Those that no other equals or exceeds in every size: few of thousands."""
     found: list[MicroBatch] = []
-    by_size = sorted(batches, key=lambda b: (b.tokens, b.supervised, b.tokens_together))
+    by_size = sorted(batches, key=lambda batch: batch.sizes)
     for batch in reversed(by_size):
         if not any(larger.outdoes(batch) for larger in found):
             found.append(batch)

@@ -76,7 +76,8 @@ def stored_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
     """What all blocks keep for the backward pass.
 
     N·L·(what a block saves); with checkpointing N·L·s·h, each block's input alone, and what int8
-    products keep regardless. Below the first norm is the embedding: frozen, it wants no gradient.
+    products keep regardless. Below the first norm is the embedding: frozen, it wants no gradient
+    (but the fused step computes from it again what it is normed to).
 
     Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174.
     """
@@ -84,7 +85,7 @@ def stored_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
     if tuning.gradient_checkpointing:
         a_block = flow.stream * model.hidden + saved.kept_by_products
         return model.layers * a_block * batch.tokens
-    unneeded = 0 if flow.trained else saved.norm
+    unneeded = 0 if flow.trained or flow.fused else saved.norm
     return (model.layers * saved.total - unneeded) * batch.tokens
 
 
@@ -113,7 +114,7 @@ def _of_a_block(
         forward = instants.forward(saved, matrix)
         backward = instants.backward(saved, matrix, recomputed=tuning.gradient_checkpointing)
     if not flow.kernel:
-        attention = Attention(saved, batch.tokens_together)
+        attention = Attention(saved, *batch.alike)
         first.append(attention.without_gradients())
         forward.append(attention.forward())
         backward.append(attention.backward())

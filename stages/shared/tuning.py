@@ -68,6 +68,14 @@ class Tuning:
         return self.unfused_because is None
 
     @property
+    def nested(self) -> bool:
+        """Whether what double quantization made of the constants is what stays in memory.
+
+        Not on a CPU in the fused step, see `stages.train.fused.products.dequantize_constants`.
+        """
+        return self.double_quant and not (self.fused and self.device == "cpu")
+
+    @property
     def dense(self) -> str:
         """What is not quantized is in, and products run in; a CPU computes fp16 in fp32."""
         dense = memory.dense_precision(self.precision, self.compute)
@@ -121,7 +129,7 @@ class Tuning:
         if self.paged:
             optimizer_bytes -= memory.pageable_bytes(self.optimizer, sizes)
         weights_bytes = memory.weights_bytes(
-            model.tensors, self.loaded, double_quant=self.double_quant, dense=self.dense
+            model.tensors, self.loaded, double_quant=self.nested, dense=self.dense
         )
         if adapter is None:
             gradients = memory.gradients_bytes(sum(sizes), self.loaded)

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from stages.shared import batched_attention, memory
+from stages.shared.alike import alike
 from stages.shared.examples import Example
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
 
-# Of the fused loss: the fp32 logits of as many tokens as fit are made at once.
-LOSS_CHUNK_BYTES = 64 * 2**20
+# Of the fused loss: the logits of as many tokens as fit are made at once, in the dtype of products,
+# and of as many in fp32. A CPU goes over the latter several times, best in its cache; 340 tokens of
+# 49,152 logits are a large enough product. A GPU wants larger products, and few kernels.
+LOGITS_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
+WIDE_LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -24,33 +28,44 @@ class MicroBatch:
     Attributes:
         tokens: N, of all conversations together.
         supervised: S, those of which the loss is taken.
-        together: T, the most whose attention is computed together: the longest conversation, or
-            several short ones. None if there is only one.
+        together: B conversations, and the length T/B that they are padded to: those whose attention
+            is computed together and has the most scores. None if there is only one.
     """
 
     tokens: int
     supervised: int
-    together: int | None = None
+    together: tuple[int, int] | None = None
 
     @property
-    def tokens_together(self) -> int:
-        """T, where there is only one conversation too."""
-        return self.together or self.tokens
+    def alike(self) -> tuple[int, int]:
+        """B and T/B, where there is only one conversation too."""
+        return self.together or (1, self.tokens)
+
+    @property
+    def longest(self) -> int:
+        """No conversation has more tokens."""
+        return self.alike[1]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What makes it need more memory than another, whatever is trained."""
+        conversations, length = self.alike
+        padded = conversations * length
+        scores = padded * min(length, batched_attention.MOST_QUERIES)
+        return self.tokens, self.supervised, padded, scores, length
 
     def outdoes(self, other: "MicroBatch") -> bool:
         """Whether it needs no less than the other, whatever is trained."""
-        return (
-            self.tokens >= other.tokens
-            and self.supervised >= other.supervised
-            and self.tokens_together >= other.tokens_together
-        )
+        return all(mine >= theirs for mine, theirs in zip(self.sizes, other.sizes, strict=True))
 
 
 def micro_batch_of(examples: Sequence[Example]) -> MicroBatch:
     """The sizes of conversations that go through the model together, in their order."""
-    lengths = [len(example) for example in examples]
-    together = max(sum(span) for _, span in batched_attention.spans(lengths))
-    return MicroBatch(sum(lengths), sum(e.supervised_tokens for e in examples), together)
+    lengths = tuple(len(example) for example in examples)
+    supervised = sum(e.supervised_tokens for e in examples)
+    groups = ((group.conversations, group.length) for group in alike(lengths))
+    found = (MicroBatch(sum(lengths), supervised, group) for group in groups)
+    return max(found, key=lambda batch: batch.sizes[3:])
 
 
 def dequantized_bytes(parameters: int, tuning: Tuning) -> int:
@@ -65,7 +80,7 @@ def dequantized_bytes(parameters: int, tuning: Tuning) -> int:
     """
     if tuning.loaded in memory.DENSE_BYTES:
         return 0
-    nested = tuning.double_quant and tuning.precision in ("fp4", "nf4")
+    nested = tuning.nested and tuning.precision in ("fp4", "nf4")
     constants = 4 * -(-parameters // memory.BLOCK) if nested else 0
     return memory.DENSE_BYTES[tuning.dense] * parameters + constants
 
@@ -110,11 +125,22 @@ def loss_backward_bytes(vocabulary: int, supervised: int) -> int:
     return 12 * vocabulary * supervised
 
 
+def logits_at_once(vocabulary: int, supervised: int, itemsize: int, device: str) -> int:
+    """n, the tokens whose logits are made at once in the dtype of products."""
+    return min(supervised, max(1, LOGITS_BYTES[device] // (itemsize * vocabulary)))
+
+
+def wide_logits_at_once(vocabulary: int, tokens: int, device: str) -> int:
+    """w, those of n that are in fp32 at once."""
+    return min(tokens, max(1, WIDE_LOGITS_BYTES[device] // (4 * vocabulary)))
+
+
 def fused_loss_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
-    """8·V·n + 2·c·h·S: n tokens' logits twice in fp32; all inputs and their gradients."""
-    rows = min(batch.supervised, max(1, LOSS_CHUNK_BYTES // (4 * model.vocabulary)))
-    inputs = 2 * tuning.flow.compute * model.hidden * batch.supervised
-    return 8 * model.vocabulary * rows + inputs
+    """(c·n + 4·w)·V of logits in both dtypes, and 2·c·h·S of all inputs and their gradients."""
+    v, s, c = model.vocabulary, batch.supervised, tuning.flow.compute
+    n = logits_at_once(v, s, c, tuning.device)
+    logits = (c * n + 4 * wide_logits_at_once(v, n, tuning.device)) * v
+    return logits + 2 * c * model.hidden * s
 
 
 def fused_loss_gradient_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
@@ -176,7 +202,7 @@ def mask_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
 
     Source: transformers 5.23, transformers/masking_utils.py, `sdpa_mask`.
     """
-    windowed = model.window is not None and batch.tokens_together > model.window
+    windowed = model.window is not None and batch.longest > model.window
     return 0 if tuning.fused and not windowed else batch.tokens**2
 
 

@@ -27,7 +27,7 @@ def request(gib: float, tuning: Tuning = QLORA, **asked) -> Request:
 
 
 def test_checkpointing_is_off_where_it_is_not_needed_and_on_where_it_is():
-    large, small = fitting.choose(request(80)), fitting.choose(request(16))
+    large, small = fitting.choose(request(80)), fitting.choose(request(12))
     assert large and small
     assert (large.gradient_checkpointing, small.gradient_checkpointing) == (False, True)
     assert large.micro_batch_tokens == 4096
@@ -69,9 +69,9 @@ def test_a_conversation_longer_than_a_micro_batch_counts_whole():
 
 def test_a_micro_batch_holds_no_more_than_its_step():
     work = workload.of_counts(longest=100, batch_size=4, supervised_share=0.25)
-    assert work.micro_batches(4096) == {MicroBatch(400, 100, together=100)}
-    assert work.micro_batches(250) == {MicroBatch(200, 50, together=100)}
-    assert work.cut(40).micro_batches(4096) == {MicroBatch(160, 0, together=120)}
+    assert work.micro_batches(4096) == {MicroBatch(400, 100, together=(4, 112))}
+    assert work.micro_batches(250) == {MicroBatch(200, 50, together=(2, 112))}
+    assert work.cut(40).micro_batches(4096) == {MicroBatch(160, 0, together=(4, 48))}
 
 
 def test_micro_batches_are_those_that_training_packs():
@@ -82,15 +82,15 @@ def test_micro_batches_are_those_that_training_packs():
 
     steps = [[conversation(n, i) for i, n in enumerate((60, 50, 40))], [conversation(90, 0)]]
     assert Workload(steps).micro_batches(100) == {
-        MicroBatch(100, 56 + 36, together=100),
-        MicroBatch(50, 46, together=50),
-        MicroBatch(90, 86, together=90),
+        MicroBatch(100, 56 + 36, together=(2, 64)),
+        MicroBatch(50, 46, together=(1, 50)),
+        MicroBatch(90, 86, together=(1, 90)),
     }
     assert Workload(steps).longest == 90
 
 
 CANNOT_FIT = {
-    "all set by the user": request(16, micro_batch_tokens=4096, gradient_checkpointing=False),
+    "all set by the user": request(14, micro_batch_tokens=4096, gradient_checkpointing=False),
     "a quarter of what nf4 without double quantization needs": request(7, Tuning("nf4", ADAPTER)),
     "bf16 on 16 GiB": request(16, Tuning("bf16", ADAPTER)),
     "fp32 on 16 GiB": request(16, Tuning("fp32", ADAPTER)),
@@ -119,7 +119,7 @@ def test_each_advice_of_a_refusal_is_true(name):
 def test_advice_begins_with_what_changes_no_result():
     asked = CANNOT_FIT["all set by the user"]
     assert refusal.changes(asked)[0].words.startswith("gradient checkpointing on")
-    small = request(24, micro_batch_tokens=4096, gradient_checkpointing=False)
+    small = request(20, micro_batch_tokens=4096, gradient_checkpointing=False)
     small = replace(small, workload=small.workload.cut(512))
     assert refusal.changes(small)[0].words == "QLORA_MICRO_BATCH_TOKENS 4096 → 2048"
     bf16 = [change.words for change in refusal.changes(CANNOT_FIT["bf16 on 16 GiB"])]

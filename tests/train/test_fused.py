@@ -19,7 +19,7 @@ from transformers import (
 from benchmarks.training_step import random_base
 from stages.quantize.convert import convert
 from stages.quantize.settings import Quantize
-from stages.shared import machine, packing, scoring
+from stages.shared import machine, packing, scoring, workspace
 from stages.shared.examples import Example
 from stages.shared.precision import autocast
 from stages.train import trainable
@@ -164,7 +164,8 @@ def test_a_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.rand(23)
     expected = cross_entropy(hidden @ head.t(), targets, reduction="none")
     (wanted,) = torch.autograd.grad(expected @ weights, hidden)
-    monkeypatch.setattr(fused_loss, "LOSS_CHUNK_BYTES", 4 * 50 * 5)  # five tokens at a time
+    monkeypatch.setitem(workspace.LOGITS_BYTES, "cpu", 4 * 50 * 5)  # five tokens at a time
+    monkeypatch.setitem(workspace.WIDE_LOGITS_BYTES, "cpu", 4 * 50 * 2)
     losses = fused_loss.token_losses(hidden, head, targets)
     (found,) = torch.autograd.grad(losses @ weights, hidden)
     assert torch.allclose(losses, expected, atol=1e-5)

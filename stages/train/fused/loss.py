@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stages.shared.workspace import LOSS_CHUNK_BYTES
+from stages.shared.workspace import logits_at_once, wide_logits_at_once
 
 
 def token_losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -37,19 +37,18 @@ class _TokenLosses(torch.autograd.Function):
         matrix = head.to(hidden.dtype)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradients = torch.empty_like(hidden)
-        size = max(1, LOSS_CHUNK_BYTES // (4 * len(head)))
+        size = logits_at_once(len(head), len(hidden), hidden.dtype.itemsize, hidden.device.type)
+        few = wide_logits_at_once(len(head), size, hidden.device.type)
+        # Room for every chunk: so large a tensor's pages come from the system, and are cleared.
+        room = hidden.new_empty(size, len(head))
+        wide = room.new_empty(few, len(head), dtype=torch.float32)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            wanted = targets[part, None]
-            logits = (hidden[part] @ matrix.t()).float()
-            likelihoods = torch.log_softmax(logits, dim=-1)
-            del logits
-            losses[part] = likelihoods.gather(1, wanted).neg_().squeeze(1)
-            probabilities = likelihoods.exp_()
-            probabilities.scatter_add_(
-                1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32)
-            )
-            gradients[part] = probabilities.to(hidden.dtype) @ matrix
+            logits = torch.mm(hidden[part], matrix.t(), out=room[: len(hidden[part])])
+            rows = zip(*(x.split(few) for x in (logits, targets[part], losses[part])), strict=True)
+            for some, wanted, found in rows:
+                found.copy_(_into_gradient(some, wanted[:, None], wide[: len(some)]))
+            torch.mm(logits, matrix, out=gradients[part])
         ctx.save_for_backward(gradients)
         return losses
 
@@ -58,3 +57,21 @@ class _TokenLosses(torch.autograd.Function):
         (gradients,) = ctx.saved_tensors
         # The factor is not rounded: in half precision it would be off by the same for all tokens.
         return (gradients * gradient[:, None]).to(gradients.dtype), None, None
+
+
+def _into_gradient(logits: torch.Tensor, wanted: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """The losses [tokens], fp32, of logits [tokens, vocabulary], which become their gradient.
+
+    Args:
+        logits: z, in the dtype that products run in.
+        wanted: int64 [tokens, 1], the targets.
+        wide: room for z in fp32; a few tokens' stay in a CPU's cache from pass to pass.
+    """
+    wide.copy_(logits)
+    targeted, largest = wide.gather(1, wanted), wide.amax(1, keepdim=True)
+    probabilities = torch.softmax(wide, dim=-1, out=wide)
+    # The largest probability is never too small to have a logarithm, as that of a target may be.
+    total = largest - probabilities.amax(1, keepdim=True).log()
+    probabilities.scatter_add_(1, wanted, torch.full_like(targeted, -1.0))
+    logits.copy_(probabilities)
+    return (total - targeted).squeeze(1)

@@ -6,32 +6,33 @@ they do what they always did, so that training's evaluations are what `evaluate`
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stages.shared import attention, precision
 from stages.shared.packing import Packed
-from stages.train.fused.linear import gated_lora_linear, lora_linear
+from stages.train.fused.attention import onto, projected, turned
+from stages.train.fused.feed_forward import feed_forward
 from stages.train.fused.loss import token_losses
 from stages.train.fused.norm import rms_norm
+from stages.train.fused.products import dequantize_constants
 
 
 def fuse(model: nn.Module) -> None:
-    """Change every norm, gated feed-forward and adapted linear layer of a model that is covered.
+    """Change every block and the last norm of a model that is covered.
 
     Which models are is said by `stages.shared.tuning.Tuning.unfused_because`.
     """
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            _while_learning(module, _norm(module))
-        elif isinstance(getattr(module, "down_proj", None), LoraLayer):
-            _while_learning(module, _feed_forward(module))
-        elif isinstance(module, LoraLayer):
-            _while_learning(module, _linear(module))
+    decoder: Any = cast(PeftModel, model).get_base_model().get_decoder()
+    dequantize_constants(decoder)
+    for block in decoder.layers:
+        _while_learning(block, _checkpointed(block, _block(block)))
+    _while_learning(decoder.norm, lambda x: rms_norm(decoder.norm, x))
 
 
 def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
@@ -70,13 +71,64 @@ def _while_learning(module: nn.Module, fused: Callable[..., torch.Tensor]) -> No
     module.forward = forward
 
 
-def _norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: rms_norm(x, module.weight, module.variance_epsilon)  # type: ignore[arg-type]
+def _checkpointed(block: Any, fused: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """As transformers wraps a block's class: what stands in its place must do so itself."""
+
+    def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if block.gradient_checkpointing and block.training:
+            return block._gradient_checkpointing_func(partial(fused, **kwargs), hidden_states)
+        return fused(hidden_states, **kwargs)
+
+    return forward
 
 
-def _linear(layer: LoraLayer) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: lora_linear(layer, x)
+def _block(block: Any) -> Callable[..., torch.Tensor]:
+    """What a block of a decoder returns for a packed row: [1, tokens, width]."""
+
+    def forward(
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        x = hidden_states[0]
+        angles = tuple(part[0] for part in position_embeddings)
+        heads = _heads(block, x, angles)
+        seen = _attended(block.self_attn, heads, attention_mask, kwargs)
+        x = onto(x, block.self_attn.o_proj, seen)
+        return feed_forward(block.post_attention_layernorm, block.mlp, x)[None]
+
+    return forward
 
 
-def _feed_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: gated_lora_linear(module.down_proj, module.gate_proj(x), module.up_proj(x))
+def _heads(block: Any, x: torch.Tensor, angles: Any) -> list[torch.Tensor]:
+    """Queries, keys and values of x [tokens, width]: [1, heads, tokens, head size] each."""
+    module = block.self_attn
+    layers = (module.q_proj, module.k_proj, module.v_proj)
+    normed = hasattr(module, "q_norm")  # Qwen3: head by head, before they are turned
+    found = projected(block.input_layernorm, layers, x, None if normed else angles)
+    heads = [part.unflatten(1, (-1, module.head_dim)) for part in found]
+    if normed:
+        for i, norm in enumerate((module.q_norm, module.k_norm)):
+            heads[i] = turned(rms_norm(norm, heads[i]).flatten(1), *angles).view_as(heads[i])
+    return [part.transpose(0, 1)[None] for part in heads]
+
+
+def _attended(
+    module: Any, heads: list[torch.Tensor], mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """What the library's attention function returns for them: [tokens, heads · head size]."""
+    config = module.config
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+    dropout = module.attention_dropout if module.training else 0.0
+    found, _ = function(
+        module,
+        *heads,
+        mask,
+        dropout=dropout,
+        scaling=module.scaling,
+        sliding_window=window,
+        **kwargs,
+    )
+    return found[0].flatten(1)

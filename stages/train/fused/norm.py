@@ -1,9 +1,9 @@
 """The root-mean-square norm with a frozen weight: it keeps its input as it is, and the root.
 
-The library's own keeps the input in fp32. The forward pass is the same, bit for bit.
+The library's own keeps the input in fp32, and rounds before it multiplies with the weight.
 
-    y = w·x·ρ,  ρ = 1/√(mean(x²) + ε)
-    ∂x = ρ·(g − x̂·mean(g·x̂)),  g = w·∂y,  x̂ = x·ρ
+    y = w·x̂,  x̂ = x·ρ,  ρ = 1/√(mean(x²) + ε)
+    ∂x = ρ·(g − x̂·mean(g·x̂)),  g = w·∂y
 
 Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, arXiv:1910.07467, equation 4.
 """
@@ -11,25 +11,42 @@ Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, arXiv:191
 from typing import Any
 
 import torch
+from torch import nn
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Of x [..., width]; computed in fp32, returned in the dtype of weight times x."""
-    return _RMSNorm.apply(x, weight, epsilon)
+def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What `norm` returns for x [..., width], computed in fp32; in the dtype of x."""
+    return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+
+
+def root_of(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """ρ, in fp32 [..., 1]."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.rsqrt(length.square_().div_(x.shape[-1]).add_(epsilon))
+
+
+def normed(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """y, in the dtype of x."""
+    return (x.float() * root).mul_(weight).to(x.dtype)
+
+
+def norm_gradient(
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """∂x, in the dtype of x, for a gradient ∂y."""
+    standard = x.float() * root  # a tensor of its own where x is fp32 already
+    wide = (gradient * weight).float()
+    along = (wide * standard).mean(-1, keepdim=True)
+    return wide.addcmul(standard, along, value=-1).mul_(root).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = x.float()
-        root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        root = root_of(x, epsilon)
         ctx.save_for_backward(x, root, weight)
-        return weight * (wide * root).to(x.dtype)
+        return normed(x, root, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, root, weight = ctx.saved_tensors
-        normed = x.float() * root  # a tensor of its own where x is fp32 already
-        wide = (gradient * weight).float()
-        along = (wide * normed).mean(-1, keepdim=True)
-        return wide.sub(normed.mul_(along)).mul_(root).to(x.dtype), None, None
+        return norm_gradient(gradient, *ctx.saved_tensors), None, None
