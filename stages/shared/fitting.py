@@ -17,7 +17,7 @@ from stages.shared.workspace import MicroBatch
 
 GIB = 2**30
 # Larger micro-batches gain nothing more. On a CPU: 300 tokens/s at 1,024 and 295 at 2,048.
-MICRO_BATCH_TOKENS = {"cuda": (4096, 2048, 1024, 512, 256), "cpu": (1024, 512, 256, 128)}
+MICRO_BATCH_TOKENS = {"cuda": (8192, 4096, 2048, 1024, 512, 256), "cpu": (1024, 512, 256, 128)}
 # Tokens whose products take as long as dequantizing the weights for them once does, which a
 # micro-batch pays however short it is: 2·P operations a token against 2.5·P bytes read and written.
 # From an A100's 312 Tflop/s (half of them reached) and 1.5 TB/s; it only orders candidates.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -10,6 +11,7 @@ from stages.shared import packing, scoring
 from stages.shared.examples import Example
 from stages.shared.packing import Packed
 from stages.shared.precision import autocast
+from stages.shared.transfer import to_device
 from stages.train.computing import Computing
 from stages.train.fused import model as fused
 from stages.train.processes import Processes
@@ -68,16 +70,19 @@ def accumulate(
     limit = computing.micro_batch_tokens
     if processes.size > 1:  # a step that would fit into one micro-batch occupies every process
         limit = min(limit, -(-tokens // processes.size))
-    summed = torch.zeros(3, dtype=torch.float64, device=computing.device)
+    loss = torch.zeros(1, dtype=torch.float64, device=computing.device)
+    computed = capacity = 0  # counted here: a device would have to be waited for
     for micro_batch in packing.split(examples, limit)[processes.share]:
         batch = packing.pack(micro_batch, computing.device)
-        summed[0] += _backward(model, batch, supervised, computing, scaler)
-        computed = batch.input_ids.numel()
-        summed[1:] += torch.tensor([computed, max(limit, computed)], device=computing.device)
+        loss += _backward(model, batch, supervised, computing, scaler)
+        computed += batch.input_ids.numel()
+        capacity += max(limit, batch.input_ids.numel())
+    sizes = to_device(np.array([computed, capacity], dtype=np.float64), computing.device)
+    summed = torch.cat([loss, sizes])
     processes.add_up([summed])
     _share_gradients(model, processes)
-    loss, computed, capacity = summed.tolist()
-    return loss, StepSize(tokens, supervised, int(computed), int(capacity))
+    mean, *counted = summed.tolist()
+    return mean, StepSize(tokens, supervised, *map(int, counted))
 
 
 def _backward(

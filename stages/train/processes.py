@@ -44,6 +44,8 @@ class Processes:
 
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether it is so in any of the processes."""
+        if self.size == 1:
+            return here
         votes = torch.tensor(float(here), device=device)
         self.add_up([votes])
         return votes.item() > 0

@@ -30,7 +30,7 @@ def test_checkpointing_is_off_where_it_is_not_needed_and_on_where_it_is():
     large, small = fitting.choose(request(80)), fitting.choose(request(12))
     assert large and small
     assert (large.gradient_checkpointing, small.gradient_checkpointing) == (False, True)
-    assert large.micro_batch_tokens == 4096
+    assert large.micro_batch_tokens == 8192
 
 
 def test_what_is_chosen_fits_and_nothing_faster_does():
