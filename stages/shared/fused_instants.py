@@ -19,27 +19,42 @@ def forward(saved: Saved, workspace: int) -> list[Instant]:
         workspace: bytes of its largest matrix, dequantized; 0 where it need not be.
     """
     block, c = saved.block, saved.flow.compute
-    return [Instant(saved.total, c * (block.inner + block.hidden), workspace)]
+    work = workspace + _factors(saved)
+    return [Instant(saved.total, c * (block.inner + block.hidden), work)]
 
 
 def first_forward(saved: Saved, workspace: int) -> list[Instant]:
     """The same of a checkpointed block the first time: what it would save goes at once."""
     block, flow = saved.block, saved.flow
     c, around = flow.compute, 2 * flow.stream * block.hidden
-    return [Instant(0, around + c * (3 * block.inner + block.hidden), workspace)]
+    work = workspace + _factors(saved)
+    return [Instant(0, around + c * (3 * block.inner + block.hidden), work)]
 
 
 def backward(saved: Saved, workspace: int) -> list[Instant]:
     """At the products gate and up, of gradients in the place of what they were made from; the norm.
 
-    c·(2f + h) beside the matrix; then 12·h in fp32 and c·h.
+    c·(2f + h) beside the matrix; then 12·h in fp32 and c·h. The gradients of the adapters of gate,
+    up and down, 4·3·r·(h + f), stand until all are returned.
     """
     block, flow = saved.block, saved.flow
     gradient, h = flow.stream * block.hidden, flow.compute * block.hidden
+    adapters = _factors(saved) + 4 * 3 * flow.rank * (block.hidden + block.inner)
     return [
-        Instant(saved.total, gradient + 2 * flow.compute * block.inner + h, workspace),
-        Instant(saved.total, gradient + 12 * block.hidden + h),
+        Instant(saved.total, gradient + 2 * flow.compute * block.inner + h, workspace + adapters),
+        Instant(saved.total, gradient + 12 * block.hidden + h, adapters),
     ]
+
+
+def _factors(saved: Saved) -> int:
+    """c·3·r·(h + f): the adapters of gate, up and down, as products want them.
+
+    In fp32 2·r·h, the A of gate and up as one matrix; the rest is multiplied with as it is.
+    """
+    block, flow = saved.block, saved.flow
+    if flow.compute == 4:
+        return 4 * 2 * flow.rank * block.hidden
+    return flow.compute * 3 * flow.rank * (block.hidden + block.inner)
 
 
 @dataclass(frozen=True)
