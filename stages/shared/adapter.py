@@ -23,6 +23,7 @@ class Adapter:
         rank: that is trained, of A and B.
         layers: last parts of the names of the layers that have an adapter, such as `q_proj`.
         anchored: whether the matrices carry along a frozen copy of where they started, as large.
+        everywhere: whether every linear layer of every block has one.
     """
 
     matrices: list[int]
@@ -32,6 +33,7 @@ class Adapter:
     rank: int
     layers: frozenset[str]
     anchored: bool = False
+    everywhere: bool = True
 
     @property
     def sizes(self) -> list[int]:
@@ -120,4 +122,5 @@ def adapter_of(
         rank=rank,
         layers=frozenset(module.rpartition(".")[2] for module in adapted),
         anchored=init in ANCHORED,
+        everywhere=adapted.issuperset(t.module for t in tensors if t.kind == "linear"),
     )

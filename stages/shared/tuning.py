@@ -58,7 +58,7 @@ class Tuning:
             "lora.init is pissa or olora": adapter.anchored,
             "lora.modules_to_save are trained too": adapter.copies,
             "lora.bias is not none": adapter.biases,
-            "lora.target_modules leave out a linear layer": not adapter.layers.issuperset(LINEAR),
+            "lora.target_modules leave out a linear layer": not adapter.everywhere,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -194,6 +194,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nf4", {"lora__init": "pissa"}, "stock: lora.init is pissa or olora"),
         ("nf4", {"lora__modules_to_save": ["lm_head"]}, "stock: lora.modules_to_save are trained"),
         ("nf4", {"lora__target_modules": ["q_proj", "v_proj"]}, "stock: lora.target_modules leave"),
+        (
+            "nf4",
+            {"lora__target_modules": r".*layers\.1\..*proj"},
+            "stock: lora.target_modules leave",
+        ),
         ("int8", {}, "stock: quantize.precision is int8"),
         ("bf16", {"train__method": "full"}, "stock: train.method is full"),
     ],
