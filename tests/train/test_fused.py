@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
@@ -40,6 +41,7 @@ SHAPE = {
 }
 KINDS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama with biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "mistral": MistralConfig(**SHAPE, sliding_window=32),
     "qwen2": Qwen2Config(**SHAPE),  # q, k and v have biases
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),  # queries and keys have norms
@@ -51,7 +53,17 @@ Gradients = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("fused")
-    return {kind: random_base(config, root / kind) for kind, config in KINDS.items()}
+    return {kind: with_biases(random_base(config, root / kind)) for kind, config in KINDS.items()}
+
+
+def with_biases(base: Path) -> Path:
+    """A fresh model's are zero: whoever forgot them would not be seen."""
+    weights = load_file(base / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith(".bias"):
+            tensor.normal_(std=0.5)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base
 
 
 def quantized(base: Path, precision: Any, compute: Any) -> Path:
@@ -74,8 +86,8 @@ def adapted(folder: Path) -> PeftModel:
     return model.train()
 
 
-def batch() -> packing.Packed:
-    random = np.random.default_rng(0)
+def batch(seed: int = 0) -> packing.Packed:
+    random = np.random.default_rng(seed)
     return packing.pack(
         [
             Example(random.integers(3, 300, n), random.random(n) < 0.6, i)
@@ -85,10 +97,12 @@ def batch() -> packing.Packed:
     )
 
 
-def step(model: PeftModel, likelihoods: Any, dtype: torch.dtype) -> tuple[torch.Tensor, Gradients]:
+def step(
+    model: PeftModel, likelihoods: Any, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, Gradients]:
     model.zero_grad()
     with autocast(CPU, dtype):
-        losses = likelihoods.negative_log_likelihoods(model, batch())
+        losses = likelihoods.negative_log_likelihoods(model, batch(seed))
     losses.mean().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return losses.detach(), found
@@ -126,13 +140,17 @@ def test_in_half_precision_gradients_are_no_further_from_fp32_than_those_of_the_
     for module in exact.modules():
         if hasattr(module, "quant_state") or hasattr(module, "compute_dtype"):
             module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-    _, truth = step(exact, scoring, torch.float32)
-    _, plain = step(adapted(folder), scoring, torch.bfloat16)
-    model = adapted(folder)
+    modules, model = adapted(folder), adapted(folder)
     fused.fuse(model)
-    _, found = step(model, fused, torch.bfloat16)
-    assert 1e-4 < distance(plain, truth) < 0.1
-    assert distance(found, truth) < 1.05 * distance(plain, truth)
+    ours, theirs = 0.0, 0.0
+    for seed in range(8):  # of one step alone, either may be a quarter nearer by chance
+        _, truth = step(exact, scoring, torch.float32, seed)
+        _, plain = step(modules, scoring, torch.bfloat16, seed)
+        _, found = step(model, fused, torch.bfloat16, seed)
+        ours += distance(found, truth) ** 2
+        theirs += distance(plain, truth) ** 2
+    assert 1e-4 < (theirs / 8) ** 0.5 < 0.1
+    assert ours < 1.2 * theirs
 
 
 def test_a_mask_is_made_only_where_a_conversation_is_longer_than_the_window(

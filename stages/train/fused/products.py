@@ -61,7 +61,7 @@ class Adapted:
         inner = x @ self.a.t()
         found = []
         for layer, part, b in zip(self._layers, self._parts(inner), self.b, strict=True):
-            start = added if added is not None else _bias(layer, self._dtype)
+            start = _start(layer, added, self._dtype)
             matrix = frozen_matrix(layer, self._dtype).t()
             y = x @ matrix if start is None else torch.addmm(start, x, matrix)
             del matrix
@@ -120,9 +120,13 @@ def dequantize_constants(model: nn.Module) -> None:
                 state.nested, state.state2, state.offset = False, None, None
 
 
-def _bias(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor | None:
+def _start(layer: LoraLayer, added: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """What a product is added to: the layer's bias, a residual stream, both or nothing."""
     bias: Any = layer.get_base_layer().bias
-    return None if bias is None else bias.detach().to(dtype)
+    if bias is None:
+        return added
+    bias = bias.detach().to(dtype)
+    return bias if added is None else added + bias
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
