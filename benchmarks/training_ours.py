@@ -27,6 +27,7 @@ from stages.train.loop import Data, Loop
 from stages.train.processes import Processes
 from stages.train.settings import Params
 from stages.train.steps import Steps
+from stages.train.training import helpers_of
 
 NO_CHECKPOINTS: Any = None  # a step neither reads nor writes them
 
@@ -55,7 +56,9 @@ def make_loop(
     if how.gradient_checkpointing:
         model.config.use_cache = False
         model.activation_checkpointing_enable({"use_reentrant": False})
-    loop = Loop(model, data, settings.train, how, Processes(), NO_CHECKPOINTS, len(steps) + 1)
+    helpers = helpers_of(model, how).__enter__()  # for as long as this process lives
+    every = len(steps) + 1
+    loop = Loop(model, data, settings.train, how, Processes(), NO_CHECKPOINTS, every, helpers)
     rows = tuple(map(tuple, steps))
     train = settings.train
     loop.steps = Given(
@@ -83,6 +86,7 @@ def take_step(loop: Loop) -> dict[str, Any]:
         matrix_rate.wait(device)
         seconds = time.perf_counter() - started
     after = loop.size
+    helped = loop.helpers.peak_bytes() if loop.helpers else 0
     return {
         "seconds": seconds,
         "matrix_rate": rate,
@@ -90,7 +94,7 @@ def take_step(loop: Loop) -> dict[str, Any]:
         "tokens": after.tokens - before.tokens,
         "supervised_tokens": after.supervised_tokens - before.supervised_tokens,
         "computed_tokens": after.computed_tokens - before.computed_tokens,
-        "peak_bytes": resident.peak_bytes(device),
+        "peak_bytes": resident.peak_bytes(device) + helped,
     }
 
 

@@ -9,7 +9,7 @@ from stages.plan.settings import Params
 from stages.shared import fitting, peak
 from stages.shared.adapter import of_parameters
 from stages.shared.fitting import GIB, Request
-from stages.shared.machine import device
+from stages.shared.machine import device, machine
 from stages.shared.refusal import refusal
 from stages.shared.tensors import Model, parameter_count
 from stages.shared.total_memory import total_memory_bytes
@@ -39,11 +39,15 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
     asked = figures.request(
         model, of_parameters(model.tensors, values.lora), values, found, total, kind
     )
+    if kind == "cpu":
+        workers = machine().workers or fitting.most_workers(values.train.batch_size)
+        asked = replace(asked, workers=workers)
     choice = fitting.choose(asked)
     lines = [f"this machine ({kind}, {total / GIB:.1f} GiB)", *_fitting(asked)]
     if choice is None:
         return "\n".join([*lines, f"  {refusal(asked)}"])
-    lines.append(f"  {table.choice(figures.chosen(asked))}")
+    side_by_side = f", {choice.workers} side by side" if choice.workers > 1 else ""
+    lines.append(f"  {table.choice(figures.chosen(asked))}{side_by_side}")
     tuning = replace(asked.tuning, gradient_checkpointing=choice.gradient_checkpointing)
     rate = operations_per_second(config, tuning, where)
     lines.append(f"  one block computes {rate / 1e9:,.0f} billion operations a second here;")

@@ -1,9 +1,11 @@
 """Which settings of the machine fit its memory, the fastest of them, and what to change if none.
 
-Pure functions of the model, the parameters, the data and the machine's total memory: never of free
-memory or of a timing, so that the same machine always computes in the same way.
+Pure functions of the model, the parameters, the data and the machine's cores and total memory:
+never of free memory or of a timing, so that the same machine always computes in the same way.
 """
 
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -18,6 +20,8 @@ from stages.shared.workspace import MicroBatch
 GIB = 2**30
 # Larger micro-batches gain nothing more. On a CPU: 300 tokens/s at 1,024 and 295 at 2,048.
 MICRO_BATCH_TOKENS = {"cuda": (8192, 4096, 2048, 1024, 512, 256), "cpu": (1024, 512, 256, 128)}
+# The most of each of several that work side by side: two at 512 are as fast as two at 1,024.
+WORKER_TOKENS = 512
 # Tokens whose products take as long as dequantizing the weights for them once does, which a
 # micro-batch pays however short it is: 2·P operations a token against 2.5·P bytes read and written.
 # From an A100's 312 Tflop/s (half of them reached) and 1.5 TB/s; it only orders candidates.
@@ -29,6 +33,12 @@ RESERVED_BYTES = {"cuda": 768 * 2**20, "cpu": 3 * GIB // 2}
 # Of a CPU's tensors that come and go: freed pages that the C library's heap keeps between others.
 HEAP_SHARE = 0.25
 TRANSIENT = ("activations", "logits", "workspace")
+# Of each that works beside the first on a CPU: its own interpreter's pages, and products.
+WORKER_BYTES = 128 * 2**20
+# Each dequantizes the weights for itself, and holds activations. Two have been measured.
+MOST_WORKERS = 4
+# Alone, with all cores, a step takes longer; measured on two (docs/performance.md).
+ALONE = 1.1
 ALLOCATION_ROUNDING = 512  # CUDA's allocator hands out multiples of it
 SEGMENT_BYTES = 20 * 2**20  # and holds one such segment that is not full, at the least
 
@@ -40,6 +50,7 @@ class Choice:
     micro_batch_tokens: int
     gradient_checkpointing: bool
     prediction: Prediction
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Request:
         gradient_checkpointing: None to choose.
         instead_of_full: the adapter that could be trained instead of all weights.
         scored: the micro-batches that held-out conversations are scored in, between steps.
+        workers: the most processes of a CPU that compute parts of a step, see `packing.divide`.
     """
 
     model: Model
@@ -65,9 +77,19 @@ class Request:
     gradient_checkpointing: bool | None = None
     instead_of_full: Adapter | None = None
     scored: frozenset[MicroBatch] = frozenset()
+    workers: int = 1
 
 
-def device_bytes(model: Model, tuning: Tuning, prediction: Prediction) -> int:
+def most_workers(batch_size: int) -> int:
+    """How many processes of this machine's CPU may compute a step: a core for each, at least.
+
+    Args:
+        batch_size: conversations a step; each needs one.
+    """
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS, batch_size)
+
+
+def device_bytes(model: Model, tuning: Tuning, prediction: Prediction, workers: int = 1) -> int:
     """What a device must have: live tensors, the allocator's rounding, and what else runs there.
 
     On CUDA half of 512 bytes is lost with each tensor on average, and a part of a segment. On a CPU
@@ -81,22 +103,25 @@ def device_bytes(model: Model, tuning: Tuning, prediction: Prediction) -> int:
         reserved += SEGMENT_BYTES + tensors * ALLOCATION_ROUNDING // 2
     else:
         reserved += int(HEAP_SHARE * sum(prediction.parts[name] for name in TRANSIENT))
+        reserved += WORKER_BYTES * (workers - 1)
     return prediction.total_bytes + reserved
 
 
-def fits(model: Model, tuning: Tuning, prediction: Prediction, total_bytes: int) -> bool:
+def fits(
+    model: Model, tuning: Tuning, prediction: Prediction, total_bytes: int, workers: int = 1
+) -> bool:
     """Whether a device with so much memory can do it."""
-    return device_bytes(model, tuning, prediction) <= total_bytes
+    return device_bytes(model, tuning, prediction, workers) <= total_bytes
 
 
 def choose(request: Request) -> Choice | None:
     """The fastest of the settings that fit; None if none does.
 
     Checkpointing is a forward pass more, so that it is off where it can be; a micro-batch is as
-    large as fits, since each dequantizes the weights anew.
+    large as fits, since each dequantizes the weights anew; of a CPU as many work as fit.
     """
     fitting = (c for c in _candidates(request) if _fits(request, c))
-    return min(fitting, key=lambda choice: _cost(request.tuning, choice), default=None)
+    return min(fitting, key=lambda c: (_cost(request.tuning, c), -c.workers), default=None)
 
 
 def smallest(request: Request) -> Choice:
@@ -105,25 +130,48 @@ def smallest(request: Request) -> Choice:
 
 
 def _candidates(request: Request) -> Iterator[Choice]:
+    scoring = {
+        on: [
+            peak.evaluation(request.model, _tuning(request, on), batch)
+            for batch in peak.undominated(request.scored)
+        ]
+        for on in (False, True)
+    }
     tokens, checkpointing = request.micro_batch_tokens, request.gradient_checkpointing
-    for limit in MICRO_BATCH_TOKENS[request.tuning.device] if tokens is None else (tokens,):
-        batches = peak.undominated(request.workload.micro_batches(limit))
-        for on in (False, True) if checkpointing is None else (checkpointing,):
-            tuning = replace(request.tuning, gradient_checkpointing=on)
-            training = peak.largest(request.model, tuning, batches)
-            scoring = (
-                peak.evaluation(request.model, tuning, batch)
-                for batch in peak.undominated(request.scored)
-            )
-            yield Choice(limit, on, max([training, *scoring], key=lambda p: p.total_bytes))
+    for workers in range(1, request.workers + 1):
+        for limit in _limits(request.tuning, workers) if tokens is None else (tokens,):
+            batches = peak.undominated(request.workload.micro_batches(limit, workers))
+            for on in (False, True) if checkpointing is None else (checkpointing,):
+                training = peak.largest(request.model, _tuning(request, on), batches)
+                all_that_can_be = [_side_by_side(training, workers), *scoring[on]]
+                yield Choice(limit, on, max(all_that_can_be, key=lambda p: p.total_bytes), workers)
+
+
+def _limits(tuning: Tuning, workers: int) -> list[int]:
+    most = WORKER_TOKENS if workers > 1 else math.inf
+    return [limit for limit in MICRO_BATCH_TOKENS[tuning.device] if limit <= most]
+
+
+def _side_by_side(alone: Prediction, workers: int) -> Prediction:
+    """At the worst each worker is at its peak at once; weights and the optimizer are there once."""
+    each = (*TRANSIENT, "gradients")
+    parts = {name: size * (workers if name in each else 1) for name, size in alone.parts.items()}
+    more = sum(parts.values()) - alone.total_bytes
+    return replace(alone, parts=parts, lowest_bytes=alone.lowest_bytes + more)
+
+
+def _tuning(request: Request, checkpointing: bool) -> Tuning:
+    return replace(request.tuning, gradient_checkpointing=checkpointing)
 
 
 def _fits(request: Request, choice: Choice) -> bool:
-    tuning = replace(request.tuning, gradient_checkpointing=choice.gradient_checkpointing)
-    return fits(request.model, tuning, choice.prediction, request.total_bytes)
+    tuning = _tuning(request, choice.gradient_checkpointing)
+    return fits(request.model, tuning, choice.prediction, request.total_bytes, choice.workers)
 
 
 def _cost(tuning: Tuning, choice: Choice) -> float:
     """Time of a token, in passes over the weights: forward, backward, and forward again."""
     passes = 3 if choice.gradient_checkpointing else 2
-    return passes * (1 + DEQUANTIZATION_TOKENS[tuning.device] / choice.micro_batch_tokens)
+    shared = 1.0 if choice.workers > 1 else ALONE
+    dequantizing = DEQUANTIZATION_TOKENS[tuning.device] / choice.micro_batch_tokens
+    return passes * shared * (1 + dequantizing)

@@ -25,6 +25,7 @@ class Machine(BaseSettings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int | None = Field(default=None, ge=1)  # how many share a step; unset: all GPUs
+    workers: int | None = Field(default=None, ge=1)  # of a CPU, that share a step; unset: chosen
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
     fused: bool = True  # false: a step is computed by the library's own modules

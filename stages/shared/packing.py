@@ -15,6 +15,8 @@ import torch
 from stages.shared.examples import Example
 from stages.shared.transfer import to_device
 
+UNEVEN = 1.1  # of what all would have if it were divided evenly, one has at most so much
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -74,3 +76,33 @@ def split(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
             bins.append([example])
             room.append(max_tokens - len(example))
     return bins
+
+
+def divide(examples: Sequence[Example], max_tokens: int, workers: int) -> list[list[list[Example]]]:
+    """The micro-batches of each that work side by side, with about as many tokens for each.
+
+    The longest conversation first, each to the one that has the fewest tokens. Where these differ
+    too much fewer work, with more cores for each: one that is done early waits for the others.
+
+    Args:
+        examples: the conversations of a step.
+        max_tokens: in a micro-batch, as of `split`.
+        workers: the most that work side by side.
+    """
+    tokens = sum(map(len, examples))
+    for sharing in range(workers, 1, -1):
+        parts = _even_parts(examples, sharing)
+        most = max(sum(map(len, part)) for part in parts)
+        if most * sharing <= UNEVEN * tokens:
+            return [split(part, max_tokens) for part in parts]
+    return [split(examples, max_tokens)]
+
+
+def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
+    parts: list[list[Example]] = [[] for _ in range(count)]
+    held = [0] * count
+    for example in sorted(examples, key=lambda e: (-len(e), e.row)):
+        index = held.index(min(held))
+        parts[index].append(example)
+        held[index] += len(example)
+    return parts

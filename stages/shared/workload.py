@@ -19,26 +19,30 @@ class Workload:
     """
 
     steps: Sequence[Sequence[Example]]
-    _packed: dict[int, set[MicroBatch]] = field(default_factory=dict, repr=False, compare=False)
+    _packed: dict[tuple[int, int], set[MicroBatch]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def longest(self) -> int:
         """Tokens of the longest conversation."""
         return max(len(example) for step in self.steps for example in step)
 
-    def micro_batches(self, tokens: int) -> set[MicroBatch]:
+    def micro_batches(self, tokens: int, workers: int = 1) -> set[MicroBatch]:
         """What goes through the model at once.
 
         Args:
             tokens: the most in a micro-batch; a longer conversation stands alone.
+            workers: the most that work side by side.
         """
-        if tokens not in self._packed:
-            self._packed[tokens] = {
+        if (tokens, workers) not in self._packed:
+            self._packed[tokens, workers] = {
                 micro_batch_of(batch)
                 for step in self.steps
-                for batch in packing.split(step, tokens)
+                for part in packing.divide(step, tokens, workers)
+                for batch in part
             }
-        return self._packed[tokens]
+        return self._packed[tokens, workers]
 
     def cut(self, length: int) -> "Workload":
         """The same with conversations of at most so many tokens, about as `prepare` cuts them."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stages.shared import models
+from stages.shared import fitting, models
 from stages.shared.errors import UserError
 from stages.shared.examples import Example
 from stages.shared.machine import device, machine
@@ -17,7 +17,13 @@ from stages.shared.tuning import Device
 from stages.train.fit import fit
 from stages.train.settings import Params
 
-NOTED = ("micro_batch_tokens", "gradient_checkpointing", "processes", "unfused_because")
+NOTED = (
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "workers",
+    "processes",
+    "unfused_because",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Computing:
         processes: how many devices a step is divided among.
         predicted_bytes: the most memory that it should need, on each device.
         unfused_because: why the library's own modules compute it; None if the fused functions do.
+        workers: how many forks of a process compute parts of a step, itself among them.
     """
 
     device: torch.device
@@ -41,6 +48,7 @@ class Computing:
     processes: int = 1
     predicted_bytes: int | None = None
     unfused_because: str | None = None
+    workers: int = 1
 
     @property
     def fused(self) -> bool:
@@ -77,9 +85,13 @@ def resolve(
     asked = noted or {
         "micro_batch_tokens": wanted.micro_batch_tokens,
         "gradient_checkpointing": wanted.gradient_checkpointing,
+        "workers": wanted.workers,
     }
+    processes = _processes(where, noted)
     kind: Device = "cuda" if where.type == "cuda" else "cpu"
-    fitting = fit(
+    alone = kind == "cuda" or processes > 1
+    workers = 1 if alone else asked["workers"] or fitting.most_workers(settings.train.batch_size)
+    found = fit(
         settings,
         model_folder,
         train,
@@ -88,16 +100,18 @@ def resolve(
         total_memory_bytes(kind),
         asked["micro_batch_tokens"],
         asked["gradient_checkpointing"],
+        workers,
         noted["unfused_because"] is None if noted else wanted.fused,
     )
     return Computing(
         device=where,
         dtype=models.compute_dtype(model_folder, where),
-        micro_batch_tokens=fitting.micro_batch_tokens,
-        gradient_checkpointing=fitting.gradient_checkpointing,
-        processes=_processes(where, noted),
-        predicted_bytes=fitting.predicted_bytes,
-        unfused_because=fitting.unfused_because,
+        micro_batch_tokens=found.micro_batch_tokens,
+        gradient_checkpointing=found.gradient_checkpointing,
+        processes=processes,
+        predicted_bytes=found.predicted_bytes,
+        unfused_because=found.unfused_because,
+        workers=found.workers,
     )
 
 

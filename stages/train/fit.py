@@ -28,12 +28,14 @@ class Fit:
         gradient_checkpointing: whether activations are computed again.
         predicted_bytes: what the device must have, see `fitting.device_bytes`.
         unfused_because: why the library's own modules compute it; None if the fused functions do.
+        workers: how many processes of a CPU compute parts of it.
     """
 
     micro_batch_tokens: int
     gradient_checkpointing: bool
     predicted_bytes: int
     unfused_because: str | None
+    workers: int
 
 
 def fit(
@@ -45,6 +47,7 @@ def fit(
     total_bytes: int,
     micro_batch_tokens: int | None = None,
     gradient_checkpointing: bool | None = None,
+    workers: int = 1,
     fusing: bool = True,
 ) -> Fit:
     """Choose what is not set: the fastest that fits, as the plan predicts it.
@@ -58,6 +61,7 @@ def fit(
         total_bytes: of the device's memory, or the budget.
         micro_batch_tokens: None to choose.
         gradient_checkpointing: None to choose.
+        workers: the most processes of a CPU that compute parts of a step.
         fusing: whether to use the fused functions where they cover what is trained.
 
     Raises:
@@ -87,18 +91,20 @@ def fit(
         gradient_checkpointing,
         instead_of_full=lora,
         scored=frozenset(map(micro_batch_of, packing.split(held_out, scoring.SCORING_TOKENS))),
+        workers=workers,
     )
     choice = fitting.choose(request)
     if choice is None:
         raise UserError(refusal(request))
     chosen = replace(tuning, gradient_checkpointing=choice.gradient_checkpointing)
-    predicted = fitting.device_bytes(model, chosen, choice.prediction)
+    predicted = fitting.device_bytes(model, chosen, choice.prediction, choice.workers)
     unknown = f"blocks of {model.kind} are not known" if model.block is None else None
     return Fit(
         choice.micro_batch_tokens,
         choice.gradient_checkpointing,
         predicted,
         tuning.unfused_because or unknown,
+        choice.workers,
     )
 
 

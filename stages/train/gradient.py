@@ -1,6 +1,7 @@
 """The gradient of one optimizer step, which does not depend on how the step was divided."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from stages.shared.precision import autocast
 from stages.shared.transfer import to_device
 from stages.train.computing import Computing
 from stages.train.fused import model as fused
+from stages.train.helpers import Helpers
 from stages.train.processes import Processes
 
 
@@ -48,6 +50,7 @@ def accumulate(
     computing: Computing,
     processes: Processes,
     scaler: torch.amp.GradScaler,
+    helpers: Helpers | None = None,
 ) -> tuple[float, StepSize]:
     """Add the gradient of a step's mean loss to the parameters' `grad`.
 
@@ -61,6 +64,7 @@ def accumulate(
         computing: the most tokens of a micro-batch, and what products run in.
         processes: among which the micro-batches are divided.
         scaler: of the loss, for fp16 on a GPU; disabled anywhere else.
+        helpers: of a process that trains alone, that compute a part.
 
     Returns:
         The loss in nats a supervised token, and what was computed on.
@@ -70,19 +74,49 @@ def accumulate(
     limit = computing.micro_batch_tokens
     if processes.size > 1:  # a step that would fit into one micro-batch occupies every process
         limit = min(limit, -(-tokens // processes.size))
+        own, others = packing.split(examples, limit)[processes.share], []
+    else:
+        own, *others = packing.divide(examples, limit, helpers.workers if helpers else 1)
+    summed = torch.zeros(3, dtype=torch.float64, device=computing.device)
+    parts = [(part, limit, supervised) for part in others]
+    with helpers.beside(parts, summed) if helpers else nullcontext():
+        summed += backward(model, own, limit, supervised, computing, scaler)
+    processes.add_up([summed])
+    _share_gradients(model, processes)
+    mean, *counted = summed.tolist()
+    return mean, StepSize(tokens, supervised, *map(int, counted))
+
+
+def backward(
+    model: nn.Module,
+    micro_batches: Sequence[Sequence[Example]],
+    limit: int,
+    supervised: int,
+    computing: Computing,
+    scaler: torch.amp.GradScaler,
+) -> torch.Tensor:
+    """Add the gradients of some of a step's micro-batches to the parameters' `grad`.
+
+    Args:
+        model: as for `accumulate`.
+        micro_batches: the conversations of each.
+        limit: the most tokens that one of them could have had.
+        supervised: tokens of the whole step.
+        computing: what products run in.
+        scaler: of the loss.
+
+    Returns:
+        fp64 [3]: their part of the loss; `computed_tokens` and `capacity_tokens` of `StepSize`.
+    """
     loss = torch.zeros(1, dtype=torch.float64, device=computing.device)
     computed = capacity = 0  # counted here: a device would have to be waited for
-    for micro_batch in packing.split(examples, limit)[processes.share]:
+    for micro_batch in micro_batches:
         batch = packing.pack(micro_batch, computing.device)
         loss += _backward(model, batch, supervised, computing, scaler)
         computed += batch.input_ids.numel()
         capacity += max(limit, batch.input_ids.numel())
     sizes = to_device(np.array([computed, capacity], dtype=np.float64), computing.device)
-    summed = torch.cat([loss, sizes])
-    processes.add_up([summed])
-    _share_gradients(model, processes)
-    mean, *counted = summed.tolist()
-    return mean, StepSize(tokens, supervised, *map(int, counted))
+    return torch.cat([loss, sizes])
 
 
 def _backward(

@@ -19,9 +19,10 @@ from stages.shared.errors import Stopped, UserError
 from stages.shared.examples import Example
 from stages.train import gradient, optimizers, trainable
 from stages.train.checkpoints import Checkpoints
-from stages.train.computing import Computing
+from stages.train.computing import Computing, peak_memory_bytes
 from stages.train.curve import Curve
 from stages.train.gradient import StepSize
+from stages.train.helpers import Helpers
 from stages.train.interruption import Interrupted, Interruption
 from stages.train.processes import Processes
 from stages.train.settings import Train
@@ -48,9 +49,10 @@ class Loop:
         processes: Processes,
         checkpoints: Checkpoints,
         checkpoint_every: int,
+        helpers: Helpers | None = None,
     ) -> None:
         self.model, self.data, self.params = model, data, params
-        self.computing, self.processes = computing, processes
+        self.computing, self.processes, self.helpers = computing, processes, helpers
         self.checkpoints, self.checkpoint_every = checkpoints, checkpoint_every
         self.steps = Steps.of(params, len(data.train))
         self.optimizer = optimizers.make_optimizer(model, params, computing.device)
@@ -108,6 +110,11 @@ class Loop:
         self.size = StepSize(**state["size"])
         self.seconds = state["seconds"]
 
+    def peak_memory_bytes(self) -> int:
+        """The most that was held, by the helpers too."""
+        own = peak_memory_bytes(self.computing.device)
+        return own + (self.helpers.peak_bytes() if self.helpers else 0)
+
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.done,
@@ -132,6 +139,7 @@ class Loop:
                 self.computing,
                 self.processes,
                 self.scaler,
+                self.helpers,
             )
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(
@@ -157,9 +165,10 @@ class Loop:
 
     def _give_back_freed_memory(self) -> None:
         """On a CPU, so that what the process holds stays near what its tensors need."""
-        predicted = self.computing.predicted_bytes
-        if self.computing.device.type == "cpu" and predicted:
-            heap.trim_above(predicted)
+        helpers, predicted = self.helpers, self.computing.predicted_bytes
+        limit = helpers.resident_limit if helpers else predicted
+        if self.computing.device.type == "cpu" and limit:
+            heap.trim_above(limit)
 
     def _refuse_nonfinite(self, loss: float, norm: float, rate: float, rows: list[int]) -> None:
         """Before the optimizer has touched a weight."""

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from stages.shared.examples import read_examples
+from stages.shared.examples import Example, read_examples
 from stages.shared.machine import device, machine, root
-from stages.train import computing, optimizers, processes, trainable
+from stages.train import computing, gradient, optimizers, processes, trainable
 from stages.train.checkpoints import Checkpoint, Checkpoints, claim
 from stages.train.computing import Computing
 from stages.train.curve import Curve
 from stages.train.environment import environment
 from stages.train.fingerprint import fingerprint
 from stages.train.fused.model import fuse
+from stages.train.helpers import Helpers
 from stages.train.loop import Data, Loop
 from stages.train.processes import Processes
 from stages.train.settings import Params
@@ -96,15 +97,26 @@ def _train(
         model.config.use_cache = False
         model.activation_checkpointing_enable({"use_reentrant": False})
     every = machine().checkpoint_steps
-    loop = Loop(model, data, settings.train, how, among, checkpoints, every)
-    if checkpoint is not None:
-        loop.load(checkpoint.state())
-    elif among.leads:
-        checkpoints.require_space(
-            learning_parameters(model), optimizers.STATE_BYTES[settings.train.optimizer]
-        )
-    loop.run()
-    return Outcome(_metrics(loop), loop.curve, environment(where))
+    with helpers_of(model, how) as helpers:
+        loop = Loop(model, data, settings.train, how, among, checkpoints, every, helpers)
+        if checkpoint is not None:
+            loop.load(checkpoint.state())
+        elif among.leads:
+            checkpoints.require_space(
+                learning_parameters(model), optimizers.STATE_BYTES[settings.train.optimizer]
+            )
+        loop.run()
+        return Outcome(_metrics(loop), loop.curve, environment(where))
+
+
+def helpers_of(model: torch.nn.Module, how: Computing) -> Helpers:
+    """Those that compute parts of a step as this process does, on a CPU."""
+    unscaled = torch.amp.GradScaler("cpu", enabled=False)
+
+    def work(micro_batches: list[list[Example]], limit: int, supervised: int) -> torch.Tensor:
+        return gradient.backward(model, micro_batches, limit, supervised, how, unscaled)
+
+    return Helpers(model, how.workers, work, how.predicted_bytes)
 
 
 def learning_parameters(model: torch.nn.Module) -> int:
@@ -124,7 +136,7 @@ def _metrics(loop: Loop) -> dict[str, Any]:
         "best_step": curve.best_step,
         "best_epoch": curve.rows[curve.best_step]["epoch"],
         "stopped_early": loop.done < loop.steps.total,
-        "peak_memory_bytes": computing.peak_memory_bytes(how.device),
+        "peak_memory_bytes": loop.peak_memory_bytes(),
         "predicted_memory_bytes": how.predicted_bytes,
         "tokens_per_second": round(size.tokens / loop.seconds, 1),
         "supervised_tokens_per_second": round(size.supervised_tokens / loop.seconds, 1),
@@ -132,6 +144,7 @@ def _metrics(loop: Loop) -> dict[str, Any]:
         "packing_efficiency": round(size.tokens / size.capacity_tokens, 4),
         "device": how.device.type,
         "devices": how.processes,
+        "workers": how.workers,
         "optimizer": type(loop.optimizer).__name__,
         "micro_batch_tokens": how.micro_batch_tokens,
         "gradient_checkpointing": how.gradient_checkpointing,

@@ -89,6 +89,31 @@ def test_micro_batches_are_those_that_training_packs():
     assert Workload(steps).longest == 90
 
 
+def small_on_a_cpu(gib: float, **asked) -> Request:
+    tuning = Tuning("nf4", adapter_of(SMOLLM2.tensors, rank=16), double_quant=True, device="cpu")
+    work = workload.of_counts(longest=256, batch_size=8, supervised_share=0.5)
+    return Request(SMOLLM2, tuning, work, int(gib * GIB), **asked)
+
+
+def test_as_many_work_side_by_side_as_fit():
+    """Each has activations and gradients of its own; the weights and the optimizer are shared."""
+    alone = fitting.choose(small_on_a_cpu(16))
+    two = fitting.choose(small_on_a_cpu(16, workers=2))
+    assert alone and two
+    assert (alone.workers, two.workers) == (1, 2)
+    assert two.micro_batch_tokens == fitting.WORKER_TOKENS < alone.micro_batch_tokens
+    each = fitting.choose(small_on_a_cpu(16, micro_batch_tokens=two.micro_batch_tokens))
+    assert each
+    for name, size in two.prediction.parts.items():
+        shared = name in ("weights", "adapter", "optimizer")
+        assert size == each.prediction.parts[name] * (1 if shared else 2), name
+    little = fitting.device_bytes(SMOLLM2, small_on_a_cpu(1).tuning, alone.prediction) / GIB
+    some = fitting.choose(small_on_a_cpu(little, workers=4))
+    assert some and some.workers < 4
+    least = fitting.smallest(small_on_a_cpu(16, workers=4))
+    assert least.workers == 1
+
+
 CANNOT_FIT = {
     "all set by the user": request(14, micro_batch_tokens=4096, gradient_checkpointing=False),
     "a quarter of what nf4 without double quantization needs": request(7, Tuning("nf4", ADAPTER)),

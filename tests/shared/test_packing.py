@@ -138,3 +138,27 @@ def test_score_is_the_mean_over_tokens_and_leaves_the_model_in_its_mode() -> Non
         expected.append(-chosen[torch.from_numpy(example.loss_mask[1:])].sum().item())
     assert sums == pytest.approx(expected, rel=1e-5)
     assert scoring.mean_loss(sums, tokens) == pytest.approx(sum(expected) / tokens.sum(), rel=1e-5)
+
+
+def test_those_that_work_side_by_side_get_equal_parts() -> None:
+    examples = conversations((9, 4, 17, 6, 12, 8))
+    first, second = packing.divide(examples, 20, 2)
+    lengths = [[len(e) for batch in part for e in batch] for part in (first, second)]
+    assert sorted(lengths[0] + lengths[1]) == sorted(map(len, examples))
+    assert [sum(part) for part in lengths] == [29, 27]
+    assert all(sum(map(len, batch)) <= 20 for part in (first, second) for batch in part)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "workers"),
+    [((9,), 1), ((9, 4), 1), ((9, 9), 2), ((9, 9, 9), 3), ((30, 10, 10, 10), 2)],
+)
+def test_fewer_work_where_parts_would_be_uneven(lengths: tuple[int, ...], workers: int) -> None:
+    parts = packing.divide(conversations(lengths), 100, 3)
+    assert len(parts) == workers
+    assert sum(len(e) for part in parts for batch in part for e in batch) == sum(lengths)
+
+
+def test_one_alone_has_all_micro_batches() -> None:
+    examples = conversations()
+    assert packing.divide(examples, 20, 1) == [packing.split(examples, 20)]

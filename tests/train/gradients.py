@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from stages.shared.examples import Example, read_examples
-from stages.train import gradient, trainable
+from stages.train import gradient, trainable, training
 from stages.train.computing import Computing
 from stages.train.fused.model import fuse
 from stages.train.processes import Processes
@@ -45,8 +45,10 @@ def of_step(
     checkpointing: bool,
     attention: str | None = None,
     path: str = "fused",
+    workers: int = 1,
+    steps: int = 1,
 ) -> tuple[float, Gradients]:
-    """Loss and gradients, as the loop computes them."""
+    """Loss and gradients of the last of some equal steps, as the loop computes them."""
     model = learning_model(model_folder, checkpointing)
     if attention:
         model.set_attn_implementation(attention)
@@ -57,11 +59,15 @@ def of_step(
         checkpointing,
         among.size,
         unfused_because=None if path == "fused" else path,
+        workers=workers,
     )
     if how.fused:
         fuse(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss, _ = gradient.accumulate(model, chosen(data, rows), how, among, scaler)
+    with training.helpers_of(model, how) as helpers:
+        for _ in range(steps):
+            model.zero_grad()
+            loss, _ = gradient.accumulate(model, chosen(data, rows), how, among, scaler, helpers)
     return loss, gradients(model)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared import heap, machine
+from stages.shared import fitting, heap, machine
 from stages.shared.errors import UserError
 from tests import tiny
 from tests.train.running import run, settings, train_on
@@ -39,20 +39,24 @@ def test_what_is_unset_is_chosen_and_what_is_set_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tiny.prepared(tmp_path / "prepared")
+    monkeypatch.setattr(fitting, "most_workers", lambda batch_size: 2)
     for name, tokens, checkpointing in (("unset", None, None), ("set", 77, True)):
         machine.machine.cache_clear()
         if tokens:
+            monkeypatch.setenv("QLORA_WORKERS", "1")
             monkeypatch.setenv("QLORA_MICRO_BATCH_TOKENS", str(tokens))
             monkeypatch.setenv("QLORA_GRADIENT_CHECKPOINTING", str(checkpointing))
         metrics, *_ = run(tmp_path / name, data, "nf4", train__max_steps=2)
-        assert metrics["micro_batch_tokens"] == (tokens or 1024)
+        assert metrics["workers"] == (1 if tokens else 2)
+        assert metrics["micro_batch_tokens"] == (tokens or fitting.WORKER_TOKENS)
         assert metrics["gradient_checkpointing"] == bool(checkpointing)
-        assert 1.5 * 2**30 < metrics["predicted_memory_bytes"] < 1.6 * 2**30
+        assert 1.5 * 2**30 < metrics["predicted_memory_bytes"] < (1.6 if tokens else 1.75) * 2**30
 
 
 def test_freed_memory_is_given_back_before_a_step_above_what_was_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("QLORA_WORKERS", "1")
     limits: list[int] = []
     monkeypatch.setattr(heap, "trim_above", limits.append)
     data = tiny.prepared(tmp_path / "prepared")

@@ -92,6 +92,21 @@ def test_two_processes_have_the_same_gradient(folders: tuple[Path, Path]) -> Non
         assert loss == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("path", ["fused", "stock"])
+@pytest.mark.parametrize("rows", [WHOLE, SHORT, ONE], ids=["whole", "short", "one"])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_helpers_have_the_same_gradient(
+    folders: tuple[Path, Path], rows: list[int], workers: int, path: str
+) -> None:
+    """In a second step, too: what they found in the first is not in it."""
+    loss, found = of_step(
+        Processes(), CPU, *folders, rows, 70, False, path=path, workers=workers, steps=2
+    )
+    assert difference(found, by_the_book(folders, rows)) < 1e-5
+    alone, _ = of_step(Processes(), CPU, *folders, rows, 70, False, path=path)
+    assert loss == pytest.approx(alone, rel=1e-6)
+
+
 def test_a_loss_averaged_by_micro_batch_would_not_pass(folders: tuple[Path, Path]) -> None:
     """What trainers do that divide by the tokens of each micro-batch: the test must see it."""
     expected = by_the_book(folders, WHOLE)

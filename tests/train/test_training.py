@@ -94,17 +94,20 @@ def test_a_step_has_one_gradient_however_it_is_divided(
 ) -> None:
     from stages.shared import machine
 
-    losses = []
-    for tokens in ("1", "64", "4096"):
+    norms = []
+    for tokens, workers in (("1", "1"), ("64", "1"), ("4096", "1"), ("4096", "2"), ("30", "3")):
         monkeypatch.setenv("QLORA_MICRO_BATCH_TOKENS", tokens)
+        monkeypatch.setenv("QLORA_WORKERS", workers)
         machine.machine.cache_clear()
-        (tmp_path / tokens).mkdir()
-        metrics, curve, _ = run(tmp_path / tokens, data, "fp32", train__max_steps=4)
+        folder = tmp_path / f"{tokens} {workers}"
+        folder.mkdir()
+        metrics, curve, _ = run(folder, data, "fp32", train__max_steps=4)
         assert metrics["micro_batch_tokens"] == int(tokens)
-        losses.append([curve.rows[s]["gradient_norm"] for s in range(1, 5)])
+        assert metrics["workers"] == int(workers)
+        norms.append([curve.rows[s]["gradient_norm"] for s in range(1, 5)])
     machine.machine.cache_clear()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+    for other in norms[1:]:
+        assert norms[0] == pytest.approx(other, rel=1e-4)
 
 
 def test_evaluating_in_between_leaves_quantized_weights_alone(tmp_path: Path, data: Path) -> None:
