@@ -41,7 +41,8 @@ MICRO_BATCHES = (1, 2, 4, 8)  # that the peer is tried with
 ROUNDS = 4  # at least, the first of them to warm up
 LONGER = {"sample": 1, "real": 3}  # how much of the time a comparison gets, beside the others
 LOSS_TOLERANCE = 0.01
-RESOLVED = ("micro_batch_tokens", "gradient_checkpointing", "unfused_because")  # of ours, noted
+# Of ours, noted.
+RESOLVED = ("micro_batch_tokens", "gradient_checkpointing", "unfused_because", "workers")
 
 
 def allocators() -> dict[str, dict[str, str]]:

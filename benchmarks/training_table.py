@@ -57,7 +57,8 @@ def computed(resolved: Mapping[str, Any]) -> str:
     return (
         f"micro-batches of {resolved['micro_batch_tokens']:,} tokens, "
         f"{'' if resolved['gradient_checkpointing'] else 'not '}checkpointed, "
-        f"{'fused' if because is None else f'not fused ({because})'}"
+        f"{'fused' if because is None else f'not fused ({because})'}, "
+        f"{resolved['workers']} side by side"
     )
 
 

@@ -81,28 +81,63 @@ def split(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
 def divide(examples: Sequence[Example], max_tokens: int, workers: int) -> list[list[list[Example]]]:
     """The micro-batches of each that work side by side, with about as many tokens for each.
 
-    The longest conversation first, each to the one that has the fewest tokens. Where these differ
-    too much fewer work, with more cores for each: one that is done early waits for the others.
+    Where these differ too much fewer work, with more cores for each: one that is done early waits
+    for the others.
 
     Args:
         examples: the conversations of a step.
         max_tokens: in a micro-batch, as of `split`.
         workers: the most that work side by side.
     """
-    tokens = sum(map(len, examples))
     for sharing in range(workers, 1, -1):
         parts = _even_parts(examples, sharing)
-        most = max(sum(map(len, part)) for part in parts)
-        if most * sharing <= UNEVEN * tokens:
+        if max(map(_tokens, parts)) * sharing <= UNEVEN * _tokens(examples):
             return [split(part, max_tokens) for part in parts]
     return [split(examples, max_tokens)]
 
 
 def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
+    """Parts with about as many tokens each.
+
+    The longest conversation first, each to the part with the fewest tokens. Then one of the fullest
+    part is exchanged for one of another, or for none, for as long as that evens out the two.
+
+    Source: Graham 1969, Bounds on Multiprocessing Timing Anomalies, for the first.
+    """
     parts: list[list[Example]] = [[] for _ in range(count)]
-    held = [0] * count
     for example in sorted(examples, key=lambda e: (-len(e), e.row)):
-        index = held.index(min(held))
-        parts[index].append(example)
-        held[index] += len(example)
+        min(parts, key=_tokens).append(example)
+    while exchange := _best_exchange(parts):
+        fullest, other, mine, theirs = exchange
+        moved = [fullest.pop(mine)]
+        fullest += [other.pop(theirs)] if theirs is not None else []
+        other += moved
     return parts
+
+
+def _best_exchange(
+    parts: Sequence[list[Example]],
+) -> tuple[list[Example], list[Example], int, int | None] | None:
+    """What leaves the fullest part and another the least apart; None if all leave them further.
+
+    Returns:
+        Both parts, the place in the first, and that in the second, which is None for nothing.
+    """
+    fullest = max(parts, key=_tokens)
+    found = [
+        (abs(gap - 2 * moved), fullest, other, mine, theirs)
+        for other in parts
+        if (gap := _tokens(fullest) - _tokens(other)) > 0
+        for mine in range(len(fullest))
+        for theirs in (None, *range(len(other)))
+        if 0 < (moved := len(fullest[mine]) - _length(other, theirs)) < gap
+    ]
+    return min(found, key=lambda exchange: exchange[0])[1:] if found else None
+
+
+def _length(examples: Sequence[Example], place: int | None) -> int:
+    return 0 if place is None else len(examples[place])
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(map(len, examples))

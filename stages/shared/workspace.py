@@ -6,7 +6,6 @@ those of which the loss is taken. Results are in bytes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from stages.shared import batched_attention, memory
 from stages.shared.alike import alike
@@ -209,16 +208,13 @@ def mask_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
 def optimizer_step_bytes(model: Model, tuning: Tuning) -> int:
     """Temporaries of the update, which goes from one trained tensor to the next.
 
-    AdamW of torch, on a CPU: 8·P of the root and its quotient, and 4·P of the tensor before, whose
-    quotient still has a name. 8-bit AdamW of bitsandbytes on a CPU: 20·P of both moments, the
-    scaled gradient, the root and its quotient, in fp32. On CUDA one fused kernel, and nothing.
+    8-bit AdamW of bitsandbytes on a CPU: 20·P of both moments, the scaled gradient, the root and
+    its quotient, in fp32. Elsewhere one fused kernel, and nothing.
 
-    Sources: torch 2.13, torch/optim/adam.py, `_single_tensor_adam`; bitsandbytes 0.50.2,
-    bitsandbytes/backends/cpu/ops.py, `_optimizer_update_8bit_blockwise_cpu`.
+    Source: bitsandbytes 0.50.2, bitsandbytes/backends/cpu/ops.py,
+    `_optimizer_update_8bit_blockwise_cpu`.
     """
-    if tuning.device == "cuda":
+    if tuning.device == "cuda" or tuning.optimizer != "adamw_8bit":
         return 0
     sizes = tuning.trained_sizes(model)
-    if tuning.optimizer == "adamw_8bit":
-        return 20 * max((p for p in sizes if p >= memory.ADAM_8BIT_MINIMUM), default=0)
-    return max(8 * size + 4 * before for before, size in pairwise([0, *sizes]))
+    return 20 * max((p for p in sizes if p >= memory.ADAM_8BIT_MINIMUM), default=0)

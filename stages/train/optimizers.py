@@ -1,6 +1,8 @@
 """The optimizer and its schedule, and how their states come back as what they were."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from transformers import get_scheduler
 from stages.train.settings import Train
 
 # By parameter and kind of device. Paged: the same arithmetic, and states that may leave a full GPU.
-OPTIMIZERS: dict[tuple[str, str], type[Optimizer]] = {
-    ("adamw", "cpu"): AdamW,
+# On a CPU torch's one kernel, four times as fast as a call for each operation on each tensor.
+OPTIMIZERS: dict[tuple[str, str], Callable[..., Optimizer]] = {
+    ("adamw", "cpu"): partial(AdamW, fused=True),
     ("adamw", "cuda"): PagedAdamW32bit,
     ("adamw_8bit", "cpu"): AdamW8bit,
     ("adamw_8bit", "cuda"): PagedAdamW8bit,

@@ -56,6 +56,7 @@ def comparison(*rounds, micro_batch=4, allocator="stock"):
         "micro_batch_tokens": 1024,
         "gradient_checkpointing": False,
         "unfused_because": None,
+        "workers": 2,
     }
     return Comparison("tiny", allocator, micro_batch, packed, before, resolved, made)
 

@@ -66,7 +66,7 @@ def test_what_was_kept_scores_exactly_what_was_reported(
 
 def test_the_best_evaluation_is_kept_and_patience_stops(tmp_path: Path, data: Path) -> None:
     metrics, curve, keep = run(
-        tmp_path, data, "fp32", train__epochs=30, train__learning_rate=0.3, train__patience=2
+        tmp_path, data, "fp32", train__epochs=30, train__learning_rate=3.0, train__patience=2
     )
     losses = {s: r["eval_loss"] for s, r in curve.rows.items() if "eval_loss" in r}
     assert metrics["stopped_early"]
