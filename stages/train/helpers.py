@@ -65,6 +65,7 @@ class Helpers:
             for parameter, shared in zip(self._learning, _shared_like(self._learning), strict=True):
                 parameter.data = shared.copy_(parameter.data)
             gc.collect()
+            gc.freeze()  # what is looked through for garbage is written to, and copied by who writes
             heap.trim()
             if self.resident_limit:  # what is resident now is there once for all
                 once = min(heap.resident_bytes(), self.resident_limit)
@@ -83,6 +84,8 @@ class Helpers:
     ) -> None:
         for helper in self._helpers:
             helper.end()
+        if self._helpers:
+            gc.unfreeze()
         self._helpers.clear()
 
     def _fork(self) -> None:
@@ -108,7 +111,7 @@ class Helpers:
         threads, seed = max(1, cores // (1 + len(parts))), torch.initial_seed()
         busy = self._helpers[: len(parts)]
         for helper, part in zip(busy, parts, strict=True):
-            helper.channel.send((threads, seed + helper.index, part))
+            helper.ask((threads, seed + helper.index, part))
         torch.set_num_threads(threads)
         try:
             yield
@@ -124,7 +127,7 @@ class Helpers:
     def peak_bytes(self) -> int:
         """The most memory that the forks held of their own, together."""
         for helper in self._helpers:
-            helper.channel.send(None)
+            helper.ask(None)
         return sum(helper.answer() for helper in self._helpers)
 
 
@@ -160,6 +163,17 @@ class _Helper:
         os.waitpid(self.process, 0)
         self.channel.close()
 
+    def ask(self, question: Any) -> None:
+        """Have it begin.
+
+        Raises:
+            UserError: it was ended from outside.
+        """
+        try:
+            self.channel.send(question)
+        except OSError:
+            raise self._missed() from None
+
     def answer(self) -> Any:
         """What it has found.
 
@@ -168,15 +182,18 @@ class _Helper:
         """
         try:
             answer = self.channel.recv()
-        except EOFError:
-            raise UserError(
-                f"a helper of the training, process {self.process}, was ended from outside; "
-                "expected it to live as long as the training; if the machine ran out of memory, "
-                "lower QLORA_MICRO_BATCH_TOKENS or set QLORA_WORKERS to 1"
-            ) from None
+        except (EOFError, OSError):
+            raise self._missed() from None
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _missed(self) -> UserError:
+        return UserError(
+            f"a helper of the training, process {self.process}, was ended from outside; expected "
+            "it to live as long as the training; if the machine ran out of memory, lower "
+            "QLORA_MICRO_BATCH_TOKENS or set QLORA_WORKERS to 1"
+        )
 
 
 def _serve(channel: Connection, find: Callable[..., Any]) -> None:

@@ -114,17 +114,18 @@ def test_an_error_of_a_helper_is_raised_here() -> None:
         pass
 
 
-def test_a_helper_that_was_killed_ends_in_one_line() -> None:
+@pytest.mark.parametrize("before", [False, True], ids=["while it computes", "between two steps"])
+def test_a_helper_that_was_killed_ends_in_one_line(before: bool) -> None:
     def die() -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
         return torch.zeros(1)
 
-    with (
-        Helpers(linear(), 2, die) as helpers,
-        pytest.raises(UserError) as error,
-        helpers.beside([()], torch.zeros(1)),
-    ):
-        pass
+    with Helpers(linear(), 2, die) as helpers:
+        if before:
+            os.kill(helpers._helpers[0].process, signal.SIGKILL)
+            time.sleep(0.5)
+        with pytest.raises(UserError) as error, helpers.beside([()], torch.zeros(1)):
+            pass
     line = str(error.value)
     assert line.startswith("a helper of the training, process ")
     assert "QLORA_WORKERS to 1" in line
