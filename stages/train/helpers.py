@@ -65,7 +65,7 @@ class Helpers:
             for parameter, shared in zip(self._learning, _shared_like(self._learning), strict=True):
                 parameter.data = shared.copy_(parameter.data)
             gc.collect()
-            gc.freeze()  # what is looked through for garbage is written to, and copied by who writes
+            gc.freeze()  # looking for garbage writes to what is looked at: pages would be copied
             heap.trim()
             if self.resident_limit:  # what is resident now is there once for all
                 once = min(heap.resident_bytes(), self.resident_limit)
