@@ -319,7 +319,7 @@ def test_the_tables_are_made_of_the_committed_figures_alone():
     text = training_table.text(found)
     assert "| tiny | stock | unpacked, 4 at once (20% padding) | 50 | 20 | **2.50**" in text
     assert "| 1.00 (0.10 before) | 1.00 (0.20 before) | 1.00 | 1 |" in text
-    assert "Ours: micro-batches of 1,024 tokens, not checkpointed, fused." in text
+    assert "Ours: micro-batches of 1,024 tokens, not checkpointed, fused, 2 side by side." in text
     assert "| tiny | 4 | 50 | 400 | 1.00 |" in text
 
 
