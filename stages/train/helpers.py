@@ -197,18 +197,27 @@ class _Helper:
 
 
 def _serve(channel: Connection, find: Callable[..., Any]) -> None:
-    """What a fork does: it computes what it is asked to, until nobody is left who could ask."""
+    """What a fork does: it computes what it is asked to, until nobody is left who could ask.
+
+    Another thread computes, so that this one sees at once that the training was killed: a fork
+    would hold the lock on its checkpoints until its part of the step was done.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # the training hears them, and ends it
         signal.signal(number, signal.SIG_IGN)
+    computing = ThreadPoolExecutor(1)
     while True:
         try:
             asked = channel.recv()
-        except EOFError:
-            return
-        try:
-            channel.send(_own_peak_bytes() if asked is None else find(*asked))
-        except Exception as error:  # for the process that asked
-            channel.send(error)
+        except (EOFError, OSError):
+            os._exit(0)
+        computing.submit(_answer, channel, find, asked)
+
+
+def _answer(channel: Connection, find: Callable[..., Any], asked: tuple[Any, ...] | None) -> None:
+    try:
+        channel.send(_own_peak_bytes() if asked is None else find(*asked))
+    except Exception as error:  # for the process that asked
+        channel.send(error)
 
 
 def _found(

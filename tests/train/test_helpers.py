@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from stages.shared import heap
@@ -164,19 +165,27 @@ def test_one_worker_alone_forks_nothing() -> None:
 
 
 ENDS_AT_ONCE = """
-import os, sys
+import sys, time
 import torch
+from filelock import FileLock
 from stages.train.helpers import Helpers
-helpers = Helpers(torch.nn.Linear(2, 2), 3, print).__enter__()
+FileLock(sys.argv[1]).acquire()
+helpers = Helpers(torch.nn.Linear(2, 2), 3, lambda: time.sleep(60)).__enter__()
+helpers._helpers[0].ask((1, 0, ()))  # one of them computes, the other waits
+time.sleep(0.5)
 print(*[helper.process for helper in helpers._helpers], flush=True)
 sys.stdin.read()
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, None], ids=["killed", "ended"])
-def test_no_helper_outlives_its_training(how: signal.Signals | None) -> None:
+def test_no_helper_outlives_its_training_and_its_locks(
+    tmp_path: Path, how: signal.Signals | None
+) -> None:
     training = subprocess.Popen(
-        [sys.executable, "-c", ENDS_AT_ONCE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", ENDS_AT_ONCE, tmp_path / "lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert training.stdout is not None
     helpers = [int(number) for number in training.stdout.readline().split()]
@@ -185,7 +194,8 @@ def test_no_helper_outlives_its_training(how: signal.Signals | None) -> None:
     if how:
         training.send_signal(how)
     training.communicate()
-    for _ in range(100):
+    FileLock(tmp_path / "lock").acquire(timeout=5)
+    for _ in range(50):
         if not any(_runs(number) for number in helpers):
             return
         time.sleep(0.1)
