@@ -151,7 +151,7 @@ def test_what_is_resident_before_they_fork_is_shared_and_the_rest_divided() -> N
     predicted = 2 * heap.resident_bytes()
     with Helpers(linear(), 4, lambda: torch.zeros(1), predicted) as helpers:
         assert helpers.resident_limit
-        assert 0.55 * predicted < helpers.resident_limit < 0.7 * predicted
+        assert 0.25 * predicted < helpers.resident_limit < 0.7 * predicted  # a trim comes first
     assert Helpers(linear(), 1, lambda: torch.zeros(1), predicted).resident_limit == predicted
 
 
