@@ -7,7 +7,6 @@ memory that both see.
 """
 
 import gc
-import mmap
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,8 +22,8 @@ from torch import nn
 
 from stages.shared import heap
 from stages.shared.errors import UserError
+from stages.train.forked_memory import own_peak_bytes, shared_like
 
-ALIGNMENT = 64  # bytes, a line of the cache
 Work = Callable[..., torch.Tensor]
 
 
@@ -62,7 +60,7 @@ class Helpers:
     def __enter__(self) -> Self:
         if self.workers > 1:
             self._model.train()
-            for parameter, shared in zip(self._learning, _shared_like(self._learning), strict=True):
+            for parameter, shared in zip(self._learning, shared_like(self._learning), strict=True):
                 parameter.data = shared.copy_(parameter.data)
             gc.collect()
             gc.freeze()  # looking for garbage writes to what is looked at: pages would be copied
@@ -143,7 +141,7 @@ class _Helper:
         resident_limit: int | None,
     ) -> None:
         self.index = index
-        self.gradients = _shared_like(learning)
+        self.gradients = shared_like(learning)
         self.channel, its = Pipe()
         self.process = os.fork()
         if self.process == 0:
@@ -215,7 +213,7 @@ def _serve(channel: Connection, find: Callable[..., Any]) -> None:
 
 def _answer(channel: Connection, find: Callable[..., Any], asked: tuple[Any, ...] | None) -> None:
     try:
-        channel.send(_own_peak_bytes() if asked is None else find(*asked))
+        channel.send(own_peak_bytes() if asked is None else find(*asked))
     except Exception as error:  # for the process that asked
         channel.send(error)
 
@@ -235,28 +233,3 @@ def _found(
     if resident_limit:
         heap.trim_above(resident_limit)
     return work(*part).tolist()
-
-
-def _own_peak_bytes() -> int:
-    """What is this process's alone, and what it once held more."""
-    kibibytes = {
-        key: int(value.split()[0])
-        for name in ("smaps_rollup", "status")
-        for key, _, value in (
-            line.partition(":")
-            for line in Path(f"/proc/self/{name}").read_text().splitlines()
-            if line.startswith(("Private", "VmHWM", "VmRSS"))
-        )
-    }
-    own = sum(size for key, size in kibibytes.items() if key.startswith("Private"))
-    return 1024 * (own + kibibytes["VmHWM"] - kibibytes["VmRSS"])
-
-
-def _shared_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of the same shapes and dtypes, all zero, in memory that a fork shares."""
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    room = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)
-    return [
-        part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for part, tensor in zip(room.split(sizes), tensors, strict=True)
-    ]
