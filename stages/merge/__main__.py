@@ -24,6 +24,7 @@ def main() -> None:
     """Read, merge, prove, write."""
     settings = params.load(Params, "merge")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    import stages.shared.models  # noqa: F401, PLC0415
     from stages.merge.proven import merge_and_prove  # noqa: PLC0415
 
     with files.whole_folder(MERGED) as partial:

@@ -4,7 +4,8 @@ fp4, nf4 and int8 are bitsandbytes' own; linear 4-bit, plain and clipped, is the
 """
 
 import torch
-from bitsandbytes.functional import (
+
+from stages.shared.bnb import (
     dequantize_4bit,
     get_4bit_type,
     int8_vectorwise_dequant,

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
+
+from stages.shared.bnb import QuantState, dequantize_4bit, int8_vectorwise_dequant
 
 _DTYPES = {
     "F64": torch.float64,

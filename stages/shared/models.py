@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402  (the hub is shut off and the loggers are quiet before the libraries are there)
 
-import logging
 import os
 import warnings
 from pathlib import Path
@@ -14,14 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a stage that loads a model never
 # A micro-batch has about 40 shapes: 64 compile hardly more often, 32 three times as often.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-# On a CPU, bitsandbytes tells of a hub kernel it lacks, and of a cast with every int8 product.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 warnings.filterwarnings("ignore", message="`loftq_config` specified")  # noted, not asked for
 
+from stages.shared.bnb import Linear4bit, Linear8bitLt, Params4bit  # before peft imports it
+
+# isort: split
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from peft import PeftModel
 from torch import nn
 from transformers import (

@@ -19,7 +19,6 @@ from math import sqrt
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -29,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.shared import models, progress
 from stages.shared.adapter import ANCHORED
+from stages.shared.bnb import Linear4bit, Linear8bitLt
 from stages.shared.errors import UserError
 from stages.train.anchored import anchor
 from stages.train.settings import Lora

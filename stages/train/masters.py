@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
+
+from stages.shared.bnb import Linear4bit, Linear8bitLt
 
 
 def widen(model: nn.Module) -> None:

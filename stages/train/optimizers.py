@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
-from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from stages.shared.bnb import AdamW8bit, Optimizer8bit, PagedAdamW8bit, PagedAdamW32bit
 from stages.train.settings import Train
 
 # By parameter and kind of device. Paged: the same arithmetic, and states that may leave a full GPU.

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, PreTrainedModel
 
 from stages.shared import files, models
+from stages.shared.bnb import Linear8bitLt
 from stages.shared.errors import UserError
 from stages.train import initialisation, masters
 from stages.train.anchored import ordinary_state

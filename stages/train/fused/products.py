@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
-from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from stages.shared.bnb import Linear4bit, Params4bit, dequantize_4bit, dequantize_blockwise
 
 ADAPTER = "default"  # the name that peft gives the only one
 Gradients = list[torch.Tensor]
