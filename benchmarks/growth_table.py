@@ -52,13 +52,13 @@ class Point:
     def tokens_per_operation(self) -> float:
         """Tokens in the time of an operation of a matrix product: the machine's speed left out."""
         return median(
-            step["tokens"] / step["seconds"] / step["matrix_rate"] for step in self.steps[1:]
+            step["input_tokens"] / step["seconds"] / step["matrix_rate"] for step in self.steps[1:]
         )
 
     @property
     def share_of_bound(self) -> float:
         """The time of the step's products alone over all its time."""
-        return self.tokens_per_operation * self.bound_operations / self.steps[0]["tokens"]
+        return self.tokens_per_operation * self.bound_operations / self.steps[0]["input_tokens"]
 
     @property
     def peak_bytes(self) -> int:

@@ -53,7 +53,7 @@ def bound_operations(model: Model, tokens: int, supervised_tokens: int) -> int:
 
     Args:
         model: that is trained with an adapter.
-        tokens: of the conversations, without padding.
+        tokens: of the conversations, those that something learnt can see (`Example.input_tokens`).
         supervised_tokens: those that go through the head.
     """
     head = model.vocabulary * model.hidden * supervised_tokens

@@ -96,7 +96,7 @@ def compare(
         )
         for _ in peer.found["steps"]:
             one = {"ours": ours.ask(), "peer": peer.ask()}
-            tokens, supervised = one["ours"]["tokens"], one["ours"]["supervised_tokens"]
+            tokens, supervised = one["ours"]["input_tokens"], one["ours"]["supervised_tokens"]
             bound = matrix_rate.bound_operations(model, tokens, supervised)
             done.rounds.append({**one, "bound_operations": bound})
             require_same_work(done)

@@ -92,6 +92,7 @@ def take_step(loop: Loop) -> dict[str, Any]:
         "matrix_rate": rate,
         "loss": loss,
         "tokens": after.tokens - before.tokens,
+        "input_tokens": after.input_tokens - before.input_tokens,
         "supervised_tokens": after.supervised_tokens - before.supervised_tokens,
         "computed_tokens": after.computed_tokens - before.computed_tokens,
         "peak_bytes": resident.peak_bytes(device) + helped,

@@ -148,12 +148,12 @@ def _train(optimizer: Optimizer) -> Train:
 
 
 def micro_batch(setting: Setting, vocabulary: int, seed: int = 0) -> list[Example]:
-    """Conversations of random tokens."""
+    """Conversations of random tokens, with one more that is predicted and not computed on."""
     random = np.random.default_rng(seed)
     examples = []
     for row, length in enumerate(setting.lengths):
-        learnt = np.arange(length) >= length - supervised_tokens(length, setting.supervised)
-        examples.append(Example(random.integers(0, vocabulary, length), learnt, row))
+        learnt = np.arange(length + 1) > length - supervised_tokens(length, setting.supervised)
+        examples.append(Example(random.integers(0, vocabulary, length + 1), learnt, row))
     return examples
 
 

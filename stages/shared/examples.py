@@ -1,6 +1,7 @@
 """Conversations as a model takes them: tokens, and which of them are learnt."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,24 @@ class Example:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @cached_property
+    def predictors(self) -> np.ndarray:
+        """Positions before a learnt token, int64 [supervised]; none is before the first token."""
+        return np.flatnonzero(self.loss_mask[1:])
+
     @property
     def supervised_tokens(self) -> int:
-        """How many of its tokens are predicted; the first has nothing before it to do so."""
-        return int(self.loss_mask[1:].sum())
+        """How many of its tokens are predicted."""
+        return len(self.predictors)
+
+    @cached_property
+    def input_tokens(self) -> int:
+        """How many of its tokens go through a model: those up to the last that predicts.
+
+        What comes after them is seen by nothing that is learnt: the last token, and what a template
+        writes behind the last reply's end. All of them where none is learnt.
+        """
+        return int(self.predictors[-1]) + 1 if len(self.predictors) else len(self)
 
 
 def read_examples(path: Path) -> list[Example]:

@@ -1,5 +1,8 @@
 """Conversations laid end to end in one row, with no padding and without seeing each other.
 
+Of each, what goes through the model is what something learnt can see (`Example.input_tokens`);
+that is what its tokens are here.
+
 Positions restart with each conversation. Given these positions and no attention mask,
 transformers builds an attention mask that is causal inside each conversation and closed between
 them (`find_packed_sequence_indices` in `transformers.masking_utils`); an attention mask, even one
@@ -8,6 +11,7 @@ of all ones, would switch that off. `stages/shared/attention.py` goes by `length
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -42,19 +46,21 @@ class Packed:
 
 def pack(examples: Sequence[Example], device: torch.device) -> Packed:
     """Lay conversations end to end."""
-    ids = np.concatenate([e.input_ids for e in examples])
-    positions = np.concatenate([np.arange(len(e)) for e in examples])
-    supervised = np.concatenate([e.loss_mask for e in examples]) & (positions > 0)
-    rows = np.concatenate([np.full(len(e), e.row) for e in examples])
-    targets = np.flatnonzero(supervised)
+    lengths = [e.input_tokens for e in examples]
+    starts = accumulate(lengths[:-1], initial=0)
+    ids = np.concatenate([e.input_ids[: e.input_tokens] for e in examples])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    predictors = np.concatenate([s + e.predictors for s, e in zip(starts, examples, strict=True)])
+    targets = np.concatenate([e.input_ids[1:][e.predictors] for e in examples])
+    rows = np.repeat([e.row for e in examples], [e.supervised_tokens for e in examples])
 
     return Packed(
         input_ids=to_device(ids, device)[None],
         position_ids=to_device(positions, device)[None],
-        predictors=to_device(targets - 1, device),
-        targets=to_device(ids[targets], device),
-        rows=torch.from_numpy(rows[targets]),
-        lengths=tuple(map(len, examples)),
+        predictors=to_device(predictors, device),
+        targets=to_device(targets, device),
+        rows=torch.from_numpy(rows),
+        lengths=tuple(lengths),
     )
 
 
@@ -66,15 +72,15 @@ def split(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
     """
     bins: list[list[Example]] = []
     room: list[int] = []
-    for example in sorted(examples, key=lambda e: (-len(e), e.row)):
+    for example in sorted(examples, key=_longest_first):
         for index, free in enumerate(room):
-            if len(example) <= free:
+            if example.input_tokens <= free:
                 bins[index].append(example)
-                room[index] -= len(example)
+                room[index] -= example.input_tokens
                 break
         else:
             bins.append([example])
-            room.append(max_tokens - len(example))
+            room.append(max_tokens - example.input_tokens)
     return bins
 
 
@@ -105,7 +111,7 @@ def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
     Source: Graham 1969, Bounds on Multiprocessing Timing Anomalies, for the first.
     """
     parts: list[list[Example]] = [[] for _ in range(count)]
-    for example in sorted(examples, key=lambda e: (-len(e), e.row)):
+    for example in sorted(examples, key=_longest_first):
         min(parts, key=_tokens).append(example)
     while exchange := _best_exchange(parts):
         fullest, other, mine, theirs = exchange
@@ -130,14 +136,18 @@ def _best_exchange(
         if (gap := _tokens(fullest) - _tokens(other)) > 0
         for mine in range(len(fullest))
         for theirs in (None, *range(len(other)))
-        if 0 < (moved := len(fullest[mine]) - _length(other, theirs)) < gap
+        if 0 < (moved := fullest[mine].input_tokens - _length(other, theirs)) < gap
     ]
     return min(found, key=lambda exchange: exchange[0])[1:] if found else None
 
 
 def _length(examples: Sequence[Example], place: int | None) -> int:
-    return 0 if place is None else len(examples[place])
+    return 0 if place is None else examples[place].input_tokens
+
+
+def _longest_first(example: Example) -> tuple[int, int]:
+    return -example.input_tokens, example.row
 
 
 def _tokens(examples: Sequence[Example]) -> int:
-    return sum(map(len, examples))
+    return sum(example.input_tokens for example in examples)

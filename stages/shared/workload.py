@@ -25,8 +25,8 @@ class Workload:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest conversation."""
-        return max(len(example) for step in self.steps for example in step)
+        """Tokens of the longest conversation, as it goes through the model."""
+        return max(example.input_tokens for step in self.steps for example in step)
 
     def micro_batches(self, tokens: int, workers: int = 1) -> set[MicroBatch]:
         """What goes through the model at once.
@@ -53,12 +53,12 @@ def of_counts(longest: int, batch_size: int, supervised_share: float) -> Workloa
     """A step of nothing but conversations of the greatest length, where only counts are known.
 
     Args:
-        longest: tokens of the longest conversation.
+        longest: tokens of the longest conversation, as it goes through the model.
         batch_size: conversations a step.
         supervised_share: of the tokens, those that are learnt.
     """
-    learnt = np.arange(longest) >= longest - max(1, round(longest * supervised_share))
-    ids = np.zeros(longest, dtype=np.int64)
+    learnt = np.arange(longest + 1) > longest - max(1, round(longest * supervised_share))
+    ids = np.zeros(longest + 1, dtype=np.int64)
     return Workload([[Example(ids, learnt, row) for row in range(batch_size)]])
 
 

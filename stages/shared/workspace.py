@@ -60,7 +60,7 @@ class MicroBatch:
 
 def micro_batch_of(examples: Sequence[Example]) -> MicroBatch:
     """The sizes of conversations that go through the model together, in their order."""
-    lengths = tuple(len(example) for example in examples)
+    lengths = tuple(example.input_tokens for example in examples)
     supervised = sum(e.supervised_tokens for e in examples)
     groups = ((group.conversations, group.length) for group in alike(lengths))
     found = (MicroBatch(sum(lengths), supervised, group) for group in groups)

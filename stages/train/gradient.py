@@ -25,12 +25,14 @@ class StepSize:
 
     Attributes:
         tokens: of the conversations.
+        input_tokens: of them, those that something learnt can see.
         supervised_tokens: those that are learnt.
         computed_tokens: positions that went through the model, padding included if there were any.
         capacity_tokens: what its micro-batches could have held.
     """
 
     tokens: int = 0
+    input_tokens: int = 0
     supervised_tokens: int = 0
     computed_tokens: int = 0
     capacity_tokens: int = 0
@@ -38,6 +40,7 @@ class StepSize:
     def __add__(self, other: "StepSize") -> "StepSize":
         return StepSize(
             self.tokens + other.tokens,
+            self.input_tokens + other.input_tokens,
             self.supervised_tokens + other.supervised_tokens,
             self.computed_tokens + other.computed_tokens,
             self.capacity_tokens + other.capacity_tokens,
@@ -69,11 +72,11 @@ def accumulate(
     Returns:
         The loss in nats a supervised token, and what was computed on.
     """
-    tokens = sum(map(len, examples))
+    inputs = sum(example.input_tokens for example in examples)
     supervised = sum(example.supervised_tokens for example in examples)
     limit = computing.micro_batch_tokens
     if processes.size > 1:  # a step that would fit into one micro-batch occupies every process
-        limit = min(limit, -(-tokens // processes.size))
+        limit = min(limit, -(-inputs // processes.size))
         own, others = packing.split(examples, limit)[processes.share], []
     else:
         own, *others = packing.divide(examples, limit, helpers.workers if helpers else 1)
@@ -84,7 +87,8 @@ def accumulate(
     processes.add_up([summed])
     _share_gradients(model, processes)
     mean, *counted = summed.tolist()
-    return mean, StepSize(tokens, supervised, *map(int, counted))
+    tokens = sum(map(len, examples))
+    return mean, StepSize(tokens, inputs, supervised, *map(int, counted))
 
 
 def backward(

@@ -21,7 +21,7 @@ def quantized(tmp_path_factory):
 
 
 def point(sweep="length", value=128, seconds=1.0, rate=4e11, peak=3 * 10**9):
-    step = {"tokens": 100, "seconds": seconds, "matrix_rate": rate, "peak_bytes": peak}
+    step = {"input_tokens": 100, "seconds": seconds, "matrix_rate": rate, "peak_bytes": peak}
     return Point(sweep, value, 10**9, 2 * 10**11, [step | {"seconds": 60.0}, step, step, step])
 
 
@@ -31,7 +31,7 @@ def test_a_point_is_real_steps_of_the_length_and_the_rank(quantized, model, monk
     folder = str(quantized) if model == "a folder" else model
     found = growth.measure(Job("length", folder, 48, 4))
     assert (found.sweep, found.value) == ("length", 48)
-    assert [step["tokens"] for step in found.steps] == [48, 48]
+    assert [step["input_tokens"] for step in found.steps] == [48, 48]
     assert [step["supervised_tokens"] for step in found.steps] == [24, 24]
     if model == "a folder":  # random weights this small learn too little to tell
         assert found.steps[1]["loss"] < found.steps[0]["loss"]  # the same conversation again

@@ -78,7 +78,8 @@ def test_micro_batches_are_those_that_training_packs():
     from stages.shared.examples import Example
 
     def conversation(tokens: int, row: int) -> Example:
-        return Example(np.zeros(tokens, dtype=np.int64), np.arange(tokens) > 3, row)
+        """So many go through the model: the last of it is only predicted."""
+        return Example(np.zeros(tokens + 1, dtype=np.int64), np.arange(tokens + 1) > 4, row)
 
     steps = [[conversation(n, i) for i, n in enumerate((60, 50, 40))], [conversation(90, 0)]]
     assert Workload(steps).micro_batches(100) == {

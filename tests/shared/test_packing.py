@@ -1,5 +1,7 @@
 """Packed conversations neither see nor change each other."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -27,17 +29,44 @@ def conversations(lengths: tuple[int, ...] = (9, 4, 17, 6)) -> list[Example]:
     ]
 
 
+def computed(lengths: tuple[int, ...]) -> list[Example]:
+    """So many tokens of each go through the model, and one more is predicted."""
+    return [
+        Example(np.zeros(n + 1, dtype=np.int64), np.arange(n + 1) == n, row)
+        for row, n in enumerate(lengths)
+    ]
+
+
 def test_positions_restart_and_targets_follow_their_predictors() -> None:
     first = Example(np.array([5, 6, 7]), np.array([True, False, True]), 0)
     second = Example(np.array([8, 9]), np.array([True, True]), 1)
     packed = packing.pack([first, second], CPU)
-    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1]]
-    # Token 7 is predicted at position 1, token 9 at position 3; a first token by nothing at all.
-    assert packed.predictors.tolist() == [1, 3]
+    # Token 7 is predicted at position 1, token 9 at position 2; a first token by nothing at all,
+    # and the last ones are there to be predicted.
+    assert packed.input_ids.tolist() == [[5, 6, 8]]
+    assert packed.position_ids.tolist() == [[0, 1, 0]]
+    assert packed.lengths == (2, 1)
+    assert packed.predictors.tolist() == [1, 2]
     assert packed.targets.tolist() == [7, 9]
     assert packed.rows.tolist() == [0, 1]
     assert (first.supervised_tokens, second.supervised_tokens) == (1, 1)
+
+
+def test_what_follows_the_last_learnt_token_is_not_computed_and_changes_nothing(
+    model: LlamaForCausalLM,
+) -> None:
+    ids, learnt = np.arange(3, 15), np.arange(12)
+    example = Example(ids, (learnt > 4) & (learnt < 9), 0)
+    batch = packing.pack([example], CPU)
+    assert batch.input_ids.tolist() == [[*range(3, 11)]]  # token 11, the last learnt, is predicted
+    scoring.negative_log_likelihoods(model, batch).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    logits = model(torch.from_numpy(ids)[None]).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none")
+    losses[torch.from_numpy(example.loss_mask[1:])].sum().backward()
+    for found, parameter in zip(gradients, model.parameters(), strict=True):
+        assert (found - parameter.grad).norm() < 1e-5 * found.norm()
 
 
 def test_packed_losses_and_gradients_equal_those_of_each_conversation_alone(
@@ -122,7 +151,7 @@ def test_split_loses_nothing_and_keeps_to_the_limit(max_tokens: int) -> None:
     groups = packing.split(examples, max_tokens)
     assert sorted(e.row for group in groups for e in group) == [0, 1, 2, 3]
     for group in groups:
-        assert sum(map(len, group)) <= max_tokens or len(group) == 1
+        assert sum(e.input_tokens for e in group) <= max_tokens or len(group) == 1
 
 
 def test_score_is_the_mean_over_tokens_and_leaves_the_model_in_its_mode() -> None:
@@ -142,12 +171,11 @@ def test_score_is_the_mean_over_tokens_and_leaves_the_model_in_its_mode() -> Non
 
 def test_those_that_work_side_by_side_get_equal_parts() -> None:
     """The longest first to the emptier one would give 17 and 13."""
-    examples = conversations((8, 7, 6, 5, 4))
-    first, second = packing.divide(examples, 11, 2)
-    lengths = [[len(e) for batch in part for e in batch] for part in (first, second)]
-    assert sorted(lengths[0] + lengths[1]) == sorted(map(len, examples))
-    assert [sum(part) for part in lengths] == [15, 15]
-    assert all(sum(map(len, batch)) <= 11 for part in (first, second) for batch in part)
+    first, second = packing.divide(computed((8, 7, 6, 5, 4)), 11, 2)
+    lengths = [[[e.input_tokens for e in batch] for batch in part] for part in (first, second)]
+    assert sorted(chain(*lengths[0], *lengths[1])) == [4, 5, 6, 7, 8]
+    assert [sum(map(sum, part)) for part in lengths] == [15, 15]
+    assert all(sum(batch) <= 11 for part in lengths for batch in part)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +183,10 @@ def test_those_that_work_side_by_side_get_equal_parts() -> None:
     [((9,), 1), ((9, 4), 1), ((9, 9), 2), ((9, 9, 9), 3), ((30, 10, 10, 10), 2)],
 )
 def test_fewer_work_where_parts_would_be_uneven(lengths: tuple[int, ...], workers: int) -> None:
-    parts = packing.divide(conversations(lengths), 100, 3)
+    parts = packing.divide(computed(lengths), 100, 3)
     assert len(parts) == workers
-    assert sum(len(e) for part in parts for batch in part for e in batch) == sum(lengths)
+    rows = [e.row for part in parts for batch in part for e in batch]
+    assert sorted(rows) == list(range(len(lengths)))
 
 
 def test_one_alone_has_all_micro_batches() -> None:
