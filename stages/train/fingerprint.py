@@ -8,6 +8,7 @@ import hashlib
 import json
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import stages.train
@@ -16,11 +17,14 @@ from stages.train.settings import Params
 
 # Libraries that compute or draw; another version may round or draw otherwise.
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+WHERE_INSTALLED = ("liger-kernel",)
 
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that shape a result."""
-    return {"python": platform.python_version()} | {n: metadata.version(n) for n in LIBRARIES}
+    found = [name for name in WHERE_INSTALLED if find_spec(name.replace("-", "_"))]
+    libraries = {name: metadata.version(name) for name in (*LIBRARIES, *found)}
+    return {"python": platform.python_version()} | libraries
 
 
 def code_sha256() -> str:

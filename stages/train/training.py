@@ -17,6 +17,7 @@ from stages.train.computing import Computing
 from stages.train.curve import Curve
 from stages.train.environment import environment
 from stages.train.fingerprint import fingerprint
+from stages.train.fused import kernels
 from stages.train.fused.model import fuse
 from stages.train.helpers import Helpers
 from stages.train.loop import Data, Loop
@@ -124,6 +125,13 @@ def learning_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def _path(how: Computing) -> str:
+    """What computes a step, for `reports/train.json`."""
+    if not how.fused:
+        return f"stock: {how.unfused_because}"
+    return "fused, liger-kernel" if how.device.type == "cuda" and kernels.installed() else "fused"
+
+
 def _metrics(loop: Loop) -> dict[str, Any]:
     curve, how, size = loop.curve, loop.computing, loop.size
     train_loss = curve.train_loss(curve.best_step, loop.steps.per_epoch)
@@ -148,7 +156,7 @@ def _metrics(loop: Loop) -> dict[str, Any]:
         "optimizer": type(loop.optimizer).__name__,
         "micro_batch_tokens": how.micro_batch_tokens,
         "gradient_checkpointing": how.gradient_checkpointing,
-        "path": "fused" if how.fused else f"stock: {how.unfused_because}",
+        "path": _path(how),
         "checkpoint_bytes": loop.checkpoints.newest_bytes(),
         "resumed_from_step": loop.resumed_from,
     }

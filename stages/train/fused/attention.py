@@ -11,7 +11,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from stages.shared import precision
-from stages.train.fused.norm import norm_gradient, normed, root_of
+from stages.train.fused import kernels
+from stages.train.fused.norm import norm_gradient, normed, normed_again
 from stages.train.fused.products import Adapted, factors_of
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -57,6 +58,14 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return found.view_as(x)
 
 
+def _both_turned(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if kernels.cover(query):
+        return kernels.turned(query, key, cos, sin)
+    return turned(query, cos, sin), turned(key, cos, sin)
+
+
 class _Projected(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -70,13 +79,13 @@ class _Projected(torch.autograd.Function):
         dtype: torch.dtype,
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        root = root_of(x, epsilon)
+        y, root = normed(x, weight, epsilon)
         adapted = Adapted(layers, factors, dtype)
-        (query, key, value), inner = adapted.results(normed(x, root, weight).to(dtype))
+        (query, key, value), inner = adapted.results(y.to(dtype))
         if cos is not None and sin is not None:
-            query, key = turned(query, cos, sin), turned(key, cos, sin)
+            query, key = _both_turned(query, key, cos, sin)
         ctx.save_for_backward(x, root, weight, inner, cos, sin, *factors)
-        ctx.layers, ctx.dtype = layers, dtype
+        ctx.layers, ctx.dtype, ctx.epsilon = layers, dtype, epsilon
         return query, key, value
 
     @staticmethod
@@ -84,12 +93,12 @@ class _Projected(torch.autograd.Function):
         x, root, weight, inner, cos, sin, *factors = ctx.saved_tensors
         dquery, dkey, dvalue = gradients
         if cos is not None:
-            dquery, dkey = turned(dquery, cos, -sin), turned(dkey, cos, -sin)
+            dquery, dkey = _both_turned(dquery, dkey, cos, -sin)
         adapted = Adapted(ctx.layers, factors, ctx.dtype)
         found = (dquery, dkey, dvalue)
-        learnt, outer = adapted.factor_gradients(
-            found, normed(x, root, weight).to(ctx.dtype), inner
-        )
+        y = normed_again(x, root, weight, ctx.epsilon).to(ctx.dtype)
+        learnt, outer = adapted.factor_gradients(found, y, inner)
+        del y
         dx = None
         if ctx.needs_input_grad[0]:  # below the first block nothing learns
             dx = norm_gradient(adapted.input_gradient(found, outer), x, root, weight)

@@ -7,6 +7,8 @@ It keeps x, gate and up: what lies between them and the result is computed again
 Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202, equation 6.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ from torch import nn
 from torch.nn.functional import silu
 
 from stages.shared import precision
-from stages.train.fused.norm import norm_gradient, normed, root_of
+from stages.train.fused import kernels
+from stages.train.fused.norm import norm_gradient, normed, normed_again
 from stages.train.fused.products import Adapted, factors_of
+
+Gradients = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
 def feed_forward(norm: nn.Module, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -39,15 +44,16 @@ class _FeedForward(torch.autograd.Function):
         dtype: torch.dtype,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        root = root_of(x, epsilon)
+        normed_x, root = normed(x, weight, epsilon)
         before, after = (
             Adapted(layers[:2], factors[:4], dtype),
             Adapted(layers[2:], factors[4:], dtype),
         )
-        (gate, up), inner = before.results(normed(x, root, weight).to(dtype))
-        (y,), last = after.results(silu(gate).mul_(up), x.to(dtype))
+        (gate, up), inner = before.results(normed_x.to(dtype))
+        del normed_x
+        (y,), last = after.results(_gated(gate, up), x.to(dtype))
         ctx.save_for_backward(x, root, weight, gate, up, inner, last, *factors)
-        ctx.layers, ctx.dtype = layers, dtype
+        ctx.layers, ctx.dtype, ctx.epsilon = layers, dtype, epsilon
         return y
 
     @staticmethod
@@ -55,21 +61,36 @@ class _FeedForward(torch.autograd.Function):
         x, root, weight, gate, up, inner, last, *factors = ctx.saved_tensors
         before = Adapted(ctx.layers[:2], factors[:4], ctx.dtype)
         after = Adapted(ctx.layers[2:], factors[4:], ctx.dtype)
-        activated = silu(gate)
-        learnt_after, outer = after.factor_gradients([gradient], activated * up, last)
-        product = after.input_gradient([gradient], outer)
-        dup = activated.mul_(product)
-        dgate = _silu_backward(product.mul_(up), gate)
-        del activated, product  # which have become the two
-        found = [dgate, dup]
-        learnt, outer = before.factor_gradients(found, normed(x, root, weight).to(ctx.dtype), inner)
-        del dgate, dup
+        result, gradients = _gated_again(gate, up)
+        learnt_after, outer = after.factor_gradients([gradient], result, last)
+        del result
+        found = gradients(after.input_gradient([gradient], outer))
+        del gradients
+        y = normed_again(x, root, weight, ctx.epsilon).to(ctx.dtype)
+        learnt, outer = before.factor_gradients(found, y, inner)
+        del y
         dnormed = before.input_gradient(found, outer)
         found.clear()
         dx = norm_gradient(dnormed, x, root, weight).add_(gradient)
         return dx, *[None] * 4, *learnt, *learnt_after
 
 
-def _silu_backward(gradient: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """The gradient of silu at `gate`, in the place of the gradient of its result."""
-    return torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=gradient)
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return kernels.gated(gate, up) if kernels.cover(gate) else silu(gate).mul_(up)
+
+
+def _gated_again(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+    """silu(gate)·up, and what makes ∂gate and ∂up of its gradient, once, in its place."""
+    if kernels.cover(gate):
+        return kernels.gated(gate, up), partial(kernels.gated_gradients, gate=gate, up=up)
+    activated = silu(gate)
+    return activated * up, partial(_gated_gradients, gate=gate, up=up, activated=activated)
+
+
+def _gated_gradients(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor
+) -> list[torch.Tensor]:
+    dup = activated.mul_(gradient)
+    dgate = gradient.mul_(up)
+    torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+    return [dgate, dup]

@@ -13,39 +13,54 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.train.fused import kernels
+
 
 def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What `norm` returns for x [..., width], computed in fp32; in the dtype of x."""
     return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
 
 
-def root_of(x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """ρ, in fp32 [..., 1]."""
+def normed(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, in the dtype of x, and ρ, in fp32 [..., 1]."""
+    if kernels.cover(x):
+        return kernels.normed(x, weight, epsilon)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return torch.rsqrt(length.square_().div_(x.shape[-1]).add_(epsilon))
+    root = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(epsilon))
+    return _scaled(x, root, weight), root
 
 
-def normed(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """y, in the dtype of x."""
-    return (x.float() * root).mul_(weight).to(x.dtype)
+def normed_again(
+    x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """Y once more."""
+    return kernels.normed(x, weight, epsilon)[0] if kernels.cover(x) else _scaled(x, root, weight)
 
 
 def norm_gradient(
     gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """∂x, in the dtype of x, for a gradient ∂y."""
+    if kernels.cover(x):
+        return kernels.norm_gradient(gradient, x, root, weight)
     standard = x.float() * root  # a tensor of its own where x is fp32 already
     wide = (gradient * weight).float()
     along = (wide * standard).mean(-1, keepdim=True)
     return wide.addcmul(standard, along, value=-1).mul_(root).to(x.dtype)
 
 
+def _scaled(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x.float() * root).mul_(weight).to(x.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        root = root_of(x, epsilon)
+        y, root = normed(x, weight, epsilon)
         ctx.save_for_backward(x, root, weight)
-        return normed(x, root, weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
