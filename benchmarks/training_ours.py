@@ -12,6 +12,9 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import stages.shared.models  # noqa: F401  (before peft is imported, as the stage has it)
+
+# isort: split
 import torch
 from peft import PeftModel
 
