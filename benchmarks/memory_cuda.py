@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from benchmarks import memory
 from benchmarks.random_quantized import qlora_model
 from benchmarks.training_step import Setting, prepared_step
-from stages.plan.here import CONFIGS
+from stages.plan.named import CONFIGS
 from stages.shared import fitting
 from stages.shared.adapter import adapter_of
 from stages.shared.architecture import model_of_config

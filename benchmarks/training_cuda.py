@@ -30,7 +30,7 @@ from benchmarks.page import put
 from benchmarks.training_cuda_table import RESULTS, Result, Way, table, text
 from benchmarks.training_data import training_params
 from stages.plan import operations
-from stages.plan.here import CONFIGS
+from stages.plan.named import CONFIGS
 from stages.shared import files, progress
 from stages.shared.adapter import of_parameters
 from stages.shared.architecture import model_of_config

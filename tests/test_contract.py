@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -116,6 +118,19 @@ def test_every_room_is_a_stage_and_every_shared_file_is_used_by_two_rooms() -> N
     for file in (STAGES / "shared").glob("*.py"):
         users = {r for r in rooms if file in reached_from(entry_of(r))}
         assert len(users) >= 2, f"{file.name} is used by {users or 'nobody'} alone"
+
+
+def test_no_stage_imports_torch_before_its_parameters_are_known_to_be_right() -> None:
+    """Nor transformers: a mistake in params.yaml is told at once."""
+    rooms = sorted({room_of(stage) for stage in declared()})
+    mains = [f"stages.{room}.__main__" for room in rooms if (STAGES / room).is_dir()]
+    script = "\n".join(f"import {name}" for name in ["sys", *mains])
+    script += "\nprint(*{'torch', 'transformers'} & set(sys.modules))"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len(mains) > 8
+    assert found.stdout.split() == []
 
 
 @pytest.mark.parametrize("stage", declared())

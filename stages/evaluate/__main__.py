@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from stages.evaluate.settings import Params
-from stages.shared import files, params
+from stages.shared import files, importing, params
 from stages.shared.errors import UserError, run
 
 PREPARED = Path("data/prepared")
@@ -36,7 +36,8 @@ def main() -> None:
         )
     settings = params.load(Params, f"evaluate@{variant}")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
-    from stages.evaluate.evaluation import evaluate  # noqa: PLC0415
+    with importing.quickly():
+        from stages.evaluate.evaluation import evaluate  # noqa: PLC0415
 
     metrics, answers = evaluate(
         variant, MODELS[variant], QUANTIZED, TOKENIZER, PREPARED, settings.evaluate

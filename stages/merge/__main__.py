@@ -9,7 +9,7 @@ Run:    python -m stages.merge
 from pathlib import Path
 
 from stages.merge.settings import Params
-from stages.shared import files, params
+from stages.shared import files, importing, params
 from stages.shared.errors import run
 
 ADAPTER = Path("models/adapter")
@@ -24,8 +24,9 @@ def main() -> None:
     """Read, merge, prove, write."""
     settings = params.load(Params, "merge")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
-    import stages.shared.models  # noqa: F401, PLC0415
-    from stages.merge.proven import merge_and_prove  # noqa: PLC0415
+    with importing.quickly():
+        import stages.shared.models  # noqa: F401, PLC0415  (before peft)
+        from stages.merge.proven import merge_and_prove  # noqa: PLC0415
 
     with files.whole_folder(MERGED) as partial:
         metrics = merge_and_prove(settings.merge, ADAPTER, WEIGHTS, TOKENIZER, PREPARED, partial)

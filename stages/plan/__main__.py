@@ -14,14 +14,13 @@ import argparse
 import os
 from pathlib import Path
 
-from stages.plan import figures, growth, here, picture, table
+from stages.plan import named
 from stages.plan.data import Data, read_counts
 from stages.plan.settings import Params
-from stages.shared import files, params
+from stages.shared import files, importing, params
 from stages.shared.adapter import of_parameters
 from stages.shared.errors import UserError, run
 
-CONFIG = Path("models/base/config.json")
 COUNTS = Path("reports/prepare.json")
 PLAN = Path("reports/plan.json")
 PICTURE = Path("reports/plan.svg")
@@ -31,31 +30,12 @@ def arguments() -> argparse.Namespace:
     """The command line; without any, this is the stage."""
     parser = argparse.ArgumentParser(prog="python -m stages.plan", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    known = ", ".join(sorted(path.stem for path in here.CONFIGS.glob("*.json")))
-    parser.add_argument("--model", help=f"a folder with a config.json, such a file, or: {known}")
+    known = f"a folder with a config.json, such a file, or: {named.names()}"
+    parser.add_argument("--model", help=known)
     parser.add_argument("--budget", type=float, help="GiB; this machine's memory if left out")
     parser.add_argument("--max-length", type=int, help="tokens of the longest conversation")
     parser.add_argument("--picture", type=Path, help="where to draw the plan, as SVG")
     return parser.parse_args()
-
-
-def config_path(model: str | None) -> Path:
-    """The config of a model that is named, or of the base model.
-
-    Raises:
-        UserError: there is none.
-    """
-    if model is None:
-        return CONFIG
-    given, shipped = Path(model), here.CONFIGS / f"{model}.json"
-    path = given / "config.json" if given.is_dir() else given
-    if not path.is_file() and not shipped.is_file():
-        known = ", ".join(sorted(path.stem for path in here.CONFIGS.glob("*.json")))
-        raise UserError(
-            f"--model is {model!r}; expected a folder with a config.json, such a file, or one of "
-            f"{known}; download the model's config.json"
-        )
-    return path if path.is_file() else shipped
 
 
 def data_of(max_length: int | None, batch_size: int) -> Data:
@@ -72,9 +52,12 @@ def main() -> None:
     """Count, write, draw, print."""
     options = arguments()
     values = params.load(Params, "plan")
-    config = config_path(options.model)
+    config = named.config_path(options.model)
     found = data_of(options.max_length, values.train.batch_size)
-    from stages.shared.architecture import model_of_config  # noqa: PLC0415  (seconds of imports)
+    # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    with importing.quickly():
+        from stages.plan import figures, growth, here, picture, table  # noqa: PLC0415
+        from stages.shared.architecture import model_of_config  # noqa: PLC0415
 
     model = model_of_config(config)
     plan = figures.plan(model, found, values)

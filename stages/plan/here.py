@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from stages.plan import figures, operations, table, techniques
+from stages.plan import figures, named, operations, table, techniques
 from stages.plan.data import Data
 from stages.plan.settings import Params
 from stages.shared import fitting, peak
@@ -17,7 +17,6 @@ from stages.shared.tuning import Device, Tuning
 
 LARGER = ("Qwen1.5-0.5B", "Llama-3-8B", "Llama-3-70B")
 DEVICES = (1, 2, 8)
-CONFIGS = Path(__file__).parent / "configs"
 
 
 def described(config: Path, model: Model, found: Data, values: Params, budget: float | None) -> str:
@@ -55,7 +54,9 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
         f"  an epoch of {found.tokens:,} tokens at that rate, in hours, on so many such devices:"
     )
     lines.append(f"  {'':16}" + "".join(f"{count:>10}" for count in DEVICES))
-    models = {"this model": model} | {n: model_of_config(CONFIGS / f"{n}.json") for n in LARGER}
+    models = {"this model": model} | {
+        n: model_of_config(named.CONFIGS / f"{n}.json") for n in LARGER
+    }
     for name, one in models.items():
         lora = of_parameters(one.tensors, values.lora)
         way = replace(tuning, adapter=lora if tuning.adapter else None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.quantize.settings import Params, Quantize
-from stages.shared import files
+from stages.shared import files, importing
 from stages.shared.errors import run
 from stages.shared.machine import device
 from stages.shared.params import load
@@ -43,11 +43,11 @@ def quantize(
         UserError: the device, the weights or the disk do not allow it, or the files are not what
             the precision promises.
     """
-    # Seconds of imports that a mistake in params.yaml need not wait for; first what makes
-    # bitsandbytes quiet.
-    import stages.shared.models  # noqa: F401, PLC0415
-    from stages.quantize import chart, comparison, convert, promise  # noqa: PLC0415
-    from stages.quantize.stored import Weights  # noqa: PLC0415
+    # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    with importing.quickly():
+        import stages.shared.models  # noqa: F401, PLC0415  (before transformers is loud)
+        from stages.quantize import chart, comparison, convert, promise  # noqa: PLC0415
+        from stages.quantize.stored import Weights  # noqa: PLC0415
 
     with files.whole_folder(target) as folder:
         layout = convert.convert(base, folder, settings, on)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from stages.shared import importing
 from stages.shared.errors import UserError
 
 
@@ -40,7 +41,8 @@ def load(schema: type[P], stage: str) -> P:
     Raises:
         UserError: a key is unknown, missing, of a wrong type or out of range.
     """
-    import dvc.api  # noqa: PLC0415  (half a second that the unit tests of a schema need not pay)
+    with importing.quickly():  # half a second that the unit tests of a schema need not pay
+        import dvc.api  # noqa: PLC0415
 
     return validate(schema, dvc.api.params_show(stages=stage))
 

@@ -9,7 +9,7 @@ Run:    python -m stages.train
 
 from pathlib import Path
 
-from stages.shared import files, params
+from stages.shared import files, importing, params
 from stages.shared.errors import run
 from stages.train.settings import Params
 
@@ -29,7 +29,8 @@ def main() -> None:
     """Read, train, write."""
     settings = params.load(Params, "train")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
-    from stages.train.training import resumable, train  # noqa: PLC0415
+    with importing.quickly():
+        from stages.train.training import resumable, train  # noqa: PLC0415
 
     with resumable(settings, INPUTS) as checkpoints:
         outcome = train(settings, INPUTS, checkpoints)

@@ -13,7 +13,7 @@ from benchmarks import memory, memory_cuda
 from benchmarks.live_memory import LiveMemory
 from benchmarks.random_quantized import qlora_model
 from benchmarks.training_step import Setting, held_tensors, prepared_step
-from stages.plan.here import CONFIGS
+from stages.plan.named import CONFIGS
 from stages.shared.architecture import model_of, model_of_config
 from stages.shared.peak import Prediction
 from tests.workspace import ROOT

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from benchmarks import page, random_folder, training_cuda, training_cuda_table
 from benchmarks.training_cuda_table import Result, Way
-from stages.plan.here import CONFIGS
+from stages.plan.named import CONFIGS
 from stages.shared import files, models
 from stages.shared.examples import read_examples
 from tests.workspace import ROOT

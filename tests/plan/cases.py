@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-from stages.plan import here
+from stages.plan import named
 from stages.plan.data import Data
 from stages.plan.settings import Params
 from stages.shared import params
@@ -44,7 +44,7 @@ SMOLLM2 = Model(
 @cache
 def shipped(name: str) -> Model:
     """One of the configs that come with the plan."""
-    return model_of_config(here.CONFIGS / f"{name}.json")
+    return model_of_config(named.CONFIGS / f"{name}.json")
 
 
 def settings(**changes: dict[str, Any]) -> Params:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from stages.plan import __main__ as stage
-from stages.plan import calibration, figures, growth, here, picture, table
+from stages.plan import calibration, figures, growth, here, named, picture, table
 from stages.shared.adapter import of_parameters
 from stages.shared.errors import UserError
 from stages.shared.tuning import Tuning
@@ -62,13 +62,13 @@ def test_the_terminal_table_has_a_line_a_technique():
 def test_a_model_is_named_by_folder_by_file_or_by_a_shipped_name(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     given = {"folder": tmp_path, "file": tmp_path / "config.json", "shipped": "Llama-3-8B"}[name]
-    assert stage.config_path(str(given)).is_file()
-    assert stage.config_path(None) == stage.CONFIG
+    assert named.config_path(str(given)).is_file()
+    assert named.config_path(None) == named.BASE
 
 
 def test_a_model_that_is_not_there_is_told_with_those_that_are(tmp_path):
     with pytest.raises(UserError, match=r"--model is '.*none'; expected .*Llama-3-8B"):
-        stage.config_path(str(tmp_path / "none"))
+        named.config_path(str(tmp_path / "none"))
     with pytest.raises(UserError, match="--max-length is 1; expected 2"):
         stage.data_of(1, 16)
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from stages.plan.here import CONFIGS
+from stages.plan.named import CONFIGS
 from stages.shared.architecture import (
     Stored,
     model_of,

@@ -20,9 +20,9 @@ def test_no_stage_imports_the_compiler(stage: str) -> None:
     tree = ast.parse((ROOT / "stages" / stage / "__main__.py").read_text())
     late = [
         ast.unparse(statement)
-        for function in tree.body
-        if isinstance(function, ast.FunctionDef)
-        for statement in function.body
+        for block in ast.walk(tree)
+        if isinstance(block, ast.With)
+        for statement in block.body
         if isinstance(statement, ast.Import | ast.ImportFrom)
     ]
     found = subprocess.run(
