@@ -7,15 +7,16 @@ from contextlib import contextmanager
 
 @contextmanager
 def quickly() -> Iterator[None]:
-    """Look for no garbage while the block imports.
+    """Look for no garbage among what the block imports, neither meanwhile nor later.
 
-    The hundred thousands of objects that torch and transformers define are there to stay, and would
-    be looked at again and again: a sixth of the time.
+    The hundred thousands of objects that torch and transformers define are there to stay. Looked at
+    again and again, and once more at the end, they take 1.2 seconds of 4.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if enabled:
             gc.enable()

@@ -1,0 +1,23 @@
+"""Garbage among what is imported is looked for neither meanwhile nor later."""
+
+import gc
+
+import pytest
+
+from stages.shared import importing
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_a_block_makes_is_not_looked_at_and_the_collector_is_as_it_was(enabled: bool) -> None:
+    before, frozen = gc.isenabled(), gc.get_freeze_count()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with importing.quickly():
+            assert not gc.isenabled()
+            made = [[] for _ in range(1000)]
+        assert gc.isenabled() == enabled
+        assert gc.get_freeze_count() >= frozen + len(made)
+        assert not any(one is made for one in gc.get_objects())
+    finally:
+        gc.unfreeze()
+        (gc.enable if before else gc.disable)()
