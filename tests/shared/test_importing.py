@@ -14,7 +14,7 @@ def test_what_a_block_makes_is_not_looked_at_and_the_collector_is_as_it_was(enab
     try:
         with importing.quickly():
             assert not gc.isenabled()
-            made = [[] for _ in range(1000)]
+            made: list[list[int]] = [[] for _ in range(1000)]
         assert gc.isenabled() == enabled
         assert gc.get_freeze_count() >= frozen + len(made)
         assert not any(one is made for one in gc.get_objects())
