@@ -34,6 +34,12 @@ ended=$?
 echo "$2 $started $(date +%s.%N)" >> "{log}"
 exit $ended
 """
+IMPORTING = """
+from stages.shared import importing
+with importing.quickly():
+    import stages.shared.models
+    import {}
+"""
 Command = tuple[str, float]  # a stage and its seconds
 
 
@@ -63,9 +69,9 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> float:
 
 
 def starting(stage: str) -> float:
-    """Seconds of starting Python and importing what a stage needs, the median of a few."""
-    command = [sys.executable, "-c", f"import stages.shared.models, {NEEDED[stage]}"]
-    return statistics.median(run(command) for _ in range(IMPORTS))
+    """Seconds of starting Python and importing as a stage does, the median of a few."""
+    script = IMPORTING.format(NEEDED[stage])
+    return statistics.median(run([sys.executable, "-c", script]) for _ in range(IMPORTS))
 
 
 def table(seconds: float, commands: list[Command], start: dict[str, float]) -> str:

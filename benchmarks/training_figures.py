@@ -95,10 +95,6 @@ class Comparison:
         """Real tokens, padding left out."""
         return spread(one[whose]["tokens"] / one[whose]["seconds"] for one in self.measured)
 
-    def tokens_per_product(self, whose: str) -> Spread:
-        """Real tokens in the time of a fixed amount of matrix products."""
-        return spread(one[whose]["tokens"] / _work(one[whose]) for one in self.measured)
-
     def share_of_bound(self, whose: str) -> Spread:
         """The time of a step's products alone, at the rate just before it, over all its time."""
         return spread(

@@ -31,7 +31,7 @@ def text(found: Mapping[str, Any]) -> str:
     """As Markdown: where it ran, each comparison, the goals, the peer's micro-batches."""
     tried, compared = read(found)
     return "\n\n".join(
-        [where(found, compared), table(compared), goals(compared), tried_table(tried, compared)]
+        [where(found, compared), table(compared), goals(compared), tried_table(tried)]
     )
 
 
@@ -123,24 +123,17 @@ def reached(is_so: bool) -> str:
     return "reached" if is_so else "not reached"
 
 
-def tried_table(tried: Sequence[Tried], compared: Sequence[Comparison]) -> str:
+def tried_table(tried: Sequence[Tried]) -> str:
     """What the peer's size of a micro-batch does to it, unpacked, on one step."""
     lines = [
-        "| trl, unpacked | conversations at once | tokens/s | GFLOP/s just before | peak GB "
-        "| ours to it, at one matrix rate |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| trl, unpacked | conversations at once | tokens/s | GFLOP/s just before | peak GB |",
+        "|---|--:|--:|--:|--:|",
     ]
-    ours = {
-        one.data: one.tokens_per_product("ours").median
-        for one in compared
-        if (one.allocator, one.mode) == ("stock", "unpacked")
-    }
     for one in tried:
         step = one.step
         lines.append(
             f"| {one.data} | {one.micro_batch} | {step['tokens'] / step['seconds']:,.0f} "
-            f"| {step['matrix_rate'] / GB:,.0f} | {step['peak_bytes'] / GB:.2f} "
-            f"| {ours[one.data] / one.tokens_per_product:.2f} |"
+            f"| {step['matrix_rate'] / GB:,.0f} | {step['peak_bytes'] / GB:.2f} |"
         )
     return "\n".join(lines)
 
