@@ -19,12 +19,12 @@ class Example:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @cached_property
+    @property
     def predictors(self) -> np.ndarray:
         """Positions before a learnt token, int64 [supervised]; none is before the first token."""
         return np.flatnonzero(self.loss_mask[1:])
 
-    @property
+    @cached_property
     def supervised_tokens(self) -> int:
         """How many of its tokens are predicted."""
         return len(self.predictors)

@@ -97,7 +97,7 @@ def divide(examples: Sequence[Example], max_tokens: int, workers: int) -> list[l
     """
     for sharing in range(workers, 1, -1):
         parts = _even_parts(examples, sharing)
-        if max(map(_tokens, parts)) * sharing <= UNEVEN * _tokens(examples):
+        if max(map(input_tokens, parts)) * sharing <= UNEVEN * input_tokens(examples):
             return [split(part, max_tokens) for part in parts]
     return [split(examples, max_tokens)]
 
@@ -112,7 +112,7 @@ def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
     """
     parts: list[list[Example]] = [[] for _ in range(count)]
     for example in sorted(examples, key=_longest_first):
-        min(parts, key=_tokens).append(example)
+        min(parts, key=input_tokens).append(example)
     while exchange := _best_exchange(parts):
         fullest, other, mine, theirs = exchange
         moved = [fullest.pop(mine)]
@@ -129,11 +129,11 @@ def _best_exchange(
     Returns:
         Both parts, the place in the first, and that in the second, which is None for nothing.
     """
-    fullest = max(parts, key=_tokens)
+    fullest = max(parts, key=input_tokens)
     found = [
         (abs(gap - 2 * moved), fullest, other, mine, theirs)
         for other in parts
-        if (gap := _tokens(fullest) - _tokens(other)) > 0
+        if (gap := input_tokens(fullest) - input_tokens(other)) > 0
         for mine in range(len(fullest))
         for theirs in (None, *range(len(other)))
         if 0 < (moved := fullest[mine].input_tokens - _length(other, theirs)) < gap
@@ -149,5 +149,6 @@ def _longest_first(example: Example) -> tuple[int, int]:
     return -example.input_tokens, example.row
 
 
-def _tokens(examples: Sequence[Example]) -> int:
+def input_tokens(examples: Sequence[Example]) -> int:
+    """How many tokens of these conversations go through a model."""
     return sum(example.input_tokens for example in examples)

@@ -72,7 +72,7 @@ def accumulate(
     Returns:
         The loss in nats a supervised token, and what was computed on.
     """
-    inputs = sum(example.input_tokens for example in examples)
+    inputs = packing.input_tokens(examples)
     supervised = sum(example.supervised_tokens for example in examples)
     limit = computing.micro_batch_tokens
     if processes.size > 1:  # a step that would fit into one micro-batch occupies every process

@@ -129,7 +129,7 @@ def _path(how: Computing) -> str:
     """What computes a step, for `reports/train.json`."""
     if not how.fused:
         return f"stock: {how.unfused_because}"
-    return "fused, liger-kernel" if how.device.type == "cuda" and kernels.installed() else "fused"
+    return "fused, liger-kernel" if kernels.cover(how.device) else "fused"
 
 
 def _metrics(loop: Loop) -> dict[str, Any]:

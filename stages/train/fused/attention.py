@@ -61,7 +61,7 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def _both_turned(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if kernels.cover(query):
+    if kernels.cover(query.device):
         return kernels.turned(query, key, cos, sin)
     return turned(query, cos, sin), turned(key, cos, sin)
 

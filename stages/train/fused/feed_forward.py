@@ -76,12 +76,12 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return kernels.gated(gate, up) if kernels.cover(gate) else silu(gate).mul_(up)
+    return kernels.gated(gate, up) if kernels.cover(gate.device) else silu(gate).mul_(up)
 
 
 def _gated_again(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
     """silu(gate)·up, and what makes ∂gate and ∂up of its gradient, once, in its place."""
-    if kernels.cover(gate):
+    if kernels.cover(gate.device):
         return kernels.gated(gate, up), partial(kernels.gated_gradients, gate=gate, up=up)
     activated = silu(gate)
     return activated * up, partial(_gated_gradients, gate=gate, up=up, activated=activated)

@@ -27,9 +27,9 @@ def installed() -> bool:
     return bool(find_spec("liger_kernel")) and metadata.version("liger-kernel").startswith(RELEASE)
 
 
-def cover(x: torch.Tensor) -> bool:
-    """Whether these are used for values that lie where `x` lies."""
-    return x.is_cuda and installed()
+def cover(device: torch.device) -> bool:
+    """Whether these are used for values on this device."""
+    return device.type == "cuda" and installed()
 
 
 def normed(

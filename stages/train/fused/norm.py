@@ -25,7 +25,7 @@ def normed(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y, in the dtype of x, and ρ, in fp32 [..., 1]."""
-    if kernels.cover(x):
+    if kernels.cover(x.device):
         return kernels.normed(x, weight, epsilon)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     root = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(epsilon))
@@ -35,15 +35,19 @@ def normed(
 def normed_again(
     x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
-    """Y once more."""
-    return kernels.normed(x, weight, epsilon)[0] if kernels.cover(x) else _scaled(x, root, weight)
+    """The same y once more."""
+    return (
+        kernels.normed(x, weight, epsilon)[0]
+        if kernels.cover(x.device)
+        else _scaled(x, root, weight)
+    )
 
 
 def norm_gradient(
     gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """∂x, in the dtype of x, for a gradient ∂y."""
-    if kernels.cover(x):
+    if kernels.cover(x.device):
         return kernels.norm_gradient(gradient, x, root, weight)
     standard = x.float() * root  # a tensor of its own where x is fp32 already
     wide = (gradient * weight).float()
