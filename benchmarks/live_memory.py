@@ -73,6 +73,8 @@ def _python_kernel(func: Any, args: tuple[Any, ...]) -> Any:
     if getattr(func, "namespace", "") != "bitsandbytes":
         return None
     device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    if device == "meta":  # where it is not run
+        return None
     kernel = torch.library.get_kernel(func, device.upper())
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
     return lambda *a, **k: kernel.call_boxed(keys, *a, **k)

@@ -20,6 +20,7 @@ from stages.quantize.convert import convert
 from stages.quantize.settings import Quantize
 from stages.shared import models
 from stages.shared.architecture import KNOWN_BLOCKS
+from stages.shared.bnb import Linear8bitLt
 from stages.shared.examples import Example
 from stages.shared.memory import Optimizer, Precision
 from stages.train import trainable
@@ -183,7 +184,8 @@ def held_tensors(
     yield from model.parameters()
     yield from model.buffers()
     for layer in models.quantized_layers(model).values():
-        yield from (t for t in layer.state_dict(keep_vars=True).values() if torch.is_tensor(t))
+        if isinstance(layer, Linear8bitLt):  # its scales are no buffers
+            yield from (t for t in layer.state_dict(keep_vars=True).values() if torch.is_tensor(t))
         state = getattr(layer.weight, "quant_state", None)
         for part in (state, getattr(state, "state2", None)):
             yield from (t for t in vars(part or ()).values() if torch.is_tensor(t)) if part else ()

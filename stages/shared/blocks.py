@@ -123,16 +123,23 @@ class Saved:
             return own * len(names) if flow.compute < flow.stream else shared
         return self._of_adapters(shared, own, *names)
 
-    def product_input(self, width: int, name: str) -> int:
-        """Of a linear layer whose input is no stream but a result, in the compute dtype."""
-        own = self.flow.compute * width
-        return own if self.flow.trained else self._of_adapters(own, own, name)
+    def product_input(self, width: int, name: str, *, kept: bool = False) -> int:
+        """Of a linear layer whose input is no stream but a result, in the compute dtype.
 
-    def _of_adapters(self, shared: int, own: int, *names: str) -> int:
+        Args:
+            width: of the input.
+            name: of the layer.
+            kept: whether what made the result keeps it as well: it is one tensor.
+        """
+        own = self.flow.compute * width
+        return own if self.flow.trained else self._of_adapters(own, own, name, kept=kept)
+
+    def _of_adapters(self, shared: int, own: int, *names: str, kept: bool = False) -> int:
         flow = self.flow
+        kept = kept or flow.keeps_input
         if flow.copies:
-            return own * flow.adapters(*names) + (shared if flow.keeps_input else 0)
-        return shared if flow.adapters(*names) or flow.keeps_input else 0
+            return own * flow.adapters(*names) + (shared if kept else 0)
+        return shared if flow.adapters(*names) or kept else 0
 
     def adapters(self, width: int, *names: str) -> int:
         """c·r for each: what lies between its two matrices; and what dropout keeps of its input.
@@ -146,17 +153,16 @@ class Saved:
 
     @property
     def attention(self) -> int:
-        """c·(2q + 2kv) + 4·a: rotated queries and keys, values, the result, fp32 logarithms.
+        """c·(q + 2kv): rotated queries and keys, and values; torch's kernel keeps 4·a of logarithms.
 
-        As products, c·(q + 2kv): the result and the logarithms are not asked for again. No score
+        The kernel keeps its result too, which is `product_input` of the product after it. No score
         is kept, whatever the length.
 
         Source: Dao et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 1 and appendix B.
         """
-        block, c = self.block, self.flow.compute
-        if not self.flow.kernel:
-            return c * (block.query + 2 * block.key_value)
-        return c * 2 * (block.query + block.key_value) + 4 * block.heads
+        block, flow = self.block, self.flow
+        logarithms = 4 * block.heads if flow.kernel else 0
+        return flow.compute * (block.query + 2 * block.key_value) + logarithms
 
     @property
     def gate(self) -> int:
@@ -195,7 +201,7 @@ class Saved:
             + self.inputs(h, "q_proj", "k_proj", "v_proj")
             + self.head_norms
             + self.attention
-            + self.product_input(q, "o_proj")
+            + self.product_input(q, "o_proj", kept=self.flow.kernel)
             + self.inputs(h, "gate_proj", "up_proj")
             + self.gate
             + self.down_input

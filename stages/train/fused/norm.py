@@ -49,14 +49,14 @@ def norm_gradient(
     """∂x, in the dtype of x, for a gradient ∂y."""
     if kernels.cover(x.device):
         return kernels.norm_gradient(gradient, x, root, weight)
-    standard = x.float() * root  # a tensor of its own where x is fp32 already
+    standard = x * root  # in fp32, as the root is
     wide = (gradient * weight).float()
     along = (wide * standard).mean(-1, keepdim=True)
     return wide.addcmul(standard, along, value=-1).mul_(root).to(x.dtype)
 
 
 def _scaled(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (x.float() * root).mul_(weight).to(x.dtype)
+    return (x * root).mul_(weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
