@@ -51,7 +51,7 @@ def attend(
         dtype = precision.of_products(query)  # as autocast would have it for the library's own
         q, k, v = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
         scaling = kwargs["scaling"]
-        if varlen_attention.covers(q, v):
+        if varlen_attention.covers(q.device, dtype, q.shape[-1], v.shape[-1]):
             return varlen_attention.attend(q, k, v, scaling, lengths, window)[None], None
         if q.device.type == "cpu" and not windowed:
             return batched_attention.attend(q, k, v, scaling, lengths)[None], None
@@ -69,6 +69,27 @@ def attend(
         for start, end in pairwise(accumulate(lengths, initial=0))
     ]
     return torch.cat(parts, dim=1), None
+
+
+def needs_mask(config: Any, lengths: Sequence[int], weight: torch.Tensor) -> bool:
+    """Whether attention to a packed row goes by its mask.
+
+    transformers makes one that nobody looks at, unless it is told not to: a byte for each pair of
+    tokens, a GiB at 32,768; and it waits for the device first.
+
+    Args:
+        config: of the decoder.
+        lengths: of the row's conversations, in tokens.
+        weight: one of the model's.
+    """
+    if config._attn_implementation != NAME:
+        return True
+    window = getattr(config, "sliding_window", None)
+    if window is None or max(lengths) <= window:
+        return False
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = precision.of_products(weight)
+    return not varlen_attention.covers(weight.device, dtype, size, size)
 
 
 AttentionInterface.register(NAME, attend)

@@ -34,17 +34,16 @@ def first_forward(saved: Saved, workspace: int) -> list[Instant]:
 def backward(saved: Saved, workspace: int) -> list[Instant]:
     """At the products gate and up, of gradients in the place of what they were made from; the norm.
 
-    c·2f of these gradients, beside 4·h + c·h of the normed input as it is computed again, first in
-    fp32; then beside c·h and the matrix. Last 12·h of the norm in fp32, and c·h. The gradients of
-    the adapters of gate, up and down, 4·3·r·(h + f), stand until all are returned.
+    c·2f of these gradients and c·h beside the matrix; then 12·h of the norm in fp32, and c·h. What
+    lies between A and B of gate and up, c·2r, has a gradient too. The gradients of the adapters of
+    gate, up and down, 4·3·r·(h + f), stand until all are returned.
     """
     block, flow = saved.block, saved.flow
-    gradient, h = flow.stream * block.hidden, flow.compute * block.hidden
+    h = flow.compute * block.hidden
+    gradient = flow.stream * block.hidden + flow.compute * 2 * flow.rank
     adapters = _factors(saved) + 4 * 3 * flow.rank * (block.hidden + block.inner)
-    widest = gradient + 2 * flow.compute * block.inner
     return [
-        Instant(saved.total, widest + 4 * block.hidden + h, adapters),
-        Instant(saved.total, widest + h, workspace + adapters),
+        Instant(saved.total, gradient + 2 * flow.compute * block.inner + h, workspace + adapters),
         Instant(saved.total, gradient + 12 * block.hidden + h, adapters),
     ]
 

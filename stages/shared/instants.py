@@ -109,7 +109,8 @@ def backward(saved: Saved, workspace: int, *, recomputed: bool) -> list[Instant]
     if flow.keeps_input and not recomputed:
         there += c * f
     if recomputed and flow.copies:
-        there -= max(0, saved.kept_by_products - c * f)
+        kept_by_attention = c * block.query if flow.kernel else 0
+        there -= max(0, saved.kept_by_products - c * f - kept_by_attention)
     return [
         Instant(there, gradient + (c * f + 4 * f if flow.widened else 0)),
         Instant(there, gradient + 2 * c * f, workspace),

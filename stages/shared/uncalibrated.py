@@ -21,7 +21,8 @@ def reasons(model: Model, tuning: Tuning, batch: MicroBatch) -> list[str]:
     found = []
     if model.block is None:
         found.append(f"blocks of {model.kind} have not been measured")
-    if model.window and batch.tokens > model.window:
+    counted = tuning.fused and tuning.flow.kernel
+    if model.window and batch.tokens > model.window and not counted:
         found.append(f"conversations may be longer than the window of {model.window} tokens")
     if tuning.adapter and tuning.adapter.magnitudes:
         found.append("lora.dora has not been measured")

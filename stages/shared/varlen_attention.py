@@ -21,23 +21,24 @@ LARGEST_HEAD = 256  # elements
 CAPABILITIES = (8, 0), (12, 1)  # of the first and the last GPU that the kernel is made for
 
 
-def covers(query: torch.Tensor, value: torch.Tensor) -> bool:
+def covers(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> bool:
     """Whether the kernel computes this, if nothing is dropped out.
 
     Source: torch 2.13, aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp,
     `mha_varlen_fwd`; sdp_utils.cpp, `check_flash_attention_hardware_support`.
 
     Args:
-        query: [..., head size], in any dtype and on any device.
-        value: [..., head size].
+        device: of queries, keys and values.
+        dtype: of them.
+        size: of a query's head, in elements.
+        value_size: of a value's.
     """
-    size = query.shape[-1]
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    if size != value.shape[-1] or size % 8 or size > LARGEST_HEAD:
+    if size != value_size or size % 8 or size > LARGEST_HEAD:
         return False
     first, last = CAPABILITIES
-    return first <= torch.cuda.get_device_capability(query.device) <= last
+    return first <= torch.cuda.get_device_capability(device) <= last
 
 
 def attend(

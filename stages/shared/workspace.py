@@ -197,12 +197,14 @@ def mask_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
     """N²: which token may look at which, a byte a pair.
 
     transformers makes it for a packed row, though attention goes by the conversations' lengths.
-    The fused step does not ask for it, unless a conversation is longer than a sliding window.
+    The fused step does not ask for it, unless a conversation is longer than a sliding window and
+    attention is products, on a CPU.
 
     Source: transformers 5.23, transformers/masking_utils.py, `sdpa_mask`.
     """
     windowed = model.window is not None and batch.longest > model.window
-    return 0 if tuning.fused and not windowed else batch.tokens**2
+    needed = windowed and not tuning.flow.kernel
+    return 0 if tuning.fused and not needed else batch.tokens**2
 
 
 def optimizer_step_bytes(model: Model, tuning: Tuning) -> int:

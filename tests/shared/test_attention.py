@@ -40,7 +40,7 @@ class Calls(TorchFunctionMode):
 @pytest.fixture
 def covered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU that has the kernel, as a GPU does."""
-    monkeypatch.setattr(varlen_attention, "covers", lambda query, value: True)
+    monkeypatch.setattr(varlen_attention, "covers", lambda *_: True)
     with flash_kernel.on_a_cpu():
         yield
 
@@ -151,3 +151,38 @@ def test_on_a_gpu_a_packed_row_goes_through_a_model_without_a_wait() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "longest", "kernel", "needed"),
+    [
+        (attention.NAME, None, 100, False, False),
+        (attention.NAME, 32, 32, False, False),
+        (attention.NAME, 32, 33, False, True),
+        (attention.NAME, 32, 33, True, False),
+        ("sdpa", None, 100, True, True),
+    ],
+    ids=[
+        "no window",
+        "short",
+        "longer than the window",
+        "a kernel knows the window",
+        "by its mask",
+    ],
+)
+def test_a_mask_is_needed_where_a_layer_looks_back_less_far_and_no_kernel_knows(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    window: int | None,
+    longest: int,
+    kernel: bool,
+    needed: bool,
+) -> None:
+    asked = []
+    monkeypatch.setattr(varlen_attention, "covers", lambda *of: asked.append(of) or kernel)
+    config = MistralConfig(
+        hidden_size=64, num_attention_heads=4, sliding_window=window, attn_implementation=name
+    )
+    weight = torch.empty(2, 2, dtype=torch.bfloat16)
+    assert attention.needs_mask(config, (3, longest), weight) is needed
+    assert all(of == (weight.device, torch.bfloat16, 16, 16) for of in asked)

@@ -21,8 +21,17 @@ def test_lora_under_autocast_saves_24h_4kv_8f_14r_4a_8_where_adapters_copy_their
 
 
 def test_adapters_that_share_an_input_save_six_hidden_widths_less():
-    copied, shared = (Saved(SMOLLM2, lora(widened=w)).total for w in (True, False))
+    copied, shared = (Saved(SMOLLM2, lora(widened=w, kernel=False)).total for w in (True, False))
     assert copied - shared == 2 * (2 * 576) + 2 * 576  # of q, k, v and of gate, up: one is enough
+
+
+def test_the_result_of_attention_is_kept_once_by_the_kernel_and_the_product_after_it():
+    products, kernel = (Saved(SMOLLM2, lora(kernel=k)).total for k in (False, True))
+    assert kernel - products == 4 * 9  # the logarithms
+    copied = Saved(SMOLLM2, lora(widened=True))
+    assert copied.product_input(576, "o_proj", kept=True) == 2 * copied.product_input(576, "o_proj")
+    alone = Saved(SMOLLM2, lora(rank=0, adapted=frozenset()))
+    assert alone.product_input(576, "o_proj", kept=True) == 2 * 576
 
 
 def test_without_an_adapter_no_input_is_kept():
@@ -34,8 +43,8 @@ def test_without_an_adapter_no_input_is_kept():
 
 
 def test_int8_products_keep_their_input_beside_an_adapters_copy():
-    plain = Saved(SMOLLM2, lora(widened=True))
-    int8 = Saved(SMOLLM2, lora(widened=True, keeps_input=True))
+    plain = Saved(SMOLLM2, lora(widened=True, kernel=False))
+    int8 = Saved(SMOLLM2, lora(widened=True, kernel=False, keeps_input=True))
     assert int8.total - plain.total == int8.kept_by_products == 6 * 576 + 2 * 1536
 
 

@@ -74,6 +74,7 @@ def test_the_mask_of_a_packed_row_of_32768_tokens_is_a_gibibyte_that_the_fused_s
     assert workspace.mask_bytes(SMOLLM2, QLORA, batch) == 0
     windowed = replace(SMOLLM2, window=2048)
     assert workspace.mask_bytes(windowed, QLORA, batch) == 2**30
+    assert workspace.mask_bytes(windowed, replace(QLORA, device="cuda"), batch) == 0
 
 
 def test_checkpointing_stores_the_input_of_each_block_and_what_int8_products_keep_anyway():

@@ -61,12 +61,13 @@ class _FeedForward(torch.autograd.Function):
         x, root, weight, gate, up, inner, last, *factors = ctx.saved_tensors
         before = Adapted(ctx.layers[:2], factors[:4], ctx.dtype)
         after = Adapted(ctx.layers[2:], factors[4:], ctx.dtype)
+        # First of all: in fp32 it would be the most, beside the gradients of gate and up.
+        y = normed_again(x, root, weight, ctx.epsilon).to(ctx.dtype)
         result, gradients = _gated_again(gate, up)
         learnt_after, outer = after.factor_gradients([gradient], result, last)
         del result
         found = gradients(after.input_gradient([gradient], outer))
         del gradients
-        y = normed_again(x, root, weight, ctx.epsilon).to(ctx.dtype)
         learnt, outer = before.factor_gradients(found, y, inner)
         del y
         dnormed = before.input_gradient(found, outer)

@@ -50,14 +50,9 @@ def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
 
 
 def _no_mask(causal: Any, batch: Packed) -> torch.Tensor | None:
-    """A mask for nobody, where attention goes by the lengths: transformers takes it as it is.
-
-    The one that it would make for a packed row has a byte for each pair of tokens, a GiB at 32k.
-    """
-    config = causal.config
-    window = getattr(config, "sliding_window", None)
-    windowed = window is not None and max(batch.lengths) > window
-    if windowed or config._attn_implementation != attention.NAME:
+    """A mask for nobody, where none is needed: transformers takes it as it is."""
+    embedding = causal.get_input_embeddings().weight
+    if attention.needs_mask(causal.config, batch.lengths, embedding):
         return None
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
 

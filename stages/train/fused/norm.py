@@ -52,7 +52,7 @@ def norm_gradient(
     standard = x * root  # in fp32, as the root is
     wide = (gradient * weight).float()
     along = (wide * standard).mean(-1, keepdim=True)
-    return wide.addcmul(standard, along, value=-1).mul_(root).to(x.dtype)
+    return wide.addcmul_(standard, along, value=-1).mul_(root).to(x.dtype)
 
 
 def _scaled(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
