@@ -1,9 +1,9 @@
 """A training step as a GPU computes it, operation by operation, on tensors without values.
 
 torch's meta device stands for the GPU. Modules, the fused functions, attention in one call,
-autograd and checkpointing run as they are, on shapes and dtypes alone: what a step of an 8B holds is
-known to the byte, in seconds and anywhere. What would make the host wait for the device (`item`, an
-index by a mask) cannot be computed there and is an error.
+autograd and checkpointing run as they are, on shapes and dtypes alone: what a step of an 8B holds
+is known to the byte, in seconds and anywhere. What would make the host wait for the device (`item`,
+an index by a mask) cannot be computed there and is an error.
 
 It does not tell what a kernel allocates for itself, nor what the allocator and CUDA's context add;
 and it is the fused step alone, since meta has no autocast, which the modules would need.

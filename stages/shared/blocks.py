@@ -153,10 +153,10 @@ class Saved:
 
     @property
     def attention(self) -> int:
-        """c·(q + 2kv): rotated queries and keys, and values; torch's kernel keeps 4·a of logarithms.
+        """c·(q + 2kv): rotated queries and keys, and values.
 
-        The kernel keeps its result too, which is `product_input` of the product after it. No score
-        is kept, whatever the length.
+        torch's kernel keeps 4·a of logarithms, and its result, which is `product_input` of the
+        product after it. No score is kept, whatever the length.
 
         Source: Dao et al. 2022, FlashAttention, arXiv:2205.14135, algorithm 1 and appendix B.
         """

@@ -1,4 +1,4 @@
-"""The step of a GPU on tensors without values: what the plan says of it, and what it would catch."""
+"""The step of a GPU on tensors without values: what the plan says of it, and what it catches."""
 
 import pytest
 import torch
