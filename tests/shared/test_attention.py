@@ -178,8 +178,13 @@ def test_a_mask_is_needed_where_a_layer_looks_back_less_far_and_no_kernel_knows(
     kernel: bool,
     needed: bool,
 ) -> None:
-    asked = []
-    monkeypatch.setattr(varlen_attention, "covers", lambda *of: asked.append(of) or kernel)
+    asked: list[tuple[Any, ...]] = []
+
+    def covers(*of: Any) -> bool:
+        asked.append(of)
+        return kernel
+
+    monkeypatch.setattr(varlen_attention, "covers", covers)
     config = MistralConfig(
         hidden_size=64, num_attention_heads=4, sliding_window=window, attn_implementation=name
     )
