@@ -4,7 +4,7 @@ Reads:  models/base; three small models of other shapes are made on the spot
 Writes: docs/pictures/memory.svg, and the table in docs/memory.md
 Run:    python -m benchmarks.memory
 
-About ten minutes on two cores. What is measured is the peak of live tensor storage
+Two minutes on two cores. What is measured is the peak of live tensor storage
 (`benchmarks.live_memory`) in the second of two steps; weights and tokens do not matter to it, so
 the small models are random.
 """

@@ -133,29 +133,41 @@ class Attention:
         block, flow = self._block, self._flow
         around = 0 if flow.fused else 2 * flow.stream * block.hidden
         extra = around + flow.compute * block.query
-        return Instant(self._kept, extra, self.workspace_bytes + self._tokens * self._of_result)
+        return Instant(self._kept, extra, self.workspace_bytes + self._of_result)
 
     @property
     def _of_result(self) -> int:
-        return self._flow.compute * self._block.query + self._regrouped
+        return self._tokens * self._flow.compute * self._block.query + self._on_its_way()
+
+    def _on_its_way(self, keys: int = 0) -> int:
+        """What becomes part of a result: the larger of a product, and the result in its own order.
+
+        c·q·B·n of a block's queries, or as much as is given of keys; then c·q·T, where heads share
+        keys and groups have another order.
+        """
+        block, c = self._block, self._flow.compute
+        product = block.query * self.conversations * self._queries
+        ordered = block.query * self._tokens if block.query > block.key_value else 0
+        return c * max(product, keys, ordered)
 
     def without_gradients(self) -> Instant:
         """The same where nothing is kept: residual, normed input, queries, keys, values stand."""
         block, flow = self._block, self._flow
         held = 2 * flow.stream * block.hidden + 2 * flow.compute * (block.query + block.key_value)
-        return Instant(0, held, self.workspace_bytes + self._tokens * self._of_result)
+        return Instant(0, held, self.workspace_bytes + self._of_result)
 
     def backward(self) -> Instant:
         """c·(2q + 2kv) a token of gradients that come and go; those of a group, and its scores'.
 
-        T·c·3q of a group's gradients (of the result, of queries, and these in their own order; of
-        several conversations c·q more, that of the result padded), 8·kv·T of keys' and values' in
-        fp32, 4·a·n·T of the scores'.
+        T·c·2q of a group's gradients, of the result and of queries (of several conversations c·q
+        more, that of the result padded), 8·kv·T of keys' and values' in fp32, 4·a·n·T of the
+        scores'; and what is on its way there.
         """
         block, flow = self._block, self._flow
         c = flow.compute
         extra = flow.stream * block.hidden + c * (2 * block.query + 2 * block.key_value)
         padded = c * block.query if self.conversations > 1 else 0
-        group = padded + self._regrouped + self._of_result + 8 * block.key_value
-        room = self.workspace_bytes + self._tokens * group + 4 * self._scores
+        group = padded + self._regrouped + c * block.query + 8 * block.key_value
+        arriving = self._on_its_way(block.key_value * self._tokens)
+        room = self.workspace_bytes + self._tokens * group + 4 * self._scores + arriving
         return Instant(self._kept, extra, room)
