@@ -10,7 +10,7 @@ from typing import cast
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a stage that loads a model never needs the hub
 # oneDNN compiles each product for one shape, and conversations have many lengths. It keeps 0.3 MB
 # of it, and the layer above it 0.26 MB that describe it: a thousand of each unless told otherwise.
-# A micro-batch has about 40 shapes: 64 compile hardly more often, 32 three times as often.
+# A micro-batch has about 50 shapes: 64 compile hardly more often, 32 three times as often.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
