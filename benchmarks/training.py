@@ -29,7 +29,7 @@ import torch
 from benchmarks import matrix_rate, training_data, training_table
 from benchmarks.paced import Worker
 from benchmarks.training_data import Inputs
-from benchmarks.training_figures import Comparison, Tried, best
+from benchmarks.training_figures import Comparison, Tried, best, middle
 from stages.shared import files, progress
 from stages.shared.architecture import model_of_config
 from stages.shared.errors import UserError, run
@@ -38,6 +38,7 @@ from stages.train.environment import environment
 OURS, PEER = "benchmarks.training_ours", "benchmarks.training_trl"
 MODEL, TOKENIZER = Path("models/quantized"), Path("models/tokenizer")
 MICRO_BATCHES = (1, 2, 4, 8)  # that the peer is tried with
+TRIED = 3  # steps with each
 ROUNDS = 4  # at least, the first of them to warm up
 LONGER = {"sample": 1, "real": 3}  # how much of the time a comparison gets, beside the others
 LOSS_TOLERANCE = 0.01
@@ -61,11 +62,15 @@ def peer_job(inputs: Inputs, micro_batch: int | None) -> dict[str, Any]:
 
 
 def try_micro_batches(inputs: Inputs, environment_: Mapping[str, str]) -> Iterator[Tried]:
-    """Two steps of the peer, unpacked, at each size of a micro-batch; the second counts."""
+    """Steps of the peer, unpacked, at each size of a micro-batch: after one to warm up, the median.
+
+    A single step just after a probe that the machine spoiled would choose the wrong size.
+    """
     for size in MICRO_BATCHES:
         with Worker(PEER, peer_job(inputs, size), environment_) as peer:
             peer.ask()
-            yield Tried(inputs.name, size, peer.ask())
+            tried = (Tried(inputs.name, size, peer.ask()) for _ in range(TRIED))
+            yield middle(tried)
 
 
 def compare(

@@ -48,6 +48,12 @@ class Tried:
         )
 
 
+def middle(tried: Iterable[Tried]) -> Tried:
+    """Of an odd number of steps the one in the middle."""
+    in_order = sorted(tried, key=lambda one: one.tokens_per_product)
+    return in_order[len(in_order) // 2]
+
+
 def best(tried: Iterable[Tried], data: str) -> int:
     """The size of a micro-batch with which the peer is fastest on these conversations."""
     of_data = [one for one in tried if one.data == data]

@@ -23,7 +23,7 @@ from benchmarks import (
     training_table,
 )
 from benchmarks.paced import Channel, Worker
-from benchmarks.training_figures import Comparison, Tried, best, better_mode, spread
+from benchmarks.training_figures import Comparison, Tried, best, better_mode, middle, spread
 from stages.shared import files, models, scoring
 from stages.shared.architecture import model_of
 from stages.shared.errors import run
@@ -277,6 +277,11 @@ def test_the_best_micro_batch_is_the_fastest_for_its_matrix_rate():
         Tried("other", 8, step(0.1, rate=4e11)),
     ]
     assert best(tried, "tiny") == 2
+
+
+def test_a_micro_batch_is_judged_by_its_middle_step():
+    steps = (step(2.0, rate=4e11), step(2.0, rate=2e11), step(2.1, rate=4e11))  # one spoiled probe
+    assert middle(Tried("tiny", 1, one) for one in steps).step == steps[0]
 
 
 def test_the_better_mode_is_the_one_in_which_the_peer_is_faster():
