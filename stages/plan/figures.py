@@ -79,7 +79,10 @@ def plan(model: Model, found: Data, values: Params) -> dict[str, Any]:
         "micro_batch": {"tokens": batch.tokens, "supervised": batch.supervised},
         "techniques": {name: _technique(model, way, batch) for name, way in ways.items()},
         "configured_on": {
-            card: chosen(request(model, lora_adapter, values, found, gib * GIB))
+            card: {
+                **chosen(request(model, lora_adapter, values, found, gib * GIB)),
+                "instead_of_bf16": techniques.instead_of_bf16(card, asked),
+            }
             for card, gib in techniques.CARDS_GIB.items()
         },
         "disk": disk.needed(model, asked),

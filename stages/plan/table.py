@@ -35,7 +35,9 @@ def configured(plan: Mapping[str, Any]) -> str:
     """A line a card: what params.yaml's training would be computed with there."""
     lines = ["params.yaml as it is"]
     for card, found in plan["configured_on"].items():
-        lines.append(f"  {card.replace('_', ' '):18} {choice(found)}")
+        bf16 = found["instead_of_bf16"]
+        needs = f"; it has no bf16: set {bf16}" if bf16 else ""
+        lines.append(f"  {card.replace('_', ' '):18} {choice(found)}{needs}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from stages.shared import fitting
 from stages.shared.adapter import Adapter
 from stages.shared.fitting import GIB
+from stages.shared.memory import dense_precision
 from stages.shared.peak import Prediction
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
@@ -17,6 +18,7 @@ CARDS_GIB = {
     "A100_80GiB": 80,
     "H100_80GiB": 80,
 }
+WITHOUT_BF16 = ("T4_16GiB",)  # compute capability 7.5; `quantize` refuses bf16 below 8.0
 
 
 def standard(adapter: Adapter) -> dict[str, Tuning]:
@@ -40,6 +42,15 @@ def standard(adapter: Adapter) -> dict[str, Tuning]:
         "qlora_nf4_double_checkpointed": checkpointed,
         "qlora_nf4_double_checkpointed_paged": replace(checkpointed, paged=True),
     }
+
+
+def instead_of_bf16(card: str, tuning: Tuning) -> str | None:
+    """What a card that has no bf16 must be given instead; None where it computes as it is asked."""
+    if card not in WITHOUT_BF16 or dense_precision(tuning.precision, tuning.compute) != "bf16":
+        return None
+    if tuning.precision != "bf16":
+        return "quantize.compute_dtype=fp16"
+    return f"quantize.precision={'fp32' if tuning.adapter is None else 'fp16'}"
 
 
 def cards_that_fit(model: Model, tuning: Tuning, prediction: Prediction) -> dict[str, bool]:

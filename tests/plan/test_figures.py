@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.plan import data, figures, operations, techniques
+from stages.plan import data, figures, operations, table, techniques
 from stages.shared.adapter import Adapter, of_parameters
 from stages.shared.errors import UserError
 from stages.shared.tensors import Tensor
@@ -114,6 +114,25 @@ def test_each_card_gets_the_fastest_settings_that_fit_it():
     full = settings(quantize={"precision": "bf16"}, train={"method": "full"})
     cards = figures.plan(shipped("Llama-3-8B"), DATA, full)["configured_on"]
     assert cards["H100_80GiB"]["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("quantize", "method", "instead"),
+    [
+        ({}, "lora", "quantize.compute_dtype=fp16"),
+        ({"compute_dtype": "fp16"}, "lora", None),
+        ({"precision": "fp32"}, "lora", None),
+        ({"precision": "bf16"}, "lora", "quantize.precision=fp16"),
+        ({"precision": "bf16"}, "full", "quantize.precision=fp32"),
+    ],
+)
+def test_a_card_without_bf16_says_what_it_needs_instead(quantize, method, instead):
+    given = settings(quantize=quantize, train={"method": method})
+    plan = figures.plan(SMOLLM2, DATA, given)
+    found = {card: one["instead_of_bf16"] for card, one in plan["configured_on"].items()}
+    assert found == {card: instead if card == "T4_16GiB" else None for card in found}
+    line = next(line for line in table.configured(plan).splitlines() if "T4" in line)
+    assert (f"; it has no bf16: set {instead}" in line) == (instead is not None)
 
 
 def test_a_card_must_hold_an_assumed_context_beside_the_tensors():
