@@ -1,0 +1,76 @@
+"""Adapters of every variant on a tiny model, and what they compute."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Starcoder2Config
+
+from stages.shared import models
+from stages.shared.precision import autocast
+from stages.train import trainable
+from tests import tiny
+from tests.train.running import settings
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 60)[None]
+
+
+def load(folder: Path, precision: str = "nf4", **lora: Any) -> Any:
+    """A fresh adapter on the tiny model."""
+    quantized = folder / precision
+    if not quantized.exists():
+        tiny.quantize(quantized, precision)
+    wanted = settings(**{f"lora__{key}": value for key, value in lora.items()}).lora
+    torch.manual_seed(settings().train.seed)
+    return trainable.load_for_lora(quantized, wanted, CPU, folder / "base")
+
+
+def layers(model: Any) -> list[LoraLayer]:
+    return [m for m in model.modules() if isinstance(m, LoraLayer)]
+
+
+def update(layer: LoraLayer) -> torch.Tensor:
+    """What the adapter adds to the matrix."""
+    return layer.get_delta_weight("default").detach()
+
+
+@torch.no_grad()
+def logits(model: Any, dtype: torch.dtype) -> torch.Tensor:
+    with autocast(CPU, dtype):
+        return model.eval()(IDS).logits.float()
+
+
+def exactly(folder: Path, model: Any, precision: str) -> torch.Tensor:
+    """Logits of the adapter on dequantized weights, in fp32."""
+    trainable.save(model, folder / "adapter", torch.bfloat16)
+    dequantized = models.load_dequantized(folder / precision)
+    return logits(models.attach(dequantized, folder / "adapter"), torch.float32)
+
+
+def biased(folder: Path) -> Path:
+    """A tiny model with LayerNorms, biases everywhere, and a tied head, in nf4."""
+    torch.manual_seed(2)
+    config = Starcoder2Config(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_bias=True,
+        sliding_window=None,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(folder / "base")
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    AutoModelForCausalLM.from_pretrained(
+        folder / "base", quantization_config=four_bit, dtype=torch.bfloat16, device_map={"": "cpu"}
+    ).save_pretrained(folder / "nf4")
+    return folder
