@@ -57,18 +57,28 @@ def load_model(
     """
     require_safetensors(folder)
     dtype = dtype or compute_dtype(folder, device)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=False,
-        attn_implementation=attention.NAME,
-    )
+    model = _from_pretrained(folder, device, dtype)
     guard_quantized_layers(model, device)
     if model.dtype != dtype:  # of a quantized model, transformers leaves the rest as it is stored
         _cast(model, model.dtype, dtype)
     return model.eval()
+
+
+def _from_pretrained(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """With our attention, or where an architecture cannot have it (Gemma 2, gpt-oss), its own."""
+    for implementation in (attention.NAME, "sdpa", "eager"):
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation=implementation,
+            )
+        except (KeyError, ValueError) as error:
+            refused = error
+    raise refused
 
 
 def _cast(model: nn.Module, found: torch.dtype, wanted: torch.dtype) -> None:

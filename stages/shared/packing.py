@@ -9,9 +9,9 @@ them (`find_packed_sequence_indices` in `transformers.masking_utils`); an attent
 of all ones, would switch that off. `stages/shared/attention.py` goes by `lengths` where it can.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -62,6 +62,20 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
         rows=torch.from_numpy(rows),
         lengths=tuple(lengths),
     )
+
+
+def apart(batch: Packed) -> Iterator[Packed]:
+    """Each conversation of a row in a row of its own, in their order."""
+    for start, end in pairwise(accumulate(batch.lengths, initial=0)):
+        own = (batch.predictors >= start) & (batch.predictors < end)
+        yield Packed(
+            input_ids=batch.input_ids[:, start:end],
+            position_ids=batch.position_ids[:, start:end],
+            predictors=batch.predictors[own] - start,
+            targets=batch.targets[own],
+            rows=batch.rows[own.cpu()],
+            lengths=(end - start,),
+        )
 
 
 def split(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:

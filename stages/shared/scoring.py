@@ -4,7 +4,9 @@ Training's evaluations, `evaluate` and the proof of a merge call it with the sam
 their numbers are one number.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from stages.shared import packing, progress
 from stages.shared.examples import Example
 from stages.shared.packing import Packed
 from stages.shared.precision import autocast
+from stages.shared.row_sharing import shares_a_row
 
 # Fixed, and no setting of the machine: in bf16 the same rows in other batches score a little
 # differently (3.27070 and 3.27108 nats were seen). Small, so that conversations packed together
@@ -28,6 +31,8 @@ def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
     No other position reaches the head: most of a chat's tokens are not supervised, and the logits
     are the largest tensor of a step.
     """
+    if not shares_a_row(model.config):
+        return torch.cat([_alone(model, one) for one in packing.apart(batch)])
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -35,6 +40,15 @@ def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
         use_cache=False,
         conversation_lengths=batch.lengths,
     )
+    return output.logits[0]
+
+
+def _alone(model: Any, batch: Packed) -> torch.Tensor:
+    """The same of one conversation, by nothing but what every causal model is given."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" not in inspect.signature(whole.forward).parameters:
+        return model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.predictors]
+    output = model(input_ids=batch.input_ids, logits_to_keep=batch.predictors, use_cache=False)
     return output.logits[0]
 
 

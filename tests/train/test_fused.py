@@ -45,6 +45,18 @@ KINDS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SHAPE, sliding_window=32),
     "qwen2": Qwen2Config(**SHAPE),  # q, k and v have biases
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),  # queries and keys have norms
+    "llama of two scales": LlamaConfig(  # of which the longest conversation of a row chooses
+        **SHAPE,
+        rope_parameters={
+            "rope_type": "longrope",
+            "attention_factor": 1.0,
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    ),
 }
 LENGTHS = (40, 30, 9, 5)
 Gradients = dict[str, torch.Tensor]

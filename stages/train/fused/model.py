@@ -14,8 +14,9 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stages.shared import attention, precision
+from stages.shared import attention, packing, precision
 from stages.shared.packing import Packed
+from stages.shared.row_sharing import shares_a_row
 from stages.train.fused.attention import onto, projected, turned
 from stages.train.fused.feed_forward import feed_forward
 from stages.train.fused.loss import token_losses
@@ -37,6 +38,12 @@ def fuse(model: nn.Module) -> None:
 
 def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
     """Per supervised token, in nats: fp32 [supervised]; as `scoring` computes them, in chunks."""
+    if shares_a_row(model.config):
+        return _of_row(model, batch)
+    return torch.cat([_of_row(model, one) for one in packing.apart(batch)])
+
+
+def _of_row(model: nn.Module, batch: Packed) -> torch.Tensor:
     causal = cast(PeftModel, model).get_base_model()
     hidden = causal.get_decoder()(
         input_ids=batch.input_ids,
