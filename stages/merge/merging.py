@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.shared import files, models, vocabulary
 from stages.shared.errors import UserError
@@ -35,6 +36,7 @@ def merge_adapter(adapter: Path, onto: Path, folder: Path, dtype: torch.dtype) -
         # That embedding and head are tied no more is meant, where only one of them was trained.
         warnings.filterwarnings("ignore", ".*tie")
         merged = tuned.merge_and_unload().to(dtype)
+    turn_as_stored(merged)
     for name, weight in merged.named_parameters():
         if not weight.isfinite().all():
             raise UserError(
@@ -42,6 +44,19 @@ def merge_adapter(adapter: Path, onto: Path, folder: Path, dtype: torch.dtype) -
                 "expected a type that they fit into; set merge.dtype to bf16 or fp32"
             )
     merged.save_pretrained(folder)
+
+
+def turn_as_stored(model: PreTrainedModel) -> None:
+    """GPT-2 stores its matrices [in, out], of which quantizing made linear layers, [out, in]."""
+    with torch.device("meta"):
+        stored = type(model)(model.config)
+    for name, layer in stored.named_modules():
+        found = model.get_submodule(name)
+        if isinstance(layer, Conv1D) and isinstance(found, nn.Linear):
+            turned = Conv1D(layer.nf, layer.nx)
+            turned.weight = nn.Parameter(found.weight.t().contiguous())
+            turned.bias = found.bias
+            model.set_submodule(name, turned)
 
 
 def part_adapted_ends(tuned: PeftModel) -> None:
