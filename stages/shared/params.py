@@ -14,9 +14,9 @@ from stages.shared.errors import UserError
 
 
 class Section(BaseModel):
-    """A section of params.yaml that the stage owns: frozen, strict types, nothing unknown."""
+    """A section that the stage owns: frozen, strict types, finite numbers, nothing unknown."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class BorrowedSection(BaseModel):
@@ -73,7 +73,10 @@ def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
     expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     line = f"params.yaml: {key} is {_show(found)}; expected {expected}"
     if isinstance(found, str) and _is_number(found):
-        line += f"; write it as {float(found)!r} with a dot (YAML 1.1 reads {found} as a text)"
+        if expected == "a valid number":
+            line += f"; write it as {float(found)!r} with a dot (YAML 1.1 reads {found} as a text)"
+        if expected == "a valid integer":
+            line += "; write it without quotes, and without a dot"
     return line
 
 

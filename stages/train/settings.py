@@ -50,11 +50,11 @@ class Train(Section):
     scheduler: Literal["cosine", "linear", "constant"]
     warmup: Fraction
     weight_decay: Annotated[float, Field(ge=0)]
-    max_grad_norm: Annotated[float, Field(gt=0)]
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)]  # .inf: never clipped
     optimizer: Literal["adamw", "adamw_8bit"]
     eval_steps: Count | None
     patience: Count
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # as torch takes it
 
 
 class Params(Section):

@@ -1,5 +1,6 @@
 """A mistake in params.yaml ends in one line that says what, where, and what to do."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def test_a_missing_key_is_named() -> None:
     ("schema", "section", "key", "value", "expected"),
     [
         (TrainParams, "lora", "r", "16", "lora.r is the text '16'; expected a valid integer"),
+        (TrainParams, "lora", "r", "16", "; write it without quotes, and without a dot"),
+        (TrainParams, "lora", "alpha", math.inf, "lora.alpha is inf; expected a finite number"),
+        (TrainParams, "train", "learning_rate", math.nan, "is nan; expected a finite number"),
+        (TrainParams, "train", "max_grad_norm", math.nan, "is nan; expected greater than 0"),
+        (TrainParams, "train", "seed", 2**63, "expected less than 9223372036854775808"),
         (TrainParams, "lora", "r", 0, "lora.r is 0; expected greater than or equal to 1"),
         (TrainParams, "lora", "dropout", 1.0, "lora.dropout is 1.0; expected less than 1"),
         (TrainParams, "train", "method", "half", "expected 'lora' or 'full'"),
@@ -60,6 +66,7 @@ def test_a_number_that_yaml_reads_as_a_text_is_explained() -> None:
     line = mistake(TrainParams, "train", learning_rate=value)
     assert "train.learning_rate is the text '2e-4'" in line
     assert "write it as 0.0002 with a dot" in line
+    assert mistake(TrainParams, "train", method="8").endswith("expected 'lora' or 'full'")
 
 
 def test_a_stage_sees_only_what_it_declares(
