@@ -18,7 +18,7 @@ $(VENV)/.ready: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); expected Python 3.11 to 3.13; run make PYTHON=python3.11" >&2; exit 1; }
 	@echo "setting up $(VENV) from requirements.lock (some minutes, once)"
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	@touch $@
 
@@ -39,7 +39,7 @@ lint: $(VENV)/.ready
 
 $(BENCH)/.ready: requirements.lock benchmarks/requirements.lock
 	@echo "setting up $(BENCH) with the peers (some minutes, once)"
-	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	@$(BENCH)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(BENCH)
 	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --requirement requirements.lock --requirement benchmarks/requirements.lock
 	@touch $@

@@ -24,6 +24,7 @@ from stages.shared.errors import UserError, run
 COUNTS = Path("reports/prepare.json")
 PLAN = Path("reports/plan.json")
 PICTURE = Path("reports/plan.svg")
+LARGEST = 10**9  # of what an option can be: beyond it, what is counted has no numbers
 
 
 def arguments() -> argparse.Namespace:
@@ -38,12 +39,27 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse numbers that no machine and no conversation has.
+
+    Raises:
+        UserError: names the option.
+    """
+    if options.budget is not None and not 0 < options.budget < LARGEST:
+        raise UserError(
+            f"--budget is {options.budget:g}; expected GiB, above 0 and below {LARGEST:,}"
+        )
+    if options.max_length is not None and not 2 <= options.max_length < LARGEST:
+        raise UserError(
+            f"--max-length is {options.max_length}; expected 2 tokens or more, and fewer than "
+            f"{LARGEST:,}"
+        )
+
+
 def data_of(max_length: int | None, batch_size: int) -> Data:
     """What `prepare` counted, or one step of conversations of `max_length` tokens, all learnt."""
     if max_length is None:
         return read_counts(COUNTS)
-    if max_length < 2:
-        raise UserError(f"--max-length is {max_length}; expected 2 tokens or more; give more")
     tokens = batch_size * max_length
     return Data(batch_size, tokens, tokens - batch_size, max_length)
 
@@ -51,6 +67,7 @@ def data_of(max_length: int | None, batch_size: int) -> Data:
 def main() -> None:
     """Count, write, draw, print."""
     options = arguments()
+    check(options)
     values = params.load(Params, "plan")
     config = named.config_path(options.model)
     found = data_of(options.max_length, values.train.batch_size)
@@ -61,7 +78,7 @@ def main() -> None:
 
     model = model_of_config(config)
     plan = figures.plan(model, found, values)
-    is_stage = not any(vars(options).values())
+    is_stage = all(option is None for option in vars(options).values())
     if where := PICTURE if is_stage else options.picture:
         adapter = of_parameters(model.tensors, values.lora)
         panels = growth.of_model(model, adapter, found.supervised_share)

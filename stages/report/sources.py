@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from stages.shared.errors import UserError
 
@@ -78,7 +79,7 @@ def _read(path: Path, parse: Callable[[str], T]) -> T:
         raise UserError(
             f"{path}: not found; the report needs it; run `dvc repro`, which makes it first"
         ) from None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, YAMLError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"{path}: cannot be read ({reason}); expected what the pipeline wrote there; "
@@ -91,7 +92,8 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> dict[str, Any]:
-    return _mapping(yaml.safe_load(text))
+    """By YAML 1.2, as DVC reads it for the stages: 010 is 10 and no octal 8, 1e-3 is a number."""
+    return _mapping(YAML(typ="safe").load(text))
 
 
 def _mapping(value: Any) -> dict[str, Any]:

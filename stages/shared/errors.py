@@ -1,8 +1,10 @@
 """How a stage ends when its input is at fault: one line, a non-zero exit, no traceback."""
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 
 class UserError(Exception):
@@ -21,12 +23,18 @@ class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
         self.message, self.signal = message, signal
 
 
+class _Terminated(BaseException):
+    """SIGTERM; no `Exception`, so that nothing on its way takes it for a fault of its own."""
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a stage's `main()`.
 
-    A `UserError`, a missing file and a full disk become one line on stderr and exit code 1;
-    anything else is a bug of ours and keeps its traceback.
+    A `UserError`, a missing file and a fault of the disk become one line on stderr and exit code 1;
+    anything else is a bug of ours and keeps its traceback. SIGTERM, which would end Python on the
+    spot, ends it as Ctrl-C does: what is half written is removed.
     """
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         main()
     except UserError as error:
@@ -36,16 +44,32 @@ def run(main: Callable[[], None]) -> None:
         missing = error.filename or error
         _exit_with(f"{missing}: not there; `dvc repro` runs the stages that write it, in order")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = error.filename or "the disk"
-        _exit_with(f"{where}: no room on the disk; free some space and run `dvc repro` again")
+        _exit_with(_of_the_disk(error))
     except Stopped as stopped:
         print(f"stopped: {stopped.message}", file=sys.stderr)
         sys.exit(128 + stopped.signal)  # as a shell reports a process that a signal ended
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except _Terminated:
+        print("stopped by SIGTERM", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _of_the_disk(error: OSError) -> str:
+    """A fault that names a file, or a full disk; raised again where it is neither."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "the disk"
+        return f"{where}: no room on the disk; free some space and run `dvc repro` again"
+    if error.filename is None:
+        raise error
+    return f"{error.filename}: {error.strerror}; expected a place that can be read and written"
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _exit_with(message: str) -> None:

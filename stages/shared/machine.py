@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dotenv import dotenv_values
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -17,11 +18,15 @@ from stages.shared.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+PREFIX = "QLORA_"
+
 
 class Machine(BaseSettings):
     """What the user may set; unset means that the project chooses."""
 
-    model_config = SettingsConfigDict(env_prefix="QLORA_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True
+    )
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int | None = Field(default=None, ge=1)  # how many share a step; unset: all GPUs
@@ -29,7 +34,7 @@ class Machine(BaseSettings):
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
     fused: bool = True  # false: a step is computed by the library's own modules
-    memory_budget: float | None = Field(default=None, gt=0)  # GiB
+    memory_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # GiB
     checkpoint_steps: int = Field(default=25, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
 
@@ -48,17 +53,33 @@ def machine() -> Machine:
     """The settings of this machine, read once.
 
     Raises:
-        UserError: a variable has a value that it cannot have.
+        UserError: a variable has a value that it cannot have, or a name that means nothing.
     """
+    file = root() / ".env"
     try:
-        return Machine(_env_file=root() / ".env")
+        _refuse_unknown({*os.environ, *dotenv_values(file)})
+        return Machine(_env_file=file)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: byte {error.start} is not UTF-8; expected UTF-8; save it as UTF-8"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
-        name = f"QLORA_{'_'.join(str(part) for part in first['loc'])}".upper()
+        name = f"{PREFIX}{'_'.join(str(part) for part in first['loc'])}".upper()
         expected = first["msg"].removeprefix("Input should be ")
         raise UserError(
             f"{name} (environment or .env) is {first['input']!r}; expected {expected}"
         ) from None
+
+
+def _refuse_unknown(names: set[str]) -> None:
+    known = [f"{PREFIX}{field}".upper() for field in Machine.model_fields]
+    for name in sorted(names):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise UserError(
+                f"{name} (environment or .env) means nothing here; expected one of "
+                f"{', '.join(known)}; rename or remove it"
+            )
 
 
 def device() -> "torch.device":

@@ -12,6 +12,8 @@ from pydantic_core import ErrorDetails
 from stages.shared import importing
 from stages.shared.errors import UserError
 
+NUMBERS = ("a valid number", "a valid integer")  # as pydantic calls them
+
 
 class Section(BaseModel):
     """A section that the stage owns: frozen, strict types, finite numbers, nothing unknown."""
@@ -39,12 +41,21 @@ def load(schema: type[P], stage: str) -> P:
         stage: the stage's name in dvc.yaml.
 
     Raises:
-        UserError: a key is unknown, missing, of a wrong type or out of range.
+        UserError: a key is unknown, missing, of a wrong type or out of range; or DVC cannot read
+            any.
     """
     with importing.quickly():  # half a second that the unit tests of a schema need not pay
         import dvc.api  # noqa: PLC0415
+        from dvc.exceptions import DvcException  # noqa: PLC0415
 
-    return validate(schema, dvc.api.params_show(stages=stage))
+    try:
+        values = dvc.api.params_show(stages=stage)
+    except DvcException as error:
+        raise UserError(
+            f"params.yaml: DVC cannot read what {stage} declares ({error}); expected a clone of "
+            "the repository, its dvc.yaml and params.yaml in UTF-8; run it in one, mend the file"
+        ) from None
+    return validate(schema, values)
 
 
 def validate(schema: type[P], values: dict[str, Any]) -> P:
@@ -73,10 +84,7 @@ def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
     expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     line = f"params.yaml: {key} is {_show(found)}; expected {expected}"
     if isinstance(found, str) and _is_number(found):
-        if expected == "a valid number":
-            line += f"; write it as {float(found)!r} with a dot (YAML 1.1 reads {found} as a text)"
-        if expected == "a valid integer":
-            line += "; write it without quotes, and without a dot"
+        line += "; write it without quotes" if expected in NUMBERS else ""
     return line
 
 

@@ -9,8 +9,8 @@ from stages.shared.tuning import Device
 
 def total_memory_bytes(device: Device, budget_gib: float | None = None) -> int:
     """The budget, `QLORA_MEMORY_BUDGET`, or all memory of the first device of this kind."""
-    gib = budget_gib or machine().memory_budget
-    if gib:
+    gib = machine().memory_budget if budget_gib is None else budget_gib
+    if gib is not None:
         return int(gib * GIB)
     if device == "cuda":
         import torch  # noqa: PLC0415  (seconds that a plan for a CPU need not pay)

@@ -154,7 +154,8 @@ class Checkpoints:
 
     def _written(self) -> list[Path]:
         """The checkpoints in order of their steps; what was not finished is not among them."""
-        return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".partial")
+        written = (p for p in self.folder.glob("step-*") if p.suffix != ".partial")
+        return sorted(written, key=lambda p: (len(p.name), p.name))  # six digits, or more
 
 
 def _fault(folder: Path) -> str | None:

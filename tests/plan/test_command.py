@@ -1,6 +1,8 @@
 """The plan as people meet it: the stage, the command line, the pictures."""
 
+import argparse
 import json
+import math
 import shutil
 
 import pytest
@@ -69,8 +71,23 @@ def test_a_model_is_named_by_folder_by_file_or_by_a_shipped_name(tmp_path, name)
 def test_a_model_that_is_not_there_is_told_with_those_that_are(tmp_path):
     with pytest.raises(UserError, match=r"--model is '.*none'; expected .*Llama-3-8B"):
         named.config_path(str(tmp_path / "none"))
-    with pytest.raises(UserError, match="--max-length is 1; expected 2"):
-        stage.data_of(1, 16)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("budget", 0.0),
+        ("budget", -3.0),
+        ("budget", math.inf),
+        ("budget", math.nan),
+        ("max_length", 1),
+        ("max_length", 10**23),
+    ],
+)
+def test_a_number_that_nothing_has_is_refused(option, value):
+    options = argparse.Namespace(**{"budget": None, "max_length": None, option: value})
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is .*; expected"):
+        stage.check(options)
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,16 @@ def test_every_parameter_is_shown(parsed, source):
             assert f" {key} " in parsed.text
 
 
+def test_parameters_are_read_as_dvc_reads_them(tmp_path):
+    """By YAML 1.2: the stages get 10 and 0.005, where YAML 1.1 has an octal 8 and a text."""
+    made.write(tmp_path)
+    path = tmp_path / "params.yaml"
+    text = path.read_text().replace("r: 16 ", "r: 010 ").replace("1.0e-3", "5e-3")
+    path.write_text(text)
+    found = sources.read(tmp_path).parameters
+    assert (found["lora"]["r"], found["train"]["learning_rate"]) == (10, 0.005)
+
+
 def test_the_page_loads_nothing(parsed):
     assert not {tag for tag, _ in parsed.tags} & {"script", "iframe", "object", "embed", "base"}
     loading = [

@@ -1,6 +1,8 @@
 """Files are whole or not there, and a full disk is one line."""
 
 import errno
+import os
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -71,6 +73,37 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == (
         "error: models/adapter: no room on the disk; free some space and run `dvc repro` again\n"
     )
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    def write() -> None:
+        (tmp_path / "file" / "a").write_text("x")
+
+    with pytest.raises(SystemExit):
+        errors.run(write)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "file/a: Not a directory; expected a place" in line
+
+
+def test_sigterm_removes_what_is_half_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        with files.whole_folder(tmp_path / "out") as partial:
+            (partial / "a").write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        errors.run(write)
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_bug_keeps_its_traceback() -> None:

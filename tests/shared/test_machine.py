@@ -38,6 +38,31 @@ def test_a_wrong_value_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> No
         machine.machine()
 
 
+@pytest.mark.parametrize("content", [b"QLORA_WORKER=2\n", b"# comment\nqlora_memory_budgt = 4\n"])
+def test_a_name_that_means_nothing_is_told(tmp_path: Path, content: bytes) -> None:
+    """A mistyped QLORA_MEMORY_BUDGET would set no limit."""
+    (tmp_path / ".env").write_bytes(content)
+    with pytest.raises(UserError, match=r"means nothing here; expected one of QLORA_DEVICE, "):
+        machine.machine()
+
+
+def test_an_infinite_budget_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_MEMORY_BUDGET", "inf")
+    with pytest.raises(UserError, match=r"QLORA_MEMORY_BUDGET .* expected a finite number"):
+        machine.machine()
+
+
+def test_a_file_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"# caf\xe9\nQLORA_WORKERS=2\n")
+    with pytest.raises(UserError, match=r"\.env: byte 5 is not UTF-8; expected UTF-8"):
+        machine.machine()
+
+
+def test_an_empty_value_is_unset(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("QLORA_WORKERS=\n")
+    assert machine.machine().workers is None
+
+
 def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_DEVICE", "cuda")
     with pytest.raises(UserError, match="QLORA_DEVICE is 'cuda'"):

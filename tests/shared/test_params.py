@@ -1,6 +1,7 @@
 """A mistake in params.yaml ends in one line that says what, where, and what to do."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_a_missing_key_is_named() -> None:
     ("schema", "section", "key", "value", "expected"),
     [
         (TrainParams, "lora", "r", "16", "lora.r is the text '16'; expected a valid integer"),
-        (TrainParams, "lora", "r", "16", "; write it without quotes, and without a dot"),
+        (TrainParams, "lora", "r", "16", "; write it without quotes"),
         (TrainParams, "lora", "alpha", math.inf, "lora.alpha is inf; expected a finite number"),
         (TrainParams, "train", "learning_rate", math.nan, "is nan; expected a finite number"),
         (TrainParams, "train", "max_grad_norm", math.nan, "is nan; expected greater than 0"),
@@ -60,13 +61,10 @@ def test_a_wrong_value_is_shown_beside_what_was_expected(
     assert expected in mistake(schema, section, **{key: value})
 
 
-def test_a_number_that_yaml_reads_as_a_text_is_explained() -> None:
-    value = yaml.safe_load("2e-4")
-    assert value == "2e-4"  # the trap: YAML 1.1 wants a dot
-    line = mistake(TrainParams, "train", learning_rate=value)
-    assert "train.learning_rate is the text '2e-4'" in line
-    assert "write it as 0.0002 with a dot" in line
-    assert mistake(TrainParams, "train", method="8").endswith("expected 'lora' or 'full'")
+@pytest.mark.parametrize("key", ["learning_rate", "epochs"])
+def test_a_number_in_quotes_is_explained(key: str) -> None:
+    assert mistake(TrainParams, "train", **{key: "2"}).endswith("; write it without quotes")
+    assert mistake(TrainParams, "train", method="2").endswith("expected 'lora' or 'full'")
 
 
 def test_a_stage_sees_only_what_it_declares(
@@ -87,6 +85,20 @@ def test_a_stage_ends_in_one_line_and_a_non_zero_exit(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: params.yaml: train.learning_rate is the text '2e-4'")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["lora: {r: 3", None])
+def test_what_dvc_cannot_read_is_one_line(tmp_path: Path, content: str | None) -> None:
+    space = workspace.make(tmp_path)
+    (space.root / "params.yaml").unlink()
+    if content is None:
+        shutil.rmtree(space.root / ".dvc")
+    else:
+        (space.root / "params.yaml").write_text(content)
+    done = space.stage("plan")
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: params.yaml: DVC cannot read what plan declares")
 
 
 def test_a_stage_without_its_input_says_what_writes_it(tmp_path: Path) -> None:

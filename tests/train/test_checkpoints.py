@@ -44,6 +44,17 @@ def test_the_newest_comes_back_with_the_best_of_its_time(kept: Checkpoints) -> N
     assert (kept.best / "adapter.bin").read_text() == "best at 15"
 
 
+def test_checkpoints_are_in_order_beyond_six_digits(tmp_path: Path) -> None:
+    with claim(tmp_path, "name", keep=2) as checkpoints:
+        with files.whole_folder(checkpoints.best):
+            pass
+        for step in (999_950, 999_975, 1_000_000):
+            checkpoints.write(step, {"step": step}, HOW)
+        assert names(checkpoints) == ["best", "step-1000000", "step-999975"]
+        found = checkpoints.latest()
+        assert found is not None and found.state()["step"] == 1_000_000
+
+
 def truncated(folder: Path) -> None:
     state = folder / "state.pt"
     state.write_bytes(state.read_bytes()[:-1])
