@@ -82,6 +82,8 @@ def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"params.yaml: {key} is missing; every parameter has a line there; add it back"
     expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        expected = "a section with its keys"
     line = f"params.yaml: {key} is {_show(found)}; expected {expected}"
     if isinstance(found, str) and _is_number(found):
         line += "; write it without quotes" if expected in NUMBERS else ""
