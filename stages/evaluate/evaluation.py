@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from stages.evaluate import answers, metrics
 from stages.evaluate.settings import Evaluate
 from stages.shared import encoding, models, prepared, scoring, templates, vocabulary
-from stages.shared.examples import read_examples
+from stages.shared.examples import read_examples, require_vocabulary
 from stages.shared.machine import device
 
 
@@ -42,6 +42,7 @@ def evaluate(
     rows = pq.read_table(data / "eval.parquet", columns=columns).to_pylist()
     dtype = models.compute_dtype(onto if models.is_adapter(model_folder) else model_folder, where)
     model = models.load_adapted(model_folder, onto, where)
+    require_vocabulary(examples, model.get_input_embeddings().num_embeddings)
     sums, tokens = scoring.score(model, examples, where, dtype, f"{variant}: loss")
 
     count = max(wanted.generate_rows, wanted.prompts)

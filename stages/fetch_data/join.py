@@ -63,7 +63,7 @@ def _join_parquet(parts: list[Part], target: Path) -> None:
             try:
                 for batch in pq.ParquetFile(part.path).iter_batches():
                     writer.write_table(pa.Table.from_batches([batch]).cast(schema))
-            except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as error:
+            except (pa.ArrowException, ValueError) as error:
                 raise _different(parts[0], part) from error
 
 

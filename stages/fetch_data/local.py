@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from stages.fetch_data.formats import EXTENSIONS, SUPPORTED
-from stages.fetch_data.part import EVAL_NAMES, Part, Split
+from stages.fetch_data.part import EVAL_NAMES, SYNONYMS, Part, Split
 from stages.shared.errors import UserError
 
 
@@ -47,7 +47,9 @@ def _only_file(folder: Path, name: str) -> Path | None:
     found = sorted(
         path
         for path in folder.iterdir()
-        if path.stem.lower() == name and path.suffix.lower() in EXTENSIONS and path.is_file()
+        if SYNONYMS.get(path.stem.lower(), path.stem.lower()) == name
+        and path.suffix.lower() in EXTENSIONS
+        and path.is_file()
     )
     if len(found) > 1:
         names = " and ".join(path.name for path in found)

@@ -8,6 +8,9 @@ Split = Literal["train", "eval"]
 
 # A source's name for the rows that are held out. Where it has several, the first of these counts.
 EVAL_NAMES = ("eval", "validation", "test")
+# What else a split is called.
+SYNONYMS = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
+SYNONYMS |= {"evaluation": "eval"}
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from stages.fetch_data.formats import EXTENSIONS, SUPPORTED
-from stages.fetch_data.part import EVAL_NAMES, Part, Split
+from stages.fetch_data.part import EVAL_NAMES, SYNONYMS, Part, Split
 from stages.shared.download import download
 from stages.shared.errors import UserError
 from stages.shared.hub import Repository, list_files
 
 _SHARD = re.compile(r"(?P<table>.+)-\d{5}-of-(?P<shards>\d{5})(-[0-9a-f]+)?")
-_WORDS = {"train": "train", "training": "train", "valid": "validation", "val": "validation"}
-_WORDS |= {"dev": "validation", "evaluation": "eval"} | {name: name for name in EVAL_NAMES}
+_WORDS = SYNONYMS | {name: name for name in ("train", *EVAL_NAMES)}
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 
 

@@ -1,5 +1,6 @@
 """Rows of any known form into conversations of one form."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from stages.prepare import alpaca, chat_messages, guanaco
@@ -64,14 +65,24 @@ def parse(row: Row, form: Form | None) -> Conversation:
         replied = any(message["role"] == "assistant" for message in messages)
         raise Unusable(problem if replied else "no reply")
     _require_unicode(kept)
-    answer, language = row.fields.get("answer"), row.fields.get("language")
+    answer, language = _answer(row.fields.get("answer")), row.fields.get("language")
+    if any(isinstance(field, str) and not _is_unicode(field) for field in (answer, language)):
+        raise Unusable("`answer` or `language` holds half a surrogate pair, which is no character")
     return Conversation(
         messages=kept,
-        answer=None if answer is None or isinstance(answer, bool) else str(answer),
+        answer=answer,
         language=language if isinstance(language, str) and language else language_of(kept),
         dropped_turn=len(kept) < len(messages),
         line=row.line,
     )
+
+
+def _answer(value: Any) -> str | None:
+    """What can be compared with the last line of a reply: nothing empty, no list, no NaN."""
+    if value is None or isinstance(value, bool | list | dict):
+        return None
+    nothing = isinstance(value, float) and math.isnan(value)
+    return None if nothing else str(value).strip() or None
 
 
 def _messages(fields: dict[str, Any], form: Form) -> list[Message]:
@@ -91,8 +102,13 @@ def _messages(fields: dict[str, Any], form: Form) -> list[Message]:
 
 def _require_unicode(messages: list[Message]) -> None:
     """Refuse half a surrogate pair, which JSON can spell and no encoding can hold."""
-    for message in messages:
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError:
-            raise Unusable("a message holds half a surrogate pair, which is no character") from None
+    if not all(_is_unicode(message["content"]) for message in messages):
+        raise Unusable("a message holds half a surrogate pair, which is no character")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -184,10 +184,14 @@ class _Work:
             )
         for split, one in self.splits.items():
             if not one.conversations:
+                begun = f"params.yaml: prepare.eval_fraction is {self.wanted.eval_fraction}"
+                change = ", or change prepare.eval_fraction or prepare.seed"
+                if self.splitter.fraction is None:
+                    begun, change = "data.path: it has an eval file of its own", " to its files"
+                first = f", first {self.rejected.first}" if bad else ""
                 raise UserError(
-                    f"params.yaml: prepare.eval_fraction is {self.wanted.eval_fraction}; of {rows} "
-                    f"rows none is left for the {split} split ({bad} rejected, "
-                    f"{self.count['duplicates']} duplicates, {self.count['leaked']} of train begin "
-                    "as held-out ones do); expected one at least; add conversations, or change "
-                    "prepare.eval_fraction or prepare.seed"
+                    f"{begun}; of {rows} rows none is left for the {split} split ({bad} rejected"
+                    f"{first}; {self.count['duplicates']} duplicates, {self.count['leaked']} of "
+                    "train begin as held-out ones do); expected one at least; add conversations"
+                    f"{change}"
                 )

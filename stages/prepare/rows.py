@@ -35,5 +35,6 @@ def fault(name: str, line: int, found: str, advice: str) -> UserError:
 
 def kind_of(value: Any) -> str:
     """A JSON value's type, in words."""
-    names = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")
+    names = {list: "a list", dict: "an object", str: "a text", bool: "a truth value"}
+    names |= {type(None): "null", int: "a number", float: "a number"}
+    return names.get(type(value), f"of type {type(value).__name__}")

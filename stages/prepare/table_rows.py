@@ -63,8 +63,10 @@ def read_parquet(path: Path, name: str) -> Iterator[Row]:
                 for value in batch.to_pylist():
                     number += 1
                     yield row_of(number, value, size * number // rows)
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
+    except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk, and not of what is on it
+            raise
+        reason = str(error).partition("\n")[0]
         raise UserError(f"{name}: not parquet ({reason}); write the file again") from None
 
 

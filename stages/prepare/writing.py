@@ -108,7 +108,8 @@ class Rejections:
     def add(self, source: Source, line: int, reason: str) -> None:
         """Write down a row."""
         entry = {"file": source.name, "line": line, "reason": reason}
-        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        written = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace").decode()
+        self.file.write(written + "\n")
         self.first = self.first or f"{source.name}, line {line}: {reason}"
         self.count += 1
         if reason in self._reasons or len(self._reasons) < _REASONS:

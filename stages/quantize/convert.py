@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from stages.quantize import loading
@@ -102,7 +103,10 @@ def require_fp16_range(base: Weights, settings: Quantize) -> None:
     parameters = base.parameters
     with progress.bar(total=len(parameters), desc="range of fp16", unit="tensor") as bar:
         for stored in parameters:
-            largest = float(base.tensor(stored.name).abs().max())
+            tensor = base.tensor(stored.name)
+            # Old checkpoints hold masks, and the scalar to mask with, that no model reads.
+            weight = tensor.is_floating_point() and tensor.ndim and tensor.numel()
+            largest = float(tensor.float().abs().max()) if weight else 0.0
             if largest > FP16_MAX:
                 key = "compute_dtype" if settings.precision in FOUR_BIT else "precision"
                 raise UserError(
@@ -139,10 +143,12 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
 def layout(model: PreTrainedModel) -> Layout:
     """Read from a model's modules what its files do not say."""
     head = model.get_output_embeddings()
-    looked_up, transposed = set(), set()
+    looked_up, transposed = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or module is head:
-            looked_up.add(f"{name}.weight")
+            looked_up[f"{name}.weight"] = module.weight
         if Conv1D in (type(module), getattr(module, "source_cls", None)):
             transposed.add(f"{name}.weight")
-    return Layout(frozenset(looked_up), frozenset(transposed), model.base_model_prefix)
+    # As they are saved: GPT-NeoX's head is not called in files what its module is called.
+    as_saved = revert_weight_conversion(model, looked_up)
+    return Layout(frozenset(as_saved), frozenset(transposed), model.base_model_prefix)

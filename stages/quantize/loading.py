@@ -23,23 +23,42 @@ def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrain
     `from_pretrained(folder)`: of what it has read, nothing leaves memory until all is read.
 
     Raises:
-        UserError: weights are missing.
+        UserError: weights are missing, or config.json makes no model or one of other sizes.
     """
-    config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    with loading_bar(f"into {settings.precision}"):
-        model, found = type(empty).from_pretrained(
-            None,
-            config=empty.config,
-            state_dict=weights.unread(),
-            dtype=DTYPES[settings.dense_dtype],
-            device_map={"": device},
-            quantization_config=quantization_config(settings),
-            output_loading_info=True,
-        )
+    empty = _empty(weights.folder)
+    try:
+        with loading_bar(f"into {settings.precision}"):
+            model, found = type(empty).from_pretrained(
+                None,
+                config=empty.config,
+                state_dict=weights.unread(),
+                dtype=DTYPES[settings.dense_dtype],
+                device_map={"": device},
+                quantization_config=quantization_config(settings),
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"{weights.folder}/config.json: describes other sizes than its *.safetensors hold; "
+            "expected the config that the weights were saved with; choose another model"
+        ) from None
     require_all(found["missing_keys"], weights.folder)
     return model
+
+
+def _empty(base: Path) -> PreTrainedModel:
+    """The model that the config describes, without weights."""
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{base}/config.json: transformers can make no model of it ({error!r:.200}); expected "
+            "the config of a causal language model; mend it, or choose another model"
+        ) from None
 
 
 def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:

@@ -26,7 +26,7 @@ from stages.shared.precision import exact_products
 # Of the scores of one block, in fp32; and the most queries in it, beyond which too much of the
 # triangle is computed in vain.
 SCORES_BYTES = 16 * 2**20
-MOST_QUERIES = 128
+MOST_QUERIES = 192
 
 
 def attend(

@@ -1,11 +1,14 @@
 """Conversations as a model takes them: tokens, and which of them are learnt."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+
+from stages.shared.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,21 @@ def read_examples(path: Path) -> list[Example]:
         Example(np.asarray(ids.values, dtype=np.int64), np.asarray(mask.values, dtype=bool), row)
         for row, (ids, mask) in enumerate(zip(table["input_ids"], table["loss_mask"], strict=True))
     ]
+
+
+def require_vocabulary(examples: Sequence[Example], size: int) -> None:
+    """Refuse tokens that the model has no embedding of; a tokenizer may have more than are met.
+
+    Args:
+        examples: of which all tokens are looked at.
+        size: rows of the embedding.
+
+    Raises:
+        UserError: names the largest.
+    """
+    largest = max((int(e.input_ids.max()) for e in examples), default=0)
+    if largest >= size:
+        raise UserError(
+            f"models/tokenizer: gives data/prepared token {largest}; the model's embedding has "
+            f"{size} rows; expected the model's own tokenizer; put it beside the model"
+        )

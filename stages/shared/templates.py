@@ -178,6 +178,8 @@ class Template:
         except TypeError as error:
             reason = "prints today's date" if "strftime_now" in self.chat_template else str(error)
             raise self._unfit(reason) from None
+        except (ArithmeticError, LookupError, ValueError, AttributeError, RecursionError) as error:
+            raise Unusable(f"the model's own chat template refuses it: {error}") from None
 
     def _plain_boundaries(self) -> tuple[str, ...]:
         """What the model's own template puts between messages where no control token stands."""
@@ -247,7 +249,7 @@ def _own(tokenizer: PreTrainedTokenizerBase) -> Template:
         )
     try:
         return Template("tokenizer", tokenizer, tokenizer.get_chat_template(), own=True)
-    except Unusable as error:
+    except (Unusable, ValueError) as error:  # several templates, and none of them the default
         raise UserError(
             f"params.yaml: prepare.template is 'tokenizer'; {error}; "
             "choose chatml, guanaco or llama2"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stages.shared import adapter, architecture, fitting, packing, scoring
 from stages.shared.errors import UserError
-from stages.shared.examples import Example
+from stages.shared.examples import Example, require_vocabulary
 from stages.shared.fitting import Request
 from stages.shared.refusal import refusal
 from stages.shared.tuning import Device, Tuning
@@ -69,6 +69,8 @@ def fit(
             `lora.target_modules` match nothing.
     """
     model = architecture.model_of_config(model_folder / "config.json")
+    for split in (train, held_out):
+        require_vocabulary(split, model.vocabulary)
     stored = architecture.stored_as(model_folder / "config.json")
     lora = adapter.of_parameters(model.tensors, settings.lora)
     full = settings.train.method == "full"

@@ -91,3 +91,14 @@ def test_the_real_conversations(tmp_path: Path) -> None:
         ("train", 7160609),
         ("eval", 530546),
     ]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "dev", "validation", "eval", "test"])
+def test_what_is_held_out_goes_by_many_names(name: str, tmp_path: Path) -> None:
+    """A file that was passed over in silence would be replaced by a part of the training split."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(JSONL)
+    (folder / f"{name}.jsonl").write_bytes(JSONL)
+    found = from_file(folder, tmp_path / "raw")["files"]
+    assert [one["split"] for one in found] == ["train", "eval"]

@@ -129,3 +129,25 @@ def test_the_answer_and_the_language_are_the_sources_own() -> None:
 def test_the_language_where_the_source_says_none(question: str, reply: str, language: str) -> None:
     assert language_of([system("You are the best."), user(question), assistant(reply)]) == language
     assert parse(row(messages=[user(question), assistant(reply)]), "messages").language == language
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        *(("4", "4"), (4, "4"), (" 4 ", "4"), ("", None), (" ", None), (float("nan"), None)),
+        *((True, None), ([], None), ({"a": 1}, None), (None, None)),
+    ],
+)
+def test_an_answer_that_says_nothing_is_none(given: Any, answer: str | None) -> None:
+    assert parse(row(messages=TWO, answer=given), "messages").answer == answer
+
+
+@pytest.mark.parametrize("name", ["answer", "language"])
+def test_half_a_surrogate_pair_beside_the_messages_is_told(name: str) -> None:
+    with pytest.raises(Unusable, match="half a surrogate pair"):
+        parse(row(messages=TWO, **{name: "\ud83d"}), "messages")
+
+
+def test_an_object_is_called_one() -> None:
+    with pytest.raises(Unusable, match="an object, expected a list"):
+        parse(row(messages={"role": ["user"], "content": ["two"]}), "messages")

@@ -129,6 +129,16 @@ def test_messages_in_parquet(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet")[0].fields == {"messages": messages}
 
 
+def test_damage_behind_an_intact_footer(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"one {n}" * 50 for n in range(500)]}), path)
+    content = bytearray(path.read_bytes())
+    content[200:1200] = bytes(1000)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet: not parquet"):
+        read(path)
+
+
 def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.parquet: not parquet"):
         read(write(tmp_path, "a.parquet", "PAR1 but not really"))

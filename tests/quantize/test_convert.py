@@ -1,11 +1,17 @@
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from stages.quantize.convert import device_problem
+from stages.quantize.convert import device_problem, layout, require_fp16_range
 from stages.quantize.loading import quantization_config
 from stages.quantize.settings import Params, Quantize
+from stages.quantize.stored import Weights
 from stages.shared.errors import UserError
 from stages.shared.params import validate
+from tests.architectures import saved
 
 
 def settings(precision: str, compute_dtype: str = "bf16", double_quant: bool = True) -> Quantize:
@@ -60,3 +66,28 @@ def test_a_precision_that_the_device_cannot_do(
 ):
     found = device_problem(settings(precision, compute_dtype), capability)
     assert (found is None) if problem is None else (found or "").startswith(problem)
+
+
+def test_the_range_of_fp16_is_that_of_weights(tmp_path: Path):
+    """Checkpoints of old models hold masks, and the scalar to mask with."""
+    weights = {
+        "h.attn.bias": torch.ones(4, 4, dtype=torch.bool),
+        "h.attn.masked_bias": torch.tensor(-1e9),
+        "empty": torch.empty(0),
+        "h.attn.weight": torch.ones(4, 4),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    require_fp16_range(Weights(tmp_path), settings("fp16"))
+    save_file(weights | {"w": torch.full((2,), 1e5)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="w holds 100000, fp16"):
+        require_fp16_range(Weights(tmp_path), settings("fp16"))
+
+
+def test_what_is_looked_up_goes_by_the_names_of_the_files(tmp_path: Path):
+    """The head of a GPT-NeoX, a quarter of a small one, was counted among the matrices."""
+    base = saved(tmp_path / "base", "gpt_neox", {})
+    model = AutoModelForCausalLM.from_pretrained(base)
+    names = load_file(base / "model.safetensors").keys()
+    looked_up = layout(model).looked_up
+    assert looked_up < names
+    assert len(looked_up) == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared import fitting, heap, machine
+from stages.shared import files, fitting, heap, machine
 from stages.shared.errors import UserError
 from tests import tiny
 from tests.train.running import run, settings, train_on
@@ -33,6 +33,15 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(
     ) as error:
         train_on(settings(), data, model, tmp_path / "adapter")
     assert "\n" not in str(error.value)
+
+
+def test_a_token_without_an_embedding_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    data = tiny.prepared(tmp_path / "prepared")
+    model = tiny.quantize(tmp_path / "quantized", "nf4")
+    config = files.read_json(model / "config.json") | {"vocab_size": 50}
+    files.write_json(model / "config.json", config)
+    with pytest.raises(UserError, match=r"gives data/prepared token \d+; .* has 50 rows"):
+        train_on(settings(), data, model, tmp_path / "adapter")
 
 
 def test_what_is_unset_is_chosen_and_what_is_set_is_kept(
