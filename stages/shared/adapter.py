@@ -24,6 +24,7 @@ class Adapter:
         layers: last parts of the names of the layers that have an adapter, such as `q_proj`.
         anchored: whether the matrices carry along a frozen copy of where they started, as large.
         everywhere: whether every linear layer of every block has one.
+        head: whether the head has one.
     """
 
     matrices: list[int]
@@ -34,6 +35,7 @@ class Adapter:
     layers: frozenset[str]
     anchored: bool = False
     everywhere: bool = True
+    head: bool = False
 
     @property
     def sizes(self) -> list[int]:
@@ -123,4 +125,5 @@ def adapter_of(
         layers=frozenset(module.rpartition(".")[2] for module in adapted),
         anchored=init in ANCHORED,
         everywhere=adapted.issuperset(t.module for t in tensors if t.kind == "linear"),
+        head=any(t.kind == "head" for t in targets),
     )

@@ -87,6 +87,8 @@ def needs_mask(config: Any, lengths: Sequence[int], weight: torch.Tensor) -> boo
     window = getattr(config, "sliding_window", None)
     if window is None or max(lengths) <= window:
         return False
+    if getattr(config, "attention_dropout", 0):  # no kernel drops out, see `attend`
+        return True
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = precision.of_products(weight)
     return not varlen_attention.covers(weight.device, dtype, size, size)

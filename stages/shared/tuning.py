@@ -10,6 +10,7 @@ from stages.shared.memory import DensePrecision, Optimizer, Persistent, Precisio
 from stages.shared.tensors import Model
 
 Device = Literal["cpu", "cuda"]
+SWITCHED_OFF = "QLORA_FUSED is false"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Tuning:
         """Why a step is computed by the library's own modules; None where it is fused."""
         adapter = self.adapter
         if not self.fusing:
-            return "QLORA_FUSED is false"
+            return SWITCHED_OFF
         if adapter is None:
             return "train.method is full"
         if self.precision == "int8":
@@ -59,6 +60,7 @@ class Tuning:
             "lora.modules_to_save are trained too": adapter.copies,
             "lora.bias is not none": adapter.biases,
             "lora.target_modules leave out a linear layer": not adapter.everywhere,
+            "lora.target_modules take in the head": adapter.head,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -13,7 +13,7 @@ from stages.shared.errors import UserError
 from stages.shared.examples import Example
 from stages.shared.machine import device, machine
 from stages.shared.total_memory import total_memory_bytes
-from stages.shared.tuning import Device
+from stages.shared.tuning import SWITCHED_OFF, Device
 from stages.train.fit import fit
 from stages.train.settings import Params
 
@@ -101,7 +101,7 @@ def resolve(
         asked["micro_batch_tokens"],
         asked["gradient_checkpointing"],
         workers,
-        noted["unfused_because"] is None if noted else wanted.fused,
+        noted["unfused_because"] != SWITCHED_OFF if noted else wanted.fused,
     )
     return Computing(
         device=where,

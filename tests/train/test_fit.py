@@ -7,6 +7,8 @@ import pytest
 
 from stages.shared import files, fitting, heap, machine
 from stages.shared.errors import UserError
+from stages.shared.examples import read_examples
+from stages.train import computing
 from tests import tiny
 from tests.train.running import run, settings, train_on
 
@@ -42,6 +44,19 @@ def test_a_token_without_an_embedding_is_refused_before_weights_are_read(tmp_pat
     files.write_json(model / "config.json", config)
     with pytest.raises(UserError, match=r"gives data/prepared token \d+; .* has 50 rows"):
         train_on(settings(), data, model, tmp_path / "adapter")
+
+
+def test_a_resumed_training_says_why_it_is_not_fused(tmp_path: Path) -> None:
+    data, model = tiny.prepared(tmp_path / "prepared"), tiny.quantize(tmp_path / "model", "nf4")
+    examples = read_examples(data / "train.parquet")
+    wanted = settings(lora__dropout=0.1)
+    first = computing.resolve(wanted, model, examples, examples)
+    assert first.unfused_because == "lora.dropout is not 0"
+    again = computing.resolve(wanted, model, examples, examples, first.noted)
+    assert again.unfused_because == first.unfused_because
+    off = first.noted | {"unfused_because": "QLORA_FUSED is false"}
+    again = computing.resolve(settings(), model, examples, examples, off)
+    assert again.unfused_because == "QLORA_FUSED is false"
 
 
 def test_what_is_unset_is_chosen_and_what_is_set_is_kept(

@@ -20,7 +20,7 @@ from transformers import (
 from benchmarks.training_step import random_base
 from stages.quantize.convert import convert
 from stages.quantize.settings import Quantize
-from stages.shared import machine, packing, scoring, workspace
+from stages.shared import machine, packing, scoring, varlen_attention, workspace
 from stages.shared.examples import Example
 from stages.shared.precision import autocast
 from stages.train import trainable
@@ -172,6 +172,11 @@ def test_a_mask_is_made_only_where_a_conversation_is_longer_than_the_window(
     model = adapted(quantized(bases["mistral"], "fp32", "fp32"))
     causal = model.get_base_model()
     assert fused._no_mask(causal, batch()) is None
+    with monkeypatch.context() as kernel:
+        kernel.setattr(varlen_attention, "covers", lambda *_: True)
+        assert fused._no_mask(causal, batch()) is not None
+        kernel.setattr(causal.config, "attention_dropout", 0.1)  # the kernel is left out then
+        assert fused._no_mask(causal, batch()) is None
     causal.config.sliding_window = 40
     assert fused._no_mask(causal, batch()) is not None
     model.set_attn_implementation("sdpa")
@@ -228,6 +233,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "nf4",
             {"lora__target_modules": r".*layers\.1\..*proj"},
             "stock: lora.target_modules leave",
+        ),
+        (
+            "nf4",
+            {"lora__target_modules": r".*(proj|lm_head)"},
+            "stock: lora.target_modules take in the head",
         ),
         ("int8", {}, "stock: quantize.precision is int8"),
         ("bf16", {"train__method": "full"}, "stock: train.method is full"),
