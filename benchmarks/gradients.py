@@ -19,8 +19,9 @@ from peft import PeftModel
 
 from benchmarks.training_step import Setting, load
 from stages.shared import packing, scoring
+from stages.shared.errors import UserError, run
 from stages.shared.examples import Example, read_examples
-from stages.shared.precision import autocast
+from stages.shared.precision import autocast, multiplies_bf16
 from stages.train.fused import model as fused
 
 CPU = torch.device("cpu")
@@ -81,10 +82,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--data", type=Path, default=Path("data/prepared/train.parquet"))
     asked = parser.parse_args()
+    if not multiplies_bf16(CPU.type):
+        raise UserError("this CPU has no products of bf16, and training computes in fp32 on it")
     examples = read_examples(asked.data)[: asked.rows]
     for path, apart in compare(MODEL, examples).items():
         print(f"{path:8} {apart:.2%} from fp32, {sum(map(len, examples)):,} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

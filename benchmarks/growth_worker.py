@@ -21,19 +21,21 @@ from benchmarks.paced import Channel
 from benchmarks.random_quantized import qlora_model
 from benchmarks.training_data import training_params
 from benchmarks.training_step import Setting, micro_batch
+from stages.shared.precision import computed_in
 from stages.train import trainable
 from stages.train.computing import Computing
 from stages.train.loop import Data
 from stages.train.settings import Params
 
 CPU = torch.device("cpu")
+DTYPE = computed_in(torch.bfloat16, CPU.type)
 
 
 def load(model: str | dict[str, int], settings: Params) -> PeftModel:
     """A quantized model of a folder, or random weights of a Llama's sizes; with an adapter."""
     if isinstance(model, str):
         return trainable.load_for_lora(Path(model), settings.lora, CPU)
-    return qlora_model(LlamaConfig(**model), settings.lora.r, CPU)
+    return qlora_model(LlamaConfig(**model), settings.lora.r, CPU, dtype=DTYPE)
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
     setting = Setting("nf4", job["rank"], False, (job["length"],))
     vocabulary = model.get_input_embeddings().num_embeddings
     data = Data(micro_batch(setting, vocabulary), [])
-    how = Computing(CPU, torch.bfloat16, job["length"], gradient_checkpointing=False)
+    how = Computing(CPU, DTYPE, job["length"], gradient_checkpointing=False)
     loop = training_ours.make_loop(model, data, settings, how, [[0]] * job["steps"])
     resident.forget_peak(CPU)
     channel.tell({"before_bytes": resident.now_bytes(CPU)})

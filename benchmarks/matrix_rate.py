@@ -1,4 +1,6 @@
-"""The machine's bf16 matrix rate now, and what a step's matrix products alone would take at it.
+"""The machine's matrix rate now, and what a step's matrix products alone would take at it.
+
+The rate is of bf16 products, or of fp32 on a CPU that has none of bf16 and computes in fp32.
 
 A step's own products bound it from below, whatever else it does. They are counted here without
 attention and adapters: a product of frozen weights a token forward and one for the gradient of its
@@ -11,6 +13,7 @@ from functools import cache
 import torch
 
 from stages.plan import operations
+from stages.shared.precision import computed_in
 from stages.shared.tensors import Model
 
 # Rows, inner, columns: the size of a small model's products; on a GPU, enough to fill it.
@@ -23,12 +26,13 @@ def _factors(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """Two matrices and room for their product, made once: they are no part of what is timed."""
     rows, inner, columns = SHAPES[device.type]
     shapes = (rows, inner), (inner, columns), (rows, columns)
-    a, b, product = (torch.randn(s, device=device).to(torch.bfloat16) for s in shapes)
+    dtype = computed_in(torch.bfloat16, device.type)
+    a, b, product = (torch.randn(s, device=device).to(dtype) for s in shapes)
     return a, b, product
 
 
 def probe(device: torch.device) -> float:
-    """Operations a second (a product and a sum are two) of a few bf16 matrix products."""
+    """Operations a second (a product and a sum are two) of a few matrix products."""
     a, b, product = _factors(device)
     torch.mm(a, b, out=product)
     wait(device)

@@ -29,7 +29,7 @@ from benchmarks.training_step import (
     micro_batch,
     random_base,
 )
-from stages.shared import packing, peak, progress
+from stages.shared import packing, peak, precision, progress
 from stages.shared.adapter import Adapter, adapter_of
 from stages.shared.architecture import model_of_config
 from stages.shared.memory import Precision
@@ -96,10 +96,10 @@ class Row:
 def settings() -> Iterator[tuple[str, Setting]]:
     """What is measured, a model after the other; each is compared at every precision."""
     for model in SMALL:
-        for precision, on in product(LORA, (False, True)):
-            yield model, Setting(precision, RANK, on, MIDDLE)
-        for precision, on in product(FULL, (False, True)):
-            yield model, Setting(precision, None, on, MIDDLE)
+        for kind, on in product(LORA, (False, True)):
+            yield model, Setting(kind, RANK, on, MIDDLE)
+        for kind, on in product(FULL, (False, True)):
+            yield model, Setting(kind, None, on, MIDDLE)
         for lengths, on in product((SHORT, LONG), (False, True)):
             yield model, Setting("nf4", RANK, on, lengths)
         yield model, Setting("nf4", 64, False, MIDDLE)
@@ -129,6 +129,7 @@ def tuning_of(setting: Setting, adapter: Adapter | None, device: Device) -> Tuni
         dropout=setting.dropout > 0,
         fusing=setting.fusing,
         device=device,
+        bf16=precision.multiplies_bf16(device),
     )
 
 

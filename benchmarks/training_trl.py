@@ -17,6 +17,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import disable_progress_bars
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -26,6 +27,7 @@ from benchmarks.paced import Channel
 from benchmarks.training_data import training_params
 from benchmarks.trl_trainer import CountingTrainer, make_trainer, rows_of_steps
 from stages.shared.examples import read_examples
+from stages.shared.precision import computed_in
 
 
 class Paced(TrainerCallback):
@@ -63,10 +65,18 @@ class Paced(TrainerCallback):
 
 
 def load(job: dict[str, Any]) -> nn.Module:
-    """The quantized model, as transformers loads it."""
-    return AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch.bfloat16, device_map={"": job.get("device", "cpu")}
-    )
+    """The quantized model, as transformers loads it; in fp32 on a CPU that has no bf16 products."""
+    device = job.get("device", "cpu")
+    dtype = computed_in(torch.bfloat16, device)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, device_map={"": device})
+    if dtype != torch.bfloat16:  # of a quantized model, the rest comes as it is stored
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.compute_dtype = module.weight.quant_state.dtype = dtype
+    return model
 
 
 def serve(load: Callable[[dict[str, Any]], nn.Module]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from stages.shared.examples import Example
+from stages.shared.precision import computed_in
 from stages.train.settings import Params
 from stages.train.steps import Steps
 
@@ -76,7 +77,7 @@ def config(settings: Params, job: dict[str, Any], steps: int, folder: str) -> SF
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
-        bf16=True,
+        bf16=computed_in(torch.bfloat16, job.get("device", "cpu")) == torch.bfloat16,
         gradient_checkpointing=job.get("gradient_checkpointing", False),
         use_cpu=job.get("device", "cpu") == "cpu",
         packing=packing,

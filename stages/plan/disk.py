@@ -20,7 +20,7 @@ def needed(model: Model, tuning: Tuning) -> dict[str, int]:
         model.tensors,
         tuning.precision,
         double_quant=tuning.double_quant,
-        dense=memory.dense_precision(tuning.precision, tuning.compute),
+        dense=tuning.kept,
     )
     learnt = memory.dense_bytes(sum(trained), "fp32")
     checkpoint = learnt + memory.optimizer_bytes(tuning.optimizer, trained)

@@ -31,6 +31,7 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
     """
     from stages.plan.calibration import operations_per_second  # noqa: PLC0415  (imports torch)
     from stages.shared.architecture import model_of_config  # noqa: PLC0415
+    from stages.shared.precision import multiplies_bf16  # noqa: PLC0415
 
     where = device()
     kind: Device = "cuda" if where.type == "cuda" else "cpu"
@@ -39,8 +40,9 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
         model, of_parameters(model.tensors, values.lora), values, found, total, kind
     )
     if kind == "cpu":
-        workers = machine().workers or fitting.most_workers(values.train.batch_size)
-        asked = replace(asked, workers=workers)
+        tuning = replace(asked.tuning, bf16=multiplies_bf16(kind))
+        workers = fitting.most_workers(values.train.batch_size, machine().workers)
+        asked = replace(asked, tuning=tuning, workers=workers)
     choice = fitting.choose(asked)
     lines = [f"this machine ({kind}, {total / GIB:.1f} GiB)", *_fitting(asked)]
     if choice is None:

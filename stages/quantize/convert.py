@@ -21,6 +21,7 @@ from stages.shared import files, models, progress
 from stages.shared.errors import UserError
 
 SHARD_BYTES = 5_000_000_000  # a larger model becomes several files and an index
+LOOKED_AT = 2**24  # elements at a time: little memory beside the model
 FP16_MAX = torch.finfo(torch.float16).max
 
 
@@ -49,8 +50,8 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
         device: where it is quantized.
 
     Raises:
-        UserError: the device cannot compute in the precision, a weight does not fit into it, or
-            the disk has no room.
+        UserError: the device cannot compute in the precision, a weight does not fit into it or
+            is not finite, or the disk has no room.
     """
     models.require_safetensors(base)
     weights = Weights(base)
@@ -60,6 +61,7 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
     if settings.dense_dtype == "fp16" or settings.precision == "int8":
         require_fp16_range(weights, settings)
     model = loading.load(weights, settings, device)
+    require_finite(model, base)
     tensors = {t.data_ptr(): t for t in model.state_dict().values()}.values()  # tied ones once
     needed = sum(t.numel() * t.element_size() for t in tensors)
     files.require_space(target, needed, "the quantized model")
@@ -115,6 +117,21 @@ def require_fp16_range(base: Weights, settings: Quantize) -> None:
                     f"set quantize.{key}=bf16"
                 )
             bar.update()
+
+
+def require_finite(model: nn.Module, base: Path) -> None:
+    """Refuse NaN and infinity, in weights or in the constants of quantized ones.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        parts = tensor.flatten().split(LOOKED_AT) if tensor.is_floating_point() else ()
+        if not all(part.isfinite().all() for part in parts):
+            raise UserError(
+                f"{base}: {name} holds NaN or infinity; expected finite weights; choose another "
+                "model"
+            )
 
 
 def save(model: PreTrainedModel, base: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """What a model is made of, from its config alone: nothing else is read, and nothing allocated."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -142,7 +142,21 @@ def tensors_of(model: PreTrainedModel) -> list[Tensor]:
             )
         )
         seen.add(id(parameter))
-    return tensors
+    return _with_parts(tensors, model.config.model_type)
+
+
+def _with_parts(tensors: list[Tensor], model_type: str) -> list[Tensor]:
+    """Of a mixture: which layers each was made of, by the names that peft still takes."""
+    if not any(t.kind == "experts" for t in tensors):
+        return tensors
+    from peft.utils import transformers_weight_conversion as known  # noqa: PLC0415  (a second)
+
+    kind = known._MODEL_TO_CONVERSION_PATTERN.get(model_type, "")
+    fused = known._MOE_TARGET_MODULE_MAPPING.get(kind, {})
+    return [
+        replace(t, parts=tuple(part for part, end in fused.items() if t.name.endswith(f".{end}")))
+        for t in tensors
+    ]
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class UserError(Exception):
     """Something that the user can put right.
@@ -48,6 +50,10 @@ def run(main: Callable[[], None]) -> None:
     except Stopped as stopped:
         print(f"stopped: {stopped.message}", file=sys.stderr)
         sys.exit(128 + stopped.signal)  # as a shell reports a process that a signal ended
+    except Exception as error:
+        if not _is_of_a_full_disk(error):
+            raise
+        _exit_with(_of_the_disk(OSError(errno.ENOSPC, None)))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -60,12 +66,21 @@ def run(main: Callable[[], None]) -> None:
 
 def _of_the_disk(error: OSError) -> str:
     """A fault that names a file, or a full disk; raised again where it is neither."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         where = error.filename or "the disk"
         return f"{where}: no room on the disk; free some space and run `dvc repro` again"
     if error.filename is None:
         raise error
     return f"{error.filename}: {error.strerror}; expected a place that can be read and written"
+
+
+def _is_of_a_full_disk(error: BaseException | None) -> bool:
+    """Whether a library raised it because of one: torch after it, safetensors in its own words."""
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or f"(os error {errno.ENOSPC})" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -80,13 +80,14 @@ class Request:
     workers: int = 1
 
 
-def most_workers(batch_size: int) -> int:
+def most_workers(batch_size: int, wanted: int | None = None) -> int:
     """How many processes of this machine's CPU may compute a step: a core for each, at least.
 
     Args:
         batch_size: conversations a step; each needs one.
+        wanted: as many as the user asks for, if any.
     """
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS, batch_size)
+    return min(wanted or min(len(os.sched_getaffinity(0)), MOST_WORKERS), batch_size)
 
 
 def device_bytes(model: Model, tuning: Tuning, prediction: Prediction, workers: int = 1) -> int:

@@ -10,6 +10,7 @@ torch: `stages.shared.architecture` says which tensors a model has.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, NamedTuple
 
 from stages.shared.tensors import Tensor
@@ -125,12 +126,14 @@ def weights_bytes(
 def lora_sizes(tensor: Tensor, rank: int, *, dora: bool = False) -> list[int]:
     """Elements of the adapter of a matrix: A has r·in, B has out·r; together r·(in + out).
 
-    DoRA learns the magnitude of each output besides: out more.
+    DoRA learns the magnitude of each output besides: out more. Of experts that lie in one tensor
+    each has an adapter, of r for each of the layers that the tensor was made of.
 
     Sources: Hu et al. 2021, LoRA, arXiv:2106.09685, section 4.1; Liu et al. 2024, DoRA,
     arXiv:2402.09353, section 4.
     """
-    rows, columns = tensor.shape
+    rows, columns = tensor.shape[-2:]
+    rank *= prod(tensor.shape[:-2]) * max(1, len(tensor.parts))
     return [rank * columns, rows * rank] + ([rows] if dora else [])
 
 

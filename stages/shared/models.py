@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from stages.shared import attention
+from stages.shared import attention, precision
 from stages.shared.errors import UserError
 
 transformers_logging.set_verbosity_error()
@@ -37,9 +37,13 @@ transformers_logging.disable_progress_bar()
 
 
 def compute_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """What a model's matrix products run in: its config's dtype, but fp32 for fp16 on a CPU."""
-    dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
-    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
+    """What a model's matrix products run in: its own dtype, or fp32 (`computed_in`)."""
+    return precision.computed_in(stored_dtype(folder), device.type)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What a model's weights are in that are not quantized, as its config says."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
 
 
 def load_model(
@@ -129,7 +133,7 @@ def guard_quantized_layers(model: nn.Module, device: torch.device) -> None:
 
     On a CPU with AVX512-BF16, an evaluation forward of `Linear4bit` repacks the weight in place:
     every later backward pass, dequantization or merge reads garbage (measured: gradient norm 3.07
-    before one evaluation, 0.50 after it). On a CPU, products that were to run in fp16 run in fp32.
+    before one evaluation, 0.50 after it). Products run in what the device has them in.
 
     The forward pass dequantizes to the layer's compute dtype, the backward pass (and whoever asks
     for the weights) to the dtype noted when they were quantized: here the two become one.
@@ -137,8 +141,7 @@ def guard_quantized_layers(model: nn.Module, device: torch.device) -> None:
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
-            if device.type == "cpu" and layer.compute_dtype == torch.float16:
-                layer.compute_dtype = torch.float32
+            layer.compute_dtype = precision.computed_in(layer.compute_dtype, device.type)
             cast(Params4bit, layer.weight).quant_state.dtype = layer.compute_dtype
 
 

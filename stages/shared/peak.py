@@ -68,7 +68,7 @@ def evaluation(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
 
     Nothing is kept for a backward pass, but the scorer's micro-batches may be larger than those of
     training, and what persists is there all the same but for gradients. Of a full
-    fine-tune the weights are scored as their file will hold them: 2·P of copies.
+    fine-tune the weights are scored as their file will hold them: copies, in what is computed in.
 
     Args:
         model: from `architecture.model_of_config`.
@@ -82,8 +82,8 @@ def evaluation(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
     saved = step.saved_by_blocks(model, tuning)
     matrix = workspace.dequantized_bytes(saved.block.largest_matrix, tuning)
     around = workspace.input_bytes(model, tuning, batch) + 2 * flow.stream * model.hidden * n
-    masters = tuning.adapter is None and tuning.casts_trained
-    scored = memory.dense_bytes(sum(tuning.trained_sizes(model)), "bf16") if masters else 0
+    masters = tuning.adapter is None and tuning.rounds_masters
+    scored = memory.dense_bytes(sum(tuning.trained_sizes(model)), tuning.dense) if masters else 0
     copies = 0 if masters else workspace.block_copies_bytes(model, tuning)
     logits = workspace.loss_forward_bytes(model.vocabulary, batch.supervised)
     found = [("evaluation, loss", {"activations": around, "logits": logits, "workspace": copies})]

@@ -29,6 +29,7 @@ class Tuning:
         paged: count what a paged optimizer may move to the host as being there.
         masters: full fine-tuning in bf16 keeps fp32 weights, as `train` does; False for pure bf16.
         fusing: use the functions of stages/train/fused where they cover what is trained.
+        bf16: whether the device has products of bf16, see `precision.multiplies_bf16`.
     """
 
     precision: Precision
@@ -42,6 +43,7 @@ class Tuning:
     paged: bool = False
     masters: bool = True
     fusing: bool = True
+    bf16: bool = True
 
     @property
     def unfused_because(self) -> str | None:
@@ -79,9 +81,19 @@ class Tuning:
 
     @property
     def dense(self) -> str:
-        """What is not quantized is in, and products run in; a CPU computes fp16 in fp32."""
-        dense = memory.dense_precision(self.precision, self.compute)
-        return "fp32" if dense == "fp16" and self.device == "cpu" else dense
+        """What is not quantized is in, and products run in; fp32 where the device has no others."""
+        has = {"fp16": self.device != "cpu", "bf16": self.bf16}
+        return self.kept if has.get(self.kept, True) else "fp32"
+
+    @property
+    def kept(self) -> str:
+        """What files hold that is not quantized."""
+        return memory.dense_precision(self.precision, self.compute)
+
+    @property
+    def rounds_masters(self) -> bool:
+        """Whether fp32 masters hold more than the file that is made of them."""
+        return self.loaded == "fp32" and self.kept != "fp32"
 
     @property
     def loaded(self) -> str:

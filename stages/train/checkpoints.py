@@ -114,7 +114,8 @@ class Checkpoints:
         """
         target = self.folder / f"step-{step:06d}"
         with files.whole_folder(target) as partial:
-            torch.save(state, partial / STATE)
+            with (partial / STATE).open("wb") as file:  # a path's own faults have no errno
+                torch.save(state, file)
             files.link_folder(self.best, partial / BEST)
             contents = {p.relative_to(partial).as_posix(): p for p in _files(partial)}
             for path in contents.values():

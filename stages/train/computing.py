@@ -11,7 +11,7 @@ import torch
 from stages.shared import fitting, models
 from stages.shared.errors import UserError
 from stages.shared.examples import Example
-from stages.shared.machine import device, machine
+from stages.shared.machine import Machine, device, machine
 from stages.shared.total_memory import total_memory_bytes
 from stages.shared.tuning import SWITCHED_OFF, Device
 from stages.train.fit import fit
@@ -39,6 +39,7 @@ class Computing:
         predicted_bytes: the most memory that it should need, on each device.
         unfused_because: why the library's own modules compute it; None if the fused functions do.
         workers: how many forks of a process compute parts of a step, itself among them.
+        kept: what trained weights that are not an adapter's are kept in.
     """
 
     device: torch.device
@@ -49,6 +50,7 @@ class Computing:
     predicted_bytes: int | None = None
     unfused_because: str | None = None
     workers: int = 1
+    kept: torch.dtype = torch.float32
 
     @property
     def fused(self) -> bool:
@@ -68,7 +70,7 @@ def resolve(
     held_out: Sequence[Example],
     noted: Mapping[str, Any] | None = None,
 ) -> Computing:
-    """What the user set; else what the plan chooses; after a stop, what it was before.
+    """What the user sets; else, after a stop, what it was before; else what the plan chooses.
 
     Args:
         settings: the parameters.
@@ -81,16 +83,11 @@ def resolve(
         UserError: it does not fit this machine's memory, or more devices are asked for than there
             are.
     """
-    where, wanted = device(), machine()
-    asked = noted or {
-        "micro_batch_tokens": wanted.micro_batch_tokens,
-        "gradient_checkpointing": wanted.gradient_checkpointing,
-        "workers": wanted.workers,
-    }
-    processes = _processes(where, noted)
+    where, asked = device(), _asked(noted)
+    processes = _processes(where, asked)
     kind: Device = "cuda" if where.type == "cuda" else "cpu"
     alone = kind == "cuda" or processes > 1
-    workers = 1 if alone else asked["workers"] or fitting.most_workers(settings.train.batch_size)
+    workers = 1 if alone else fitting.most_workers(settings.train.batch_size, asked.workers)
     found = fit(
         settings,
         model_folder,
@@ -98,10 +95,10 @@ def resolve(
         held_out,
         kind,
         total_memory_bytes(kind),
-        asked["micro_batch_tokens"],
-        asked["gradient_checkpointing"],
+        asked.micro_batch_tokens,
+        asked.gradient_checkpointing,
         workers,
-        noted["unfused_because"] != SWITCHED_OFF if noted else wanted.fused,
+        asked.fused,
     )
     return Computing(
         device=where,
@@ -112,23 +109,37 @@ def resolve(
         predicted_bytes=found.predicted_bytes,
         unfused_because=found.unfused_because,
         workers=found.workers,
+        kept=models.stored_dtype(model_folder),
     )
 
 
-def _processes(where: torch.device, noted: Mapping[str, Any] | None) -> int:
-    """One a device: as many as before, as are asked for, or as there are."""
-    wanted = machine().devices
+def _asked(noted: Mapping[str, Any] | None) -> Machine:
+    """The settings of the machine; of a training that goes on, as before where they are not set."""
+    wanted = machine()
+    if noted is None:
+        return wanted
+    before = {name: noted[name] for name in NOTED if name in Machine.model_fields}
+    before["devices"] = noted["processes"]
+    before["fused"] = noted["unfused_because"] != SWITCHED_OFF
+    return wanted.model_copy(
+        update={
+            name: value for name, value in before.items() if name not in wanted.model_fields_set
+        }
+    )
+
+
+def _processes(where: torch.device, asked: Machine) -> int:
+    """One a device: as many as are asked for, as were before, or as there are."""
     if where.type == "cpu":
-        return noted["processes"] if noted else wanted or 1
+        return asked.devices or 1
     present = torch.cuda.device_count()
-    if noted:
-        return min(noted["processes"], present)
+    wanted = machine().devices
     if wanted and wanted > present:
         raise UserError(
             f"QLORA_DEVICES is {wanted}; this machine has {present} CUDA devices; expected at most "
             "as many; unset it to use all"
         )
-    return wanted or present
+    return min(asked.devices or present, present)
 
 
 def peak_memory_bytes(where: torch.device) -> int:

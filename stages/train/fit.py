@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stages.shared import adapter, architecture, fitting, packing, scoring
+from stages.shared import adapter, architecture, fitting, packing, precision, scoring
 from stages.shared.errors import UserError
 from stages.shared.examples import Example, require_vocabulary
 from stages.shared.fitting import Request
@@ -83,6 +83,7 @@ def fit(
         dropout=settings.lora.dropout > 0,
         device=device,
         fusing=fusing,
+        bf16=precision.multiplies_bf16(device),
     )
     request = Request(
         model,

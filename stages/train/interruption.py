@@ -38,7 +38,7 @@ class Interruption:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.heard is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.heard = signal.Signals(number)
+        self.heard = self.heard or signal.Signals(number)
         if self._repeatable:
             raise Interrupted
 

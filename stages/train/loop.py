@@ -190,7 +190,7 @@ class Loop:
     def _evaluate(self, stop: Interruption) -> None:
         """Score with the evaluator's scorer; keep the weights if they are the best so far."""
         computing = self.computing
-        with trainable.as_saved(self.model, computing.dtype):
+        with trainable.as_saved(self.model, computing.kept, computing.dtype):
             with self._repeatable(stop):
                 sums, tokens = scoring.score(
                     self.model,
@@ -210,7 +210,7 @@ class Loop:
             )
         if loss < self.curve.best_loss and self.processes.leads:
             with files.whole_folder(self.checkpoints.best) as partial:
-                trainable.save(self.model, partial, computing.dtype)
+                trainable.save(self.model, partial, computing.kept)
         self.curve.record_evaluation(self.done, self.steps.epochs_after(self.done), loss)
 
     def _repeatable(self, stop: Interruption) -> AbstractContextManager[None]:

@@ -29,14 +29,21 @@ def widen(model: nn.Module) -> None:
 
 
 @contextmanager
-def as_saved(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def as_saved(
+    model: nn.Module, kept: torch.dtype, computed: torch.dtype | None = None
+) -> Iterator[None]:
     """Give trained weights the values that their file will hold, and the masters back after.
 
     What is evaluated is then exactly what is kept. An adapter's own matrices are kept in fp32.
+
+    Args:
+        model: that is trained.
+        kept: what the file holds.
+        computed: what the values come in; None for the same.
     """
     masters = {weight: weight.data for weight in own_weights(model)}
     for weight in masters:
-        weight.data = weight.data.to(dtype)
+        weight.data = weight.data.to(kept).to(computed or kept)
     try:
         yield
     finally:

@@ -37,9 +37,12 @@ def make_optimizer(model: nn.Module, train: Train, device: torch.device) -> Opti
 
 
 def make_scheduler(optimizer: Optimizer, train: Train, steps: int) -> LRScheduler:
-    """Linear warm-up over a fraction of the steps (rounded up), then the schedule."""
+    """Linear warm-up over a fraction of the steps, then the schedule.
+
+    Rounded up, but never all of the steps: a training of one would learn nothing, at a rate of 0.
+    """
     name = "constant_with_warmup" if train.scheduler == "constant" else train.scheduler
-    warmup = math.ceil(steps * train.warmup)
+    warmup = min(math.ceil(steps * train.warmup), steps - 1)
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 

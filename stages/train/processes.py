@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import distributed, multiprocessing
+from torch.multiprocessing import ProcessExitedException
 
 from stages.shared.errors import Stopped, UserError
 from stages.train.interruption import Interruption
@@ -67,7 +68,8 @@ def run(size: int, device: torch.device, work: Callable[..., Any], *args: Any) -
         args: more arguments for `work`.
 
     Raises:
-        UserError, Stopped: raised by `work` in any process.
+        UserError: raised by `work` in any process, or one was ended from outside.
+        Stopped: raised by `work` in any process, or a signal came before it began.
     """
     if size == 1:
         return work(Processes(), device, *args)
@@ -86,6 +88,15 @@ def run(size: int, device: torch.device, work: Callable[..., Any], *args: Any) -
                     if stop.heard:  # sent to this process alone, or to all: the second is ignored
                         _terminate(started.processes)
                 answer = answers.get()
+        except ProcessExitedException as ended:
+            if stop.heard:
+                raise Stopped("training was ended before its first step", stop.heard) from None
+            how = ended.signal_name or f"exit code {ended.exit_code}"
+            raise UserError(
+                f"process {ended.error_pid}, one of {size} that train together, was ended from "
+                f"outside ({how}); expected all to live as long as the training; run it again, and "
+                "if the machine ran out of memory, lower QLORA_MICRO_BATCH_TOKENS or QLORA_DEVICES"
+            ) from None
         finally:
             _terminate(started.processes)
     if isinstance(answer, UserError | Stopped):

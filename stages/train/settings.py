@@ -24,6 +24,13 @@ class Lora(Section):
     rslora: bool
     dora: bool
 
+    @field_validator("target_modules", "modules_to_save")
+    @classmethod
+    def _no_empty_name(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and "" in value:
+            raise ValueError("names that are not empty")
+        return value
+
     @field_validator("target_modules")
     @classmethod
     def _names_or_a_pattern(cls, value: str | list[str]) -> str | list[str]:

@@ -60,9 +60,11 @@ def load_for_lora(
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # see merging.py
             model = get_peft_model(base, config)
     except ValueError as error:
+        reason = " ".join(str(error).split())
         raise UserError(
             f"params.yaml: lora.target_modules is {lora.target_modules!r}, which does not fit this "
-            f"model ({error}); expected all-linear, or names or a pattern of {', '.join(linear)}"
+            f"model ({reason:.120}); expected all-linear, or names or a pattern of "
+            f"{', '.join(linear)}"
         ) from None
     _refuse_missing(model, lora)
     _refuse_useless_bias(model, lora)
@@ -96,7 +98,7 @@ def _refuse_dora_on_int8(base: PreTrainedModel, lora: Lora, device: torch.device
 def _refuse_quantized_copies(base: PreTrainedModel, saved: Sequence[str]) -> None:
     for name in models.quantized_layers(base):
         for end in saved:
-            if name.endswith(end):
+            if f"{end}." in f"{name}.":
                 raise UserError(
                     f"params.yaml: lora.modules_to_save names {end!r}, but the weights of {name} "
                     "are quantized and have no gradient; expected dense modules, such as lm_head "
@@ -113,11 +115,17 @@ def _refuse_missing(model: PeftModel, lora: Lora) -> None:
         ("modules_to_save", lora.modules_to_save or [], copies),
     ):
         for end in ends:
-            if not any(f".{name}".endswith(f".{end}") for name in found):
+            if any(f".{name}".endswith(f".{end}") for name in found):
+                continue
+            if key == "target_modules" and any(n.endswith(f".{end}") for n in copies):
                 raise UserError(
-                    f"params.yaml: lora.{key} names {end!r}, which this model does not have; "
-                    "expected names of its modules, such as q_proj, lm_head or embed_tokens"
+                    f"params.yaml: lora.target_modules and lora.modules_to_save both name {end!r}; "
+                    "expected an adapter on it, or a full copy; take it out of one of them"
                 )
+            raise UserError(
+                f"params.yaml: lora.{key} names {end!r}, which this model does not have; "
+                "expected names of its modules, such as q_proj, lm_head or embed_tokens"
+            )
 
 
 def _refuse_useless_bias(model: PeftModel, lora: Lora) -> None:

@@ -16,7 +16,7 @@ from benchmarks.training_step import (
     prepared_step,
     random_base,
 )
-from stages.shared import packing, peak, scoring
+from stages.shared import models, packing, peak, scoring
 from stages.shared.adapter import adapter_of
 from stages.shared.architecture import model_of_config
 from stages.shared.workspace import micro_batch_of
@@ -145,10 +145,11 @@ def test_scoring_between_steps_takes_no_more_than_predicted(bases, setting):
     base = bases["llama"]
     folder = in_precision(base, base.with_name(f"scored-{setting.precision}"), setting, CPU)
     model = load(folder, setting, CPU)
-    adamw, _ = prepared_step(model, setting, CPU, torch.bfloat16)
+    dtype = models.compute_dtype(folder, CPU)
+    adamw, _ = prepared_step(model, setting, CPU, dtype)
     live = LiveMemory(list(held_tensors(model, adamw)))
-    with live, masters.as_saved(model, torch.bfloat16):
-        scoring.score(model, micro_batch(setting, 500), CPU, torch.bfloat16, "score")
+    with live, masters.as_saved(model, torch.bfloat16, dtype):
+        scoring.score(model, micro_batch(setting, 500), CPU, dtype, "score")
     described = model_of_config(base / "config.json")
     adapter = adapter_of(described.tensors, rank=8) if setting.rank else None
     tuning = memory.tuning_of(setting, adapter, "cpu")

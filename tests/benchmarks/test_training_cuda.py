@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from benchmarks import page, random_folder, training_cuda, training_cuda_table
 from benchmarks.training_cuda_table import Result, Way
 from stages.plan.named import CONFIGS
-from stages.shared import files, models
+from stages.shared import files, models, precision
 from stages.shared.examples import read_examples
 from tests.workspace import ROOT
 
@@ -44,6 +44,7 @@ def folder(config, tmp_path_factory):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_random_model_is_read_from_its_folder_as_it_was_made(tied, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: True)  # as on a GPU
     made = []
     quantize = random_folder.qlora_model
 

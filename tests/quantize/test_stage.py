@@ -150,6 +150,20 @@ def test_weights_beyond_fp16_are_refused(
     assert not any((tmp_path / "out").rglob("*"))
 
 
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_that_are_not_finite_are_refused(
+    base: Path, tmp_path: Path, precision: str, name: str
+):
+    copy = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name.removesuffix('.weight')}.* holds NaN or infinity"):
+        run(copy, tmp_path / "out", precision)
+    assert not any((tmp_path / "out").rglob("*"))
+
+
 def test_a_full_disk_is_told_before_it_is_written_to(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from stages.plan.named import CONFIGS
 from stages.shared.architecture import (
@@ -20,6 +20,7 @@ from stages.shared.errors import UserError
 from stages.shared.memory import lora_sizes
 from stages.shared.tensors import lora_targets, parameter_count
 from tests import tiny
+from tests.architectures import BESIDES, OTHERS, SHAPE
 
 
 def on_meta(config):
@@ -55,6 +56,28 @@ def test_the_adapter_has_as_many_parameters_as_peft_trains(target_modules, dora)
         tiny.model(),
         LoraConfig(r=4, target_modules=target_modules, use_dora=dora, task_type="CAUSAL_LM"),
     )
+    assert predicted == adapted.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "target_modules",
+    [
+        "all-linear",
+        ["o_proj"],
+        ["gate_proj", "up_proj", "w1", "w3", "o_proj"],
+        r".*layers\.1\..*(up_proj|gate_proj|w1|w3|o_proj)",
+    ],
+)
+def test_the_adapter_of_a_mixture_has_as_many_parameters_as_peft_trains(kind, target_modules):
+    """Its experts lie in one tensor, and peft adapts each of them by the names that they had."""
+    model = on_meta(CONFIG_MAPPING[kind](**SHAPE | (BESIDES | OTHERS)[kind]))
+    targets = lora_targets(tensors_of(model), target_modules)
+    predicted = sum(size for t in targets for size in lora_sizes(t, 4))
+    with torch.device("meta"):
+        adapted = get_peft_model(
+            model, LoraConfig(r=4, target_modules=target_modules, task_type="CAUSAL_LM")
+        )
     assert predicted == adapted.get_nb_trainable_parameters()[0]
 
 

@@ -4,9 +4,12 @@ import errno
 import os
 import signal
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from stages.shared import errors, files
 from stages.shared.errors import UserError
@@ -73,6 +76,30 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == (
         "error: models/adapter: no room on the disk; free some space and run `dvc repro` again\n"
     )
+
+
+def _torch_save() -> None:
+    with Path("/dev/full").open("wb") as file:
+        torch.save({"weights": torch.zeros(1 << 20)}, file)
+
+
+def _save_file() -> None:
+    """As safetensors says it; it puts a new file in the place of any device."""
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is full")
+@pytest.mark.parametrize("write", [_torch_save, _save_file])
+def test_a_disk_that_fills_up_while_tensors_are_written_is_one_line(
+    write: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        errors.run(write)
+    assert stop.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "no room on the disk; free some space" in line
 
 
 def test_a_place_that_cannot_be_written_is_one_line(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stages.quantize.__main__ import quantize
 from stages.quantize.settings import Quantize
-from stages.shared import models
+from stages.shared import models, precision
 from stages.shared.errors import UserError
 from tests import tiny
 
@@ -21,14 +21,14 @@ CPU = torch.device("cpu")
 IDS = torch.arange(10, 42)[None]
 
 
-def quantized(folder: Path, precision: str, compute_dtype: str = "bf16") -> Path:
+def quantized(folder: Path, kind: str, compute_dtype: str = "bf16") -> Path:
     """A tiny model in a precision. Its sizes are multiples of 64, as the repacking wants them."""
     settings = Quantize.model_validate(
-        {"precision": precision, "double_quant": True, "compute_dtype": compute_dtype}
+        {"precision": kind, "double_quant": True, "compute_dtype": compute_dtype}
     )
     base = tiny.save(folder / "base")
-    quantize(base, folder / precision, folder / "quantize.svg", settings, CPU)
-    return folder / precision
+    quantize(base, folder / kind, folder / "quantize.svg", settings, CPU)
+    return folder / kind
 
 
 def gradient_norm(model: PreTrainedModel) -> float:
@@ -105,10 +105,14 @@ def test_int8_is_its_integers_times_their_scales(tmp_path: Path):
         assert torch.allclose(found, expected, rtol=1e-6, atol=0)
 
 
-def test_fp16_computes_in_fp32_on_a_cpu(tmp_path: Path):
-    folder = quantized(tmp_path, "nf4", "fp16")
+@pytest.mark.parametrize(("compute", "stored"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_what_a_cpu_has_no_products_of_is_computed_in_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str, stored: torch.dtype
+):
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: kind != "cpu")
+    folder = quantized(tmp_path, "nf4", compute)
     assert models.compute_dtype(folder, CPU) == torch.float32
-    assert models.compute_dtype(folder, torch.device("cuda")) == torch.float16
+    assert models.compute_dtype(folder, torch.device("cuda")) == stored
     model = models.load_model(folder, CPU)
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8}
     for layer in models.quantized_layers(model).values():
@@ -124,10 +128,15 @@ def test_what_is_not_quantized_comes_in_the_dtype_asked_for(tmp_path: Path, prec
     assert evaluate(model).isfinite().all()
 
 
-def test_a_dense_model_is_only_cast(tmp_path: Path):
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_dense_model_is_only_cast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+):
+    """To fp32 on a CPU without products of bf16, where torch has loops for them."""
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: has_bf16)
     base = tiny.save(tmp_path)
     loaded = models.load_model(base, CPU)
-    assert loaded.dtype == torch.bfloat16
+    assert loaded.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
     assert not loaded.training
     for one, other in zip(
         loaded.parameters(), models.load_dequantized(base).parameters(), strict=True

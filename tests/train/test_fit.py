@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,11 +60,47 @@ def test_a_resumed_training_says_why_it_is_not_fused(tmp_path: Path) -> None:
     assert again.unfused_because == "QLORA_FUSED is false"
 
 
+def test_a_resumed_training_computes_as_before_but_for_what_is_set_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, model = tiny.prepared(tmp_path / "prepared"), tiny.quantize(tmp_path / "model", "nf4")
+    examples = read_examples(data / "train.parquet")
+
+    def resolved(noted: dict[str, Any] | None, **wanted: str) -> dict[str, Any]:
+        machine.machine.cache_clear()
+        for name, value in wanted.items():
+            monkeypatch.setenv(f"QLORA_{name.upper()}", value)
+        return computing.resolve(settings(), model, examples, examples, noted).noted
+
+    first = resolved(
+        None, micro_batch_tokens="77", gradient_checkpointing="true", workers="1", devices="2"
+    )
+    for name in ("MICRO_BATCH_TOKENS", "GRADIENT_CHECKPOINTING", "WORKERS", "DEVICES"):
+        monkeypatch.delenv(f"QLORA_{name}")
+    assert resolved(first) == first
+    again = resolved(first, micro_batch_tokens="55", fused="false", devices="1")
+    assert again["micro_batch_tokens"] == 55
+    assert again["unfused_because"] == "QLORA_FUSED is false"
+    assert again["processes"] == 1
+    assert again["gradient_checkpointing"]
+
+
+def test_a_step_never_has_more_workers_than_conversations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_WORKERS", "12")
+    assert fitting.most_workers(3, 12) == 3
+    data, model = tiny.prepared(tmp_path / "prepared"), tiny.quantize(tmp_path / "model", "nf4")
+    examples = read_examples(data / "train.parquet")
+    found = computing.resolve(settings(train__batch_size=2), model, examples, examples)
+    assert found.workers == 2
+
+
 def test_what_is_unset_is_chosen_and_what_is_set_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tiny.prepared(tmp_path / "prepared")
-    monkeypatch.setattr(fitting, "most_workers", lambda batch_size: 2)
+    monkeypatch.setattr(fitting, "most_workers", lambda batch_size, wanted: wanted or 2)
     for name, tokens, checkpointing in (("unset", None, None), ("set", 77, True)):
         machine.machine.cache_clear()
         if tokens:

@@ -83,3 +83,19 @@ def test_weight_decay_is_of_matrices_alone() -> None:
         2: 0.5,
         1: 0.0,
     }
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+def test_the_rate_rises_to_what_is_asked_for_and_every_training_learns(
+    scheduler: str, count: int
+) -> None:
+    train = settings(train__scheduler=scheduler, train__warmup=0.03, train__learning_rate=1e-3)
+    optimizer = optimizers.make_optimizer(model(), train.train, CPU)
+    schedule = optimizers.make_scheduler(optimizer, train.train, count)
+    rates = []
+    for _ in range(count):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == 1e-3

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stages.shared import files, models, scoring
 from stages.shared.errors import UserError
 from stages.shared.examples import read_examples
+from stages.shared.precision import DTYPES
 from tests import tiny
 from tests.train.running import run
 
@@ -47,9 +49,8 @@ def test_full_fine_tuning_keeps_a_standalone_model(
 ) -> None:
     metrics, curve, keep = run(tmp_path, data, precision, train__method="full")
     assert metrics["eval_loss"] < curve.rows[0]["eval_loss"] - 0.5
-    assert models.load_model(keep, CPU).dtype == {"bf16": torch.bfloat16}.get(
-        precision, torch.float32
-    )
+    assert models.stored_dtype(keep) == DTYPES[precision]
+    assert {t.dtype for t in load_file(keep / "model.safetensors").values()} == {DTYPES[precision]}
 
 
 @pytest.mark.parametrize(("method", "precision"), [("lora", "nf4"), ("full", "bf16")])
@@ -58,9 +59,8 @@ def test_what_was_kept_scores_exactly_what_was_reported(
 ) -> None:
     metrics, _, keep = run(tmp_path, data, precision, train__method=method)
     model = models.load_adapted(keep, tmp_path / "quantized", CPU)
-    sums, tokens = scoring.score(
-        model, read_examples(data / "eval.parquet"), CPU, torch.bfloat16, "test"
-    )
+    dtype = models.compute_dtype(tmp_path / "quantized", CPU)
+    sums, tokens = scoring.score(model, read_examples(data / "eval.parquet"), CPU, dtype, "test")
     assert scoring.mean_loss(sums, tokens) == pytest.approx(metrics["eval_loss"], abs=1e-6)
 
 

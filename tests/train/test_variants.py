@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from stages.shared import files, machine, models
+from stages.shared import files, machine, models, precision
 from stages.shared.errors import UserError
 from stages.shared.precision import autocast
 from stages.train import masters, trainable
@@ -37,19 +37,25 @@ def test_trained_biases_are_masters_that_a_forward_pass_leaves_alone(tmp_path: P
         assert after[name].grad is not None and after[name].grad.any(), name
 
 
-def test_what_is_evaluated_is_what_the_file_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_what_is_evaluated_is_what_the_file_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    """On a CPU without products of bf16 too, where what a bf16 file holds is computed in fp32."""
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: has_bf16)
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
     model = load(biased(tmp_path), bias="all", modules_to_save=["lm_head", "embed_tokens"])
     own = masters.own_weights(model)
     for weight in own:
         weight.data += 2.0**-14
     before = [weight.detach().clone() for weight in own]
-    with masters.as_saved(model, torch.bfloat16):
-        scored = logits(model, torch.bfloat16)
+    with masters.as_saved(model, torch.bfloat16, dtype):
+        scored = logits(model, dtype)
         trainable.save(model, tmp_path / "adapter", torch.bfloat16)
     assert all(w.dtype == torch.float32 for w in own)
     assert all(torch.equal(w, b) for w, b in zip(own, before, strict=True))
     loaded = models.load_adapted(tmp_path / "adapter", tmp_path / "nf4", CPU)
-    assert torch.equal(logits(loaded, torch.bfloat16), scored)
+    assert torch.equal(logits(loaded, dtype), scored)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,13 @@ def test_a_tie_of_which_both_ends_are_trained_stays_one_matrix(
         ("int8", {"dora": True}, "lora.dora is true on int8 weights"),
         ("nf4", {"modules_to_save": ["q_proj"]}, "lora.modules_to_save names 'q_proj'"),
         ("nf4", {"modules_to_save": ["lm_head", "hed"]}, "lora.modules_to_save names 'hed'"),
+        ("nf4", {"modules_to_save": ["mlp"]}, "lora.modules_to_save names 'mlp'"),
         ("nf4", {"target_modules": ["q_proj", "typo"]}, "lora.target_modules names 'typo'"),
+        (
+            "nf4",
+            {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+            "lora.target_modules and lora.modules_to_save both name 'lm_head'",
+        ),
         ("nf4", {"bias": "all"}, "lora.bias is 'all'"),
         ("nf4", {"bias": "lora_only"}, "no bias in any layer"),
     ],
@@ -100,6 +112,19 @@ def test_what_cannot_work_is_refused_in_one_line(
 def test_a_target_that_can_match_nothing_is_refused_before_any_weight(value: Any) -> None:
     with pytest.raises(ValueError, match="all-linear"):
         settings(lora__target_modules=value)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
+def test_an_empty_name_is_refused_before_any_weight(key: str) -> None:
+    with pytest.raises(ValueError, match="names that are not empty"):
+        settings(**{f"lora__{key}": ["lm_head", ""]})
+
+
+def test_a_pattern_that_takes_in_what_can_have_no_adapter_is_told_in_short(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lora\.target_modules is '\.\*', .* q_proj") as error:
+        load(tmp_path, "nf4", target_modules=".*")
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
