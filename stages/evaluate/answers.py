@@ -1,5 +1,6 @@
 """Answers: which rows are asked, how a reply is generated, and when it is right."""
 
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from torch import nn
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -16,9 +19,12 @@ from transformers import (
 
 from stages.shared import progress
 from stages.shared.precision import autocast
+from stages.shared.row_sharing import answers_in_batches
 
-# Fixed, since the other prompts of a batch change a bf16 reply in rare cases.
+# Fixed, since the other prompts of a batch change a bf16 reply in rare cases. Of keys and values a
+# model of 7B without shared heads keeps half a MB a token.
 BATCH = 32
+BATCH_TOKENS = 8192  # of prompts and replies, with what is padded
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,10 @@ class Reply:
     stopped: bool
 
 
-def choose(has_answer: Sequence[bool], count: int, seed: int) -> list[int]:
-    """Draw the rows that are asked: those with a checkable answer first, in a seeded order."""
+def in_order(has_answer: Sequence[bool], seed: int) -> list[int]:
+    """The rows as they are asked: those with a checkable answer first, in a seeded order."""
     order = np.random.default_rng(seed).permutation(len(has_answer))
-    return sorted(order.tolist(), key=lambda row: not has_answer[row])[:count]
+    return sorted(order.tolist(), key=lambda row: not has_answer[row])
 
 
 def normalize(text: str) -> str:
@@ -41,9 +47,13 @@ def normalize(text: str) -> str:
 
 
 def is_right(reply: str, answer: str) -> bool:
-    """Whether the reply's last line, normalized, equals the normalized answer."""
-    lines = reply.strip().splitlines()
-    return bool(lines) and normalize(lines[-1]) == normalize(answer)
+    """Whether the reply's last line, normalized, equals the normalized answer.
+
+    As many last lines as the answer has.
+    """
+    lines = reply.strip().split("\n")
+    last = "\n".join(lines[-len(answer.strip().split("\n")) :])
+    return bool(last) and normalize(last) == normalize(answer)
 
 
 class _Advance(StoppingCriteria):
@@ -69,6 +79,8 @@ def generate(
 ) -> list[Reply]:
     """Reply to each prompt, always the most likely token (greedy), in batches with a cache.
 
+    A reply ends where a model that has learnt its positions has no more of them.
+
     Args:
         model: a causal language model of transformers, with or without an adapter.
         tokenizer: decodes the replies.
@@ -78,15 +90,12 @@ def generate(
         device: where the model is.
         dtype: what it computes in.
     """
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],
-    )
+    # What is left open is taken from the model's own: penalties, beams, a least number of tokens.
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain.generation_config = GenerationConfig()
+    positions = _learnt_positions(plain)
     replies: dict[int, Reply] = {}
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups = [by_length[i : i + BATCH] for i in range(0, len(by_length), BATCH)]
+    groups = in_groups(prompts, max_new_tokens, BATCH if answers_in_batches(plain.config) else 1)
     with progress.bar(
         total=len(groups) * max_new_tokens, desc="answers", unit="batch-token"
     ) as bar:
@@ -97,6 +106,12 @@ def generate(
             for line, i in enumerate(group):  # padded on the left: replies start in one column
                 ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
                 mask[line, width - len(prompts[i]) :] = 1
+            config = GenerationConfig(
+                do_sample=False,
+                max_new_tokens=min(max_new_tokens, positions - width),
+                eos_token_id=stop_ids,
+                pad_token_id=stop_ids[0],
+            )
             with autocast(device, dtype):
                 output = model.generate(
                     input_ids=ids,
@@ -108,6 +123,28 @@ def generate(
                 replies[i] = _reply(tokenizer, output[line, width:].tolist(), stop_ids)
             bar.update(done * max_new_tokens - bar.n)
     return [replies[i] for i in range(len(prompts))]
+
+
+def in_groups(prompts: Sequence[list[int]], new_tokens: int, most: int) -> list[list[int]]:
+    """Indices of prompts of about one length, at most `most` and `BATCH_TOKENS` a group."""
+    groups: list[list[int]] = [[]]
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        tokens = (len(groups[-1]) + 1) * (len(prompts[i]) + new_tokens)
+        if groups[-1] and (len(groups[-1]) == most or tokens > BATCH_TOKENS):
+            groups.append([])
+        groups[-1].append(i)
+    return [group for group in groups if group]
+
+
+def _learnt_positions(model: PreTrainedModel) -> int:
+    """How many positions a model has a table of; without end where it has none (rotary)."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables.discard(model.get_input_embeddings().weight)
+    rows = [len(table) for table in (*tables, *model.buffers()) if table.ndim == 2]
+    if known and any(known <= count <= known + 2 for count in rows):  # OPT has two more
+        return int(known)
+    return sys.maxsize
 
 
 def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int]) -> Reply:

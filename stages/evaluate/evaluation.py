@@ -46,9 +46,16 @@ def evaluate(
     sums, tokens = scoring.score(model, examples, where, dtype, f"{variant}: loss")
 
     count = max(wanted.generate_rows, wanted.prompts)
-    asked = answers.choose([r["answer"] is not None for r in rows], count, wanted.seed)
     template = templates.make(form.template, tokenizer)
-    prompts = [encoding.encode_prompt(tokenizer, template, rows[i]["messages"][:-1]) for i in asked]
+    asked: list[int] = []
+    prompts: list[list[int]] = []
+    for i in answers.in_order([r["answer"] is not None for r in rows], wanted.seed):
+        if len(asked) == count:
+            break
+        prompt = encoding.encode_prompt(tokenizer, template, rows[i]["messages"][:-1])
+        if len(prompt) < len(examples[i]):  # else it was cut, and is longer than what is learnt
+            asked.append(i)
+            prompts.append(prompt)
     replies = answers.generate(
         model, tokenizer, prompts, form.stop_ids, wanted.max_new_tokens, where, dtype
     )

@@ -30,7 +30,8 @@ class Row:
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """All figures over the rows, weighted by token; None where there is nothing to measure.
 
-    `bits_per_byte` does not depend on the vocabulary: nats / ln 2 / bytes.
+    `bits_per_byte` does not depend on the vocabulary: nats / ln 2 / bytes. `stop_rate` is of the
+    `generated_rows`, `exact_match` of the `answered_rows` among them: those with a known answer.
     """
     tokens, size = sum(r.tokens for r in rows), sum(r.text_bytes for r in rows)
     nats = math.fsum(r.nats for r in rows)
@@ -42,6 +43,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "tokens": tokens,
         "conversations": len(rows),
         "generated_rows": sum(r.stopped is not None for r in rows),
+        "answered_rows": sum(r.right is not None for r in rows),
         "stop_rate": _fraction([r.stopped for r in rows]),
         "exact_match": _fraction([r.right for r in rows]),
     }

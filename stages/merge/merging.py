@@ -103,13 +103,15 @@ def make_standalone(folder: Path, trained_on: Path, tokenizer_folder: Path, form
     the stop tokens and the precision that training computed in: what the model is run in unless
     its user says otherwise, whatever its file is stored in.
     """
+    config = AutoConfig.from_pretrained(trained_on)
     tokenizer = vocabulary.load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = form.chat_template
     tokenizer.eos_token = form.eos_token
-    if tokenizer.pad_token is None:
+    rows = config.get_text_config().vocab_size
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:  # added, without a row
         tokenizer.pad_token = form.eos_token
     tokenizer.save_pretrained(folder)
-    runs_in = str(AutoConfig.from_pretrained(trained_on).dtype).removeprefix("torch.")
+    runs_in = str(config.dtype).removeprefix("torch.")
     ends = {
         "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,
         "pad_token_id": tokenizer.pad_token_id,

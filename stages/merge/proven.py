@@ -50,7 +50,7 @@ def merge_and_prove(
     examples = proof.first_positions(read_examples(data / "eval.parquet"))
     exact = compare_exactly(adapter, trained_on, folder, examples)
     if onto == "quantized":
-        proof.require(exact)
+        proof.require(exact, settings.dtype)
     runtime = compare_as_run(adapter, trained_on, folder, examples)
     return {
         "onto": onto,

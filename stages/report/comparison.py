@@ -12,17 +12,28 @@ DIFFERENCES = (
     ("What training gained", "adapter", "quantized"),
     ("What merging cost", "merged", "adapter"),
 )
+# Metrics that are shares, and of how many replies.
+SHARES = {"exact_match": "answered_rows", "stop_rate": "generated_rows"}
 LANGUAGES = {"en": "English", "other": "Other languages"}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One model's metrics minus another's; None where either has none."""
+    """One model's metrics minus another's.
+
+    Attributes:
+        name: what it is the difference of.
+        later: the one model.
+        earlier: the other.
+        values: by metric; None where either has none.
+        noise: by metric, what a difference of two shares may be by chance.
+    """
 
     name: str
     later: str
     earlier: str
     values: dict[str, float | None]
+    noise: dict[str, float]
 
 
 def difference(later: float | None, earlier: float | None) -> float | None:
@@ -41,14 +52,27 @@ def differences(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Difference
                 metric: difference(evaluations[later].get(metric), evaluations[earlier].get(metric))
                 for metric in METRICS
             },
+            {m: noise(m, evaluations[later], evaluations[earlier]) for m in METRICS},
         )
         for name, later, earlier in DIFFERENCES
     ]
 
 
-def verdict(metric: str, change: float | None) -> str:
-    """`better`, `worse`, or nothing for a change under a thousandth (of a nat, of all replies)."""
-    if change is None or abs(change) < 1e-3:
+def noise(metric: str, *evaluations: Mapping[str, Any]) -> float:
+    """Twice the standard error of a difference of two shares; 0 of what is no share.
+
+    As of two independent draws: the replies are to the same prompts, so that it is rather less.
+    """
+    variance = 0.0
+    for found in evaluations:
+        share, count = found.get(metric), found.get(SHARES.get(metric, ""))
+        variance += share * (1 - share) / count if count and share is not None else 0.0
+    return float(2 * variance**0.5)
+
+
+def verdict(metric: str, change: float | None, noise: float = 0.0) -> str:
+    """`better`, `worse`, or nothing for a change within the noise, or under a thousandth."""
+    if change is None or abs(change) < max(1e-3, noise):
         return ""
     return "better" if (change < 0) == (metric in LOWER_IS_BETTER) else "worse"
 

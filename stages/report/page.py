@@ -52,6 +52,7 @@ def context(sources: Sources) -> dict[str, Any]:
         "variants": VARIANTS,
         "origin": origin,
         "method": method(sources.parameters),
+        "learnt": learnt(sources),
         "differences": comparison.differences(sources.evaluate),
         "gain": gain(sources),
         "languages": comparison.by_language(sources.evaluate),
@@ -68,6 +69,16 @@ def method(parameters: dict[str, Any]) -> str:
         return "full fine-tuning"
     precision = (parameters.get("quantize") or {}).get("precision")
     return "QLoRA" if precision in ("nf4", "fp4") else "LoRA"
+
+
+def learnt(sources: Sources) -> str | None:
+    """How many conversations what was kept has learnt from, of those that there were."""
+    there = (sources.prepare.get("train") or {}).get("conversations")
+    steps = sources.train.get("best_step")
+    batch = (sources.parameters.get("train") or {}).get("batch_size")
+    if there is None or steps is None or batch is None or steps * batch >= there:
+        return None if there is None else wording.value(there)
+    return f"{wording.value(steps * batch)} of {wording.value(there)}"
 
 
 def gain(sources: Sources) -> dict[str, float | None]:

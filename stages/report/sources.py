@@ -104,4 +104,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _curve(text: str) -> list[dict[str, float | None]]:
     rows = csv.DictReader(text.splitlines())
-    return [{key: float(cell) if cell else None for key, cell in row.items()} for row in rows]
+    found = list(rows)
+    if any(None in row for row in found):
+        raise ValueError("a line with more cells than there are columns")
+    return [{key: float(cell) if cell else None for key, cell in row.items()} for row in found]

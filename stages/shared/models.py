@@ -42,7 +42,12 @@ def compute_dtype(folder: Path, device: torch.device) -> torch.dtype:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """What a model's weights are in that are not quantized, as its config says."""
+    """What a model's weights are in that are not quantized, as its config says.
+
+    Raises:
+        FileNotFoundError: there is no config.
+    """
+    (folder / "config.json").open().close()  # transformers would ask the hub
     return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
 
 

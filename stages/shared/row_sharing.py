@@ -49,6 +49,8 @@ SHARING = frozenset(
         "starcoder2",
     }
 )
+# Of batches of prompts, padded on the left: their replies depend on what stands beside them.
+ANSWERING_ALONE = frozenset({"rwkv"})
 # Kinds of rotary embedding whose frequencies depend on the longest conversation of the row.
 BY_LENGTH = frozenset({"dynamic", "longrope"})
 
@@ -60,6 +62,15 @@ def shares_a_row(config: Any) -> bool:
         config: of the model, as transformers has it.
     """
     return config.model_type in SHARING and not BY_LENGTH & _rotary_kinds(config)
+
+
+def answers_in_batches(config: Any) -> bool:
+    """Whether prompts of several lengths, padded on the left, leave each other's replies alone.
+
+    Args:
+        config: of the model, as transformers has it.
+    """
+    return config.model_type not in ANSWERING_ALONE and not BY_LENGTH & _rotary_kinds(config)
 
 
 def _rotary_kinds(config: Any) -> set[str]:

@@ -15,8 +15,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder that a stage wrote.
 
     Raises:
+        FileNotFoundError: there is none.
         UserError: it cannot say which characters a token stands for.
     """
+    (folder / "tokenizer_config.json").open().close()  # transformers would ask the hub
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(

@@ -3,14 +3,20 @@
 import math
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, RwkvConfig
 
 from stages.evaluate import answers, metrics
 from stages.evaluate.evaluation import evaluate
 from stages.evaluate.settings import Evaluate
 from stages.shared import files
+from stages.shared.row_sharing import answers_in_batches
 from tests import tiny
+from tests.architectures import BESIDES, OTHERS, SHAPE
 
 CPU = torch.device("cpu")
 
@@ -25,6 +31,8 @@ CPU = torch.device("cpu")
         ("a  b\u00a0c", "A B C", True),  # a no-break space is a space (NFKC)
         ("", "65", False),
         ("\n\n", "", False),
+        ("So:\na\nb", "a\nb", True),
+        ("b", "a\nb", False),
     ],
 )
 def test_exact_match_compares_the_normalized_last_line(
@@ -35,10 +43,10 @@ def test_exact_match_compares_the_normalized_last_line(
 
 def test_rows_with_an_answer_are_asked_first_in_a_seeded_order() -> None:
     has_answer = [False, True, False, True, True]
-    chosen = answers.choose(has_answer, 4, seed=1)
+    chosen = answers.in_order(has_answer, seed=1)
     assert set(chosen[:3]) == {1, 3, 4}
-    assert chosen == answers.choose(has_answer, 4, seed=1)
-    assert len(answers.choose(has_answer, 99, seed=1)) == 5
+    assert chosen == answers.in_order(has_answer, seed=1)
+    assert sorted(chosen) == [0, 1, 2, 3, 4]
 
 
 def test_batched_replies_equal_those_asked_one_by_one_and_say_whether_they_stopped() -> None:
@@ -55,6 +63,60 @@ def test_batched_replies_equal_those_asked_one_by_one_and_say_whether_they_stopp
                 break
         assert reply.stopped == (ids[-1] == 2)
         assert reply.text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+def test_the_models_own_ways_to_generate_change_no_reply() -> None:
+    """What we leave open, transformers takes from the model: a penalty, beams, several replies."""
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    prompts = [tokenizer.encode(text) for text in ("two", "What is two plus two?")]
+    expected = answers.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32)
+    model.generation_config = GenerationConfig(
+        repetition_penalty=1.5, num_beams=2, num_return_sequences=2, min_new_tokens=8
+    )
+    assert answers.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32) == expected
+    tuned = get_peft_model(tiny.model(), LoraConfig(task_type="CAUSAL_LM"))
+    tuned.get_base_model().generation_config = GenerationConfig(repetition_penalty=1.5)
+    assert answers.generate(tuned, tokenizer, prompts, [2], 8, CPU, torch.float32) == expected
+
+
+def test_groups_are_of_about_one_length_and_bounded_by_tokens() -> None:
+    prompts = [[0] * length for length in (4000, 10, 3000, 20, 30, 9000)]
+    assert answers.in_groups(prompts, 64, 2) == [[1, 3], [4, 2], [0], [5]]
+    assert answers.in_groups(prompts, 64, 32) == [[1, 3, 4], [2, 0], [5]]
+    assert answers.in_groups([], 64, 32) == []
+
+
+def test_models_whose_replies_depend_on_their_batch_answer_alone() -> None:
+    config = tiny.model().config
+    assert answers_in_batches(config)
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert not answers_in_batches(config)
+    assert not answers_in_batches(RwkvConfig())
+
+
+def test_a_prompt_that_was_cut_is_not_asked(tmp_path: Path) -> None:
+    """It would be longer than anything that the model was trained and scored on."""
+    base, data = tiny.save(tmp_path / "base"), tiny.prepared(tmp_path / "prepared")
+    table = pq.read_table(data / "eval.parquet").to_pylist()
+    for row in table[:20]:
+        row["input_ids"], row["loss_mask"] = row["input_ids"][:5], [True] * 5
+    pq.write_table(pa.Table.from_pylist(table), data / "eval.parquet")
+    wanted = Evaluate(generate_rows=24, max_new_tokens=2, prompts=6, seed=0)
+    figures, shown = evaluate("base", base, base, base, data, wanted)
+    assert figures["generated_rows"] == 4
+    assert len(shown["answers"]) == 4
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj"])
+def test_a_reply_ends_where_a_model_has_no_more_positions(kind: str) -> None:
+    torch.manual_seed(0)
+    limits = {"max_position_embeddings": 32}
+    config = CONFIG_MAPPING[kind](**SHAPE | (BESIDES | OTHERS)[kind] | limits)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = [list(range(5, 25)), list(range(5, 35))]
+    replies = answers.generate(model, tiny.tokenizer(), prompts, [383], 64, CPU, torch.float32)
+    assert len(replies) == 2
+    assert not replies[0].stopped
 
 
 def test_a_stop_token_ends_a_reply() -> None:
@@ -75,7 +137,8 @@ def test_figures_are_weighted_by_token_and_english_stands_apart() -> None:
     assert report["loss"] == 1.0
     assert report["perplexity"] == pytest.approx(math.e)
     assert report["bits_per_byte"] == pytest.approx(5 / math.log(2) / 10)
-    assert (report["stop_rate"], report["exact_match"], report["generated_rows"]) == (0.5, 1.0, 2)
+    assert (report["stop_rate"], report["exact_match"]) == (0.5, 1.0)
+    assert (report["generated_rows"], report["answered_rows"]) == (2, 1)
     assert report["by_language"]["en"]["loss"] == 2.0
     assert report["by_language"]["other"]["exact_match"] is None
     assert sum(part["tokens"] for part in report["by_language"].values()) == report["tokens"]

@@ -70,7 +70,34 @@ def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> 
     examples = read_examples(paths["prepared"] / "eval.parquet")
     agreement = compare_exactly(paths["adapter"], paths["quantized"], paths["merged"], examples)
     with pytest.raises(UserError, match="nothing was written"):
-        proof.require(agreement)
+        proof.require(agreement, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("differ", "positions", "passes"),
+    [(1, 11, True), (2, 11, False), (2, 150, False), (4, 400, True), (5, 400, False)],
+)
+def test_one_token_may_differ_however_few_there_are(
+    differ: int, positions: int, passes: bool
+) -> None:
+    agreement = proof.Agreement(1e-9, 1 - differ / positions, positions)
+    if passes:
+        proof.require(agreement, "fp16")
+        return
+    with pytest.raises(UserError, match=r"nothing was written; set merge\.dtype to fp32"):
+        proof.require(agreement, "fp16")
+
+
+def test_a_padding_token_without_a_row_is_replaced_by_the_end_token(tmp_path: Path) -> None:
+    """As fine-tuners add it to a tokenizer; a model with such an id cannot be loaded."""
+    paths = trained(tmp_path, "nf4")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 384
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    merge(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(paths["merged"]).config.pad_token_id == 2
+    assert AutoTokenizer.from_pretrained(paths["merged"]).pad_token_id == 2
 
 
 def test_a_merged_model_needs_no_other_package(tmp_path: Path) -> None:
@@ -108,6 +135,18 @@ def test_a_full_fine_tune_is_linked_and_has_nothing_to_merge(tmp_path: Path) -> 
     weights = "model.safetensors"
     assert (paths["merged"] / weights).samefile(paths["adapter"] / weights)
     assert files.folder_sha256(paths["adapter"]) == before
+
+
+def test_models_that_give_no_numbers_do_not_agree() -> None:
+    """The largest of 0 and NaN is 0, and the most likely of three NaN the first."""
+    nothing = torch.full((2, 3), torch.nan)
+    with pytest.raises(UserError, match="gives no numbers"):
+        proof.compare([nothing], [nothing])
+
+
+def test_a_token_that_cannot_be_in_either_model_adds_nothing() -> None:
+    shut = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    assert proof.compare([shut], [shut]).kl_divergence == 0.0
 
 
 def test_kl_and_agreement_by_hand() -> None:

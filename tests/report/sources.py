@@ -23,6 +23,7 @@ def metrics(variant: str) -> dict[str, Any]:
         "tokens": 5120,
         "conversations": 165,
         "generated_rows": 64,
+        "answered_rows": 40,
         "stop_rate": STOP_RATE[variant],
         "exact_match": EXACT_MATCH[variant],
     }

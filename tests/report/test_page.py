@@ -239,3 +239,25 @@ def test_the_pipeline_is_a_link_so_that_dvc_sees_it_change():
     link = made.ROOT / sources.PIPELINE
     assert link.is_symlink()
     assert link.resolve() == made.ROOT / "dvc.yaml"
+
+
+@pytest.mark.parametrize(
+    ("best_step", "said"), [(2, "QLoRA on 16 of 1,500 conv"), (188, "QLoRA on 1,500 conv")]
+)
+def test_it_says_how_many_conversations_were_learnt(tmp_path, best_step, said):
+    train = made.contents()["reports/train.json"] | {"best_step": best_step}
+    source = source_of(tmp_path, train=train)
+    assert said in Elements(page.html(source)).flat
+    assert said in " ".join(page.model_card(source).split())
+
+
+@pytest.mark.parametrize("generated", [64, 0])
+def test_it_says_of_how_many_replies_a_share_is(tmp_path, generated):
+    changed = {"generated_rows": generated}
+    metrics = {f"evaluate_{v}": made.metrics(v) | changed for v in made.LOSS}
+    source = source_of(tmp_path, **metrics)
+    said = "of 64 generated replies, exact match of the 40 among them whose answer is known"
+    assert (said in Elements(page.html(source)).flat) == bool(generated)
+    card = " ".join(page.model_card(source).split())
+    assert ("64 generated replies, exact match on the 40 among them" in card) == bool(generated)
+    assert "0 generated replies" not in card

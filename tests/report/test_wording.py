@@ -3,7 +3,14 @@
 import pytest
 
 from stages.report import wording
-from stages.report.comparison import by_language, difference, differences, prompts, verdict
+from stages.report.comparison import (
+    by_language,
+    difference,
+    differences,
+    noise,
+    prompts,
+    verdict,
+)
 from tests.report import sources as made
 
 NB = "\N{NO-BREAK SPACE}"
@@ -70,6 +77,16 @@ def test_better_is_down_for_a_loss_and_up_for_a_rate():
     assert verdict("loss", -0.1) == verdict("exact_match", 0.1) == "better"
     assert verdict("loss", 0.1) == verdict("stop_rate", -0.1) == "worse"
     assert verdict("loss", 0.0005) == verdict("loss", None) == ""
+
+
+def test_a_share_of_few_replies_is_coloured_only_where_chance_does_not_explain_it():
+    few = {"stop_rate": 0.5, "generated_rows": 64, "exact_match": 0.5, "answered_rows": 16}
+    more = few | {"stop_rate": 0.6}
+    assert noise("stop_rate", few, more) == pytest.approx(2 * (0.25 / 64 + 0.24 / 64) ** 0.5)
+    assert noise("exact_match", few, few) == pytest.approx(2 * (2 * 0.25 / 16) ** 0.5)
+    assert noise("loss", few, more) == noise("stop_rate", {}, {"stop_rate": None}) == 0.0
+    assert verdict("stop_rate", 0.1, noise("stop_rate", few, more)) == ""
+    assert verdict("stop_rate", 0.2, noise("stop_rate", few, more)) == "better"
 
 
 def test_a_language_without_rows_is_left_out():
