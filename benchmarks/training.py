@@ -1,12 +1,13 @@
 """Our training step beside that of `trl`'s `SFTTrainer`: the same model, rows and rank, in turn.
 
 Reads:  models/quantized, models/tokenizer; data/sample, and ../shared/data/conversations if there
-Writes: benchmarks/results/training.json, the table in docs/performance.md and its picture
+Writes: benchmarks/results/training.json, the table in docs/performance.md and its picture;
+        a CPU without bf16, on which both compute in fp32, has a file, table and picture of its own
 Run:    make bench
         python -m benchmarks.training --minutes 20      (where `trl` and `datasets` are installed)
 
 Two processes live on through a comparison, ours and the peer's, and take steps in turn (A B A B),
-each on the same conversations, each just after a measurement of the machine's bf16 matrix rate. The
+each on the same conversations, each just after a measurement of the machine's matrix rate. The
 first step of each is left out of the figures, and its two losses must agree within 1 %. The peer
 unpacks or packs, and its size of a micro-batch is the fastest of those tried; both allocators are
 preloaded for both. Nothing else should run on the machine.
@@ -33,6 +34,7 @@ from benchmarks.training_figures import Comparison, Tried, best, middle
 from stages.shared import files, progress
 from stages.shared.architecture import model_of_config
 from stages.shared.errors import UserError, run
+from stages.shared.precision import multiplies_bf16
 from stages.train.environment import environment
 
 OURS, PEER = "benchmarks.training_ours", "benchmarks.training_trl"
@@ -155,7 +157,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="for all of it")
     parser.add_argument("--model", type=Path, default=MODEL, help="a quantized model")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER)
-    parser.add_argument("--results", type=Path, default=training_table.RESULTS)
+    parser.add_argument("--results", type=Path, help="another file than the committed one")
     parser.add_argument("--no-page", action="store_true", help="leave docs/performance.md alone")
     given = parser.parse_args()
     deadline = time.monotonic() + 60 * given.minutes
@@ -165,6 +167,7 @@ def main() -> None:
         peer = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
         raise UserError("trl is not installed here; `make bench` sets up all it needs") from None
+    computed_in = "bf16" if multiplies_bf16("cpu") else "fp32"
     preloaded = allocators()
     if "jemalloc" not in preloaded:
         print("no libjemalloc on this machine: only the C library's allocator is compared")
@@ -178,11 +181,12 @@ def main() -> None:
         tried, compared = measure(every, preloaded, deadline)
     found = {
         "trl": peer,
+        "computed_in": computed_in,
         "environment": environment(torch.device("cpu")),
         "tried": [asdict(one) for one in tried],
         "compared": [asdict(one) for one in compared],
     }
-    files.write_json(given.results, found)
+    files.write_json(given.results or training_table.RESULTS[computed_in], found)
     print(training_table.text(found))
     if not given.no_page:
         training_table.write(found)

@@ -6,7 +6,6 @@ from pathlib import Path
 from benchmarks.training_figures import Comparison, Spread
 from stages.shared.pictures import COLORS, picture
 
-PICTURE = Path("docs/pictures/performance.svg")
 GB = 1e9
 GRAY = "#8a8f98"
 

@@ -1,7 +1,9 @@
 """The training benchmark for people: tables, a picture, and the page that holds both.
 
-Reads:  benchmarks/results/training.json
-Writes: the tables in docs/performance.md, docs/pictures/performance.svg
+What a CPU measured that computes in bf16 and one that computes in fp32 stand beside each other.
+
+Reads:  benchmarks/results/training.json, training_fp32.json
+Writes: the tables in docs/performance.md, docs/pictures/performance.svg, performance_fp32.svg
 Run:    python -m benchmarks.training_table
 """
 
@@ -11,10 +13,18 @@ from typing import Any
 
 from benchmarks.page import PAGE, put
 from benchmarks.training_figures import Comparison, Spread, Tried, better_mode
-from benchmarks.training_picture import PICTURE, draw
+from benchmarks.training_picture import draw
 from stages.shared import files
 
-RESULTS = Path("benchmarks/results/training.json")
+RESULTS = {
+    "bf16": Path("benchmarks/results/training.json"),
+    "fp32": Path("benchmarks/results/training_fp32.json"),
+}
+PICTURES = {
+    "bf16": Path("docs/pictures/performance.svg"),
+    "fp32": Path("docs/pictures/performance_fp32.svg"),
+}
+MARKS = {"bf16": "training", "fp32": "training in fp32"}
 GB = 1e9
 # What the step is meant to reach, beside the peer's better mode.
 AIMED_RATIO = {"stock": 3.0, "jemalloc": 2.0}
@@ -44,7 +54,7 @@ def where(found: Mapping[str, Any], compared: Sequence[Comparison]) -> str:
     return (
         f"{ran['device']}, {ran['threads']} threads; "
         + ", ".join(f"{name} {versions[name]}" for name in names)
-        + f", trl {found['trl']}. The probes found {min(r.low for r in rates) / GB:,.0f} to "
+        + f", trl {found['trl']}; in {found['computed_in']}. The probes found {min(r.low for r in rates) / GB:,.0f} to "
         f"{max(r.high for r in rates) / GB:,.0f} GFLOP/s (quartiles). Ours: "
         + ", ".join(dict.fromkeys(computed(one.resolved) for one in compared))
         + "."
@@ -140,10 +150,12 @@ def tried_table(tried: Sequence[Tried]) -> str:
 
 def write(found: Mapping[str, Any]) -> None:
     """Put the tables into the page, and draw the picture."""
-    put("training", text(found))
-    draw(read(found)[1], PICTURE)
+    kind = found["computed_in"]
+    put(MARKS[kind], text(found))
+    draw(read(found)[1], PICTURES[kind])
 
 
 if __name__ == "__main__":
-    write(files.read_json(RESULTS))
+    for path in RESULTS.values():
+        write(files.read_json(path))
     print(PAGE)

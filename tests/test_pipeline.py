@@ -80,7 +80,7 @@ def test_every_metric_of_the_design_is_there(space: Workspace) -> None:
         "best_epoch generalization_gap padding_fraction packing_efficiency checkpoint_bytes",
         "environment.json": "versions device threads",
         "merge.json": "onto kl_divergence top1_agreement runtime_kl_divergence "
-        "runtime_top1_agreement bytes",
+        "runtime_top1_agreement runtime_dtype bytes",
         **{
             f"evaluate/{v.partition('@')[2]}.json": "loss perplexity bits_per_byte tokens "
             "stop_rate exact_match by_language"

@@ -58,6 +58,7 @@ def merge_and_prove(
         "top1_agreement": exact.top1_agreement,
         "runtime_kl_divergence": runtime.kl_divergence,
         "runtime_top1_agreement": runtime.top1_agreement,
+        "runtime_dtype": str(models.compute_dtype(folder, device())).removeprefix("torch."),
         "positions": exact.positions,
         "bytes": files.folder_bytes(folder),
     }
@@ -87,7 +88,7 @@ def compare_exactly(
 def compare_as_run(
     adapter: Path, quantized: Path, merged: Path, examples: list[Example]
 ) -> proof.Agreement:
-    """The same in the precision that people run, where rounding differs on every layer."""
+    """The same in what this device computes in: in half precision every layer rounds otherwise."""
     where = device()
     below = quantized if models.is_adapter(adapter) else adapter
     dtype = models.compute_dtype(below, where)

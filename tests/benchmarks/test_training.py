@@ -113,7 +113,7 @@ def test_our_worker_takes_the_steps_that_are_given_and_learns_from_them(inputs):
 def untrained_loss(inputs, examples, rows):
     model = models.load_model(Path(inputs.job["model"]), CPU)
     chosen = [dataclasses.replace(examples[row], row=i) for i, row in enumerate(rows)]
-    return scoring.mean_loss(*scoring.score(model, chosen, CPU, torch.bfloat16, "score"))
+    return scoring.mean_loss(*scoring.score(model, chosen, CPU, model.dtype, "score"))
 
 
 def test_the_loop_is_trainings_own_with_its_settings():

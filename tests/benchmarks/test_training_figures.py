@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks import matrix_rate, page, training, training_picture, training_table
 from benchmarks.training_figures import Comparison, Tried, best, better_mode, middle, spread
-from stages.shared import files
+from stages.shared import files, precision
 from stages.shared.architecture import model_of
 from tests import tiny
 from tests.workspace import ROOT
@@ -47,7 +47,12 @@ def test_the_bound_counts_every_frozen_product_of_a_model():
     assert matrix_rate.bound_operations(model_of(model), tokens, supervised) == by_hand
 
 
-def test_the_probe_counts_the_products_that_it_does(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_probe_counts_the_products_that_it_does(monkeypatch, dtype):
+    """In what training computes in here: fp32 on a CPU without products of bf16."""
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: dtype == torch.bfloat16)
+    monkeypatch.setitem(matrix_rate.SHAPES, "cpu", (128, 64, 64))
+    matrix_rate._factors.cache_clear()
     done = []
     mm = torch.mm
 
@@ -60,7 +65,8 @@ def test_the_probe_counts_the_products_that_it_does(monkeypatch):
     monkeypatch.setattr(matrix_rate.time, "perf_counter", lambda: next(clock))
     rate = matrix_rate.probe(CPU)
     (rows, inner), (_, columns) = done[0][0].shape, done[0][1].shape
-    assert done[0][0].dtype == torch.bfloat16
+    matrix_rate._factors.cache_clear()
+    assert done[0][0].dtype == dtype
     assert rate == 2 * rows * inner * columns * (len(done) - 1) / 0.5  # one to warm up
 
 
@@ -129,6 +135,7 @@ def results():
     one = comparison((step(), step()), (step(), step(5.0, computed_tokens=125)))
     return {
         "trl": "1.0",
+        "computed_in": "fp32",
         "environment": {
             "device": "a processor",
             "threads": 2,
@@ -163,8 +170,9 @@ def test_a_table_stands_between_its_marks_or_nothing_is_written(tmp_path):
         page.put("b", "new", path)
 
 
-def test_the_page_says_what_was_measured():
-    if not (ROOT / training_table.RESULTS).exists():
+@pytest.mark.parametrize("kind", training_table.RESULTS)
+def test_the_page_says_what_was_measured(kind):
+    if not (ROOT / training_table.RESULTS[kind]).exists():
         pytest.skip("the benchmark has not been run yet")
-    text = training_table.text(files.read_json(ROOT / training_table.RESULTS))
+    text = training_table.text(files.read_json(ROOT / training_table.RESULTS[kind]))
     assert text in (ROOT / page.PAGE).read_text(encoding="utf-8")

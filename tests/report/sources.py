@@ -74,6 +74,7 @@ def contents() -> dict[str, Any]:
             "kl_divergence": 1.2e-5,
             "top1_agreement": 0.9976,
             "runtime_top1_agreement": 0.98,
+            "runtime_dtype": "bfloat16",
             "bytes": 269_060_552,
             "positions": 4096,
         },
