@@ -54,7 +54,8 @@ def where(found: Mapping[str, Any], compared: Sequence[Comparison]) -> str:
     return (
         f"{ran['device']}, {ran['threads']} threads; "
         + ", ".join(f"{name} {versions[name]}" for name in names)
-        + f", trl {found['trl']}; in {found['computed_in']}. The probes found {min(r.low for r in rates) / GB:,.0f} to "
+        + f", trl {found['trl']}; in {found['computed_in']}. "
+        f"The probes found {min(r.low for r in rates) / GB:,.0f} to "
         f"{max(r.high for r in rates) / GB:,.0f} GFLOP/s (quartiles). Ours: "
         + ", ".join(dict.fromkeys(computed(one.resolved) for one in compared))
         + "."
