@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from stages.shared import progress
+from stages.shared.models import without_adapter
 from stages.shared.precision import autocast
 from stages.shared.row_sharing import answers_in_batches
 
@@ -91,7 +91,7 @@ def generate(
         dtype: what it computes in.
     """
     # What is left open is taken from the model's own: penalties, beams, a least number of tokens.
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain: Any = without_adapter(model)
     plain.generation_config = GenerationConfig()
     positions = _learnt_positions(plain)
     replies: dict[int, Reply] = {}

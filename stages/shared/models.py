@@ -128,6 +128,11 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The model of transformers that peft's adapter stands on; itself where there is none."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter (and not a standalone model)."""
     return (folder / "adapter_config.json").is_file()

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from stages.shared import packing, progress
 from stages.shared.examples import Example
+from stages.shared.models import without_adapter
 from stages.shared.packing import Packed
 from stages.shared.precision import autocast
 from stages.shared.row_sharing import shares_a_row
@@ -45,8 +46,7 @@ def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
 
 def _alone(model: Any, batch: Packed) -> torch.Tensor:
     """The same of one conversation, by nothing but what every causal model is given."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" not in inspect.signature(whole.forward).parameters:
+    if "logits_to_keep" not in inspect.signature(without_adapter(model).forward).parameters:
         return model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.predictors]
     output = model(input_ids=batch.input_ids, logits_to_keep=batch.predictors, use_cache=False)
     return output.logits[0]
