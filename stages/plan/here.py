@@ -78,7 +78,7 @@ def _fitting(asked: Request) -> list[str]:
     for name, way in techniques.standard(lora).items():
         if way.paged:
             continue
-        here = replace(way, device=asked.tuning.device)
+        here = replace(way, device=asked.tuning.device, bf16=asked.tuning.bf16)
         prediction = peak.largest(asked.model, here, batches)
         found[fitting.fits(asked.model, here, prediction, asked.total_bytes)].append(name)
     words = {True: "fits", False: "does not fit"}

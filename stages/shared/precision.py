@@ -22,7 +22,7 @@ def multiplies_bf16(kind: str) -> bool:
     """Whether torch has products of bf16 for a device, `cpu` or `cuda`.
 
     For a CPU without AVX512 (or what ARM has instead) it has loops, which take ten times as long as
-    products of fp32: 12 against 105 GFLOP/s were measured.
+    products of fp32: 13 against 100 to 135 GFLOP/s were measured.
     """
     mkldnn = torch.backends.mkldnn.is_available()
     return kind != "cpu" or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
