@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stages.merge import merging, proof
 from stages.merge.settings import Merge
@@ -48,55 +49,55 @@ def merge_and_prove(
     merging.make_standalone(folder, trained_on, tokenizer, form)
 
     examples = proof.first_positions(read_examples(data / "eval.parquet"))
-    exact = compare_exactly(adapter, trained_on, folder, examples)
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    trained = trained_exactly(adapter, trained_on, examples)
+    saved = merged_in(fp32, folder, examples, cpu, "proof: merged")
+    exact = proof.compare(trained, saved)
+    del trained
     if onto == "quantized":
         proof.require(exact, settings.dtype)
-    runtime = compare_as_run(adapter, trained_on, folder, examples)
+
+    where = device()
+    dtype = models.compute_dtype(folder, where)
+    if (where, dtype) != (cpu, fp32):  # else it has just been computed
+        saved = merged_in(dtype, folder, examples, where, "as run: merged")
+    runtime = proof.compare(trained_as_run(adapter, trained_on, examples, where), saved)
     return {
         "onto": onto,
         "kl_divergence": exact.kl_divergence,
         "top1_agreement": exact.top1_agreement,
         "runtime_kl_divergence": runtime.kl_divergence,
         "runtime_top1_agreement": runtime.top1_agreement,
-        "runtime_dtype": str(models.compute_dtype(folder, device())).removeprefix("torch."),
+        "runtime_dtype": str(dtype).removeprefix("torch."),
         "positions": exact.positions,
         "bytes": files.folder_bytes(folder),
     }
 
 
-def compare_exactly(
-    adapter: Path, quantized: Path, merged: Path, examples: list[Example]
-) -> proof.Agreement:
-    """In fp32: the adapter, not merged, on dequantized weights, against the file that was saved.
-
-    One model is in memory at a time.
-    """
+def trained_exactly(adapter: Path, quantized: Path, examples: list[Example]) -> list[torch.Tensor]:
+    """Log-probabilities of what was trained: in fp32, not merged, on dequantized weights."""
     cpu, fp32 = torch.device("cpu"), torch.float32
-    trained: torch.nn.Module
+    trained: nn.Module
     if models.is_adapter(adapter):
         trained = models.attach(models.load_dequantized(quantized), adapter)
     else:
         trained = models.load_model(adapter, cpu, fp32)
-    first = proof.log_probabilities(trained, examples, cpu, fp32, "proof: trained")
-    del trained
-    saved = models.load_model(merged, cpu, fp32)
-    return proof.compare(
-        first, proof.log_probabilities(saved, examples, cpu, fp32, "proof: merged")
-    )
+    return proof.log_probabilities(trained, examples, cpu, fp32, "proof: trained")
 
 
-def compare_as_run(
-    adapter: Path, quantized: Path, merged: Path, examples: list[Example]
-) -> proof.Agreement:
-    """The same in what this device computes in: in half precision every layer rounds otherwise."""
-    where = device()
+def trained_as_run(
+    adapter: Path, quantized: Path, examples: list[Example], where: torch.device
+) -> list[torch.Tensor]:
+    """The same as this device computes it: in half precision every layer rounds otherwise."""
     below = quantized if models.is_adapter(adapter) else adapter
     dtype = models.compute_dtype(below, where)
     trained = models.load_adapted(adapter, quantized, where)
-    first = proof.log_probabilities(trained, examples, where, dtype, "as run: adapter")
-    del trained
-    dtype = models.compute_dtype(merged, where)
-    saved = models.load_model(merged, where)
-    return proof.compare(
-        first, proof.log_probabilities(saved, examples, where, dtype, "as run: merged")
-    )
+    return proof.log_probabilities(trained, examples, where, dtype, "as run: adapter")
+
+
+def merged_in(
+    dtype: torch.dtype, merged: Path, examples: list[Example], where: torch.device, desc: str
+) -> list[torch.Tensor]:
+    """The log-probabilities of the file that was saved, computed in `dtype`."""
+    saved = models.load_model(merged, where, dtype)
+    return proof.log_probabilities(saved, examples, where, dtype, desc)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.merge import proof
-from stages.merge.proven import compare_exactly, merge_and_prove
+from stages.merge.proven import merge_and_prove, merged_in, trained_exactly
 from stages.merge.settings import Merge
 from stages.shared import files, models
 from stages.shared.errors import UserError
@@ -68,7 +68,10 @@ def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> 
     del requantized._weight_conversions
     requantized.save_pretrained(paths["merged"])
     examples = read_examples(paths["prepared"] / "eval.parquet")
-    agreement = compare_exactly(paths["adapter"], paths["quantized"], paths["merged"], examples)
+    agreement = proof.compare(
+        trained_exactly(paths["adapter"], paths["quantized"], examples),
+        merged_in(torch.float32, paths["merged"], examples, torch.device("cpu"), "merged"),
+    )
     with pytest.raises(UserError, match="nothing was written"):
         proof.require(agreement, "bf16")
 
