@@ -4,14 +4,19 @@ A schema lives in its stage. Here is only what every schema shares: that it is s
 mistake in params.yaml is told in one line.
 """
 
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
 
 from stages.shared import importing
 from stages.shared.errors import UserError
 
+FILE = Path("params.yaml")
 NUMBERS = ("a valid number", "a valid integer")  # as pydantic calls them
 
 
@@ -34,7 +39,8 @@ def load(schema: type[P], stage: str) -> P:
     """Read what dvc.yaml declares for `stage` (`train`, `evaluate@base`) from params.yaml.
 
     A stage sees only the sections that it declares, so it cannot depend on a parameter that DVC
-    does not know of.
+    does not know of. But a mistake in what the stages after it declare is told here too: it would
+    be a pity to hear of it when the training is over. Nothing that is written depends on that.
 
     Args:
         schema: a model with one field a section.
@@ -55,7 +61,17 @@ def load(schema: type[P], stage: str) -> P:
             f"params.yaml: DVC cannot read what {stage} declares ({error}); expected a clone of "
             "the repository, its dvc.yaml and params.yaml in UTF-8; run it in one, mend the file"
         ) from None
-    return validate(schema, values)
+    mine = validate(schema, values)
+    whole = YAML(typ="safe").load(FILE)  # as DVC reads it
+    for other in _schemas():
+        validate(other, {name: whole[name] for name in other.model_fields if name in whole})
+    return mine
+
+
+def _schemas() -> Iterator[type[BaseModel]]:
+    """Of every stage that has a module of settings."""
+    for path in sorted(Path(__file__).parents[1].glob("*/settings.py")):
+        yield importlib.import_module(f"stages.{path.parent.name}.settings").Params
 
 
 def validate(schema: type[P], values: dict[str, Any]) -> P:

@@ -77,6 +77,15 @@ def test_a_stage_sees_only_what_it_declares(
         params.load(TrainParams, "merge")
 
 
+def test_a_mistake_in_what_comes_later_is_told_before_hours_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = workspace.make(tmp_path, {"merge.dtype": "bf61"})
+    monkeypatch.chdir(space.root)
+    with pytest.raises(UserError, match=r"merge\.dtype is the text 'bf61'; expected 'fp16'"):
+        params.load(TrainParams, "train")
+
+
 def test_a_stage_ends_in_one_line_and_a_non_zero_exit(tmp_path: Path) -> None:
     space = workspace.make(tmp_path)
     path = space.root / "params.yaml"
