@@ -15,7 +15,9 @@ from stages.shared.errors import UserError
 from stages.shared.prepared import Format
 
 
-def merge_adapter(adapter: Path, onto: Path, folder: Path, dtype: torch.dtype) -> None:
+def merge_adapter(
+    adapter: Path, onto: Path, folder: Path, dtype: torch.dtype, device: torch.device
+) -> None:
     """Add the adapter to the weights in fp32, round once, and save.
 
     Not `merge_and_unload()` on quantized layers: that quantizes the sum again, and the merged
@@ -26,11 +28,12 @@ def merge_adapter(adapter: Path, onto: Path, folder: Path, dtype: torch.dtype) -
         onto: the weights; dequantized first where they are quantized.
         folder: an existing folder for the model.
         dtype: what the sum is rounded to.
+        device: that trained; the sum is made on the CPU.
 
     Raises:
         UserError: a weight is too large for `dtype`.
     """
-    tuned = models.attach(models.load_dequantized(onto), adapter)
+    tuned = models.attach(models.load_dequantized(onto, device), adapter)
     part_adapted_ends(tuned)
     with warnings.catch_warnings():
         # That embedding and head are tied no more is meant, where only one of them was trained.

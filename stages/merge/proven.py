@@ -39,10 +39,10 @@ def merge_and_prove(
     Raises:
         UserError: merged onto `quantized`, the model is not what was trained.
     """
-    onto, trained_on = settings.onto, weights["quantized"]
+    onto, trained_on, where = settings.onto, weights["quantized"], device()
     merging.refuse_original(adapter, onto)
     if models.is_adapter(adapter):
-        merging.merge_adapter(adapter, weights[onto], folder, DTYPES[settings.dtype])
+        merging.merge_adapter(adapter, weights[onto], folder, DTYPES[settings.dtype], where)
     else:
         files.link_folder(adapter, folder)  # standalone already
     form = prepared.read_format(data / "format.json")
@@ -50,14 +50,13 @@ def merge_and_prove(
 
     examples = proof.first_positions(read_examples(data / "eval.parquet"))
     cpu, fp32 = torch.device("cpu"), torch.float32
-    trained = trained_exactly(adapter, trained_on, examples)
+    trained = trained_exactly(adapter, trained_on, examples, where)
     saved = merged_in(fp32, folder, examples, cpu, "proof: merged")
     exact = proof.compare(trained, saved)
     del trained
     if onto == "quantized":
         proof.require(exact, settings.dtype)
 
-    where = device()
     dtype = models.compute_dtype(folder, where)
     if (where, dtype) != (cpu, fp32):  # else it has just been computed
         saved = merged_in(dtype, folder, examples, where, "as run: merged")
@@ -74,12 +73,17 @@ def merge_and_prove(
     }
 
 
-def trained_exactly(adapter: Path, quantized: Path, examples: list[Example]) -> list[torch.Tensor]:
-    """Log-probabilities of what was trained: in fp32, not merged, on dequantized weights."""
+def trained_exactly(
+    adapter: Path, quantized: Path, examples: list[Example], where: torch.device
+) -> list[torch.Tensor]:
+    """Log-probabilities of what was trained: in fp32, on the weights as `where` multiplies them.
+
+    The adapter is not merged.
+    """
     cpu, fp32 = torch.device("cpu"), torch.float32
     trained: nn.Module
     if models.is_adapter(adapter):
-        trained = models.attach(models.load_dequantized(quantized), adapter)
+        trained = models.attach(models.load_dequantized(quantized, where), adapter)
     else:
         trained = models.load_model(adapter, cpu, fp32)
     return proof.log_probabilities(trained, examples, cpu, fp32, "proof: trained")

@@ -155,15 +155,24 @@ def guard_quantized_layers(model: nn.Module, device: torch.device) -> None:
             cast(Params4bit, layer.weight).quant_state.dtype = layer.compute_dtype
 
 
-def load_dequantized(folder: Path) -> PreTrainedModel:
+def load_dequantized(folder: Path, device: torch.device) -> PreTrainedModel:
     """The weights that training saw, as an ordinary fp32 model on the CPU.
 
-    Every 4-bit layer becomes an `nn.Linear` that holds exactly what its forward pass on a CPU
-    multiplies with, rounded to the compute dtype as there. An int8 layer holds its integers times
-    their scales, unrounded; when it runs it also rounds the other factor, the activations. A model
-    that is not quantized is only cast, which loses nothing.
+    Every 4-bit layer becomes an `nn.Linear` that holds exactly what its forward pass multiplies
+    with, rounded to the compute dtype as there. An int8 layer holds its integers times their
+    scales, unrounded; when it runs it also rounds the other factor, the activations. A model that
+    is not quantized is only cast, which loses nothing.
+
+    Args:
+        folder: holds config.json and *.safetensors.
+        device: whose forward pass is meant: a GPU rounds to bf16 what a CPU may multiply in fp32.
+
+    Raises:
+        UserError: the folder holds no safetensors.
     """
-    model = load_model(folder, torch.device("cpu"))
+    require_safetensors(folder)
+    model = _from_pretrained(folder, torch.device("cpu"), torch.float32)
+    guard_quantized_layers(model, device)
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize(dtype=torch.float32)
         del model._weight_conversions  # how quantized weights were read; saving would reverse it

@@ -68,9 +68,10 @@ def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> 
     del requantized._weight_conversions
     requantized.save_pretrained(paths["merged"])
     examples = read_examples(paths["prepared"] / "eval.parquet")
+    cpu = torch.device("cpu")
     agreement = proof.compare(
-        trained_exactly(paths["adapter"], paths["quantized"], examples),
-        merged_in(torch.float32, paths["merged"], examples, torch.device("cpu"), "merged"),
+        trained_exactly(paths["adapter"], paths["quantized"], examples, cpu),
+        merged_in(torch.float32, paths["merged"], examples, cpu, "merged"),
     )
     with pytest.raises(UserError, match="nothing was written"):
         proof.require(agreement, "bf16")

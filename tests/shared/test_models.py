@@ -81,7 +81,7 @@ def test_dequantized_weights_are_those_of_the_forward_pass(
     tmp_path: Path, precision: str, compute_dtype: str
 ):
     folder = quantized(tmp_path, precision, compute_dtype)
-    dense = models.load_dequantized(folder)
+    dense = models.load_dequantized(folder, CPU)
     assert not models.quantized_layers(dense)
     assert {p.dtype for p in dense.parameters()} == {torch.float32}
     for name, layer in models.quantized_layers(models.load_model(folder, CPU)).items():
@@ -96,7 +96,7 @@ def test_dequantized_weights_are_those_of_the_forward_pass(
 
 def test_int8_is_its_integers_times_their_scales(tmp_path: Path):
     folder = quantized(tmp_path, "int8")
-    dense = models.load_dequantized(folder)
+    dense = models.load_dequantized(folder, CPU)
     assert not models.quantized_layers(dense)
     for name, layer in models.quantized_layers(models.load_model(folder, CPU)).items():
         weight = cast(Int8Params, layer.weight)
@@ -120,6 +120,21 @@ def test_what_a_cpu_has_no_products_of_is_computed_in_fp32(
         assert cast(Params4bit, layer.weight).quant_state.dtype == torch.float32
 
 
+def test_what_a_gpu_rounded_is_dequantized_rounded_on_a_cpu_that_computes_in_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A merge adds to the weights that training saw, and most cards stand beside such a CPU."""
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: kind != "cpu")
+    folder = quantized(tmp_path, "nf4")
+    exact = models.load_dequantized(folder, CPU)
+    rounded = dict(models.load_dequantized(folder, torch.device("cuda")).named_modules())
+    for name in models.quantized_layers(models.load_model(folder, CPU)):
+        found = cast(nn.Linear, rounded[name]).weight
+        expected = cast(nn.Linear, exact.get_submodule(name)).weight
+        assert not torch.equal(found, expected)
+        assert torch.equal(found, expected.bfloat16().float())
+
+
 @pytest.mark.parametrize("precision", ["nf4", "int8", "fp16"])
 def test_what_is_not_quantized_comes_in_the_dtype_asked_for(tmp_path: Path, precision: str):
     model = models.load_model(quantized(tmp_path, precision), CPU, torch.float32)
@@ -139,7 +154,7 @@ def test_a_dense_model_is_only_cast(
     assert loaded.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
     assert not loaded.training
     for one, other in zip(
-        loaded.parameters(), models.load_dequantized(base).parameters(), strict=True
+        loaded.parameters(), models.load_dequantized(base, CPU).parameters(), strict=True
     ):
         assert other.dtype == torch.float32
         assert torch.equal(one.float(), other)

@@ -45,7 +45,7 @@ def logits(model: Any, dtype: torch.dtype) -> torch.Tensor:
 def exactly(folder: Path, model: Any, precision: str) -> torch.Tensor:
     """Logits of the adapter on dequantized weights, in fp32."""
     trainable.save(model, folder / "adapter", torch.bfloat16)
-    dequantized = models.load_dequantized(folder / precision)
+    dequantized = models.load_dequantized(folder / precision, CPU)
     return logits(models.attach(dequantized, folder / "adapter"), torch.float32)
 
 

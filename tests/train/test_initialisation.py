@@ -60,13 +60,13 @@ def test_an_anchored_adapter_starts_at_the_base_and_leaves_it_alone(
     assert len(quantized) == len(models.quantized_layers(model))
 
     assert torch.equal(logits(model, torch.bfloat16), logits(base, torch.bfloat16))
-    expected = logits(models.load_dequantized(tmp_path / precision), torch.float32)
+    expected = logits(models.load_dequantized(tmp_path / precision, CPU), torch.float32)
     assert torch.allclose(exactly(tmp_path, model, precision), expected, atol=1e-4)
 
 
 def test_pissa_trains_from_the_principal_part(tmp_path: Path) -> None:
     model = load(tmp_path, r=8, alpha=8, init="pissa")
-    dense = dict(models.load_dequantized(tmp_path / "nf4").named_modules())
+    dense = dict(models.load_dequantized(tmp_path / "nf4", CPU).named_modules())
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             a, b = (
@@ -121,7 +121,7 @@ def test_loftq_starts_closer_to_the_original_than_the_quantized_base(
 ) -> None:
     model = load(tmp_path, precision, r=8, init="loftq", **lora)
     original = models.load_model(tmp_path / "base", CPU, torch.float32)
-    dequantized = models.load_dequantized(tmp_path / precision)
+    dequantized = models.load_dequantized(tmp_path / precision, CPU)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             path = name.removeprefix("base_model.model.")
@@ -144,5 +144,5 @@ def test_loftq_starts_closer_to_the_original_than_the_quantized_base(
 def test_dora_starts_at_the_base(tmp_path: Path, init: str) -> None:
     """Peft rounds the magnitudes to the base's bf16: logits then begin 0.09 away from it."""
     model = load(tmp_path, dora=True, init=init)
-    expected = logits(models.load_dequantized(tmp_path / "nf4"), torch.float32)
+    expected = logits(models.load_dequantized(tmp_path / "nf4", CPU), torch.float32)
     assert torch.allclose(exactly(tmp_path, model, "nf4"), expected, atol=1e-4)
