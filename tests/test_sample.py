@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import re
-import unicodedata
 from collections import Counter
 from datetime import date, timedelta
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from data.sample import generate
 from data.sample.dice import Dice
+from stages.evaluate.answers import is_right
 
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()  # noqa: SIM905
 MARKER = re.compile(r"### (Human|Assistant): ")
@@ -36,12 +36,6 @@ def answered(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
         if roles and roles == ["Human", "Assistant"] * (len(roles) // 2):
             found.append((contents[-2], contents[-1], row["answer"], row["language"]))
     return found
-
-
-def normalized(text: str) -> str:
-    """What `exact_match` compares."""
-    folded = unicodedata.normalize("NFKC", text.strip()).casefold()
-    return " ".join(folded.split()).removesuffix(".").strip()
 
 
 def test_regenerates_byte_for_byte(tmp_path):
@@ -91,8 +85,8 @@ def test_no_two_conversations_open_alike(rows):
 
 def test_every_reply_ends_in_its_answer_and_nothing_else(answered):
     for _, reply, answer, _ in answered:
-        *working, last = reply.split("\n")
-        assert normalized(last) == normalized(answer) != ""
+        assert is_right(reply, answer)
+        *working, _ = reply.split("\n")
         assert working
         assert all(line.startswith(("→ ", "### ")) for line in working)
 

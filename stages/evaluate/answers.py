@@ -42,18 +42,22 @@ def in_order(has_answer: Sequence[bool], seed: int) -> list[int]:
 
 
 def normalize(text: str) -> str:
-    """What two equal answers share: NFKC, one case, single spaces, no full stop at the end."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".").rstrip()
+    """What two equal answers share: NFKC, single spaces, no full stop at the end."""
+    return " ".join(unicodedata.normalize("NFKC", text).split()).rstrip(".").rstrip()
 
 
 def is_right(reply: str, answer: str) -> bool:
     """Whether the reply's last line, normalized, equals the normalized answer.
 
-    As many last lines as the answer has.
+    As many last lines as the answer has. In any case (Monday, MONDAY), unless the answer is all
+    capitals: where they are what was asked for, the words alone are no answer.
     """
     lines = reply.strip().split("\n")
-    last = "\n".join(lines[-len(answer.strip().split("\n")) :])
-    return bool(last) and normalize(last) == normalize(answer)
+    last = normalize("\n".join(lines[-len(answer.strip().split("\n")) :]))
+    expected = normalize(answer)
+    if not expected.isupper():
+        last, expected = last.casefold(), expected.casefold()
+    return bool(last) and last == expected
 
 
 class _Advance(StoppingCriteria):

@@ -28,7 +28,10 @@ CPU = torch.device("cpu")
         ("It is Monday.\nMONDAY. ", "Monday", True),
         ("one line, 65", "65", False),
         ("65\nand so it is", "65", False),
-        ("a  b\u00a0c", "A B C", True),  # a no-break space is a space (NFKC)
+        ("A  B\u00a0C", "a b c", True),  # a no-break space is a space (NFKC)
+        ("Water Candle", "WATER CANDLE", False),  # asked for in capitals
+        ("→ upper\nWATER CANDLE.", "WATER CANDLE", True),
+        ("ß", "SS", False),
         ("", "65", False),
         ("\n\n", "", False),
         ("So:\na\nb", "a\nb", True),
