@@ -186,7 +186,7 @@ def main() -> None:
         "tried": [asdict(one) for one in tried],
         "compared": [asdict(one) for one in compared],
     }
-    files.write_json(given.results or training_table.RESULTS[computed_in], found)
+    files.write_json(given.results or training_table.PLACES[computed_in].results, found)
     print(training_table.text(found))
     if not given.no_page:
         training_table.write(found)

@@ -8,6 +8,7 @@ Run:    python -m benchmarks.training_table
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,29 @@ from benchmarks.training_figures import Comparison, Spread, Tried, better_mode
 from benchmarks.training_picture import draw
 from stages.shared import files
 
-RESULTS = {
-    "bf16": Path("benchmarks/results/training.json"),
-    "fp32": Path("benchmarks/results/training_fp32.json"),
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is kept and shown: its results, its picture, and its mark in the page."""
+
+    results: Path
+    picture: Path
+    mark: str
+
+
+# By what was computed in.
+PLACES = {
+    "bf16": Place(
+        Path("benchmarks/results/training.json"),
+        Path("docs/pictures/performance.svg"),
+        "training",
+    ),
+    "fp32": Place(
+        Path("benchmarks/results/training_fp32.json"),
+        Path("docs/pictures/performance_fp32.svg"),
+        "training in fp32",
+    ),
 }
-PICTURES = {
-    "bf16": Path("docs/pictures/performance.svg"),
-    "fp32": Path("docs/pictures/performance_fp32.svg"),
-}
-MARKS = {"bf16": "training", "fp32": "training in fp32"}
 GB = 1e9
 # What the step is meant to reach, beside the peer's better mode.
 AIMED_RATIO = {"stock": 3.0, "jemalloc": 2.0}
@@ -151,12 +166,12 @@ def tried_table(tried: Sequence[Tried]) -> str:
 
 def write(found: Mapping[str, Any]) -> None:
     """Put the tables into the page, and draw the picture."""
-    kind = found["computed_in"]
-    put(MARKS[kind], text(found))
-    draw(read(found)[1], PICTURES[kind])
+    place = PLACES[found["computed_in"]]
+    put(place.mark, text(found))
+    draw(read(found)[1], place.picture)
 
 
 if __name__ == "__main__":
-    for path in RESULTS.values():
-        write(files.read_json(path))
+    for place in PLACES.values():
+        write(files.read_json(place.results))
     print(PAGE)

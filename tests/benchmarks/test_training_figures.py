@@ -170,9 +170,9 @@ def test_a_table_stands_between_its_marks_or_nothing_is_written(tmp_path):
         page.put("b", "new", path)
 
 
-@pytest.mark.parametrize("kind", training_table.RESULTS)
-def test_the_page_says_what_was_measured(kind):
-    if not (ROOT / training_table.RESULTS[kind]).exists():
+@pytest.mark.parametrize("place", training_table.PLACES.values(), ids=training_table.PLACES)
+def test_the_page_says_what_was_measured(place):
+    if not (ROOT / place.results).exists():
         pytest.skip("the benchmark has not been run yet")
-    text = training_table.text(files.read_json(ROOT / training_table.RESULTS[kind]))
+    text = training_table.text(files.read_json(ROOT / place.results))
     assert text in (ROOT / page.PAGE).read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,9 @@ from stages.report import __main__ as stage
 from stages.report import charts, page, sources
 from stages.shared.errors import UserError
 from tests.report import sources as made
+from tests.report.elements import Elements
 
 ATTACK = '<script>alert("x")</script><img src=x onerror=alert(1)>'
-
-
-class Elements(HTMLParser):
-    """Tags with their attributes, and the text between."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += f"{data} "
-
-    @property
-    def flat(self) -> str:
-        return " ".join(self.text.split())
 
 
 def source_of(root: Path, **changes: Any) -> sources.Sources:
