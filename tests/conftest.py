@@ -1,7 +1,12 @@
-"""Tests share the machine with nothing: one thread is enough for two layers."""
+"""Tests share the machine with nothing: one thread is enough for two layers.
+
+They see no GPU, so that they test the same everywhere; those that need one run where it is asked
+for: TEST_GPU=1 pytest.
+"""
 
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if os.environ.get("TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
