@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,28 @@ class Channel:
 class Worker:
     """The driver's end; in a `with` block, which ends the worker.
 
-    Attributes:
-        found: the worker's answer to its job.
+    It is started at once, and imports what it needs; it begins to work when it is first asked.
     """
 
     def __init__(
-        self, module: str, job: Mapping[str, Any], environment: Mapping[str, str] | None = None
+        self,
+        module: str,
+        job: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+        python: str = sys.executable,
     ) -> None:
-        """Start `python -m module` and give it its job.
+        """Start `python -m module`.
 
         Args:
             module: that serves a `Channel`.
             job: what it is told first.
             environment: variables beside those of this process.
+            python: that runs it.
         """
-        self.module = module
+        self.module, self._job = module, job
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", module],
+            [python, "-m", module],
             cwd=ROOT,
             env={**os.environ, **(environment or {})},
             stdin=subprocess.PIPE,
@@ -69,7 +74,11 @@ class Worker:
             stderr=self._errors,
             text=True,
         )
-        self.found = self.ask(job)
+
+    @cached_property
+    def found(self) -> dict[str, Any]:
+        """The worker's answer to its job."""
+        return self._answer(self._job)
 
     def ask(self, message: Any = None) -> dict[str, Any]:
         """Send a line and wait for the answer.
@@ -77,6 +86,10 @@ class Worker:
         Raises:
             SystemExit: the worker failed; the end of what it wrote to standard error says why.
         """
+        _ = self.found
+        return self._answer(message)
+
+    def _answer(self, message: Any) -> dict[str, Any]:
         if self._process.stdin is None or self._process.stdout is None:
             raise ValueError("the worker's pipes are closed")
         try:
@@ -89,7 +102,8 @@ class Worker:
             self._errors.seek(0)
             last = self._errors.read()[-4000:]
             sys.exit(f"{last}\nerror: python -m {self.module} ended with {self._process.poll()}")
-        return json.loads(line)
+        found: dict[str, Any] = json.loads(line)
+        return found
 
     def __enter__(self) -> "Worker":
         return self

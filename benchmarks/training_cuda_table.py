@@ -38,6 +38,7 @@ class Result:
         resolved: by the plan, where it chose.
         operations_per_token: of a step without checkpointing.
         steps: what the worker answered, after those that warm up; none where memory was short.
+        failure: what a peer ended with, if it was not for memory.
     """
 
     model: str
@@ -45,11 +46,22 @@ class Result:
     resolved: Mapping[str, Any]
     operations_per_token: float
     steps: Sequence[Mapping[str, float]]
+    failure: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """The median over the steps."""
         return median(step["tokens"] / step["seconds"] for step in self.steps)
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether activations were computed again; of what had no room, whether they were to be."""
+        return bool(self.resolved.get("gradient_checkpointing", self.way.gradient_checkpointing))
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most that torch held in any of the steps."""
+        return max(step["peak_bytes"] for step in self.steps)
 
     @property
     def share(self) -> float:
@@ -63,29 +75,35 @@ class Result:
 def table(results: Sequence[Result]) -> str:
     """As Markdown: a line a way."""
     lines = [
-        "| model | who | conversations at once | checkpointed | tokens/s | of the matrix rate "
-        "| peak, GiB |",
-        "|---|---|--:|---|--:|--:|--:|",
+        "| model | who | conversations at once | checkpointed | tokens/s | Tflop/s "
+        "| of the matrix rate | peak, GiB |",
+        "|---|---|--:|---|--:|--:|--:|--:|",
     ]
     for one in results:
         way = one.way
-        checkpointed = one.resolved.get("gradient_checkpointing", way.gradient_checkpointing)
         at_once = way.micro_batch or (
             f"{one.resolved['micro_batch_tokens']:,} tokens" if one.resolved else "as planned"
         )
         capped = f" within {way.cap_gib} GiB" if way.cap_gib else ""
-        figures = "no room | |"
+        figures = f"{'failed' if one.failure else 'no room'} | | |"
         if one.steps:
-            peak = max(step["peak_bytes"] for step in one.steps) / GIB
-            figures = f"{one.tokens_per_second:,.0f} | {one.share:.0%} | {peak:.2f}"
+            rate = one.tokens_per_second * one.operations_per_token / 1e12
+            peak = one.peak_bytes / GIB
+            figures = f"{one.tokens_per_second:,.0f} | {rate:.0f} | {one.share:.0%} | {peak:.2f}"
         lines.append(
-            f"| {one.model}{capped} | {way.who} | {at_once} | {'yes' if checkpointed else 'no'} "
-            f"| {figures} |"
+            f"| {one.model}{capped} | {way.who} | {at_once} "
+            f"| {'yes' if one.checkpointed else 'no'} | {figures} |"
         )
     return "\n".join(lines)
 
 
+def results_of(found: Mapping[str, Any]) -> list[Result]:
+    """What was written as JSON."""
+    return [Result(**one | {"way": Way(**one["way"])}) for one in found["results"]]
+
+
 def text(found: Mapping[str, Any]) -> str:
     """The table, and where it was measured."""
-    results = [Result(**one | {"way": Way(**one["way"])}) for one in found["results"]]
-    return f"{found['environment']['device']}.\n\n{table(results)}"
+    where = found["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return f"{where['device']}; {versions}.\n\n{table(results_of(found))}"

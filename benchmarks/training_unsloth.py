@@ -3,13 +3,15 @@
 Run:    by benchmarks.training_cuda, where `unsloth` imports (see benchmarks.paced)
 """
 
-# ruff: noqa: I001  (unsloth comes first: it changes what is imported after it)
 import os
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-from unsloth import FastLanguageModel
+with redirect_stdout(sys.stderr):  # it greets, where answers are to go
+    from unsloth import FastLanguageModel
 
 import torch
 from torch import nn
@@ -23,6 +25,8 @@ def load(job: dict[str, Any]) -> nn.Module:
     lora = training_params().lora
     model, _ = FastLanguageModel.from_pretrained(
         model_name=job["model"],
+        tokenizer_name=job["tokenizer"],
+        fix_tokenizer=False,  # it has three words, and is not asked for them
         max_seq_length=job["length"],
         dtype=torch.bfloat16,
         load_in_4bit=True,
