@@ -11,7 +11,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from stages.shared.bnb import AdamW8bit, Optimizer8bit, PagedAdamW8bit, PagedAdamW32bit
+from stages.shared.bnb import AdamW8bit, Optimizer8bit
+from stages.train.paged import PagedAdamW8bit, PagedAdamW32bit
 from stages.train.settings import Train
 
 # By parameter and kind of device. Paged: the same arithmetic, and states that may leave a full GPU.

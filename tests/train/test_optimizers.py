@@ -4,12 +4,13 @@ import io
 from contextlib import nullcontext
 from typing import Any
 
+import bitsandbytes.optim
 import pytest
 import torch
-from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from torch import nn
 
 from stages.train import optimizers
+from stages.train.paged import PagedAdamW8bit, PagedAdamW32bit
 from tests.train.running import settings
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name: str) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", [AdamW8bit, PagedAdamW8bit, PagedAdamW32bit])
+@pytest.mark.parametrize("kind", [bitsandbytes.optim.AdamW8bit, PagedAdamW8bit, PagedAdamW32bit])
 def test_states_come_back_as_what_they_were(kind: Any) -> None:
     """Each in a buffer that the optimizer itself gives out: a page, where it pages."""
     given: list[torch.Tensor] = []
@@ -99,3 +100,27 @@ def test_the_rate_rises_to_what_is_asked_for_and_every_training_learns(
         optimizer.step()
         schedule.step()
     assert max(rates) == 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+@pytest.mark.parametrize("ours", [PagedAdamW8bit, PagedAdamW32bit])
+def test_waiting_once_changes_no_bit(ours: Any) -> None:
+    """On a GPU where one is asked for, where only pages are moved and the host waits."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    theirs = getattr(bitsandbytes.optim, ours.__name__)
+    one, other = model().to(device), model().to(device)
+    for learner, kind in ((one, ours), (other, theirs)):
+        optimizer = kind(learner.parameters(), lr=1e-2, weight_decay=0.1)
+        for number in range(4):
+            torch.manual_seed(number)
+            for parameter in learner.parameters():
+                parameter.grad = torch.randn(parameter.shape).to(device)
+            next(learner.parameters()).grad = None  # learns nothing
+            optimizer.step()
+    for mine, its in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    moved = [
+        not torch.equal(now.cpu(), then)
+        for now, then in zip(one.parameters(), model().parameters(), strict=True)
+    ]
+    assert moved == [False, True, True, True]
