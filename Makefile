@@ -1,5 +1,6 @@
 # make repro   set up, run the whole pipeline on the embedded default
 # make test    set up, run the tests
+# make emulate set up Triton, run the tests of the GPU kernels by its emulation on a CPU
 # make lint    set up, ruff and mypy
 # make bench   set up the peers too, measure the training step beside theirs (20 minutes, needs the default's model)
 # make clean   remove the environments (data, models and DVC's cache stay)
@@ -10,8 +11,11 @@ VENV := .venv
 ENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 # The peers have an environment of their own, beside all that the project has.
 BENCH := .venv-bench
+# So has Triton, which torch brings along for GPUs: on a CPU each process would carry 80 MB of it.
+EMULATION := .venv-emulation
+TRITON := triton==3.7.1
 
-.PHONY: repro test lint bench format clean
+.PHONY: repro test emulate lint bench format clean
 .DEFAULT_GOAL := repro
 
 $(VENV)/.ready: requirements.lock
@@ -31,6 +35,14 @@ LONGEST := tests/test_pipeline.py tests/train/test_resuming.py
 test: $(VENV)/.ready
 	@$(ENV) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  $(LONGEST) tests
+
+$(EMULATION)/.ready: $(VENV)/.ready
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(EMULATION) $(TRITON)
+	@touch $@
+
+emulate: $(EMULATION)/.ready
+	@$(ENV) PYTHONPATH=$(EMULATION) TRITON_INTERPRET=1 python -m pytest tests/train/test_kernels.py
 
 lint: $(VENV)/.ready
 	@$(ENV) ruff format --check .
@@ -52,4 +64,4 @@ format: $(VENV)/.ready
 	@$(ENV) ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(BENCH)
+	rm -rf $(VENV) $(BENCH) $(EMULATION)

@@ -31,6 +31,7 @@ from stages.shared import attention, precision, varlen_attention, workspace
 from stages.shared.memory import BLOCK, NESTED_BLOCK
 from stages.train import gradient
 from stages.train.computing import Computing
+from stages.train.fused.kernels import gpu, liger
 from stages.train.fused.model import fuse
 
 META = torch.device("meta")
@@ -60,12 +61,21 @@ def standing_for_a_gpu() -> Iterator[None]:
         (varlen_attention, "covers", lambda *_: True),
         (precision, "of_products", lambda _: DTYPE),
         (gradient, "autocast", lambda *_: nullcontext()),
+        (gpu, "covers", lambda _: True),
+        (
+            gpu,
+            "dequantized",
+            lambda _, state, dtype: torch.empty(state.shape, dtype=dtype, device=META),
+        ),
+        (gpu, "gate_gradients", lambda *_: None),  # in their places, as the next ones are
+        (gpu, "losses_of", lambda *_: None),
+        (liger, "cover", lambda _: False),
     )
     with ExitStack() as until_the_end:
         for module, name, instead in replaced:
             until_the_end.enter_context(patch.object(module, name, instead))
-        for sizes in (workspace.LOGITS_BYTES, workspace.WIDE_LOGITS_BYTES):
-            until_the_end.enter_context(patch.dict(sizes, meta=sizes["cuda"]))
+        sizes = workspace.LOGITS_BYTES
+        until_the_end.enter_context(patch.dict(sizes, meta=sizes["cuda"]))
         yield
 
 

@@ -49,7 +49,8 @@ def attend(
     windowed = bool(lengths and window and max(lengths) > window)
     if lengths and not kwargs.get("dropout"):
         dtype = precision.of_products(query)  # as autocast would have it for the library's own
-        q, k, v = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
+        # An index would copy the gradient, into zeros.
+        q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
         scaling = kwargs["scaling"]
         if varlen_attention.covers(q.device, dtype, q.shape[-1], v.shape[-1]):
             return varlen_attention.attend(q, k, v, scaling, lengths, window)[None], None

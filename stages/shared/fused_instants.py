@@ -16,7 +16,8 @@ def forward(saved: Saved, workspace: int) -> list[Instant]:
 
     Args:
         saved: of the block.
-        workspace: bytes of its largest matrix, dequantized; 0 where it need not be.
+        workspace: bytes of its largest matrix, dequantized; 0 where it need not be. On a CPU it
+            is a room that stays for as long as the step.
     """
     block, c = saved.block, saved.flow.compute
     work = workspace + _factors(saved)
@@ -32,28 +33,39 @@ def first_forward(saved: Saved, workspace: int) -> list[Instant]:
 
 
 def backward(saved: Saved, workspace: int) -> list[Instant]:
-    """At the products gate and up, of gradients in the place of what they were made from; the norm.
+    """At the widest products and the gradients of their adapters, and at the norm.
 
-    c·2f of these gradients and c·h beside the matrix; then 12·h of the norm in fp32, and c·h. What
-    lies between A and B of gate and up, c·2r, has a gradient too. The gradients of the adapters of
-    gate, up and down, 4·3·r·(h + f), stand until all are returned.
+    On a CPU at the last gradient of an adapter of gate and up: c·2f of their gradients in the place
+    of what they were made from, and c·h, beside the room; c·r·f of this gradient on its way to
+    fp32. On CUDA the gradients are in the place of gate and up: at the product down c·f, then at
+    those of gate and up nothing of that width. Then 12·h of the norm in fp32, and c·h. What lies
+    between A and B of gate and up, c·2r, has a gradient too. The gradients of the adapters of gate,
+    up and down, 4·3·r·(h + f), stand until all are returned.
     """
     block, flow = saved.block, saved.flow
-    h = flow.compute * block.hidden
-    gradient = flow.stream * block.hidden + flow.compute * 2 * flow.rank
-    adapters = _factors(saved) + 4 * 3 * flow.rank * (block.hidden + block.inner)
+    c, r, h, f = flow.compute, flow.rank, block.hidden, block.inner
+    gradient = flow.stream * h + c * 2 * r
+    adapters = _factors(saved) + 4 * 3 * r * (h + f)
+    if flow.kernel:
+        return [
+            Instant(saved.total, gradient - c * r + c * f + c * h, workspace),
+            Instant(saved.total, gradient + c * h, workspace + adapters),
+            Instant(saved.total, gradient + 12 * h + c * h, adapters),
+        ]
     return [
-        Instant(saved.total, gradient + 2 * flow.compute * block.inner + h, workspace + adapters),
-        Instant(saved.total, gradient + 12 * block.hidden + h, adapters),
+        Instant(saved.total, gradient + c * 2 * f + c * h, workspace + adapters + c * r * f),
+        Instant(saved.total, gradient + 12 * h + c * h, workspace + adapters),
     ]
 
 
 def _factors(saved: Saved) -> int:
-    """c·3·r·(h + f): the adapters of gate, up and down, as products want them.
+    """c·3·r·(h + f): the adapters of gate, up and down, as products want them; not where they stay.
 
     In fp32 2·r·h, the A of gate and up as one matrix; the rest is multiplied with as it is.
     """
     block, flow = saved.block, saved.flow
+    if flow.kernel:  # see `workspace.block_copies_bytes`
+        return 0
     if flow.compute == 4:
         return 4 * 2 * flow.rank * block.hidden
     return flow.compute * 3 * flow.rank * (block.hidden + block.inner)

@@ -84,7 +84,8 @@ def evaluation(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
     around = workspace.input_bytes(model, tuning, batch) + 2 * flow.stream * model.hidden * n
     masters = tuning.adapter is None and tuning.rounds_masters
     scored = memory.dense_bytes(sum(tuning.trained_sizes(model)), tuning.dense) if masters else 0
-    copies = 0 if masters else workspace.block_copies_bytes(model, tuning)
+    modules = replace(tuning, fusing=False)  # compute it, whatever computes a step
+    copies = 0 if masters else workspace.block_copies_bytes(model, modules)
     logits = workspace.loss_forward_bytes(model.vocabulary, batch.supervised)
     found = [("evaluation, loss", {"activations": around, "logits": logits, "workspace": copies})]
     scored_blocks = instants.evaluation(saved, matrix)

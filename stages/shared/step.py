@@ -4,9 +4,10 @@ Names and letters are those of `stages.shared.blocks` and `stages.shared.workspa
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from stages.shared import fused_instants, instants, workspace
-from stages.shared.blocks import Saved
+from stages.shared.blocks import Flow, Saved
 from stages.shared.fused_instants import Attention
 from stages.shared.instants import Instant
 from stages.shared.tensors import Model
@@ -26,7 +27,9 @@ def instants_of(
     stored = stored_bytes(model, tuning, batch) + inputs + (mask if checkpointed else 0)
     copies = workspace.block_copies_bytes(model, tuning)
     head_copy = workspace.head_copy_bytes(model, tuning)
-    kept_copies = copies // model.layers if checkpointed else copies
+    # Autocast forgets a checkpointed block's copies with it, and all others after the forward pass.
+    forgotten = checkpointed and not flow.fused
+    kept_copies = copies // model.layers if forgotten else copies
     waiting = workspace.waiting_gradient_bytes(model, tuning)
     final = stored + workspace.final_norm_bytes(model, tuning, batch)
 
@@ -55,14 +58,14 @@ def instants_of(
     else:
         forward_logits = workspace.loss_forward_bytes(v, s)
         backward_logits = workspace.loss_backward_bytes(v, s)
-    # Autocast forgets its copies at the end of the forward pass; checkpointed blocks have no other.
-    copies_after = head_copy + (0 if checkpointed else copies)
-    yield "loss", parts(final, forward_logits, copies + head_copy)
-    yield "gradient of the loss", parts(final, backward_logits, copies_after)
+    copies_after = head_copy + (0 if forgotten else copies)
+    room = _room(flow, matrix)
+    yield "loss", parts(final, forward_logits, copies + head_copy + room)
+    yield "gradient of the loss", parts(final, backward_logits, copies_after + room)
     gradient = workspace.final_norm_gradient_bytes(model.hidden, n, tuning)
     yield (
         "gradient of the last norm",
-        parts(final + gradient, work=copies_after - head_copy + waiting),
+        parts(final + gradient, work=copies_after - head_copy + waiting + room),
     )
     if flow.trained:
         head = workspace.head_gradient_bytes(model, tuning, batch)
@@ -115,10 +118,20 @@ def _of_a_block(
         backward = instants.backward(saved, matrix, recomputed=tuning.gradient_checkpointing)
     if not flow.kernel:
         attention = Attention(saved, *batch.alike)
-        first.append(attention.without_gradients())
-        forward.append(attention.forward())
-        backward.append(attention.backward())
+        room = _room(flow, matrix)
+        first.append(_beside(attention.without_gradients(), room))
+        forward.append(_beside(attention.forward(), room))
+        backward.append(_beside(attention.backward(), room))
     return first, forward, backward
+
+
+def _room(flow: Flow, matrix: int) -> int:
+    """What the fused step keeps on a CPU for the dequantized matrix of the moment."""
+    return matrix if flow.fused and not flow.kernel else 0
+
+
+def _beside(at: Instant, room: int) -> Instant:
+    return replace(at, matrix=at.matrix + room)
 
 
 def _shared_with_store(tuning: Tuning, model: Model) -> int:

@@ -13,11 +13,11 @@ from stages.shared.examples import Example
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
 
-# Of the fused loss: the logits of as many tokens as fit are made at once, in the dtype of products,
-# and of as many in fp32. A CPU goes over the latter several times, best in its cache; 340 tokens of
-# 49,152 logits are a large enough product. A GPU wants larger products, and few kernels.
-LOGITS_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
-WIDE_LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# Of the fused loss: the logits of as many tokens as fit are made at once, in the dtype of products;
+# 340 tokens of 49,152 logits are a large enough product for a CPU. It then takes as many in fp32 as
+# stay in its cache from pass to pass; a GPU has a kernel for that, which needs no room.
+LOGITS_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+WIDE_LOGITS_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def dequantized_bytes(parameters: int, tuning: Tuning) -> int:
 
     Nothing where the matrix is dense. Where a kernel of CUDA reads the quantized matrix as it is,
     in the forward pass of a short micro-batch, this is too much; the backward pass needs it all the
-    same.
+    same. So are the constants where the fused step's kernel makes them in passing.
 
     Source: bitsandbytes 0.50.2, `_gemm_4bit_default_impl`, `MatMul4Bit.backward`,
     `MatMul8bitFp.forward`.
@@ -100,12 +100,12 @@ def final_norm_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
 def final_norm_gradient_bytes(hidden: int, tokens: int, tuning: Tuning) -> int:
     """20·h·N: five fp32 tensors of its backward pass, which stand side by side.
 
-    Fused, three, and the gradients that come and go in the compute dtype: (12 + 2·c)·h·N.
+    Fused, three, and the gradient that comes, in the compute dtype: (12 + c)·h·N.
 
     Source: torch 2.13, tools/autograd/derivatives.yaml, `pow` and `mul`.
     """
     flow = tuning.flow
-    return (12 + 2 * flow.compute if flow.fused else 20) * hidden * tokens
+    return (12 + flow.compute if flow.fused else 20) * hidden * tokens
 
 
 def loss_forward_bytes(vocabulary: int, supervised: int) -> int:
@@ -129,17 +129,20 @@ def logits_at_once(vocabulary: int, supervised: int, itemsize: int, device: str)
     return min(supervised, max(1, LOGITS_BYTES[device] // (itemsize * vocabulary)))
 
 
-def wide_logits_at_once(vocabulary: int, tokens: int, device: str) -> int:
-    """w, those of n that are in fp32 at once."""
-    return min(tokens, max(1, WIDE_LOGITS_BYTES[device] // (4 * vocabulary)))
+def wide_logits_at_once(vocabulary: int, tokens: int) -> int:
+    """w, those of n that a CPU has in fp32 at once."""
+    return min(tokens, max(1, WIDE_LOGITS_BYTES // (4 * vocabulary)))
 
 
 def fused_loss_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
-    """(c·n + 4·w)·V of logits in both dtypes, and 2·c·h·S of all inputs and their gradients."""
+    """(c·n + 4·w)·V of logits in both dtypes, and 2·c·h·S of all inputs and their gradients.
+
+    On CUDA w is 0.
+    """
     v, s, c = model.vocabulary, batch.supervised, tuning.flow.compute
     n = logits_at_once(v, s, c, tuning.device)
-    logits = (c * n + 4 * wide_logits_at_once(v, n, tuning.device)) * v
-    return logits + 2 * c * model.hidden * s
+    w = 0 if tuning.device == "cuda" else wide_logits_at_once(v, n)
+    return (c * n + 4 * w) * v + 2 * c * model.hidden * s
 
 
 def fused_loss_gradient_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
@@ -175,11 +178,12 @@ def head_copy_bytes(model: Model, tuning: Tuning) -> int:
 def block_copies_bytes(model: Model, tuning: Tuning) -> int:
     """2·P of what is trained in fp32 in the blocks: autocast keeps a copy for the backward pass.
 
-    Fused functions make theirs for one product and let go of it.
+    So does the fused step on a GPU, for all of its micro-batches. On a CPU its functions make
+    theirs for one product and let go of it.
 
     Source: torch 2.13, aten/src/ATen/autocast_mode.cpp, `cached_cast`.
     """
-    if not tuning.casts_trained or tuning.fused:
+    if not tuning.casts_trained or (tuning.fused and tuning.device == "cpu"):
         return 0
     if tuning.adapter is not None:
         return 2 * tuning.adapter.multiplied

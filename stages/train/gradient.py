@@ -14,6 +14,7 @@ from stages.shared.packing import Packed
 from stages.shared.precision import autocast
 from stages.shared.transfer import to_device
 from stages.train.computing import Computing
+from stages.train.fused import kept
 from stages.train.fused import model as fused
 from stages.train.helpers import Helpers
 from stages.train.processes import Processes
@@ -114,11 +115,12 @@ def backward(
     """
     loss = torch.zeros(1, dtype=torch.float64, device=computing.device)
     computed = capacity = 0  # counted here: a device would have to be waited for
-    for micro_batch in micro_batches:
-        batch = packing.pack(micro_batch, computing.device)
-        loss += _backward(model, batch, supervised, computing, scaler)
-        computed += batch.input_ids.numel()
-        capacity += max(limit, batch.input_ids.numel())
+    with kept.for_a_step():
+        for micro_batch in micro_batches:
+            batch = packing.pack(micro_batch, computing.device)
+            loss += _backward(model, batch, supervised, computing, scaler)
+            computed += batch.input_ids.numel()
+            capacity += max(limit, batch.input_ids.numel())
     sizes = to_device(np.array([computed, capacity], dtype=np.float64), computing.device)
     return torch.cat([loss, sizes])
 

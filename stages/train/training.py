@@ -17,7 +17,7 @@ from stages.train.computing import Computing
 from stages.train.curve import Curve
 from stages.train.environment import environment
 from stages.train.fingerprint import fingerprint
-from stages.train.fused import kernels
+from stages.train.fused.kernels import liger
 from stages.train.fused.model import fuse
 from stages.train.helpers import Helpers
 from stages.train.loop import Data, Loop
@@ -129,7 +129,7 @@ def _path(how: Computing) -> str:
     """What computes a step, for `reports/train.json`."""
     if not how.fused:
         return f"stock: {how.unfused_because}"
-    return "fused, liger-kernel" if kernels.cover(how.device) else "fused"
+    return "fused, liger-kernel" if liger.cover(how.device) else "fused"
 
 
 def _metrics(loop: Loop) -> dict[str, Any]:

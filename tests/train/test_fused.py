@@ -1,4 +1,7 @@
-"""The fused step computes what the library's own modules compute, and says where it does not."""
+"""The fused step computes what the library's own modules compute, and says where it does not.
+
+On a GPU, with its kernels, where one is asked for: TEST_GPU=1 pytest.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from stages.train.fused import model as fused
 from tests import tiny
 from tests.train.running import run, settings
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -83,14 +86,14 @@ def quantized(base: Path, precision: Any, compute: Any) -> Path:
     if not folder.exists():
         folder.mkdir()
         wanted = Quantize(precision=precision, double_quant=True, compute_dtype=compute)
-        convert(base, folder, wanted, CPU)
+        convert(base, folder, wanted, DEVICE)
     return folder
 
 
 def adapted(folder: Path) -> PeftModel:
     """With factors that have moved: with B at zero, no gradient would reach A."""
     torch.manual_seed(1)
-    model = trainable.load_for_lora(folder, settings().lora, CPU)
+    model = trainable.load_for_lora(folder, settings().lora, DEVICE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -105,7 +108,7 @@ def batch(seed: int = 0) -> packing.Packed:
             Example(random.integers(3, 300, n), random.random(n) < 0.6, i)
             for i, n in enumerate(LENGTHS)
         ],
-        CPU,
+        DEVICE,
     )
 
 
@@ -113,7 +116,7 @@ def step(
     model: PeftModel, likelihoods: Any, dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, Gradients]:
     model.zero_grad()
-    with autocast(CPU, dtype):
+    with autocast(DEVICE, dtype):
         losses = likelihoods.negative_log_likelihoods(model, batch(seed))
     losses.mean().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -186,7 +189,7 @@ def test_a_mask_is_made_only_where_a_conversation_is_longer_than_the_window(
 
 def test_without_gradients_the_modules_do_what_they_always_did(bases: dict[str, Path]) -> None:
     model = adapted(quantized(bases["llama"], "nf4", "bf16"))
-    with torch.no_grad(), autocast(CPU, torch.bfloat16):
+    with torch.no_grad(), autocast(DEVICE, torch.bfloat16):
         before = scoring.supervised_logits(model, batch())
         fused.fuse(model)
         after = scoring.supervised_logits(model, batch())
@@ -195,13 +198,13 @@ def test_without_gradients_the_modules_do_what_they_always_did(bases: dict[str, 
 
 def test_a_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    hidden = torch.randn(23, 16, requires_grad=True)
-    head, targets = torch.randn(50, 16), torch.randint(0, 50, (23,))
-    weights = torch.rand(23)
+    hidden = torch.randn(23, 16, device=DEVICE, requires_grad=True)
+    head, targets = torch.randn(50, 16, device=DEVICE), torch.randint(0, 50, (23,), device=DEVICE)
+    weights = torch.rand(23, device=DEVICE)
     expected = cross_entropy(hidden @ head.t(), targets, reduction="none")
     (wanted,) = torch.autograd.grad(expected @ weights, hidden)
-    monkeypatch.setitem(workspace.LOGITS_BYTES, "cpu", 4 * 50 * 5)  # five tokens at a time
-    monkeypatch.setitem(workspace.WIDE_LOGITS_BYTES, "cpu", 4 * 50 * 2)
+    monkeypatch.setitem(workspace.LOGITS_BYTES, DEVICE.type, 4 * 50 * 5)  # five tokens at a time
+    monkeypatch.setattr(workspace, "WIDE_LOGITS_BYTES", 4 * 50 * 2)
     losses = fused_loss.token_losses(hidden, head, targets)
     (found,) = torch.autograd.grad(losses @ weights, hidden)
     assert torch.allclose(losses, expected, atol=1e-5)
@@ -209,8 +212,10 @@ def test_a_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_token_of_no_probability_has_a_finite_loss_and_gradient() -> None:
-    hidden = torch.tensor([[200.0, 0.0]], requires_grad=True)
-    losses = fused_loss.token_losses(hidden, torch.eye(2), torch.tensor([1]))
+    hidden = torch.tensor([[200.0, 0.0]], device=DEVICE, requires_grad=True)
+    losses = fused_loss.token_losses(
+        hidden, torch.eye(2, device=DEVICE), torch.tensor([1], device=DEVICE)
+    )
     (gradient,) = torch.autograd.grad(losses.sum(), hidden)
     assert losses.tolist() == [200.0]
     assert gradient.tolist() == [[1.0, -1.0]]

@@ -1,102 +1,55 @@
-"""liger-kernel's kernels compute what the operations of torch beside them compute.
+"""Our own kernels compute what the operations of torch and bitsandbytes compute on a CPU."""
 
-They want a GPU. Without one Triton can emulate them, slowly: TRITON_INTERPRET=1 pytest <this file>
-"""
-
-import os
-
-import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy, silu
 
-from stages.train.fused import attention, feed_forward, kernels, norm
-
-pytest.importorskip("liger_kernel", reason="liger-kernel is used where it is installed")
-EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (EMULATED or torch.cuda.is_available()):
-    pytest.skip("no CUDA device here, and Triton does not emulate one", allow_module_level=True)
-
-if EMULATED:  # which lacks two things: numbers that are given to a kernel, and libdevice
-    from liger_kernel.ops import rms_norm
-    from triton import language
-    from triton.runtime import interpreter
-
-    given = interpreter._implicit_cvt
-
-    def converted(value: object) -> object:
-        if not isinstance(value, float):
-            return given(value)
-        handle = interpreter.TensorHandle(np.array([value], np.float32), language.float32)
-        return language.tensor(handle, language.float32)
-
-    interpreter._implicit_cvt = converted
-    rms_norm.rsqrt = lambda x: language.rsqrt(x)  # noqa: PLW0108  (as it is when it runs)
-
-DEVICE = torch.device("cpu" if EMULATED else "cuda")
-TOKENS, WIDTH, HEADS, SHARED, SIZE, EPSILON = 21, 96, 6, 2, 16, 1e-5
-# The emulation computes with numpy, which has no bf16.
-HALF = torch.float16 if EMULATED else torch.bfloat16
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, HALF])
+from stages.shared.bnb import dequantize_4bit, quantize_4bit
+from stages.train.fused.kernels import gpu
+from tests.train.emulation import DEVICE, DTYPES, HALF, assert_close, random
 
 
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-
-
-def by(monkeypatch: pytest.MonkeyPatch, *, kernel: bool) -> None:
-    monkeypatch.setattr(kernels, "cover", lambda _: kernel)
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert found.dtype == expected.dtype
-    assert found.shape == expected.shape
-    limit = 1e-5 if expected.dtype == torch.float32 else 8e-3
-    apart = (found.double() - expected.double()).norm() / expected.double().norm()
-    assert apart < limit, apart
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(320, 192), (5, 64), (7, 34)])  # the last ends in half a block
+def test_a_4_bit_matrix_is_dequantized_as_bitsandbytes_does(
+    shape: tuple[int, int], kind: str, double_quant: bool, dtype: torch.dtype
+) -> None:
+    matrix = random(*shape, dtype=dtype)
+    codes, state = quantize_4bit(matrix, quant_type=kind, compress_statistics=double_quant)
+    expected = dequantize_4bit(codes, state)
+    found = gpu.dequantized(codes, state, dtype)
+    assert found.dtype == dtype
+    assert found.shape == matrix.shape
+    # Constants of constants may be rounded once less: the last bit of fp32.
+    torch.testing.assert_close(found, expected, rtol=2e-7 if dtype == torch.float32 else 0, atol=0)
 
 
 @DTYPES
-def test_norm_and_its_gradient(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    x, weight = random(TOKENS, WIDTH, dtype=dtype), random(WIDTH, dtype=dtype, seed=1)
-    gradient = random(TOKENS, WIDTH, dtype=dtype, seed=2)
-    results = []
-    for kernel in (False, True):
-        by(monkeypatch, kernel=kernel)
-        y, root = norm.normed(x, weight, EPSILON)
-        again = norm.normed_again(x, root, weight, EPSILON)
-        results.append((y, root, again, norm.norm_gradient(gradient, x, root, weight)))
-    for expected, found in zip(*results, strict=True):
-        assert_close(found, expected)
+def test_the_gates_gradients_and_its_result_take_the_place_of_what_they_came_from(
+    dtype: torch.dtype,
+) -> None:
+    given = [random(29, 96, dtype=dtype, seed=seed) for seed in range(3)]
+    gate, up = (x.double().requires_grad_() for x in given[:2])
+    result = silu(gate) * up
+    wanted = torch.autograd.grad(result, (gate, up), given[2].double())
+    gpu.gate_gradients(*given)
+    for found, expected in zip(given, (*wanted, result.detach()), strict=True):
+        assert_close(found, expected.to(dtype))
 
 
 @DTYPES
-def test_turning_there_and_back(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    query = random(TOKENS, HEADS * SIZE, dtype=dtype)
-    key = random(TOKENS, SHARED * SIZE, dtype=dtype, seed=1)
-    angles = random(TOKENS, SIZE // 2, dtype=torch.float32, seed=2).repeat(1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    before = query.clone()
-    by(monkeypatch, kernel=False)
-    expected = attention._both_turned(query, key, cos, sin)
-    by(monkeypatch, kernel=True)
-    found = attention._both_turned(query, key, cos, sin)
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other)
-    assert torch.equal(query, before)
-    for one, other in zip(attention._both_turned(*found, cos, -sin), (query, key), strict=True):
-        assert_close(one, other)
-
-
-@DTYPES
-def test_the_gate_and_its_gradients(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    gate, up, gradient = (random(TOKENS, WIDTH, dtype=dtype, seed=seed) for seed in range(3))
-    results = []
-    for kernel in (False, True):
-        by(monkeypatch, kernel=kernel)
-        own = gate.clone(), up.clone()  # the kernel puts the gradients into their place
-        first = feed_forward._gated(*own)
-        result, gradients = feed_forward._gated_again(*own)
-        results.append((first, result, *gradients(gradient.clone())))
-    for expected, found in zip(*results, strict=True):
-        assert_close(found, expected)
+@pytest.mark.parametrize("vocabulary", [300, 8192, 20_000])  # less than one part, one, and more
+def test_losses_of_logits_which_become_their_gradients(vocabulary: int, dtype: torch.dtype) -> None:
+    tokens = 5
+    logits = 4 * random(tokens, vocabulary, dtype=dtype)
+    targets = torch.tensor([0, vocabulary - 1, 7, 7, 299], device=DEVICE)
+    logits[3, 7] = -200.0  # of no probability in fp32
+    exact = logits.double().requires_grad_()
+    expected = cross_entropy(exact, targets, reduction="none")
+    (wanted,) = torch.autograd.grad(expected.sum(), exact)
+    losses = torch.empty(tokens, device=DEVICE)
+    gpu.losses_of(logits, targets, losses)
+    assert_close(losses, expected.detach().float())
+    assert_close(logits, wanted.to(dtype))

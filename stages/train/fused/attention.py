@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from stages.shared import precision
-from stages.train.fused import kernels
+from stages.train.fused.kernels import liger
 from stages.train.fused.norm import norm_gradient, normed, normed_again
 from stages.train.fused.products import Adapted, factors_of
 
@@ -61,8 +61,8 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def _both_turned(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if kernels.cover(query.device):
-        return kernels.turned(query, key, cos, sin)
+    if liger.cover(query.device):
+        return liger.turned(query, key, cos, sin)
     return turned(query, cos, sin), turned(key, cos, sin)
 
 
@@ -97,7 +97,8 @@ class _Projected(torch.autograd.Function):
         adapted = Adapted(ctx.layers, factors, ctx.dtype)
         found = (dquery, dkey, dvalue)
         y = normed_again(x, root, weight, ctx.epsilon).to(ctx.dtype)
-        learnt, outer = adapted.factor_gradients(found, y, inner)
+        outer = adapted.outer(found)
+        learnt = adapted.factor_gradients(found, y, inner, outer)
         del y
         dx = None
         if ctx.needs_input_grad[0]:  # below the first block nothing learns
@@ -124,5 +125,6 @@ class _Onto(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inner, *factors = ctx.saved_tensors
         adapted = Adapted([ctx.layer], factors, ctx.dtype)
-        learnt, outer = adapted.factor_gradients([gradient], x, inner)
+        outer = adapted.outer([gradient])
+        learnt = adapted.factor_gradients([gradient], x, inner, outer)
         return gradient, adapted.input_gradient([gradient], outer), None, None, *learnt

@@ -7,8 +7,6 @@ It keeps x, gate and up: what lies between them and the result is computed again
 Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202, equation 6.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +15,9 @@ from torch import nn
 from torch.nn.functional import silu
 
 from stages.shared import precision
-from stages.train.fused import kernels
+from stages.train.fused.kernels import gpu, liger
 from stages.train.fused.norm import norm_gradient, normed, normed_again
-from stages.train.fused.products import Adapted, factors_of
-
-Gradients = Callable[[torch.Tensor], list[torch.Tensor]]
+from stages.train.fused.products import Adapted, Gradients, factors_of
 
 
 def feed_forward(norm: nn.Module, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -63,12 +59,10 @@ class _FeedForward(torch.autograd.Function):
         after = Adapted(ctx.layers[2:], factors[4:], ctx.dtype)
         # First of all: in fp32 it would be the most, beside the gradients of gate and up.
         y = normed_again(x, root, weight, ctx.epsilon).to(ctx.dtype)
-        result, gradients = _gated_again(gate, up)
-        learnt_after, outer = after.factor_gradients([gradient], result, last)
-        del result
-        found = gradients(after.input_gradient([gradient], outer))
-        del gradients
-        learnt, outer = before.factor_gradients(found, y, inner)
+        through = _through_gate_by_kernel if gpu.covers(gate.device) else _through_gate
+        found, learnt_after = through(after, gradient, gate, up, last)
+        outer = before.outer(found)
+        learnt = before.factor_gradients(found, y, inner, outer)
         del y
         dnormed = before.input_gradient(found, outer)
         found.clear()
@@ -77,21 +71,30 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return kernels.gated(gate, up) if kernels.cover(gate.device) else silu(gate).mul_(up)
+    return liger.gated(gate, up) if liger.cover(gate.device) else silu(gate).mul_(up)
 
 
-def _gated_again(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
-    """silu(gate)·up, and what makes ∂gate and ∂up of its gradient, once, in its place."""
-    if kernels.cover(gate.device):
-        return kernels.gated(gate, up), partial(kernels.gated_gradients, gate=gate, up=up)
+def _through_gate(
+    after: Adapted, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, last: torch.Tensor
+) -> tuple[list[torch.Tensor], Gradients]:
+    """∂gate and ∂up, and the gradients of the adapter of `down`, from that of its result."""
     activated = silu(gate)
-    return activated * up, partial(_gated_gradients, gate=gate, up=up, activated=activated)
-
-
-def _gated_gradients(
-    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor
-) -> list[torch.Tensor]:
-    dup = activated.mul_(gradient)
-    dgate = gradient.mul_(up)
+    result = activated * up
+    outer = after.outer([gradient])
+    learnt = after.factor_gradients([gradient], result, last, outer)
+    del result
+    dgate = after.input_gradient([gradient], outer)
+    dup = activated.mul_(dgate)
+    dgate.mul_(up)
     torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-    return [dgate, dup]
+    return [dgate, dup], learnt
+
+
+def _through_gate_by_kernel(
+    after: Adapted, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, last: torch.Tensor
+) -> tuple[list[torch.Tensor], Gradients]:
+    """The same in the place of gate and up: whatever saved these has no more use for them."""
+    outer = after.outer([gradient])
+    result = after.input_gradient([gradient], outer)
+    gpu.gate_gradients(gate, up, result)
+    return [gate, up], after.factor_gradients([gradient], result, last, outer)

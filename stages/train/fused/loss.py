@@ -8,11 +8,16 @@ and what stays is the gradient of the hidden states.
 Source: Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, section 3.2, for the chunks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from stages.shared.workspace import logits_at_once, wide_logits_at_once
+from stages.train.fused.kernels import gpu
+
+# Of logits, targets and room for losses: the logits become their gradients.
+IntoGradients = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def token_losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -38,16 +43,13 @@ class _TokenLosses(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradients = torch.empty_like(hidden)
         size = logits_at_once(len(head), len(hidden), hidden.dtype.itemsize, hidden.device.type)
-        few = wide_logits_at_once(len(head), size, hidden.device.type)
         # Room for every chunk: so large a tensor's pages come from the system, and are cleared.
         room = hidden.new_empty(size, len(head))
-        wide = room.new_empty(few, len(head), dtype=torch.float32)
+        into_gradients = gpu.losses_of if gpu.covers(hidden.device) else _in_parts(room)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = torch.mm(hidden[part], matrix.t(), out=room[: len(hidden[part])])
-            rows = zip(*(x.split(few) for x in (logits, targets[part], losses[part])), strict=True)
-            for some, wanted, found in rows:
-                found.copy_(_into_gradient(some, wanted[:, None], wide[: len(some)]))
+            into_gradients(logits, targets[part], losses[part])
             torch.mm(logits, matrix, out=gradients[part])
         ctx.save_for_backward(gradients)
         return losses
@@ -59,13 +61,26 @@ class _TokenLosses(torch.autograd.Function):
         return (gradients * gradient[:, None]).to(gradients.dtype), None, None
 
 
+def _in_parts(room: torch.Tensor) -> IntoGradients:
+    """A few tokens at a time: in fp32 their logits stay in a CPU's cache from pass to pass."""
+    few = wide_logits_at_once(room.shape[1], len(room))
+    wide = room.new_empty(few, room.shape[1], dtype=torch.float32)
+
+    def into_gradients(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+        rows = zip(*(x.split(few) for x in (logits, targets, losses)), strict=True)
+        for some, wanted, found in rows:
+            found.copy_(_into_gradient(some, wanted[:, None], wide[: len(some)]))
+
+    return into_gradients
+
+
 def _into_gradient(logits: torch.Tensor, wanted: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
     """The losses [tokens], fp32, of logits [tokens, vocabulary], which become their gradient.
 
     Args:
         logits: z, in the dtype that products run in.
         wanted: int64 [tokens, 1], the targets.
-        wide: room for z in fp32; a few tokens' stay in a CPU's cache from pass to pass.
+        wide: room for z in fp32.
     """
     wide.copy_(logits)
     targeted, largest = wide.gather(1, wanted), wide.amax(1, keepdim=True)

@@ -51,7 +51,7 @@ def _of_row(model: nn.Module, batch: Packed) -> torch.Tensor:
         position_ids=batch.position_ids,
         use_cache=False,
         conversation_lengths=batch.lengths,
-    ).last_hidden_state[0, batch.predictors]
+    ).last_hidden_state.squeeze(0)[batch.predictors]
     head = causal.get_output_embeddings().weight
     return token_losses(hidden.to(precision.of_products(hidden)), head, batch.targets)
 
@@ -93,7 +93,7 @@ def _block(block: Any) -> Callable[..., torch.Tensor]:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        x = hidden_states[0]
+        x = hidden_states.squeeze(0)  # an index would copy the gradient, into zeros
         angles = tuple(part[0] for part in position_embeddings)
         heads = _heads(block, x, angles)
         seen = _attended(block.self_attn, heads, attention_mask, kwargs)
@@ -133,4 +133,4 @@ def _attended(
         sliding_window=window,
         **kwargs,
     )
-    return found[0].flatten(1)
+    return found.squeeze(0).flatten(1)

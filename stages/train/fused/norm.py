@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.train.fused import kernels
+from stages.train.fused.kernels import liger
 
 
 def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -25,8 +25,8 @@ def normed(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y, in the dtype of x, and ρ, in fp32 [..., 1]."""
-    if kernels.cover(x.device):
-        return kernels.normed(x, weight, epsilon)
+    if liger.cover(x.device):
+        return liger.normed(x, weight, epsilon)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     root = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(epsilon))
     return _scaled(x, root, weight), root
@@ -37,9 +37,7 @@ def normed_again(
 ) -> torch.Tensor:
     """The same y once more."""
     return (
-        kernels.normed(x, weight, epsilon)[0]
-        if kernels.cover(x.device)
-        else _scaled(x, root, weight)
+        liger.normed(x, weight, epsilon)[0] if liger.cover(x.device) else _scaled(x, root, weight)
     )
 
 
@@ -47,8 +45,8 @@ def norm_gradient(
     gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """∂x, in the dtype of x, for a gradient ∂y."""
-    if kernels.cover(x.device):
-        return kernels.norm_gradient(gradient, x, root, weight)
+    if liger.cover(x.device):
+        return liger.norm_gradient(gradient, x, root, weight)
     standard = x * root  # in fp32, as the root is
     wide = (gradient * weight).float()
     along = (wide * standard).mean(-1, keepdim=True)

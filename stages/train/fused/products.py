@@ -4,8 +4,10 @@
     ∂x = ∂y·W + s·(∂y·B)·A     ∂A = s·(∂y·B)ᵀ·x     ∂B = s·∂yᵀ·(x·Aᵀ)
 
 Source: Hu et al. 2021, LoRA, arXiv:2106.09685, equation 3. What the frozen matrix and the adapter
-return is added up within the second product, where it is not rounded in between, and neither the
-dequantized matrix nor a copy of the input is kept from the forward to the backward pass.
+return is added up within the larger product, where it is not rounded in between, and neither the
+dequantized matrix nor a copy of the input is kept from the forward to the backward pass. The
+adapter's comes first: so the larger product adds to it in passing, and nothing goes over its result
+once more.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from stages.shared.bnb import Linear4bit, Params4bit, dequantize_4bit, dequantize_blockwise
+from stages.shared.bnb import Linear4bit, Params4bit, dequantize_blockwise, dequantized
+from stages.train.fused import kept
+from stages.train.fused.kernels import gpu
 
 ADAPTER = "default"  # the name that peft gives the only one
 Gradients = list[torch.Tensor]
@@ -41,12 +45,8 @@ class Adapted:
     ) -> None:
         """For products in `dtype`; `factors` as of `factors_of`."""
         self._layers, self._dtype = layers, dtype
-        self.a = (
-            torch.cat([a.to(dtype) for a in factors[::2]])
-            if len(layers) > 1
-            else factors[0].to(dtype)
-        )
-        self.b = [b.to(dtype) for b in factors[1::2]]
+        key, device = (layers[0], dtype), factors[0].device
+        self.a, self.b = kept.factors(key, device, lambda: _made_ready(factors, dtype))
         self.scale = layers[0].scaling[ADAPTER]
 
     def results(
@@ -62,47 +62,68 @@ class Adapted:
         found = []
         for layer, part, b in zip(self._layers, self._parts(inner), self.b, strict=True):
             start = _start(layer, added, self._dtype)
-            matrix = frozen_matrix(layer, self._dtype).t()
-            y = x @ matrix if start is None else torch.addmm(start, x, matrix)
-            del matrix
-            found.append(y.addmm_(part, b.t(), alpha=self.scale))
+            y = (
+                part.new_empty(len(part), len(b)).addmm_(part, b.t(), beta=0, alpha=self.scale)
+                if start is None
+                else torch.addmm(start, part, b.t(), alpha=self.scale)
+            )
+            found.append(y.addmm_(x, frozen_matrix(layer, self._dtype).t()))
         return found, inner
 
+    def outer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """∂y·B of all layers, [tokens, ranks]."""
+        products = [dy @ b for dy, b in zip(gradients, self.b, strict=True)]
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
+
     def factor_gradients(
-        self, gradients: Sequence[torch.Tensor], x: torch.Tensor, inner: torch.Tensor
-    ) -> tuple[Gradients, torch.Tensor]:
-        """∂A and ∂B of each layer in turn, in fp32; and ∂y·B of all, [tokens, ranks]."""
-        outer = [dy @ b for dy, b in zip(gradients, self.b, strict=True)]
-        beside = outer[0] if len(outer) == 1 else torch.cat(outer, 1)
-        da = (beside.t() @ x).float().mul_(self.scale).split([o.shape[1] for o in outer])
+        self,
+        gradients: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        inner: torch.Tensor,
+        outer: torch.Tensor,
+    ) -> Gradients:
+        """∂A and ∂B of each layer in turn, in fp32."""
+        da = (outer.t() @ x).float().mul_(self.scale).split([b.shape[1] for b in self.b])
         db = [
             _wide((part.t() @ dy).t()).mul_(self.scale)
             for dy, part in zip(gradients, self._parts(inner), strict=True)
         ]
-        return [gradient for pair in zip(da, db, strict=True) for gradient in pair], beside
+        return [gradient for pair in zip(da, db, strict=True) for gradient in pair]
 
     def input_gradient(
         self, gradients: Sequence[torch.Tensor], outer: torch.Tensor
     ) -> torch.Tensor:
         """∂x [tokens, in], of gradients ∂y [tokens, out]."""
-        found: torch.Tensor | None = None
+        found = outer.new_empty(len(outer), self.a.shape[1])
+        found.addmm_(outer, self.a, beta=0, alpha=self.scale)
         for layer, dy in zip(self._layers, gradients, strict=True):
-            matrix = frozen_matrix(layer, self._dtype)
-            found = dy @ matrix if found is None else found.addmm_(dy, matrix)
-            del matrix
-        return cast(torch.Tensor, found).addmm_(outer, self.a, alpha=self.scale)
+            found.addmm_(dy, frozen_matrix(layer, self._dtype))
+        return found
 
     def _parts(self, inner: torch.Tensor) -> Sequence[torch.Tensor]:
         return inner.split([b.shape[1] for b in self.b], 1)
 
 
+def _made_ready(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> kept.Factors:
+    """The A of all layers as one matrix and the B of each, in the dtype of products."""
+    a = [a.detach().to(dtype) for a in factors[::2]]
+    return torch.cat(a) if len(a) > 1 else a[0], [b.detach().to(dtype) for b in factors[1::2]]
+
+
 def frozen_matrix(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
-    """The weights [out, in] below an adapter, dequantized where they are quantized."""
+    """The weights [out, in] below an adapter, dequantized where they are quantized.
+
+    For one product: within a step the next matrix takes its place.
+    """
     base = layer.get_base_layer()
     weight = base.weight
     if isinstance(base, Linear4bit):
         weight = cast(Params4bit, weight)
-        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        if gpu.covers(weight.device):
+            return gpu.dequantized(weight.data, weight.quant_state, dtype)
+        state = weight.quant_state
+        room = kept.room(state.shape, state.dtype)
+        return dequantized(weight.data, state, room).to(dtype)
     return cast(torch.Tensor, weight).detach().to(dtype)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from stages.train.fused.kernels import gpu
+
 # Of the norm: what is added to its weight; all in fp32, as `norm` has it (the mode of Gemma); rows
 # in whichever way is faster.
 NO_OFFSET, IN_FP32, ANY_ROWS = 0.0, 1, None
@@ -29,7 +31,7 @@ def installed() -> bool:
 
 def cover(device: torch.device) -> bool:
     """Whether these are used for values on this device."""
-    return device.type == "cuda" and installed()
+    return gpu.covers(device) and installed()
 
 
 def normed(
@@ -77,13 +79,6 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate)·up, of contiguous [tokens, inner]."""
     found: torch.Tensor = _ops().swiglu_forward(gate, up)[2]
     return found
-
-
-def gated_gradients(
-    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> list[torch.Tensor]:
-    """∂gate and ∂up, in the place of gate and up: whatever saved these has no more use for them."""
-    return list(_ops().swiglu_backward(gate, up, gradient))
 
 
 def _ops() -> Any:
