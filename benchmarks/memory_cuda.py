@@ -5,7 +5,8 @@ Run:    python -m benchmarks.memory_cuda                       (Mistral-7B)
         python -m benchmarks.memory_cuda --model Llama-3-8B --caps 16 24 80
 
 Measured is `torch.cuda.max_memory_allocated`, live tensors rounded to 512 bytes, and
-`max_memory_reserved`, which the device must have beside CUDA's context. Then, within each cap
+`max_memory_reserved`, which the device must have beside CUDA's context. Both count what products
+have as a workspace, and not the pages of the optimizer's states. Then, within each cap
 (`set_per_process_memory_fraction`), the longest conversation and the highest rank that a step
 survives, beside those that the planner would have said.
 """
@@ -28,6 +29,7 @@ from stages.shared import fitting
 from stages.shared.adapter import adapter_of
 from stages.shared.architecture import model_of_config
 from stages.shared.fitting import GIB
+from stages.shared.memory import pageable_bytes
 from stages.shared.peak import Prediction
 from stages.shared.tensors import Model
 
@@ -42,14 +44,14 @@ class Row:
     """One setting on the device, in bytes."""
 
     setting: Setting
-    predicted: Prediction
+    predicted: int
     allocated: int
     reserved: int
 
     @property
     def error(self) -> float:
         """(predicted - allocated) / allocated."""
-        return self.predicted.total_bytes / self.allocated - 1
+        return self.predicted / self.allocated - 1
 
 
 def measure(config_path: Path, setting: Setting, device: torch.device) -> tuple[int, int]:
@@ -75,6 +77,13 @@ def measure(config_path: Path, setting: Setting, device: torch.device) -> tuple[
 def predict(model: Model, setting: Setting) -> Prediction:
     """What the planner says of a setting on CUDA."""
     return memory.predict(model, setting, device="cuda")
+
+
+def allocated_by_torch(model: Model, setting: Setting) -> int:
+    """Bytes of it that torch's allocator hands out: no pages, but the workspace of products."""
+    adapter = adapter_of(model.tensors, rank=setting.rank or 1)
+    pages = pageable_bytes(setting.optimizer, adapter.sizes)
+    return predict(model, setting).total_bytes - pages + fitting.PRODUCTS_WORKSPACE_BYTES
 
 
 def would_fit(model: Model, setting: Setting, cap_bytes: int) -> bool:
@@ -123,7 +132,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {setting.tokens} | {setting.rank} | "
             f"{'yes' if setting.gradient_checkpointing else 'no'} | "
-            f"{row.predicted.total_bytes / GIB:.2f} | {row.allocated / GIB:.2f} | "
+            f"{row.predicted / GIB:.2f} | {row.allocated / GIB:.2f} | "
             f"{row.error:+.1%} | {row.reserved / GIB:.2f} |"
         )
     return "\n".join(lines)
@@ -169,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_cuda")
     known = sorted(path.stem for path in CONFIGS.glob("*.json"))
     parser.add_argument("--model", choices=known, default="Mistral-7B")
-    parser.add_argument("--caps", type=int, nargs="+", default=[16, 24, 80], help="GiB")
+    parser.add_argument("--caps", type=int, nargs="*", default=[16, 24, 80], help="GiB")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: this machine has no CUDA device that torch can use")
@@ -179,7 +188,7 @@ def main() -> None:
     rows = []
     for setting in settings():
         allocated, reserved = measure(config_path, setting, device)
-        rows.append(Row(setting, predict(model, setting), allocated, reserved))
+        rows.append(Row(setting, allocated_by_torch(model, setting), allocated, reserved))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(f"\n{options.model} on {torch.cuda.get_device_name(device)}\n\n{table(rows)}\n")
     print(f"beside torch's memory: {context_bytes(device) / GIB:.2f} GiB (CUDA's context)")

@@ -15,8 +15,8 @@ from stages.shared.tensors import Kind, Model, parameter_count
 from stages.shared.tuning import Device, Tuning
 
 NOTE = (
-    "Predicted peaks of live tensors in a training step on CUDA, by part. None is from a GPU: "
-    "the formulas were held against steps on a CPU. A card must hold an assumed context besides."
+    "Predicted peaks of live tensors in a training step on CUDA, by part. The formulas were held "
+    "against steps on a CPU and on one GPU. A card must hold an assumed context besides."
 )
 MICRO_BATCH_TOKENS = 2048  # of the comparison, where the data has so many
 

@@ -22,10 +22,10 @@ GIB = 2**30
 MICRO_BATCH_TOKENS = {"cuda": (8192, 4096, 2048, 1024, 512, 256), "cpu": (1024, 512, 256, 128)}
 # The most of each of several that work side by side: two at 512 are as fast as two at 1,024.
 WORKER_TOKENS = 512
-# Tokens whose products take as long as dequantizing the weights for them once does, which a
-# micro-batch pays however short it is: 2·P operations a token against 2.5·P bytes read and written.
-# From an A100's 312 Tflop/s (half of them reached) and 1.5 TB/s; it only orders candidates.
-DEQUANTIZATION_TOKENS = {"cuda": 130, "cpu": 20}
+# Tokens that take as long as what a micro-batch costs however short it is: dequantizing, and what
+# the host needs to tell a GPU all there is to do. Of an H200, where 8,192 tokens of an 8B took
+# 0.51 s, and 2,048 of a 7B 0.23 s (docs/performance.md); it only orders candidates.
+FIXED_TOKENS = {"cuda": 3000, "cpu": 20}
 # Held beside live tensors. Of CUDA an assumption, a context with its kernels, until a GPU has
 # measured it (benchmarks/memory_cuda.py); of a CPU the interpreter, its libraries and the products
 # that they compile, measured: see docs/memory.md.
@@ -41,6 +41,8 @@ MOST_WORKERS = 4
 ALONE = 1.1
 ALLOCATION_ROUNDING = 512  # CUDA's allocator hands out multiples of it
 SEGMENT_BYTES = 20 * 2**20  # and holds one such segment that is not full, at the least
+# Of cuBLAS, and of cuBLASLt, on Hopper: 59 to 66 MiB were found beside what was predicted.
+PRODUCTS_WORKSPACE_BYTES = 2 * 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,17 @@ def most_workers(batch_size: int, wanted: int | None = None) -> int:
 def device_bytes(model: Model, tuning: Tuning, prediction: Prediction, workers: int = 1) -> int:
     """What a device must have: live tensors, the allocator's rounding, and what else runs there.
 
-    On CUDA half of 512 bytes is lost with each tensor on average, and a part of a segment. On a CPU
-    it is an allowance for the whole process: the most that was seen, rounded up.
+    On CUDA half of 512 bytes is lost with each tensor on average, and a part of a segment, and
+    products have a workspace. On a CPU it is an allowance for the whole process: the most that was
+    seen, rounded up.
 
-    Source: torch 2.13, c10/cuda/CUDACachingAllocator.cpp, `kMinBlockSize`, `kLargeBuffer`.
+    Source: torch 2.13, c10/cuda/CUDACachingAllocator.cpp, `kMinBlockSize`, `kLargeBuffer`;
+    aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`.
     """
     reserved = RESERVED_BYTES[tuning.device]
     if tuning.device == "cuda":
         tensors = len(model.tensors) + 4 * len(tuning.trained_sizes(model))
-        reserved += SEGMENT_BYTES + tensors * ALLOCATION_ROUNDING // 2
+        reserved += SEGMENT_BYTES + PRODUCTS_WORKSPACE_BYTES + tensors * ALLOCATION_ROUNDING // 2
     else:
         reserved += int(HEAP_SHARE * sum(prediction.parts[name] for name in TRANSIENT))
         reserved += WORKER_BYTES * (workers - 1)
@@ -119,7 +123,7 @@ def choose(request: Request) -> Choice | None:
     """The fastest of the settings that fit; None if none does.
 
     Checkpointing is a forward pass more, so that it is off where it can be; a micro-batch is as
-    large as fits, since each dequantizes the weights anew; of a CPU as many work as fit.
+    large as fits, since each costs something by itself; of a CPU as many work as fit.
     """
     fitting = (c for c in _candidates(request) if _fits(request, c))
     return min(fitting, key=lambda c: (_cost(request.tuning, c), -c.workers), default=None)
@@ -174,5 +178,5 @@ def _cost(tuning: Tuning, choice: Choice) -> float:
     """Time of a token, in passes over the weights: forward, backward, and forward again."""
     passes = 3 if choice.gradient_checkpointing else 2
     shared = 1.0 if choice.workers > 1 else ALONE
-    dequantizing = DEQUANTIZATION_TOKENS[tuning.device] / choice.micro_batch_tokens
-    return passes * shared * (1 + dequantizing)
+    fixed = FIXED_TOKENS[tuning.device] / choice.micro_batch_tokens
+    return passes * shared * (1 + fixed)

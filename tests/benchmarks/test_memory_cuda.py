@@ -16,7 +16,6 @@ from benchmarks.training_step import Setting, held_tensors, prepared_step
 from stages.plan.named import CONFIGS
 from stages.shared import precision
 from stages.shared.architecture import model_of, model_of_config
-from stages.shared.peak import Prediction
 from tests.workspace import ROOT
 
 CPU = torch.device("cpu")
@@ -82,8 +81,7 @@ def test_mistral_7b_is_planned_to_fit_16_gib_at_512_and_2048_tokens():
 
 def test_the_table_has_a_line_a_setting():
     setting = memory_cuda.settings()[0]
-    prediction = Prediction({"weights": 6 * 2**30}, "loss", True, 6 * 2**30)
-    text = memory_cuda.table([memory_cuda.Row(setting, prediction, 5 * 2**30, 8 * 2**30)])
+    text = memory_cuda.table([memory_cuda.Row(setting, 6 * 2**30, 5 * 2**30, 8 * 2**30)])
     assert text.splitlines()[-1] == "| 512 | 8 | yes | 6.00 | 5.00 | +20.0% | 8.00 |"
 
 
@@ -101,5 +99,5 @@ def test_a_step_of_a_small_model_on_a_gpu_is_predicted_within_8_percent(tmp_path
     config.save_pretrained(tmp_path)
     setting = Setting("nf4", 64, True, (2048,), supervised=1.0)
     allocated, _ = memory_cuda.measure(tmp_path / "config.json", setting, torch.device("cuda", 0))
-    predicted = memory_cuda.predict(model_of_config(tmp_path / "config.json"), setting)
-    assert abs(predicted.total_bytes / allocated - 1) < 0.08
+    predicted = memory_cuda.allocated_by_torch(model_of_config(tmp_path / "config.json"), setting)
+    assert abs(predicted / allocated - 1) < 0.08

@@ -40,8 +40,20 @@ def test_what_is_chosen_fits_and_nothing_faster_does():
         assert choice
         tuning = replace(QLORA, gradient_checkpointing=choice.gradient_checkpointing)
         assert fitting.fits(LLAMA, tuning, choice.prediction, asked.total_bytes)
-        if choice.gradient_checkpointing:
-            assert fitting.choose(replace(asked, gradient_checkpointing=False)) is None
+        other = fitting.choose(
+            replace(asked, gradient_checkpointing=not choice.gradient_checkpointing)
+        )
+        assert other is None or fitting._cost(QLORA, other) > fitting._cost(QLORA, choice)
+
+
+def test_long_micro_batches_are_worth_computing_activations_again_for():
+    """Short ones cost a GPU's host as much each: in 16 GiB 2,048 tokens would fit without."""
+    choice = fitting.choose(request(16))
+    assert choice
+    assert (choice.micro_batch_tokens, choice.gradient_checkpointing) == (8192, True)
+    without = fitting.choose(request(16, gradient_checkpointing=False))
+    assert without
+    assert without.micro_batch_tokens == 2048
 
 
 def test_more_memory_never_makes_a_step_slower():
