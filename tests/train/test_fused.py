@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
     MistralConfig,
@@ -23,11 +22,11 @@ from transformers import (
 from benchmarks.training_step import random_base
 from stages.quantize.convert import convert
 from stages.quantize.settings import Quantize
-from stages.shared import machine, packing, precision, scoring, varlen_attention, workspace
+from stages.shared import machine, packing, precision, scoring, varlen_attention
 from stages.shared.examples import Example
 from stages.shared.precision import autocast
 from stages.train import trainable
-from stages.train.fused import loss as fused_loss
+from stages.train.fused import kept
 from stages.train.fused import model as fused
 from tests import tiny
 from tests.train.running import run, settings
@@ -116,9 +115,10 @@ def step(
     model: PeftModel, likelihoods: Any, dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, Gradients]:
     model.zero_grad()
-    with autocast(DEVICE, dtype):
-        losses = likelihoods.negative_log_likelihoods(model, batch(seed))
-    losses.mean().backward()
+    with kept.for_a_step():  # as every step of a training is
+        with autocast(DEVICE, dtype):
+            losses = likelihoods.negative_log_likelihoods(model, batch(seed))
+        losses.mean().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return losses.detach(), found
 
@@ -194,31 +194,6 @@ def test_without_gradients_the_modules_do_what_they_always_did(bases: dict[str, 
         fused.fuse(model)
         after = scoring.supervised_logits(model, batch())
     assert torch.equal(before, after)
-
-
-def test_a_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(23, 16, device=DEVICE, requires_grad=True)
-    head, targets = torch.randn(50, 16, device=DEVICE), torch.randint(0, 50, (23,), device=DEVICE)
-    weights = torch.rand(23, device=DEVICE)
-    expected = cross_entropy(hidden @ head.t(), targets, reduction="none")
-    (wanted,) = torch.autograd.grad(expected @ weights, hidden)
-    monkeypatch.setitem(workspace.LOGITS_BYTES, DEVICE.type, 4 * 50 * 5)  # five tokens at a time
-    monkeypatch.setattr(workspace, "WIDE_LOGITS_BYTES", 4 * 50 * 2)
-    losses = fused_loss.token_losses(hidden, head, targets)
-    (found,) = torch.autograd.grad(losses @ weights, hidden)
-    assert torch.allclose(losses, expected, atol=1e-5)
-    assert torch.allclose(found, wanted, atol=1e-5)
-
-
-def test_a_token_of_no_probability_has_a_finite_loss_and_gradient() -> None:
-    hidden = torch.tensor([[200.0, 0.0]], device=DEVICE, requires_grad=True)
-    losses = fused_loss.token_losses(
-        hidden, torch.eye(2, device=DEVICE), torch.tensor([1], device=DEVICE)
-    )
-    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
-    assert losses.tolist() == [200.0]
-    assert gradient.tolist() == [[1.0, -1.0]]
 
 
 @pytest.fixture(scope="module")
