@@ -122,8 +122,8 @@ def fits(
 def choose(request: Request) -> Choice | None:
     """The fastest of the settings that fit; None if none does.
 
-    Checkpointing is a forward pass more, so that it is off where it can be; a micro-batch is as
-    large as fits, since each costs something by itself; of a CPU as many work as fit.
+    Checkpointing is a forward pass more; each micro-batch costs something by itself, so that large
+    ones with it may go before small ones without; of a CPU as many work as fit.
     """
     fitting = (c for c in _candidates(request) if _fits(request, c))
     return min(fitting, key=lambda c: (_cost(request.tuning, c), -c.workers), default=None)
