@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from stages.shared import rooms
 from stages.shared.alike import Alike, alike
 from stages.shared.precision import exact_products
 
@@ -73,9 +74,10 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scaling, ctx.lengths = scaling, lengths
-        result = torch.empty_like(query, memory_format=torch.contiguous_format)
+        result = rooms.saved(query.shape, query.dtype, query.device)
         for some in alike(lengths):  # a workspace has no name: it goes before the next
-            some.put(_Workspace(query, key, value, scaling, some).results(), result)
+            with rooms.scratched():
+                some.put(_Workspace(query, key, value, scaling, some).results(), result)
         return result
 
     @staticmethod
@@ -85,10 +87,11 @@ class _Attention(torch.autograd.Function):
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
         ]
         for some in alike(ctx.lengths):
-            work = _Workspace(query, key, value, ctx.scaling, some)
-            for part, whole in zip(work.gradients(some.taken(gradient)), found, strict=True):
-                some.put(part, whole)
-            del work
+            with rooms.scratched():
+                work = _Workspace(query, key, value, ctx.scaling, some)
+                for part, whole in zip(work.gradients(some.taken(gradient)), found, strict=True):
+                    some.put(part, whole)
+                del work
         return *found, None, None
 
 
@@ -119,8 +122,9 @@ class _Workspace:
         self.key, self.value = (self.grouped(some.taken(x)) for x in (key, value))
         self._wide = self.asked.float()
         self._keys = self.key.transpose(1, 2).contiguous().float()
-        self._scores = self._wide.new_empty(heads * some.conversations * self.size * self.length)
-        self._low = query.new_empty(len(self._scores))
+        scores = (heads * some.conversations * self.size * self.length,)
+        self._scores = rooms.scratch(scores, torch.float32, query.device)
+        self._low = rooms.scratch(scores, query.dtype, query.device)
         # Of the square of a block's own keys, what lies above the diagonal is still to come. What
         # pads a conversation comes after all of it.
         self._hidden = self._wide.new_full((self.size, 1, self.size), -torch.inf)
@@ -173,7 +177,7 @@ class _Workspace:
         dquery = torch.empty_like(self.asked)
         dkey = torch.zeros(self.key.shape, dtype=torch.float32, device=gradient.device)
         dvalue = torch.zeros_like(dkey)
-        room = torch.empty_like(self._scores)
+        room = rooms.scratch(self._scores.shape, torch.float32, gradient.device)
         for rows, end in self.blocks():
             seen = self.probabilities(rows, end)
             low = self.halved(seen)

@@ -26,6 +26,8 @@ def own_peak_bytes() -> int:
 
 def shared_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors of the same shapes and dtypes, all zero, in memory that a fork shares."""
+    if not tensors:
+        return []
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     room = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)
     return [

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.shared import packing, scoring
+from stages.shared import packing, rooms, scoring
 from stages.shared.examples import Example
 from stages.shared.packing import Packed
 from stages.shared.precision import autocast
 from stages.shared.transfer import to_device
 from stages.train.computing import Computing
+from stages.train.forked_memory import shared_like
 from stages.train.fused import kept
 from stages.train.fused import model as fused
 from stages.train.helpers import Helpers
@@ -81,6 +82,8 @@ def accumulate(
         own, others = packing.split(examples, limit)[processes.share], []
     else:
         own, *others = packing.divide(examples, limit, helpers.workers if helpers else 1)
+    if computing.fused and computing.device.type == "cpu":
+        _make_places(model)
     summed = torch.zeros(3, dtype=torch.float64, device=computing.device)
     parts = [(part, limit, supervised) for part in others]
     with helpers.beside(parts, summed) if helpers else nullcontext():
@@ -137,12 +140,23 @@ def _backward(
     A function of its own, so that nothing of its graph outlives it: an int8 layer's inputs would
     stand beside those of the next micro-batch.
     """
-    with autocast(computing.device, computing.dtype):
-        likelihoods = fused if computing.fused else scoring
-        losses = likelihoods.negative_log_likelihoods(model, batch)
-    loss = losses.sum() / supervised
-    scaler.scale(loss).backward()
+    likelihoods = fused if computing.fused else scoring
+    with rooms.of_a_micro_batch(computing.fused and not computing.gradient_checkpointing):
+        with autocast(computing.device, computing.dtype):
+            losses = likelihoods.negative_log_likelihoods(model, batch)
+        loss = losses.sum() / supervised
+        scaler.scale(loss).backward()
     return loss.detach()
+
+
+def _make_places(model: nn.Module) -> None:
+    """Zeros for gradients to be added to, side by side.
+
+    One that is made where its block's temporaries come and go stays there when they have gone.
+    """
+    without = [p for p in model.parameters() if p.requires_grad and p.grad is None]
+    for parameter, place in zip(without, shared_like(without), strict=True):
+        parameter.grad = place
 
 
 def _share_gradients(model: nn.Module, processes: Processes) -> None:

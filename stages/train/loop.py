@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from stages.shared import files, heap, progress, scoring
+from stages.shared import files, heap, progress, rooms, scoring
 from stages.shared.errors import Stopped, UserError
 from stages.shared.examples import Example
 from stages.train import gradient, optimizers, trainable
@@ -190,6 +190,7 @@ class Loop:
     def _evaluate(self, stop: Interruption) -> None:
         """Score with the evaluator's scorer; keep the weights if they are the best so far."""
         computing = self.computing
+        rooms.let_go()
         with trainable.as_saved(self.model, computing.kept, computing.dtype):
             with self._repeatable(stop):
                 sums, tokens = scoring.score(

@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from stages.shared import rooms
 from stages.shared.bnb import Linear4bit, Params4bit, dequantize_blockwise, dequantized
 from stages.train.fused import kept
 from stages.train.fused.kernels import gpu
@@ -50,23 +51,24 @@ class Adapted:
         self.scale = layers[0].scaling[ADAPTER]
 
     def results(
-        self, x: torch.Tensor, added: torch.Tensor | None = None
+        self, x: torch.Tensor, added: torch.Tensor | None = None, passing: int = 0
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Each layer's y [tokens, out], and x·Aᵀ [tokens, ranks], of an input x [tokens, in].
 
         Args:
             x: the input.
             added: [tokens, out], to be added to y within the product.
+            passing: how many of the results, the first ones, are not saved for a backward pass.
         """
-        inner = x @ self.a.t()
-        found = []
+        inner = torch.mm(x, self.a.t(), out=self._saved(x, len(self.a)))
+        found: list[torch.Tensor] = []
         for layer, part, b in zip(self._layers, self._parts(inner), self.b, strict=True):
-            start = _start(layer, added, self._dtype)
-            y = (
-                part.new_empty(len(part), len(b)).addmm_(part, b.t(), beta=0, alpha=self.scale)
-                if start is None
-                else torch.addmm(start, part, b.t(), alpha=self.scale)
-            )
+            start, saved = _start(layer, added, self._dtype), len(found) >= passing
+            y = self._saved(x, len(b)) if saved else x.new_empty(len(x), len(b))
+            if start is None:
+                y.addmm_(part, b.t(), beta=0, alpha=self.scale)
+            else:
+                torch.addmm(start, part, b.t(), alpha=self.scale, out=y)
             found.append(y.addmm_(x, frozen_matrix(layer, self._dtype).t()))
         return found, inner
 
@@ -99,6 +101,9 @@ class Adapted:
         for layer, dy in zip(self._layers, gradients, strict=True):
             found.addmm_(dy, frozen_matrix(layer, self._dtype))
         return found
+
+    def _saved(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        return rooms.saved((len(x), width), self._dtype, x.device)
 
     def _parts(self, inner: torch.Tensor) -> Sequence[torch.Tensor]:
         return inner.split([b.shape[1] for b in self.b], 1)
