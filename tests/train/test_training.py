@@ -65,10 +65,14 @@ def test_what_was_kept_scores_exactly_what_was_reported(
 
 
 def test_the_best_evaluation_is_kept_and_patience_stops(tmp_path: Path, data: Path) -> None:
-    rough = {"learning_rate": 10.0, "scheduler": "constant"}  # falling, it would calm down again
-    changes = {f"train__{name}": value for name, value in rough.items()}
     metrics, curve, keep = run(
-        tmp_path, data, "fp32", train__epochs=30, train__patience=2, **changes
+        tmp_path,
+        data,
+        "fp32",
+        train__epochs=30,
+        train__learning_rate=10.0,
+        train__scheduler="constant",  # falling, it would calm down again
+        train__patience=2,
     )
     losses = {s: r["eval_loss"] for s, r in curve.rows.items() if "eval_loss" in r}
     assert metrics["stopped_early"]
