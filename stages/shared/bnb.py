@@ -15,6 +15,8 @@ from typing import Any, cast
 
 import torch
 
+from stages.shared import rooms
+
 # On a CPU it tells of a hub kernel it lacks, and of a cast with every int8 product.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
@@ -66,21 +68,21 @@ _RESULTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"
 _INACCURATE_BLOCK = 2048  # of which on, with AVX512, bitsandbytes itself computes otherwise
 
 
-def dequantized(codes: torch.Tensor, state: Any, room: torch.Tensor | None) -> torch.Tensor:
-    """A 4-bit matrix as `dequantize_4bit` gives it, in a room of a CPU's where it can be.
+def dequantized(codes: torch.Tensor, state: Any) -> torch.Tensor:
+    """A 4-bit matrix as `dequantize_4bit` gives it, in a CPU's scratch room where it can be.
 
     The operator of bitsandbytes has no `out` on a CPU; what it calls is called here.
 
     Args:
         codes: uint8, two numbers a byte.
         state: `QuantState` of them.
-        room: contiguous, of the state's shape and dtype; None for a result of its own.
 
     Source: bitsandbytes 0.50.2, bitsandbytes/backends/cpu/ops.py, `dequantize_4bit`.
     """
-    function = None if room is None or codes.device.type != "cpu" else _function(state)
-    if room is None or function is None:
+    function = _function(state) if codes.device.type == "cpu" else None
+    if function is None:
         return dequantize_4bit(codes, state)
+    room = rooms.scratch(state.shape, state.dtype, codes.device)
     rows, columns = room.shape
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (codes, state.absmax, room))
     sizes = (ctypes.c_longlong(n) for n in (state.blocksize, rows, columns))

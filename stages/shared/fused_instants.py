@@ -16,8 +16,7 @@ def forward(saved: Saved, workspace: int) -> list[Instant]:
 
     Args:
         saved: of the block.
-        workspace: bytes of its largest matrix, dequantized; 0 where it need not be. On a CPU it
-            is a room that stays for as long as the step.
+        workspace: bytes of its largest matrix, dequantized; 0 where it need not be.
     """
     block, c = saved.block, saved.flow.compute
     work = workspace + _factors(saved)
@@ -35,12 +34,12 @@ def first_forward(saved: Saved, workspace: int) -> list[Instant]:
 def backward(saved: Saved, workspace: int) -> list[Instant]:
     """At the widest products and the gradients of their adapters, and at the norm.
 
-    On a CPU at the last gradient of an adapter of gate and up: c·2f of their gradients in the place
-    of what they were made from, and c·h, beside the room; c·r·f of this gradient on its way to
-    fp32. On CUDA the gradients are in the place of gate and up: at the product down c·f, then at
-    those of gate and up nothing of that width. Then 12·h of the norm in fp32, and c·h. What lies
-    between A and B of gate and up, c·2r, has a gradient too. The gradients of the adapters of gate,
-    up and down, 4·3·r·(h + f), stand until all are returned.
+    On a CPU at the products with the matrices of gate and up: c·2f of their gradients in the place
+    of what they were made from, and c·h; and before them at the last gradient of an adapter of
+    theirs, c·r·f of it on its way to fp32. On CUDA the gradients are in the place of gate and up:
+    at the product down c·f, then at those of gate and up nothing of that width. Then 12·h of the
+    norm in fp32, and c·h. What lies between A and B of gate and up, c·2r, has a gradient too. The
+    gradients of the adapters of gate, up and down, 4·3·r·(h + f), stand until all are returned.
     """
     block, flow = saved.block, saved.flow
     c, r, h, f = flow.compute, flow.rank, block.hidden, block.inner
@@ -52,9 +51,11 @@ def backward(saved: Saved, workspace: int) -> list[Instant]:
             Instant(saved.total, gradient + c * h, workspace + adapters),
             Instant(saved.total, gradient + 12 * h + c * h, adapters),
         ]
+    products = gradient + c * 2 * f + c * h
     return [
-        Instant(saved.total, gradient + c * 2 * f + c * h, workspace + adapters + c * r * f),
-        Instant(saved.total, gradient + 12 * h + c * h, workspace + adapters),
+        Instant(saved.total, products, workspace + adapters),
+        Instant(saved.total, products, adapters + c * r * f),
+        Instant(saved.total, gradient + 12 * h + c * h, adapters),
     ]
 
 

@@ -9,6 +9,7 @@ them (`find_packed_sequence_indices` in `transformers.masking_utils`); an attent
 of all ones, would switch that off. `stages/shared/attention.py` goes by `lengths` where it can.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -102,7 +103,8 @@ def divide(examples: Sequence[Example], max_tokens: int, workers: int) -> list[l
     """The micro-batches of each that work side by side, with about as many tokens for each.
 
     Where these differ too much fewer work, with more cores for each: one that is done early waits
-    for the others.
+    for the others. One alone has micro-batches as small as theirs would have been, so that it needs
+    no more memory.
 
     Args:
         examples: the conversations of a step.
@@ -113,7 +115,8 @@ def divide(examples: Sequence[Example], max_tokens: int, workers: int) -> list[l
         parts = _even_parts(examples, sharing)
         if max(map(input_tokens, parts)) * sharing <= UNEVEN * input_tokens(examples):
             return [split(part, max_tokens) for part in parts]
-    return [split(examples, max_tokens)]
+    share = math.ceil(UNEVEN * input_tokens(examples) / workers)
+    return [split(examples, min(max_tokens, share))]
 
 
 def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:

@@ -3,7 +3,9 @@
 What is saved for the backward pass stood there between temporaries that came and went, and kept
 their places open: of 1.3 GB that a process held, 0.2 were freed pages that nothing fitted into. All
 that is saved goes at once, when the gradient of its micro-batch is there; so it is laid end to end
-in one room, and the scores of attention and the logits, the largest temporaries, in another.
+in one room, and the largest temporaries in another: the scores of attention, the logits, and the
+dequantized matrix of the moment, which a product finds in the cache where it reads it in the place
+of the last one.
 """
 
 import math
@@ -69,23 +71,22 @@ def _mapped(size: int) -> torch.Tensor:
 
 
 _saved, _scratch = Room(), Room()
-_entered = False
+_entered: set[Room] = set()
 
 
 @contextmanager
-def of_a_micro_batch(there: bool) -> Iterator[None]:
+def of_a_micro_batch(*, saving: bool) -> Iterator[None]:
     """While it is entered, tensors come from the rooms.
 
     Args:
-        there: whether to; if not, nothing changes. Where blocks are checkpointed, what one of them
-            saves goes before the next, and not at once.
+        saving: what is saved too. Where blocks are checkpointed, what one of them saves goes
+            before the next, and not at once.
     """
-    global _entered  # noqa: PLW0603
-    _entered = there
+    _entered.update((_saved, _scratch) if saving else (_scratch,))
     try:
         yield
     finally:
-        _entered = False
+        _entered.clear()
         _saved.place = _scratch.place = Place()
 
 
@@ -123,6 +124,6 @@ def both() -> tuple[Room, Room]:
 def _empty(
     room: Room, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    if _entered and device.type == "cpu":
+    if room in _entered and device.type == "cpu":
         return room.take(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)

@@ -4,10 +4,9 @@ Names and letters are those of `stages.shared.blocks` and `stages.shared.workspa
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from stages.shared import fused_instants, instants, workspace
-from stages.shared.blocks import Flow, Saved
+from stages.shared.blocks import Saved
 from stages.shared.fused_instants import Attention
 from stages.shared.instants import Instant
 from stages.shared.tensors import Model
@@ -60,13 +59,12 @@ def instants_of(
         forward_logits = workspace.loss_forward_bytes(v, s)
         backward_logits = workspace.loss_backward_bytes(v, s)
     copies_after = head_copy + (0 if forgotten else copies)
-    room = _room(flow, matrix)
-    yield "loss", parts(final, forward_logits, copies + head_copy + room)
-    yield "gradient of the loss", parts(final, backward_logits, copies_after + room)
+    yield "loss", parts(final, forward_logits, copies + head_copy)
+    yield "gradient of the loss", parts(final, backward_logits, copies_after)
     gradient = workspace.final_norm_gradient_bytes(model.hidden, n, tuning)
     yield (
         "gradient of the last norm",
-        parts(final + gradient, work=copies_after - head_copy + waiting + room),
+        parts(final + gradient, work=copies_after - head_copy + waiting),
     )
     if flow.trained:
         head = workspace.head_gradient_bytes(model, tuning, batch)
@@ -119,10 +117,9 @@ def _of_a_block(
         backward = instants.backward(saved, matrix, recomputed=tuning.gradient_checkpointing)
     if not flow.kernel:
         attention = Attention(saved, *batch.alike, _in_room(tuning))
-        room = _room(flow, matrix)
-        first.append(_beside(attention.without_gradients(), room))
-        forward.append(_beside(attention.forward(), room))
-        backward.append(_beside(attention.backward(), room))
+        first.append(attention.without_gradients())
+        forward.append(attention.forward())
+        backward.append(attention.backward())
     return first, forward, backward
 
 
@@ -133,15 +130,6 @@ def _in_room(tuning: Tuning) -> bool:
     """
     flow = tuning.flow
     return flow.fused and not flow.kernel and not tuning.gradient_checkpointing
-
-
-def _room(flow: Flow, matrix: int) -> int:
-    """What the fused step keeps on a CPU for the dequantized matrix of the moment."""
-    return matrix if flow.fused and not flow.kernel else 0
-
-
-def _beside(at: Instant, room: int) -> Instant:
-    return replace(at, matrix=at.matrix + room)
 
 
 def _shared_with_store(tuning: Tuning, model: Model) -> int:

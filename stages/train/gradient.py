@@ -1,7 +1,7 @@
 """The gradient of one optimizer step, which does not depend on how the step was divided."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,12 +141,18 @@ def _backward(
     stand beside those of the next micro-batch.
     """
     likelihoods = fused if computing.fused else scoring
-    with rooms.of_a_micro_batch(computing.fused and not computing.gradient_checkpointing):
+    with _rooms(computing):
         with autocast(computing.device, computing.dtype):
             losses = likelihoods.negative_log_likelihoods(model, batch)
         loss = losses.sum() / supervised
         scaler.scale(loss).backward()
     return loss.detach()
+
+
+def _rooms(computing: Computing) -> AbstractContextManager[None]:
+    if not computing.fused:
+        return nullcontext()
+    return rooms.of_a_micro_batch(saving=not computing.gradient_checkpointing)
 
 
 def _make_places(model: nn.Module) -> None:

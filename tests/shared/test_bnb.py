@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.shared import bnb
+from stages.shared import bnb, rooms
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,11 +70,13 @@ def test_a_matrix_is_dequantized_into_a_room_bit_for_bit(kind: str, dtype: torch
     torch.manual_seed(0)
     matrix = torch.randn(48, 80).to(dtype)
     codes, state = bnb.quantize_4bit(matrix, quant_type=kind, compress_statistics=False)
-    room = torch.full_like(matrix, torch.nan)
-    found = bnb.dequantized(codes, state, room)
-    assert found is room
+    found = bnb.dequantized(codes, state)
     assert torch.equal(found, bnb.dequantize_4bit(codes, state))
-    assert bnb.dequantized(codes, state, None) is not room
+    with rooms.of_a_micro_batch(saving=False), rooms.scratched():
+        again = bnb.dequantized(codes, state)
+        assert torch.equal(again, found)
+        [chunk] = rooms.both()[1].chunks
+        assert again.data_ptr() == chunk.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_what_the_function_of_a_cpu_does_not_cover_has_a_result_of_its_own(
     codes, state = bnb.quantize_4bit(
         matrix, blocksize=block, quant_type="nf4", compress_statistics=double_quant
     )
-    room = torch.full_like(matrix, torch.nan)
-    found = bnb.dequantized(codes, state, room)
+    with rooms.of_a_micro_batch(saving=False):
+        found = bnb.dequantized(codes, state)
+        assert rooms.both()[1].place == rooms.Place()
     assert torch.equal(found, bnb.dequantize_4bit(codes, state))
-    assert room.isnan().all()

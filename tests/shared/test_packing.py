@@ -192,3 +192,8 @@ def test_fewer_work_where_parts_would_be_uneven(lengths: tuple[int, ...], worker
 def test_one_alone_has_all_micro_batches() -> None:
     examples = conversations()
     assert packing.divide(examples, 20, 1) == [packing.split(examples, 20)]
+
+
+def test_one_alone_needs_no_more_at_once_than_each_of_several_would() -> None:
+    [alone] = packing.divide(computed((30, 10, 10, 2)), 100, 2)
+    assert [[e.input_tokens for e in batch] for batch in alone] == [[30], [10, 10, 2]]

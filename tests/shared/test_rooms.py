@@ -1,5 +1,6 @@
 """Pieces of a room do not touch each other, and are there again for the next micro-batch."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ def span(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def test_pieces_are_aligned_and_apart() -> None:
-    with rooms.of_a_micro_batch(True):
+    with rooms.of_a_micro_batch(saving=True):
         found = [
             rooms.saved((3, 5), torch.float32, CPU),
             rooms.saved((7,), torch.bfloat16, CPU),
@@ -33,13 +34,13 @@ def test_pieces_are_aligned_and_apart() -> None:
 def test_a_micro_batch_begins_where_the_last_one_began() -> None:
     places = []
     for _ in range(2):
-        with rooms.of_a_micro_batch(True):
+        with rooms.of_a_micro_batch(saving=True):
             places.append(span(rooms.saved((100,), torch.float32, CPU)))
     assert places[0] == places[1]
 
 
 def test_scratch_is_free_again_behind_its_block() -> None:
-    with rooms.of_a_micro_batch(True):
+    with rooms.of_a_micro_batch(saving=True):
         kept = rooms.scratch((4,), torch.float32, CPU)
         for _ in range(2):
             with rooms.scratched():
@@ -59,19 +60,18 @@ def test_what_does_not_fit_into_a_chunk_goes_into_the_next(monkeypatch: pytest.M
     assert room.place.given == sum(sizes)
 
 
-@pytest.mark.parametrize("there", [False, None])
-def test_elsewhere_a_tensor_is_one_of_its_own(there: bool | None) -> None:
-    if there is None:
+@pytest.mark.parametrize("entered", [False, True])
+def test_elsewhere_a_tensor_is_one_of_its_own(entered: bool) -> None:
+    with rooms.of_a_micro_batch(saving=False) if entered else nullcontext():
         found = rooms.saved((4,), torch.float32, CPU)
-    else:
-        with rooms.of_a_micro_batch(there):
-            found = rooms.saved((4,), torch.float32, CPU)
+        once = rooms.scratch((4,), torch.float32, CPU)
     assert found.untyped_storage().nbytes() == 16
+    assert (once.untyped_storage().nbytes() == 16) == (not entered)
     assert rooms.both()[0].place == rooms.Place()
 
 
 def test_after_an_error_nothing_is_taken() -> None:
-    with pytest.raises(KeyError), rooms.of_a_micro_batch(True):
+    with pytest.raises(KeyError), rooms.of_a_micro_batch(saving=True):
         rooms.saved((4,), torch.float32, CPU)
         raise KeyError
     assert rooms.both()[0].place == rooms.Place()
@@ -79,7 +79,7 @@ def test_after_an_error_nothing_is_taken() -> None:
 
 
 def test_memory_is_given_back() -> None:
-    with rooms.of_a_micro_batch(True):
+    with rooms.of_a_micro_batch(saving=True):
         rooms.saved((4,), torch.float32, CPU)
         rooms.scratch((4,), torch.float32, CPU)
     assert all(room.chunks for room in rooms.both())
@@ -100,7 +100,7 @@ def test_autograd_sees_no_write_to_one_piece_in_another() -> None:
             return gradient * ctx.saved_tensors[0]
 
     x = torch.tensor([3.0], requires_grad=True)
-    with rooms.of_a_micro_batch(True):
+    with rooms.of_a_micro_batch(saving=True):
         y = Squared.apply(Squared.apply(x))  # the second writes beside what the first has saved
         y.backward()
     assert x.grad is not None

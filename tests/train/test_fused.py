@@ -115,7 +115,7 @@ def step(
     model: PeftModel, likelihoods: Any, dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, Gradients]:
     model.zero_grad()
-    with kept.for_a_step(), rooms.of_a_micro_batch(True):  # as every step of a training is
+    with kept.for_a_step(), rooms.of_a_micro_batch(saving=True):  # as every step of a training is
         with autocast(DEVICE, dtype):
             losses = likelihoods.negative_log_likelihoods(model, batch(seed))
         losses.mean().backward()

@@ -69,7 +69,8 @@ class Adapted:
                 y.addmm_(part, b.t(), beta=0, alpha=self.scale)
             else:
                 torch.addmm(start, part, b.t(), alpha=self.scale, out=y)
-            found.append(y.addmm_(x, frozen_matrix(layer, self._dtype).t()))
+            with rooms.scratched():
+                found.append(y.addmm_(x, frozen_matrix(layer, self._dtype).t()))
         return found, inner
 
     def outer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -99,7 +100,8 @@ class Adapted:
         found = outer.new_empty(len(outer), self.a.shape[1])
         found.addmm_(outer, self.a, beta=0, alpha=self.scale)
         for layer, dy in zip(self._layers, gradients, strict=True):
-            found.addmm_(dy, frozen_matrix(layer, self._dtype))
+            with rooms.scratched():
+                found.addmm_(dy, frozen_matrix(layer, self._dtype))
         return found
 
     def _saved(self, x: torch.Tensor, width: int) -> torch.Tensor:
@@ -118,7 +120,7 @@ def _made_ready(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> kept.Fac
 def frozen_matrix(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
     """The weights [out, in] below an adapter, dequantized where they are quantized.
 
-    For one product: within a step the next matrix takes its place.
+    For one product: on a CPU they stand in the scratch room.
     """
     base = layer.get_base_layer()
     weight = base.weight
@@ -126,9 +128,7 @@ def frozen_matrix(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
         weight = cast(Params4bit, weight)
         if gpu.covers(weight.device):
             return gpu.dequantized(weight.data, weight.quant_state, dtype)
-        state = weight.quant_state
-        room = kept.room(state.shape, state.dtype)
-        return dequantized(weight.data, state, room).to(dtype)
+        return dequantized(weight.data, weight.quant_state).to(dtype)
     return cast(torch.Tensor, weight).detach().to(dtype)
 
 
