@@ -39,7 +39,8 @@ from stages.train.environment import environment
 
 OURS, PEER = "benchmarks.training_ours", "benchmarks.training_trl"
 MODEL, TOKENIZER = Path("models/quantized"), Path("models/tokenizer")
-MICRO_BATCHES = (1, 2, 4, 8)  # that the peer is tried with
+MICRO_BATCHES = (1, 2, 4, 8)  # that the peer is tried with, in this order
+SLOWER = 0.9  # of the fastest so far: larger ones, which need longer yet, are not tried
 TRIED = 3  # steps with each
 ROUNDS = 4  # at least, the first of them to warm up
 LONGER = {"sample": 1, "real": 3}  # how much of the time a comparison gets, beside the others
@@ -66,13 +67,19 @@ def peer_job(inputs: Inputs, micro_batch: int | None) -> dict[str, Any]:
 def try_micro_batches(inputs: Inputs, environment_: Mapping[str, str]) -> Iterator[Tried]:
     """Steps of the peer, unpacked, at each size of a micro-batch: after one to warm up, the median.
 
-    A single step just after a probe that the machine spoiled would choose the wrong size.
+    A single step just after a probe that the machine spoiled would choose the wrong size. The
+    larger it is, the more is padding, while products gain less and less: the first size that is
+    clearly slower is the last.
     """
+    fastest = 0.0
     for size in MICRO_BATCHES:
         with Worker(PEER, peer_job(inputs, size), environment_) as peer:
             peer.ask()
-            tried = (Tried(inputs.name, size, peer.ask()) for _ in range(TRIED))
-            yield middle(tried)
+            tried = middle(Tried(inputs.name, size, peer.ask()) for _ in range(TRIED))
+        yield tried
+        if tried.tokens_per_product < SLOWER * fastest:
+            return
+        fastest = max(fastest, tried.tokens_per_product)
 
 
 def compare(
@@ -134,13 +141,12 @@ def measure(
     tried: list[Tried] = []
     wanted = list(product(every.values(), preloaded, (False, True)))
     compared = []
-    total = len(every) * len(MICRO_BATCHES) + len(wanted)
-    with progress.bar(total=total, desc="training", unit="run") as bar:
+    with progress.bar(total=len(every) + len(wanted), desc="training", unit="run") as bar:
         for inputs in every.values():
             for one in try_micro_batches(inputs, preloaded["stock"]):
                 tried.append(one)
                 print(one.line, flush=True)
-                bar.update()
+            bar.update()
         for index, (inputs, allocator, packed) in enumerate(wanted):
             share = LONGER[inputs.name] / sum(LONGER[left.name] for left, *_ in wanted[index:])
             until = time.monotonic() + share * (deadline - time.monotonic())

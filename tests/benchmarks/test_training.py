@@ -72,6 +72,17 @@ def test_a_worker_that_fails_ends_the_benchmark_and_says_why():
         worker.ask("fail")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [((9, 6, 5, 8), [1, 2, 4, 8]), ((5, 5.2, 7, 4), [1, 2, 4])]
+)
+def test_sizes_are_tried_until_one_is_clearly_slower(inputs, monkeypatch, seconds, expected):
+    monkeypatch.setattr(training, "PEER", "tests.benchmarks.timed")
+    taken = dict(zip(training.MICRO_BATCHES, seconds, strict=True))
+    job = {**inputs.job, "seconds": taken}
+    tried = training.try_micro_batches(dataclasses.replace(inputs, job=job), {})
+    assert [one.micro_batch for one in tried] == expected
+
+
 def test_a_worker_has_the_allocator_that_is_preloaded():
     environment = training.allocators()
     assert environment["stock"] == {"LD_PRELOAD": "", "QLORA_DEVICE": "cpu"}
