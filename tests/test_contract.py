@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 STAGES = ROOT / "stages"
+SHARED = STAGES / "shared"
 
 
 def pipeline() -> dict[str, Any]:
@@ -39,7 +40,8 @@ def declared() -> dict[str, dict[str, Any]]:
     return result
 
 
-def room_of(stage: str) -> str:
+def folder_of(stage: str) -> str:
+    """`evaluate@base` is computed by stages/evaluate."""
     return stage.partition("@")[0]
 
 
@@ -52,9 +54,9 @@ def outs_of(stage: dict[str, Any]) -> list[str]:
     return [p for kind in ("outs", "metrics", "plots") for p in paths(stage.get(kind, []))]
 
 
-def files_of_room(room: str) -> list[Path]:
-    folder = STAGES / room
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [STAGES / f"{room}.py"]
+def python_files(path: Path) -> set[Path]:
+    """A file itself; of a folder, all below it."""
+    return set(path.rglob("*.py")) if path.suffix != ".py" else {path}
 
 
 @cache
@@ -69,61 +71,87 @@ def imports_of(file: Path) -> frozenset[Path]:
                 yield node.module
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
-    found = (ROOT / f"{module.replace('.', '/')}.py" for module in modules())
-    return frozenset(path for path in found if path.exists())
+    names = [ROOT / module.replace(".", "/") for module in modules()]
+    candidates = [
+        path for name in names for path in (name.with_suffix(".py"), name / "__init__.py")
+    ]
+    return frozenset(path for path in candidates if path.exists())
 
 
-def reached_from(file: Path) -> set[Path]:
-    """A file and all local files that it imports, followed through."""
-    seen: set[Path] = set()
-    waiting = [file]
+def reached_from(*files: Path) -> set[Path]:
+    """Files and all local files that they import, followed through."""
+    reached: set[Path] = set()
+    waiting = [*files]
     while waiting:
         current = waiting.pop()
-        if current not in seen:
-            seen.add(current)
+        if current not in reached:
+            reached.add(current)
             waiting.extend(imports_of(current))
-    return seen
+    return reached
 
 
-def entry_of(room: str) -> Path:
-    folder = STAGES / room
-    return folder / "__main__.py" if folder.is_dir() else STAGES / f"{room}.py"
+def entry_of(stage: str) -> Path:
+    return STAGES / folder_of(stage) / "__main__.py"
 
 
-def code_dependencies(room: str) -> list[str]:
-    """What dvc.yaml must name: the room, and each shared file that it reaches."""
-    own = STAGES / room if (STAGES / room).is_dir() else STAGES / f"{room}.py"
-    shared = [f for f in reached_from(entry_of(room)) if f.parent == STAGES / "shared"]
-    return [p.relative_to(ROOT).as_posix() for p in [own, *sorted(shared)]]
+def unit_of(file: Path) -> Path:
+    """The dependency that dvc.yaml names for a file of stages/shared: its top folder, or the flat file itself."""
+    return SHARED / file.relative_to(SHARED).parts[0]
+
+
+def code_dependencies(stage: str) -> list[str]:
+    """What dvc.yaml must name: the stage's own folder, and each shared one that it imports from."""
+    shared = {unit_of(file) for file in reached_from(entry_of(stage)) if SHARED in file.parents}
+    own = STAGES / folder_of(stage)
+    return [path.relative_to(ROOT).as_posix() for path in [own, *sorted(shared)]]
+
+
+def declared_code(stage: str) -> list[str]:
+    return [path for path in paths(declared()[stage]["deps"]) if path.startswith("stages/")]
+
+
+STAGE_FOLDERS = sorted({folder_of(stage) for stage in declared()})
 
 
 @pytest.mark.parametrize("stage", declared())
-def test_code_dependencies_are_the_modules_that_are_imported(stage: str) -> None:
-    named = [d for d in paths(declared()[stage]["deps"]) if d.startswith("stages/")]
-    assert sorted(named) == sorted(code_dependencies(room_of(stage)))
+def test_code_dependencies_are_the_folders_imported_from(stage: str) -> None:
+    """Every local import lies in a declared folder; every declared folder is imported from."""
+    assert sorted(declared_code(stage)) == sorted(code_dependencies(stage))
 
 
-@pytest.mark.parametrize("room", sorted({room_of(stage) for stage in declared()}))
-def test_every_file_of_a_room_is_used_and_none_imports_another_room(room: str) -> None:
-    reached, own = reached_from(entry_of(room)), set(files_of_room(room))
+@pytest.mark.parametrize("stage", ["quantize", "train"])
+def test_costly_stages_import_all_that_they_declare(stage: str) -> None:
+    """So that an edit for another stage's sake neither quantizes nor trains again."""
+    reached = reached_from(entry_of(stage))
+    held = {file for name in declared_code(stage) for file in python_files(ROOT / name)}
+    assert held <= reached, f"not imported: {sorted(map(str, held - reached))}"
+
+
+@pytest.mark.parametrize("folder", STAGE_FOLDERS)
+def test_stage_uses_its_own_files_and_no_other_stages(folder: str) -> None:
+    reached, own = reached_from(entry_of(folder)), python_files(STAGES / folder)
     assert own <= reached
-    strangers = {f for f in reached if f not in own and f.parent != STAGES / "shared"}
-    assert not strangers
+    assert not {f for f in reached if f not in own and SHARED not in f.parents}
 
 
-def test_every_room_is_a_stage_and_every_shared_file_is_used_by_two_rooms() -> None:
-    rooms = {room_of(stage) for stage in declared()}
-    folders = {p.stem for p in STAGES.iterdir() if p.name not in ("shared", "__pycache__")}
-    assert folders == rooms
-    for file in (STAGES / "shared").glob("*.py"):
-        users = {r for r in rooms if file in reached_from(entry_of(r))}
-        assert len(users) >= 2, f"{file.name} is used by {users or 'nobody'} alone"
+def test_every_folder_is_a_stage_shared_or_tools() -> None:
+    folders = {p.name for p in STAGES.iterdir()} - {"__pycache__"}
+    assert folders - {"shared", "tools"} == set(STAGE_FOLDERS)
+
+
+def test_shared_units_have_two_users_and_no_dead_file() -> None:
+    """A user is a stage, or a command of stages/tools."""
+    entries = [*map(entry_of, STAGE_FOLDERS), *python_files(STAGES / "tools")]
+    reached = {entry: reached_from(entry) for entry in entries}
+    assert python_files(SHARED) <= set().union(*reached.values())
+    for unit in {unit_of(file) for file in python_files(SHARED)}:
+        users = [e for e, found in reached.items() if any(unit in (f, *f.parents) for f in found)]
+        assert len(users) >= 2, f"{unit.name} is used by {users or 'nobody'} alone"
 
 
 def test_no_stage_imports_torch_before_its_parameters_are_known_to_be_right() -> None:
     """Nor transformers: a mistake in params.yaml is told at once."""
-    rooms = sorted({room_of(stage) for stage in declared()})
-    mains = [f"stages.{room}.__main__" for room in rooms if (STAGES / room).is_dir()]
+    mains = [f"stages.{folder}.__main__" for folder in STAGE_FOLDERS]
     script = "\n".join(f"import {name}" for name in ["sys", *mains])
     script += "\nprint(*{'torch', 'transformers'} & set(sys.modules))"
     found = subprocess.run(
@@ -135,12 +163,10 @@ def test_no_stage_imports_torch_before_its_parameters_are_known_to_be_right() ->
 
 @pytest.mark.parametrize("stage", declared())
 def test_parameters_are_the_sections_that_the_schema_names(stage: str) -> None:
-    room = room_of(stage)
-    settings = STAGES / room / "settings.py"
-    name = f"stages.{room}.settings" if settings.exists() else f"stages.{room}"
-    if not settings.exists() and (STAGES / room).is_dir():
-        name += ".__main__"
-    schema = importlib.import_module(name).Params
+    folder = folder_of(stage)
+    modules = ("config", "settings", "__main__")
+    name = next(m for m in modules if (STAGES / folder / f"{m}.py").exists())
+    schema = importlib.import_module(f"stages.{folder}.{name}").Params
     assert list(schema.model_fields) == declared()[stage]["params"]
 
 
@@ -155,12 +181,12 @@ PATH_LITERAL = re.compile(r'Path\(\s*f?"((?:data|models|reports)[^"]*)"\s*\)')
 
 @pytest.mark.parametrize("stage", declared())
 def test_paths_in_the_code_are_dependencies_and_outs(stage: str) -> None:
-    """A room's path constants and the paths in dvc.yaml cover each other."""
-    body, room = declared()[stage], room_of(stage)
+    """A stage's path constants and the paths in dvc.yaml cover each other."""
+    body, folder = declared()[stage], folder_of(stage)
     named = [d for d in paths(body["deps"]) if not d.startswith("stages/")] + outs_of(body)
-    sources = "".join(f.read_text() for f in files_of_room(room))
+    sources = "".join(f.read_text() for f in sorted(python_files(STAGES / folder)))
     literals = set(PATH_LITERAL.findall(sources))
-    assert literals or room == "fetch_data"
+    assert literals or folder == "fetch_data"
 
     def related(one: str, other: str) -> bool:
         return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
@@ -168,7 +194,7 @@ def test_paths_in_the_code_are_dependencies_and_outs(stage: str) -> None:
     everything = [
         p
         for name, other in declared().items()
-        if room_of(name) == room
+        if folder_of(name) == folder
         for p in [*paths(other["deps"]), *outs_of(other)]
     ]
     for literal in literals:
@@ -189,5 +215,5 @@ def test_every_stage_says_what_it_is_for() -> None:
 
 
 if __name__ == "__main__":  # what dvc.yaml should name
-    for name in sorted({room_of(s) for s in declared()}):
-        print(f"{name}:", *code_dependencies(name), sep="\n      - ")
+    for stage_folder in STAGE_FOLDERS:
+        print(f"{stage_folder}:", *code_dependencies(stage_folder), sep="\n      - ")

@@ -69,9 +69,10 @@ def load(schema: type[P], stage: str) -> P:
 
 
 def _schemas() -> Iterator[type[BaseModel]]:
-    """Of every stage that has a module of settings."""
-    for path in sorted(Path(__file__).parents[1].glob("*/settings.py")):
-        yield importlib.import_module(f"stages.{path.parent.name}.settings").Params
+    """Of every stage that keeps its parameters in a module of their own."""
+    stages = Path(__file__).parents[1]
+    for path in sorted([*stages.glob("*/config.py"), *stages.glob("*/settings.py")]):
+        yield importlib.import_module(f"stages.{path.parent.name}.{path.stem}").Params
 
 
 def validate(schema: type[P], values: dict[str, Any]) -> P:
