@@ -19,7 +19,7 @@ from peft import PeftModel
 
 from benchmarks.training_step import Setting, load
 from stages.shared import packing, scoring
-from stages.shared.errors import UserError, run
+from stages.shared.core.errors import UserError, run
 from stages.shared.examples import Example, read_examples
 from stages.shared.precision import autocast, multiplies_bf16
 from stages.train.fused import model as fused

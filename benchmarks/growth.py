@@ -24,9 +24,9 @@ from benchmarks.growth_table import Point
 from benchmarks.paced import Worker
 from benchmarks.training_data import require_model
 from benchmarks.training_step import Setting
-from stages.shared import files, progress
 from stages.shared.architecture import model_of, model_of_config
-from stages.shared.errors import run
+from stages.shared.core import files, progress
+from stages.shared.core.errors import run
 from stages.shared.tensors import Model, parameter_count
 from stages.train.environment import environment
 

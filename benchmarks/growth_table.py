@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.page import PAGE, put
-from stages.shared import files
+from stages.shared.core import files
 from stages.shared.pictures import COLORS, picture
 
 RESULTS = Path("benchmarks/results/growth.json")

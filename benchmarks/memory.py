@@ -29,9 +29,10 @@ from benchmarks.training_step import (
     micro_batch,
     random_base,
 )
-from stages.shared import packing, peak, precision, progress
+from stages.shared import packing, peak, precision
 from stages.shared.adapter import Adapter, adapter_of
 from stages.shared.architecture import model_of_config
+from stages.shared.core import progress
 from stages.shared.memory import Precision
 from stages.shared.peak import Prediction
 from stages.shared.tensors import Model

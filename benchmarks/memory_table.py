@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks.training_step import Measured, Setting
-from stages.shared import files
+from stages.shared.core import files
 from stages.shared.peak import Prediction
 from stages.shared.pictures import COLORS, picture
 

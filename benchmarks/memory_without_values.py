@@ -21,8 +21,8 @@ from benchmarks.memory_cuda import predict
 from benchmarks.page import put
 from benchmarks.training_step import Setting
 from stages.plan.named import CONFIGS
-from stages.shared import progress
 from stages.shared.architecture import model_of_config
+from stages.shared.core import progress
 from stages.shared.fitting import GIB
 
 PAGE = Path("docs/memory.md")

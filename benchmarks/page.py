@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from stages.shared import files
+from stages.shared.core import files
 
 PAGE = Path("docs/performance.md")
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from stages.shared import attention, models, progress
+from stages.shared import attention, models
+from stages.shared.core import progress
 
 SPREAD = 0.02  # standard deviation of the weights: small enough for finite losses
 

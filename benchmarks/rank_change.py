@@ -35,8 +35,8 @@ echo "$2 $started $(date +%s.%N)" >> "{log}"
 exit $ended
 """
 IMPORTING = """
-from stages.shared import importing
-with importing.quickly():
+from stages.shared.core import progress
+with progress.quick_imports():
     import stages.shared.models
     import {}
 """

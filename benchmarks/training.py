@@ -31,9 +31,9 @@ from benchmarks import matrix_rate, training_data, training_table
 from benchmarks.paced import Worker
 from benchmarks.training_data import Inputs
 from benchmarks.training_figures import Comparison, Tried, best, middle
-from stages.shared import files, progress
 from stages.shared.architecture import model_of_config
-from stages.shared.errors import UserError, run
+from stages.shared.core import files, progress
+from stages.shared.core.errors import UserError, run
 from stages.shared.precision import multiplies_bf16
 from stages.train.environment import environment
 

@@ -12,7 +12,7 @@ from benchmarks.paced import ROOT
 from stages.fetch_data import __main__ as fetch_data
 from stages.prepare.preparing import prepare
 from stages.prepare.settings import Prepare
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.examples import read_examples
 from stages.train.settings import Params
 

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.page import PAGE, put
 from benchmarks.training_figures import Comparison, Spread, Tried, better_mode
 from benchmarks.training_picture import draw
-from stages.shared import files
+from stages.shared.core import files
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def entry_of(stage: str) -> Path:
 
 
 def unit_of(file: Path) -> Path:
-    """The dependency that dvc.yaml names for a file of stages/shared: its top folder, or the flat file itself."""
+    """The dependency that covers a file of stages/shared: its top folder, or the flat file."""
     return SHARED / file.relative_to(SHARED).parts[0]
 
 

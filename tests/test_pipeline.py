@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from dvc.repo import Repo
 
-from stages.shared import files
+from stages.shared.core import files
 from tests import tiny, workspace
 from tests.test_contract import declared, declared_code, python_files
 from tests.workspace import Workspace

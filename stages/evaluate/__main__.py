@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from stages.evaluate.settings import Params
-from stages.shared import files, importing, params
-from stages.shared.errors import UserError, run
+from stages.shared.core import files, params, progress
+from stages.shared.core.errors import UserError, run
 
 PREPARED = Path("data/prepared")
 TOKENIZER = Path("models/tokenizer")
@@ -36,7 +36,7 @@ def main() -> None:
         )
     settings = params.load(Params, f"evaluate@{variant}")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
-    with importing.quickly():
+    with progress.quick_imports():
         from stages.evaluate.evaluation import evaluate  # noqa: PLC0415
 
     metrics, answers = evaluate(

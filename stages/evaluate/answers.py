@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from stages.shared import progress
+from stages.shared.core import progress
 from stages.shared.models import without_adapter
 from stages.shared.precision import autocast
 from stages.shared.row_sharing import answers_in_batches

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 from stages.evaluate import answers, metrics
 from stages.evaluate.settings import Evaluate
 from stages.shared import encoding, models, prepared, scoring, templates, vocabulary
+from stages.shared.core.machine import device
 from stages.shared.examples import read_examples, require_vocabulary
-from stages.shared.machine import device
 
 
 def evaluate(

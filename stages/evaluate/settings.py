@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.shared.params import Section
+from stages.shared.core.params import Section
 
 
 class Evaluate(Section):

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from stages.fetch_data import formats, join, local, remote
 from stages.fetch_data.part import Part
-from stages.shared import files, hub, params
-from stages.shared.errors import run
+from stages.shared import hub
+from stages.shared.core import files, params
+from stages.shared.core.errors import run
 
 RAW = Path("data/raw")
 

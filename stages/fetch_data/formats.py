@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 _TRUNCATED = "the file looks truncated; fetch or export it again"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.fetch_data.part import Part
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 
 def join(parts: list[Part], target: Path) -> None:

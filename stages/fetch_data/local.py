@@ -4,7 +4,7 @@ from pathlib import Path
 
 from stages.fetch_data.formats import EXTENSIONS, SUPPORTED
 from stages.fetch_data.part import EVAL_NAMES, SYNONYMS, Part, Split
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 
 def find(path: Path) -> list[Part]:

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from stages.fetch_data.formats import EXTENSIONS, SUPPORTED
 from stages.fetch_data.part import EVAL_NAMES, SYNONYMS, Part, Split
+from stages.shared.core.errors import UserError
 from stages.shared.download import download
-from stages.shared.errors import UserError
 from stages.shared.hub import Repository, list_files
 
 _SHARD = re.compile(r"(?P<table>.+)-\d{5}-of-(?P<shards>\d{5})(-[0-9a-f]+)?")

@@ -14,8 +14,9 @@ from pydantic import Field
 
 from stages.fetch_model import convert, local, remote, wheel
 from stages.fetch_model.checkpoint import Checkpoint, install
-from stages.shared import files, hub, params
-from stages.shared.errors import run
+from stages.shared import hub
+from stages.shared.core import files, params
+from stages.shared.core.errors import run
 
 BASE = Path("models/base")
 TOKENIZER = Path("models/tokenizer")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.fetch_model import tokenizer
-from stages.shared import files, progress
-from stages.shared.errors import UserError
+from stages.shared.core import files, progress
+from stages.shared.core.errors import UserError
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

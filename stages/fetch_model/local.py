@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from stages.fetch_model.checkpoint import Checkpoint
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 
 
 def find(name: str, revision: str | None) -> Checkpoint:

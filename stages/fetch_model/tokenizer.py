@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

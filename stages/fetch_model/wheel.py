@@ -10,8 +10,8 @@ import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 
 
 def fetch(

@@ -9,8 +9,8 @@ Run:    python -m stages.merge
 from pathlib import Path
 
 from stages.merge.settings import Params
-from stages.shared import files, importing, params
-from stages.shared.errors import run
+from stages.shared.core import files, params, progress
+from stages.shared.core.errors import run
 
 ADAPTER = Path("models/adapter")
 WEIGHTS = {"quantized": Path("models/quantized"), "original": Path("models/base")}
@@ -24,7 +24,7 @@ def main() -> None:
     """Read, merge, prove, write."""
     settings = params.load(Params, "merge")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
-    with importing.quickly():
+    with progress.quick_imports():
         import stages.shared.models  # noqa: F401, PLC0415  (before peft)
         from stages.merge.proven import merge_and_prove  # noqa: PLC0415
 

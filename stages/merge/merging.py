@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stages.shared import files, models, vocabulary
-from stages.shared.errors import UserError
+from stages.shared import models, vocabulary
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from stages.shared.prepared import Format
 
 

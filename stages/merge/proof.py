@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.shared import scoring
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.examples import Example
 from stages.shared.precision import autocast
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from stages.merge import merging, proof
 from stages.merge.settings import Merge
-from stages.shared import files, models, prepared
+from stages.shared import models, prepared
+from stages.shared.core import files
+from stages.shared.core.machine import device
 from stages.shared.examples import Example, read_examples
-from stages.shared.machine import device
 from stages.shared.precision import DTYPES
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from stages.shared.params import Section
+from stages.shared.core.params import Section
 
 
 class Merge(Section):

@@ -17,9 +17,9 @@ from pathlib import Path
 from stages.plan import named
 from stages.plan.data import Data, read_counts
 from stages.plan.settings import Params
-from stages.shared import files, importing, params
 from stages.shared.adapter import of_parameters
-from stages.shared.errors import UserError, run
+from stages.shared.core import files, params, progress
+from stages.shared.core.errors import UserError, run
 
 COUNTS = Path("reports/prepare.json")
 PLAN = Path("reports/plan.json")
@@ -72,7 +72,7 @@ def main() -> None:
     config = named.config_path(options.model)
     found = data_of(options.max_length, values.train.batch_size)
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
-    with importing.quickly():
+    with progress.quick_imports():
         from stages.plan import figures, growth, here, picture, table  # noqa: PLC0415
         from stages.shared.architecture import model_of_config  # noqa: PLC0415
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.plan.settings import Train
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from stages.plan.data import Data
 from stages.plan.settings import Params
 from stages.shared import adapter, fitting, memory, peak, workload
 from stages.shared.adapter import Adapter
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.fitting import GIB, Request
 from stages.shared.peak import PARTS
 from stages.shared.tensors import Kind, Model, parameter_count

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
 BASE = Path("models/base/config.json")

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from stages.shared.core.params import BorrowedSection, Section
 from stages.shared.memory import DensePrecision, Precision
-from stages.shared.params import BorrowedSection, Section
 
 
 class Quantize(BorrowedSection):

@@ -9,8 +9,8 @@ Run:    python -m stages.prepare
 from pathlib import Path
 
 from stages.prepare.settings import Params
-from stages.shared import files, params
-from stages.shared.errors import run
+from stages.shared.core import files, params
+from stages.shared.core.errors import run
 
 RAW = Path("data/raw")
 TOKENIZER = Path("models/tokenizer")

@@ -18,9 +18,10 @@ from stages.prepare.sources import Source
 from stages.prepare.splitting import SPLITS, Split, Splitter
 from stages.prepare.supervision import Supervised, Supervisor, Text
 from stages.prepare.writing import Rejections, SplitFile
-from stages.shared import files, progress, templates, vocabulary
+from stages.shared import templates, vocabulary
 from stages.shared.conversation import Unusable, conversation_id
-from stages.shared.errors import UserError
+from stages.shared.core import files, progress
+from stages.shared.core.errors import UserError
 from stages.shared.prepared import SCHEMA_VERSION, Format
 
 

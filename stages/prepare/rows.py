@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 
 class Row(NamedTuple):

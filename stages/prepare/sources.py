@@ -8,8 +8,8 @@ from stages.prepare.json_rows import read_json, read_jsonl
 from stages.prepare.rows import Row
 from stages.prepare.splitting import Split
 from stages.prepare.table_rows import read_csv, read_parquet
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 
 _READERS = {
     ".jsonl": read_jsonl,

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.prepare.rows import Row, fault, row_of
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 FORM_FIELDS = ("text", "messages", "conversations", "instruction")  # one of them makes a form
 FIELDS = (*FORM_FIELDS, "input", "output", "answer", "language")

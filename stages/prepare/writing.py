@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from stages.prepare.sources import Source
 from stages.prepare.supervision import Supervised
-from stages.shared import files
+from stages.shared.core import files
 
 SCHEMA = pa.schema(
     {

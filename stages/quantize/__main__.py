@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.quantize.settings import Params, Quantize
-from stages.shared import files, importing
-from stages.shared.errors import run
-from stages.shared.machine import device
-from stages.shared.params import load
+from stages.shared.core import files, progress
+from stages.shared.core.errors import run
+from stages.shared.core.machine import device
+from stages.shared.core.params import load
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ def quantize(
             the precision promises.
     """
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
-    with importing.quickly():
+    with progress.quick_imports():
         import stages.shared.models  # noqa: F401, PLC0415  (before transformers is loud)
         from stages.quantize import chart, comparison, convert, promise  # noqa: PLC0415
         from stages.quantize.stored import Weights  # noqa: PLC0415

@@ -14,8 +14,9 @@ from stages.quantize import levels
 from stages.quantize.convert import Layout
 from stages.quantize.settings import DENSE
 from stages.quantize.stored import Stored, Weights
-from stages.shared import heap, progress
-from stages.shared.errors import UserError
+from stages.shared import heap
+from stages.shared.core import progress
+from stages.shared.core.errors import UserError
 
 COMPARED_PARAMETERS = 1_000_000_000  # of a larger model, every second, third, … matrix
 PART_PARAMETERS = 1_000_000  # of a matrix, compared at a time

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from stages.quantize import loading
 from stages.quantize.settings import FOUR_BIT, Quantize
 from stages.quantize.stored import Weights
-from stages.shared import files, models, progress
-from stages.shared.errors import UserError
+from stages.shared import models
+from stages.shared.core import files, progress
+from stages.shared.core.errors import UserError
 
 SHARD_BYTES = 5_000_000_000  # a larger model becomes several files and an index
 LOOKED_AT = 2**24  # elements at a time: little memory beside the model

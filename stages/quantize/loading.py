@@ -11,8 +11,9 @@ from transformers.utils.logging import set_tqdm_hook
 
 from stages.quantize.settings import FOUR_BIT, Quantize
 from stages.quantize.stored import Weights
-from stages.shared import heap, progress
-from stages.shared.errors import UserError
+from stages.shared import heap
+from stages.shared.core import progress
+from stages.shared.core.errors import UserError
 from stages.shared.precision import DTYPES
 
 

@@ -11,7 +11,7 @@ from math import ceil, prod
 from stages.quantize.levels import BLOCK
 from stages.quantize.settings import FOUR_BIT, Quantize
 from stages.quantize.stored import Stored
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 NESTED_BLOCK = 256  # constants that share one, where they are quantized too
 DENSE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from stages.shared.params import Section
+from stages.shared.core.params import Section
 
 DENSE = ("fp32", "bf16", "fp16")
 FOUR_BIT = ("fp4", "nf4")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from stages.report import page, sources, wording
 from stages.report.sources import Sources
-from stages.shared import files, params
-from stages.shared.errors import run
-from stages.shared.params import Section
+from stages.shared.core import files, params
+from stages.shared.core.errors import run
+from stages.shared.core.params import Section
 
 PAGE = Path("reports/report.html")
 MODEL_CARD = Path("reports/model_card.md")

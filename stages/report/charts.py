@@ -7,7 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.pictures import COLORS, picture
 
 ACTIVE = re.compile(r"<script|<foreignobject|<iframe|\son\w+\s*=|javascript:", re.IGNORECASE)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 PARAMETERS = Path("params.yaml")
 # A link to dvc.yaml, which DVC refuses as a dependency by its own name; under this one a change of

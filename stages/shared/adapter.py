@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.shared import memory
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.tensors import Tensor, lora_targets, saved_tensors
 
 ANCHORED = ("pissa", "olora")  # adapters that carry a frozen copy of where they started

@@ -12,7 +12,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.shared.blocks import LINEAR, Block
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.memory import DensePrecision, Precision
 from stages.shared.tensors import Kind, Model, Tensor
 

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from stages.shared import files, progress
-from stages.shared.errors import UserError
+from stages.shared.core import files, progress
+from stages.shared.core.errors import UserError
 from stages.shared.hub import TIMEOUT, RemoteFile, Repository, one_line_errors, require_success
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 
 @dataclass(frozen=True)

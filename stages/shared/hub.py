@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 if TYPE_CHECKING:
     import httpx2

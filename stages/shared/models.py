@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from stages.shared import attention, precision
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

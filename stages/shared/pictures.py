@@ -9,7 +9,7 @@ import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from stages.shared import files
+from stages.shared.core import files
 
 COLORS = ("#4269d0", "#ef8c3b", "#3ca951", "#97519e", "#9c6b4e", "#8a8f98")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from stages.shared import files
+from stages.shared.core import files
 
 SCHEMA_VERSION = 1
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from stages.shared import packing, progress
+from stages.shared import packing
+from stages.shared.core import progress
 from stages.shared.examples import Example
 from stages.shared.models import without_adapter
 from stages.shared.packing import Packed

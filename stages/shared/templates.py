@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.shared import chat_templates, vocabulary
 from stages.shared.conversation import Message, Role, Unusable
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 Name = Literal["guanaco", "llama2", "chatml", "tokenizer"]
 Span = tuple[int, int]

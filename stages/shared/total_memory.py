@@ -2,8 +2,8 @@
 
 import os
 
+from stages.shared.core.machine import machine
 from stages.shared.fitting import GIB
-from stages.shared.machine import machine
 from stages.shared.tuning import Device
 
 

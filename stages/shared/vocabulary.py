@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tokenizer lies here: nothing
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -9,8 +9,8 @@ Run:    python -m stages.train
 
 from pathlib import Path
 
-from stages.shared import files, importing, params
-from stages.shared.errors import run
+from stages.shared.core import files, params, progress
+from stages.shared.core.errors import run
 from stages.train.settings import Params
 
 INPUTS = {
@@ -29,7 +29,7 @@ def main() -> None:
     """Read, train, write."""
     settings = params.load(Params, "train")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
-    with importing.quickly():
+    with progress.quick_imports():
         from stages.train.training import resumable, train  # noqa: PLC0415
 
     with resumable(settings, INPUTS) as checkpoints:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 
 FOLDER = ".checkpoints"
 STATE, BEST, MANIFEST = "state.pt", "best", "manifest.json"

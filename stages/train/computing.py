@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from stages.shared import fitting, models
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
+from stages.shared.core.machine import Machine, device, machine
 from stages.shared.examples import Example
-from stages.shared.machine import Machine, device, machine
 from stages.shared.total_memory import total_memory_bytes
 from stages.shared.tuning import SWITCHED_OFF, Device
 from stages.train.fit import fit

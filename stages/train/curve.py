@@ -4,7 +4,7 @@ import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.shared import files
+from stages.shared.core import files
 
 COLUMNS = ("step", "epoch", "learning_rate", "loss", "eval_loss", "gradient_norm")
 

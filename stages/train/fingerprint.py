@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import stages.train
-from stages.shared import files
+from stages.shared.core import files
 from stages.train.settings import Params
 
 # Libraries that compute or draw; another version may round or draw otherwise.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages.shared import adapter, architecture, fitting, packing, precision, scoring
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.examples import Example, require_vocabulary
 from stages.shared.fitting import Request
 from stages.shared.refusal import refusal

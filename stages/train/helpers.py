@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from stages.shared import heap
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.train.forked_memory import own_peak_bytes, shared_like
 
 Work = Callable[..., torch.Tensor]

@@ -26,10 +26,11 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from stages.shared import models, progress
+from stages.shared import models
 from stages.shared.adapter import ANCHORED
 from stages.shared.bnb import Linear4bit, Linear8bitLt
-from stages.shared.errors import UserError
+from stages.shared.core import progress
+from stages.shared.core.errors import UserError
 from stages.train.anchored import anchor
 from stages.train.settings import Lora
 

@@ -14,8 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from stages.shared import files, heap, progress, rooms, scoring
-from stages.shared.errors import Stopped, UserError
+from stages.shared import heap, rooms, scoring
+from stages.shared.core import files, progress
+from stages.shared.core.errors import Stopped, UserError
 from stages.shared.examples import Example
 from stages.train import gradient, optimizers, trainable
 from stages.train.checkpoints import Checkpoints

@@ -16,7 +16,7 @@ import torch
 from torch import distributed, multiprocessing
 from torch.multiprocessing import ProcessExitedException
 
-from stages.shared.errors import Stopped, UserError
+from stages.shared.core.errors import Stopped, UserError
 from stages.train.interruption import Interruption
 
 

@@ -10,9 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, PreTrainedModel
 
-from stages.shared import files, models
+from stages.shared import models
 from stages.shared.bnb import Linear8bitLt
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from stages.train import initialisation, masters
 from stages.train.anchored import ordinary_state
 from stages.train.masters import as_saved

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from stages.shared.core.machine import device, machine, root
 from stages.shared.examples import Example, read_examples
-from stages.shared.machine import device, machine, root
 from stages.train import computing, gradient, optimizers, processes, trainable
 from stages.train.checkpoints import Checkpoint, Checkpoints, claim
 from stages.train.computing import Computing

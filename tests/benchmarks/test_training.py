@@ -14,7 +14,7 @@ import torch
 from benchmarks import resident, training, training_data, training_ours
 from benchmarks.paced import Channel, Worker
 from stages.shared import models, scoring
-from stages.shared.errors import run
+from stages.shared.core.errors import run
 from stages.shared.examples import read_examples
 from tests import tiny
 from tests.workspace import ROOT

@@ -19,7 +19,8 @@ from benchmarks import (
 )
 from benchmarks.training_cuda_table import Result, Way
 from stages.plan.named import CONFIGS
-from stages.shared import files, models, precision
+from stages.shared import models, precision
+from stages.shared.core import files
 from stages.shared.examples import read_examples
 from tests.workspace import ROOT
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from benchmarks import matrix_rate, page, training, training_picture, training_table
 from benchmarks.training_figures import Comparison, Tried, best, better_mode, middle, spread
-from stages.shared import files, precision
+from stages.shared import precision
 from stages.shared.architecture import model_of
+from stages.shared.core import files
 from tests import tiny
 from tests.workspace import ROOT
 

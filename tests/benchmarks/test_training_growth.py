@@ -8,7 +8,7 @@ import pytest
 from benchmarks import growth, growth_table, page
 from benchmarks.growth import Job
 from benchmarks.growth_table import Point
-from stages.shared import files
+from stages.shared.core import files
 from tests import tiny
 from tests.workspace import ROOT
 

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 from stages.evaluate import answers, metrics
 from stages.evaluate.evaluation import evaluate
 from stages.evaluate.settings import Evaluate
-from stages.shared import files
+from stages.shared.core import files
 from stages.shared.row_sharing import answers_in_batches
 from tests import tiny
 from tests.architectures import BESIDES, OTHERS, SHAPE

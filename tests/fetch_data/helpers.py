@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.fetch_data.__main__ import Data, fetch
-from stages.shared import files
+from stages.shared.core import files
 from tests import hub as hubs
 
 ROWS = [{"text": f"### Human: {n}?### Assistant: é {n}"} for n in range(4)]

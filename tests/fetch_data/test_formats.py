@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests.fetch_data.helpers import CSV, JSONL, ROWS, from_file, parquet
 
 

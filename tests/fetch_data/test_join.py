@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests import hub as hubs
 from tests.fetch_data.helpers import ROWS, from_hub, parquet
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from tests.fetch_data.helpers import CSV, JSONL, ROWS, from_file, parquet
 
 REAL = Path("../shared/data/conversations")

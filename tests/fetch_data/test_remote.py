@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages.fetch_data.remote import choose
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests import hub as hubs
 from tests.fetch_data.helpers import JSONL, from_hub
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stages.fetch_model.__main__ import Model, fetch
 from stages.fetch_model.checkpoint import INDEX, install
-from stages.shared import files
+from stages.shared.core import files
 from tests import hub as hubs
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages.fetch_model.checkpoint import INDEX
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests import hub as hubs
 from tests.fetch_model.helpers import change_config, fetched, from_hub, from_path, shard
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from stages.fetch_model import convert
 from stages.fetch_model.checkpoint import install
-from stages.shared import files
+from stages.shared.core import files
 from tests import tiny
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.fetch_model.__main__ import fetch
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from tests import tiny
 from tests.fetch_model.helpers import change_config, fetched, from_path
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from stages.fetch_model.__main__ import fetch
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from tests import hub as hubs
 from tests.fetch_model.helpers import fetched, from_hub, from_path
 

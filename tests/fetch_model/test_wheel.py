@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stages.fetch_model import wheel
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from tests import workspace
 
 DEFAULT = {

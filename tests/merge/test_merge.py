@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages.merge import proof
 from stages.merge.proven import merge_and_prove, merged_in, trained_exactly
 from stages.merge.settings import Merge
-from stages.shared import files, models
-from stages.shared.errors import UserError
+from stages.shared import models
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from stages.shared.examples import read_examples
 from tests import tiny
 from tests.train.running import settings, train_on

@@ -6,9 +6,9 @@ from typing import Any
 from stages.plan import named
 from stages.plan.data import Data
 from stages.plan.settings import Params
-from stages.shared import params
 from stages.shared.architecture import model_of_config
 from stages.shared.blocks import Block
+from stages.shared.core import params
 from stages.shared.tensors import Model, Tensor
 
 DATA = Data(conversations=1500, tokens=96_000, supervised_tokens=32_000, longest=160)

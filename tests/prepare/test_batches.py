@@ -9,7 +9,7 @@ import pytest
 
 from stages.prepare import batches
 from stages.prepare.sources import Source
-from stages.shared import progress
+from stages.shared.core import progress
 
 
 def read(folder: Path, lines: list[str]) -> list[batches.Batch]:

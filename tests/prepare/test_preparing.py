@@ -8,7 +8,7 @@ import pytest
 
 from stages.prepare import batches
 from stages.shared import prepared
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests import tiny, workspace
 from tests.prepare.helpers import ROWS, Stage, row
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests import tiny, vocabularies
 from tests.prepare.helpers import ROWS, Stage, row
 from tests.prepare.test_golden import OWN

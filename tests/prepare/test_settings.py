@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from stages.prepare.settings import Params
-from stages.shared import params
-from stages.shared.errors import UserError
+from stages.shared.core import params
+from stages.shared.core.errors import UserError
 from tests.prepare.helpers import DEFAULTS
 
 

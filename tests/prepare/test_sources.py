@@ -11,7 +11,7 @@ import pytest
 from stages.prepare import json_rows, sources
 from stages.prepare.rows import Row
 from stages.prepare.sources import Source
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 TEXTS = [{"text": "one"}, {"text": "two\nlines", "answer": "2"}, {"text": "three"}]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from stages.prepare import batches
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests.prepare.helpers import ROWS, Stage, row
 
 

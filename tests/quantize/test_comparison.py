@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from stages.quantize import comparison
 from stages.quantize.convert import Layout
 from stages.quantize.stored import Stored, Weights
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(frozenset(), frozenset(), "model")

@@ -9,8 +9,8 @@ from stages.quantize.convert import device_problem, layout, require_fp16_range
 from stages.quantize.loading import quantization_config
 from stages.quantize.settings import Params, Quantize
 from stages.quantize.stored import Weights
-from stages.shared.errors import UserError
-from stages.shared.params import validate
+from stages.shared.core.errors import UserError
+from stages.shared.core.params import validate
 from tests.architectures import saved
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from stages.quantize import convert
 from stages.quantize.settings import Quantize
 from stages.quantize.stored import Weights
-from stages.shared import files, models
-from stages.shared.errors import UserError
+from stages.shared import models
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from tests import tiny
 
 CPU = torch.device("cpu")

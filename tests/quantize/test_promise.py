@@ -3,7 +3,7 @@ import pytest
 from stages.quantize import promise
 from stages.quantize.settings import Quantize
 from stages.quantize.stored import Stored
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 SHAPE = (64, 256)  # 16,384 parameters, 256 blocks: one constant of constants
 

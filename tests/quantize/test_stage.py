@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from stages.quantize.__main__ import quantize
 from stages.quantize.settings import Quantize
-from stages.shared import files, models
-from stages.shared.errors import UserError
+from stages.shared import models
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from tests import tiny
 
 CPU = torch.device("cpu")

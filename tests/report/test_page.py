@@ -10,7 +10,7 @@ import yaml
 
 from stages.report import __main__ as stage
 from stages.report import charts, page, sources
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests.report import sources as made
 from tests.report.elements import Elements
 

@@ -16,7 +16,7 @@ from stages.shared.architecture import (
     tensors_of,
 )
 from stages.shared.blocks import Block
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.memory import lora_sizes
 from stages.shared.tensors import lora_targets, parameter_count
 from tests import tiny

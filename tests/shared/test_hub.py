@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.shared import download, hub
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests import hub as hubs
 
 CONTENT = bytes(range(256)) * 400

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stages.quantize.__main__ import quantize
 from stages.quantize.settings import Quantize
 from stages.shared import models, precision
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from tests import tiny
 
 CPU = torch.device("cpu")

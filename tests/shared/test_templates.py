@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.shared import templates
 from stages.shared.conversation import Message, Unusable
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.templates import Template
 from tests import tiny, vocabularies
 from tests.conversations import FORGED, PLAIN, assistant, system, user

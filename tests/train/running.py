@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from stages.shared import files
+from stages.shared.core import files
 from stages.train.checkpoints import claim
 from stages.train.settings import Params
 from stages.train.training import Outcome, train

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.shared import files
-from stages.shared.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from stages.train import fingerprint as naming
 from stages.train.checkpoints import Checkpoints, claim
 from tests import tiny

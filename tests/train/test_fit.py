@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from stages.shared import files, fitting, heap, machine
-from stages.shared.errors import UserError
+from stages.shared import fitting, heap
+from stages.shared.core import files, machine
+from stages.shared.core.errors import UserError
 from stages.shared.examples import read_examples
 from stages.train import computing
 from tests import tiny

@@ -22,7 +22,8 @@ from transformers import (
 from benchmarks.training_step import random_base
 from stages.quantize.convert import convert
 from stages.quantize.settings import Quantize
-from stages.shared import machine, packing, precision, rooms, scoring, varlen_attention
+from stages.shared import packing, precision, rooms, scoring, varlen_attention
+from stages.shared.core import machine
 from stages.shared.examples import Example
 from stages.shared.precision import autocast
 from stages.train import trainable

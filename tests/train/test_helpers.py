@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch import nn
 
 from stages.shared import heap
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.train.helpers import Helpers
 
 MIB = 2**20

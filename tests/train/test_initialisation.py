@@ -8,7 +8,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from stages.shared import files, models
+from stages.shared import models
+from stages.shared.core import files
 from stages.train import anchored, initialisation
 from tests import tiny
 from tests.train.adapters import CPU, exactly, layers, load, logits, update

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.shared.examples import read_examples
 from stages.train import trainable
 from stages.train.checkpoints import claim

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 from stages.train import processes
 from stages.train.interruption import Interruption
 from stages.train.processes import Processes

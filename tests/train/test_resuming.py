@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from stages.shared import files
+from stages.shared.core import files
 from tests import tiny, workspace
 from tests.workspace import Workspace
 

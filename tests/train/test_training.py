@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.shared import files, models, scoring
-from stages.shared.errors import UserError
+from stages.shared import models, scoring
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from stages.shared.examples import read_examples
 from stages.shared.precision import DTYPES
 from tests import tiny
@@ -98,7 +99,7 @@ def test_the_same_parameters_give_the_same_bytes(tmp_path: Path, data: Path) -> 
 def test_a_step_has_one_gradient_however_it_is_divided(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.shared import machine
+    from stages.shared.core import machine
 
     norms = []
     for tokens, workers in (("1", "1"), ("64", "1"), ("4096", "1"), ("4096", "2"), ("30", "3")):

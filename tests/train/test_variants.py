@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from stages.shared import files, machine, models, precision
-from stages.shared.errors import UserError
+from stages.shared import models, precision
+from stages.shared.core import files, machine
+from stages.shared.core.errors import UserError
 from stages.shared.precision import autocast
 from stages.train import masters, trainable
 from stages.train.checkpoints import claim

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from stages.shared import errors, files
-from stages.shared.errors import UserError
+from stages.shared.core import errors, files
+from stages.shared.core.errors import UserError
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dotenv import dotenv_values
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,12 @@ import yaml
 
 from stages.evaluate.settings import Params as EvaluateParams
 from stages.merge.settings import Params as MergeParams
-from stages.shared import params
-from stages.shared.errors import UserError
+from stages.shared.core import params
+from stages.shared.core.errors import UserError
 from stages.train.settings import Params as TrainParams
 from tests import workspace
 
-DEFAULTS = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+DEFAULTS = yaml.safe_load((Path(__file__).parents[3] / "params.yaml").read_text())
 
 
 def mistake(schema: type[params.Section], section: str, **changes: Any) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.shared.errors import UserError
+from stages.shared.core.errors import UserError
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
-from stages.shared import importing
-from stages.shared.errors import UserError
+from stages.shared.core import progress
+from stages.shared.core.errors import UserError
 
 FILE = Path("params.yaml")
 NUMBERS = ("a valid number", "a valid integer")  # as pydantic calls them
@@ -50,7 +50,7 @@ def load(schema: type[P], stage: str) -> P:
         UserError: a key is unknown, missing, of a wrong type or out of range; or DVC cannot read
             any.
     """
-    with importing.quickly():  # half a second that the unit tests of a schema need not pay
+    with progress.quick_imports():  # half a second that the unit tests of a schema need not pay
         import dvc.api  # noqa: PLC0415
         from dvc.exceptions import DvcException  # noqa: PLC0415
 
@@ -70,7 +70,7 @@ def load(schema: type[P], stage: str) -> P:
 
 def _schemas() -> Iterator[type[BaseModel]]:
     """Of every stage that keeps its parameters in a module of their own."""
-    stages = Path(__file__).parents[1]
+    stages = Path(__file__).parents[2]
     for path in sorted([*stages.glob("*/config.py"), *stages.glob("*/settings.py")]):
         yield importlib.import_module(f"stages.{path.parent.name}.{path.stem}").Params
 

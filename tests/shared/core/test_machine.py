@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared import machine
-from stages.shared.errors import UserError
+from stages.shared.core import machine
+from stages.shared.core.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from stages.shared import importing
+from stages.shared.core import progress
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -12,7 +12,7 @@ def test_what_a_block_makes_is_not_looked_at_and_the_collector_is_as_it_was(enab
     before, frozen = gc.isenabled(), gc.get_freeze_count()
     (gc.enable if enabled else gc.disable)()
     try:
-        with importing.quickly():
+        with progress.quick_imports():
             assert not gc.isenabled()
             made: list[list[int]] = [[] for _ in range(1000)]
         assert gc.isenabled() == enabled
