@@ -8,7 +8,7 @@ against real steps.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from stages.shared import instants, memory, step, uncalibrated, workspace
+from stages.shared import instants, memory, step_phases, uncalibrated, workspace
 from stages.shared.fused_instants import Attention
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
@@ -54,7 +54,7 @@ def predict(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
         tuning = replace(tuning, fusing=False)
         instant, low, parts = _of_unknown_blocks(model, tuning, batch)
     else:
-        found = step.instants_of(model, tuning, batch)
+        found = step_phases.instants_of(model, tuning, batch)
         instant, parts = max(found, key=lambda instant: sum(instant[1].values()))
         low = sum(parts.values())
     lowest_bytes = sum(kept.values()) + low
@@ -79,7 +79,7 @@ def evaluation(model: Model, tuning: Tuning, batch: MicroBatch) -> Prediction:
     if model.block is None:
         return predict(model, replace(tuning, gradient_checkpointing=True), batch)
     flow, n = tuning.flow, batch.tokens
-    saved = step.saved_by_blocks(model, tuning)
+    saved = step_phases.saved_by_blocks(model, tuning)
     matrix = workspace.dequantized_bytes(saved.block.largest_matrix, tuning)
     around = workspace.input_bytes(model, tuning, batch) + 2 * flow.stream * model.hidden * n
     masters = tuning.adapter is None and tuning.rounds_masters

@@ -16,7 +16,7 @@ from benchmarks.training_step import (
     prepared_step,
     random_base,
 )
-from stages.shared import models, packing, peak, rooms, scoring, step
+from stages.shared import models, packing, peak, rooms, scoring, step_phases
 from stages.shared.adapter import adapter_of
 from stages.shared.architecture import model_of_config
 from stages.shared.workspace import micro_batch_of
@@ -90,7 +90,7 @@ def test_all_that_a_fused_step_saves_is_laid_into_the_room(bases, monkeypatch):
     described = model_of_config(bases["llama"] / "config.json")
     tuning = memory.tuning_of(setting, adapter_of(described.tensors, rank=8), "cpu")
     [together] = packing.split(micro_batch(setting, 500), setting.tokens)
-    stored = step.stored_bytes(described, tuning, micro_batch_of(together))
+    stored = step_phases.stored_bytes(described, tuning, micro_batch_of(together))
     assert found == 2 * [stored + 4 * setting.tokens]  # and the root of the last norm
 
 

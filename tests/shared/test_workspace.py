@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from stages.shared import instants, peak, step, workspace
+from stages.shared import instants, peak, step_phases, workspace
 from stages.shared.adapter import Adapter, adapter_of
 from stages.shared.blocks import LINEAR, Block, Flow, Saved
 from stages.shared.tensors import Tensor
@@ -43,7 +43,7 @@ def test_the_gradient_of_a_tied_head_waits_for_the_embedding_and_both_are_added_
 
 
 def test_the_waiting_gradient_stands_in_the_backward_pass_of_blocks_and_not_in_the_forward():
-    found = list(step.instants_of(SMOLLM2, FULL, MicroBatch(16, 8)))
+    found = list(step_phases.instants_of(SMOLLM2, FULL, MicroBatch(16, 8)))
     matrices = 2 * 106_168_320  # copies of autocast
     head = 2 * HEAD
     assert dict(found)["loss"]["workspace"] == matrices + head
@@ -82,10 +82,10 @@ def test_the_mask_of_a_packed_row_of_32768_tokens_is_a_gibibyte_that_the_fused_s
 def test_checkpointing_stores_the_input_of_each_block_and_what_int8_products_keep_anyway():
     batch = MicroBatch(1000, 500)
     checkpointed = replace(QLORA, gradient_checkpointing=True)
-    assert step.stored_bytes(SMOLLM2, checkpointed, batch) == 1000 * 30 * 2 * 576
+    assert step_phases.stored_bytes(SMOLLM2, checkpointed, batch) == 1000 * 30 * 2 * 576
     int8 = replace(checkpointed, precision="int8")
     kept = 2 * 2 * 576 + 2 * (576 + 1536)
-    assert step.stored_bytes(SMOLLM2, int8, batch) == 1000 * 30 * (2 * 576 + kept)
+    assert step_phases.stored_bytes(SMOLLM2, int8, batch) == 1000 * 30 * (2 * 576 + kept)
 
 
 def test_an_int8_product_keeps_its_input_through_its_backward_pass_unless_it_was_recomputed():
