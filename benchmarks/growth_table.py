@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.page import PAGE, put
+from benchmarks.pictures import COLORS, picture
 from stages.shared.core import files
-from stages.shared.pictures import COLORS, picture
 
 RESULTS = Path("benchmarks/results/growth.json")
 PICTURE = Path("docs/pictures/growth_cost.svg")

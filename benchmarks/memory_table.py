@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from benchmarks.pictures import COLORS, picture
 from benchmarks.training_step import Measured, Setting
 from stages.shared.core import files
 from stages.shared.peak import Prediction
-from stages.shared.pictures import COLORS, picture
 
 PAGE = Path("docs/memory.md")
 PICTURE = Path("docs/pictures/memory.svg")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.pictures import COLORS, picture
 from benchmarks.training_cuda_table import Result
 from stages.shared.fitting import GIB
-from stages.shared.pictures import COLORS, picture
 
 PICTURE = Path("docs/pictures/performance_cuda.svg")
 WHO = ("ours", "trl", "unsloth")

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.pictures import COLORS, picture
 from benchmarks.training_figures import Comparison, Spread
-from stages.shared.pictures import COLORS, picture
 
 GB = 1e9
 GRAY = "#8a8f98"

@@ -200,8 +200,15 @@ def test_paths_in_the_code_are_dependencies_and_outs(stage: str) -> None:
     for literal in literals:
         assert any(related(literal, p) for p in everything), f"{literal} is not in dvc.yaml"
     for path in named:
-        if path not in {"${data.path}", "params.yaml"}:
+        if path not in {"${data.path}", "params.yaml", "matplotlibrc"}:
             assert any(related(literal, path) for literal in literals), f"{path} is not in the code"
+
+
+@pytest.mark.parametrize("stage", declared())
+def test_stages_that_draw_depend_on_the_style(stage: str) -> None:
+    """Matplotlib reads ./matplotlibrc when it is imported."""
+    sources = "".join(file.read_text() for file in reached_from(entry_of(stage)))
+    assert ("matplotlibrc" in paths(declared()[stage]["deps"])) == ("matplotlib" in sources)
 
 
 def test_no_value_of_params_yaml_stands_in_a_command() -> None:

@@ -11,7 +11,15 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-_COPIED = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml")
+_COPIED = (
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvcignore",
+    ".gitignore",
+    "dvc.yaml",
+    "matplotlibrc",
+    "params.yaml",
+)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from stages.plan.growth import Growth
 from stages.plan.techniques import CARDS_GIB
+from stages.shared.core import files
 from stages.shared.fitting import GIB
-from stages.shared.pictures import COLORS, picture
 
 PARTS = {
     "weights": ("weights_bytes",),
@@ -21,7 +22,7 @@ PARTS = {
     "logits, workspace": ("logits_bytes", "workspace_bytes"),
 }
 IN_SIGHT = 0.05, 1.2  # cards from and up to these shares of the longest bar have a line
-GRAY = "#8a8f98"
+GRAY = "C5"
 
 
 def draw(
@@ -38,19 +39,19 @@ def draw(
         tokens: of the micro-batch that the bars are for.
         path: of the file.
     """
-    with picture(path, width=9.0, height=4.4 + 0.36 * len(techniques)) as figure:
-        rows = figure.subplot_mosaic(
-            [["bars"] * 3, ["0", "1", "2"]],
-            height_ratios=[1.2 + 0.36 * len(techniques), 2.6],
-        )
-        _bars(rows["bars"], techniques, tokens)
-        for index, one in enumerate(growth):
-            _lines(rows[str(index)], one)
-        rows["0"].set_ylabel("peak, GB")
-        handles, labels = rows["0"].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8
-        )
+    figure = Figure(figsize=(9.0, 4.4 + 0.36 * len(techniques)))
+    rows = figure.subplot_mosaic(
+        [["bars"] * 3, ["0", "1", "2"]],
+        height_ratios=[1.2 + 0.36 * len(techniques), 2.6],
+    )
+    _bars(rows["bars"], techniques, tokens)
+    for index, one in enumerate(growth):
+        _lines(rows[str(index)], one)
+    rows["0"].set_ylabel("peak, GB")
+    handles, labels = rows["0"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    with files.whole_file(path) as partial:
+        figure.savefig(partial, format="svg", metadata={"Date": None})
 
 
 def _bars(axes: Axes, techniques: Mapping[str, Mapping[str, Any]], tokens: int) -> None:
@@ -58,9 +59,9 @@ def _bars(axes: Axes, techniques: Mapping[str, Mapping[str, Any]], tokens: int) 
     unit, scale = ("GB", 1e9) if longest >= 1e10 else ("MB", 1e6)
     names = list(techniques)
     left = [0.0] * len(names)
-    for color, (label, fields) in zip(COLORS, PARTS.items(), strict=True):
+    for index, (label, fields) in enumerate(PARTS.items()):
         widths = [sum(way[field] for field in fields) / scale for way in techniques.values()]
-        axes.barh(names, widths, left=left, color=color, label=label, height=0.62)
+        axes.barh(names, widths, left=left, color=f"C{index}", label=label, height=0.62)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, (total, way) in enumerate(zip(left, techniques.values(), strict=True)):
         figure = f"{total:,.0f}" if total >= 100 else f"{total:.3g}"
@@ -100,7 +101,7 @@ def _lines(axes: Axes, growth: Growth) -> None:
             growth.values,
             [size / 1e9 for size in peaks],
             label=name,
-            color=COLORS[index % 2],
+            color=f"C{index % 2}",
             linestyle="-" if index < 2 else "--",
             marker="o",
             markersize=2.5,

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from stages.quantize import levels
 from stages.quantize.comparison import Comparison
-from stages.shared.pictures import COLORS, picture
+from stages.shared.core import files
 
 BINS = 120
 LABELS = {
@@ -29,26 +30,28 @@ def draw(path: Path, name: str, weight: torch.Tensor, comparison: Comparison) ->
     fractions = levels.normalized(levels.blocks(weight)).flatten()
     density = torch.histc(fractions.cpu(), bins=BINS, min=-1, max=1) / len(fractions) * BINS / 2
     edges = torch.linspace(-1, 1, BINS + 1)
-    colors = dict(zip(LABELS, COLORS, strict=False))
+    colors = {kind: f"C{index}" for index, kind in enumerate(LABELS)}
     ranked = sorted(LABELS, key=lambda kind: comparison.errors[kind])
     positions = levels.four_bit_levels(comparison.clip)
-    with picture(path, width=9.0, height=4.8) as figure:
-        top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        top.stairs(density.numpy(), edges.numpy(), fill=True, color=COLORS[-1], alpha=0.45)
-        top.set_title(f"Four bits for {name.removesuffix('.weight')}", loc="left")
-        top.set_ylabel("density of its weights")
-        below.set_ylabel("levels")
-        top.tick_params(labelbottom=False)
-        for row, kind in enumerate(ranked):
-            below.eventplot(
-                positions[kind],
-                lineoffsets=-row,
-                linelengths=0.6,
-                linewidths=2,
-                color=colors[kind],
-                label=f"{LABELS[kind]}: {comparison.errors[kind]:.2%}",
-            )
-        below.set_yticks([-row for row in range(len(ranked))], [LABELS[kind] for kind in ranked])
-        below.grid(visible=False, axis="y")
-        below.set_xlabel("weight, as a fraction of the largest magnitude in its block of 64")
-        figure.legend(title="relative error,\nwhole model", loc="outside right upper")
+    figure = Figure(figsize=(9.0, 4.8))
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    top.stairs(density.numpy(), edges.numpy(), fill=True, color="C5", alpha=0.45)
+    top.set_title(f"Four bits for {name.removesuffix('.weight')}", loc="left")
+    top.set_ylabel("density of its weights")
+    below.set_ylabel("levels")
+    top.tick_params(labelbottom=False)
+    for row, kind in enumerate(ranked):
+        below.eventplot(
+            positions[kind],
+            lineoffsets=-row,
+            linelengths=0.6,
+            linewidths=2,
+            color=colors[kind],
+            label=f"{LABELS[kind]}: {comparison.errors[kind]:.2%}",
+        )
+    below.set_yticks([-row for row in range(len(ranked))], [LABELS[kind] for kind in ranked])
+    below.grid(visible=False, axis="y")
+    below.set_xlabel("weight, as a fraction of the largest magnitude in its block of 64")
+    figure.legend(title="relative error,\nwhole model", loc="outside right upper")
+    with files.whole_file(path) as partial:
+        figure.savefig(partial, format="svg", metadata={"Date": None})

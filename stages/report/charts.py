@@ -1,14 +1,13 @@
 """Pictures for the page: the loss curve, drawn here, and those that other stages drew."""
 
+import io
 import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from stages.shared.core.errors import UserError
-from stages.shared.pictures import COLORS, picture
 
 ACTIVE = re.compile(r"<script|<foreignobject|<iframe|\son\w+\s*=|javascript:", re.IGNORECASE)
 
@@ -20,33 +19,21 @@ def loss_curve(curve: Sequence[dict[str, float | None]], best_step: int | None) 
         curve: the rows of loss.csv; a cell that is None was not measured.
         best_step: whose weights were kept.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "loss.svg"
-        with picture(path, width=8.0, height=3.6) as figure:
-            axes = figure.subplots()
-            axes.plot(
-                *_series(curve, "loss"), color=COLORS[0], linewidth=1.2, label="training, each step"
-            )
-            axes.plot(
-                *_series(curve, "eval_loss"),
-                color=COLORS[1],
-                linewidth=1.8,
-                marker="o",
-                markersize=5,
-                label="held-out",
-            )
-            if best_step is not None:
-                axes.axvline(
-                    best_step,
-                    color=COLORS[5],
-                    linewidth=1,
-                    linestyle="--",
-                    label=f"kept: step {best_step}",
-                )
-            axes.set_xlabel("optimizer step")
-            axes.set_ylabel("loss, nats a supervised token")
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
-        return path.read_text(encoding="utf-8")
+    figure = Figure(figsize=(8.0, 3.6))
+    axes = figure.subplots()
+    axes.plot(*_series(curve, "loss"), linewidth=1.2, label="training, each step")
+    axes.plot(
+        *_series(curve, "eval_loss"), linewidth=1.8, marker="o", markersize=5, label="held-out"
+    )
+    if best_step is not None:
+        kept = f"kept: step {best_step}"
+        axes.axvline(best_step, color="C5", linewidth=1, linestyle="--", label=kept)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss, nats a supervised token")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    return svg.getvalue()
 
 
 def _series(
