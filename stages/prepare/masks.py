@@ -8,14 +8,19 @@ from stages.shared.encoded import Joined
 from stages.shared.templates import Span
 
 
-def learnt(joined: Joined, spans: Sequence[Sequence[Span]]) -> np.ndarray:
+def learnt(
+    joined: Joined, spans: Sequence[Sequence[Span]], excluded: Sequence[Sequence[Span]] = ()
+) -> np.ndarray:
     """Which tokens hold a character of what is learnt, bool [tokens].
 
     Args:
         joined: the tokens of a batch.
         spans: of each text what is learnt of it. Its first token never is: nothing predicts it.
+        excluded: of each text what is not, even where a token holds both.
     """
     mask = joined.tokens.holding(joined.spans(spans))
+    if any(excluded):
+        mask &= ~joined.tokens.holding(joined.spans(excluded))
     firsts = joined.edges[:-1]
     mask[firsts[firsts < len(mask)]] = False  # a last text may have no tokens at all
     return mask

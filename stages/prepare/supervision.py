@@ -115,7 +115,8 @@ class Supervisor:
         usable = _usable(batch, Tokenized)
         encoded = [_first(one.encoded, self._max_length) for one in usable]
         joined = join([one.text.rendered.text for one in usable], encoded)
-        learnt = masks.learnt(joined, [self._spans(one) for one in usable])
+        excluded = [_without_weight(one.text) for one in usable]
+        learnt = masks.learnt(joined, [self._spans(one) for one in usable], excluded)
         control = encoding.control_tokens(self._tokenizer, joined)
         made = map(
             self._supervised,
@@ -129,6 +130,10 @@ class Supervisor:
 
     def _render(self, messages: list[Message], *, whole: bool = True) -> Text | Unusable:
         try:
+            if self._train_on != "all" and not self._has_weight(messages):
+                return Unusable(
+                    f"no reply that prepare.train_on = {self._train_on} takes has weight"
+                )
             if (problem := self._template.problem_with(messages)) is not None:
                 return Unusable(problem)
             return Text(messages, self._template.render(messages), whole)
@@ -141,6 +146,10 @@ class Supervisor:
             return None
         messages, kept = one.text.messages, messages_that_fit(one, self._max_length)
         return None if kept == len(messages) else self._render(messages[:kept], whole=False)
+
+    def _has_weight(self, messages: list[Message]) -> bool:
+        replies = [message for message in messages if message["role"] == "assistant"]
+        return any("weight" not in m for m in replies[-1 if self._train_on == "last" else 0 :])
 
     def _spans(self, one: Tokenized) -> Sequence[Span]:
         rendered = one.text.rendered
@@ -182,6 +191,16 @@ def messages_that_fit(one: Tokenized, max_length: int) -> int:
         if _tokens_until(one.encoded, end) <= max_length
     ]
     return (fit or replies[:1])[-1] + 1
+
+
+def _without_weight(text: Text) -> list[Span]:
+    """The messages of weight 0: of a reply with all that the model has to write."""
+    replies = iter(text.rendered.replies)
+    spans = [
+        next(replies) if message["role"] == "assistant" else content
+        for message, content in zip(text.messages, text.rendered.contents, strict=True)
+    ]
+    return [span for span, m in zip(spans, text.messages, strict=True) if "weight" in m]
 
 
 def _usable(batch: Sequence[T | Unusable], kind: type[T]) -> list[T]:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from json.encoder import encode_basestring
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 Role = Literal["system", "user", "assistant"]
 
@@ -17,6 +17,7 @@ class Message(TypedDict):
 
     role: Role
     content: str
+    weight: NotRequired[Literal[0]]  # it stays in the context, and no token of it is supervised
 
 
 def normalize(content: str) -> str:
@@ -31,10 +32,14 @@ def normalize(content: str) -> str:
 def conversation_id(messages: list[Message]) -> str:
     """SHA-256 (64 hex digits) of the normalized messages.
 
-    Of the JSON `[[role, content], ...]` without white space and with no more escapes than it needs;
-    put together here, since an encoder made for each costs more than all the rest.
+    Of the JSON `[[role, content], ...]`, or `[role, content, 0]` for a message of weight 0, without
+    white space and with no more escapes than it needs; put together here, since an encoder made for
+    each costs more than all the rest.
     """
-    turns = ",".join(f'["{m["role"]}",{encode_basestring(m["content"])}]' for m in messages)
+    turns = ",".join(
+        f'["{m["role"]}",{encode_basestring(m["content"])}{",0" if "weight" in m else ""}]'
+        for m in messages
+    )
     return hashlib.sha256(f"[{turns}]".encode()).hexdigest()
 
 

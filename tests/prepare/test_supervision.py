@@ -70,6 +70,31 @@ def test_bytes_are_those_of_the_learnt_text(
     assert found.text_bytes == len(text.encode())
 
 
+@pytest.mark.parametrize("template", ["chatml", "guanaco", "llama2"])
+def test_weight_0_stays_in_the_context(template: str) -> None:
+    plain, flagged = PLAIN["two exchanges"], [*PLAIN["two exchanges"]]
+    flagged[1] = {**flagged[1], "weight": 0}
+    for train_on, only in (("assistant", "last"), ("last", "last")):
+        found = accepted(supervise(flagged, template, train_on))
+        expected = accepted(supervise(plain, template, only))
+        assert show(found) == show(expected)
+        assert found.text_bytes == expected.text_bytes
+    whole, found = (accepted(supervise(m, template, "all")) for m in (plain, flagged))
+    replies = accepted(supervise(plain[:2], template)).loss_mask
+    without = whole.loss_mask.copy()
+    without[: len(replies)] &= ~replies
+    without[len(replies) - 1] = found.loss_mask[len(replies) - 1]  # what ends the turn is text
+    assert found.loss_mask.tolist() == without.tolist()
+
+
+def test_replies_without_weight_are_rejected() -> None:
+    flagged: list[Message] = [user("two"), {"role": "assistant", "content": "2", "weight": 0}]
+    assert "has weight" in str(supervise(flagged))
+    mixed = [*PLAIN["one exchange"], *flagged]
+    assert "has weight" in str(supervise(mixed, train_on="last"))
+    assert accepted(supervise(mixed)).supervised_tokens == 3
+
+
 def test_bytes_of_characters_that_the_vocabulary_lacks() -> None:
     tokenizer = vocabularies.spaced()
     found = accepted(supervise([user("two"), assistant("four 😀é")], "llama2", tokenizer=tokenizer))
