@@ -6,12 +6,12 @@ Writes: reports/evaluate/<variant>.json, reports/answers/<variant>.json
 Run:    python -m stages.evaluate base | quantized | adapter | merged
 """
 
-import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from stages.evaluate.settings import Params
 from stages.shared.core import files, params, progress
-from stages.shared.core.errors import UserError, run
+from stages.shared.core.errors import run
 
 PREPARED = Path("data/prepared")
 TOKENIZER = Path("models/tokenizer")
@@ -26,14 +26,14 @@ METRICS = Path("reports/evaluate")
 ANSWERS = Path("reports/answers")
 
 
-def main() -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """The variant to evaluate, dvc.yaml's `evaluate@<variant>`."""
+    parser.add_argument("variant", choices=MODELS)
+
+
+def main(options: Namespace) -> None:
     """Read, score, answer, write."""
-    variant = sys.argv[1] if len(sys.argv) == 2 else ""
-    if variant not in MODELS:
-        raise UserError(
-            f"the variant is {variant!r}; expected one of {', '.join(MODELS)}; "
-            "run `dvc repro evaluate@base`, or `python -m stages.evaluate base`"
-        )
+    variant = options.variant
     settings = params.load(Params, f"evaluate@{variant}")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
     with progress.quick_imports():
@@ -47,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, add_options)

@@ -10,8 +10,8 @@ nothing is measured, and nothing of this machine is looked at. What this machine
 it takes is only printed, and not under DVC. With any option these files are not written.
 """
 
-import argparse
 import os
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from stages.plan import named
@@ -27,19 +27,16 @@ PICTURE = Path("reports/plan.svg")
 LARGEST = 10**9  # of what an option can be: beyond it, what is counted has no numbers
 
 
-def arguments() -> argparse.Namespace:
-    """The command line; without any, this is the stage."""
-    parser = argparse.ArgumentParser(prog="python -m stages.plan", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def add_options(parser: ArgumentParser) -> None:
+    """Another model, budget or length; without any of them, this is the stage."""
     known = f"a folder with a config.json, such a file, or: {named.names()}"
     parser.add_argument("--model", help=known)
     parser.add_argument("--budget", type=float, help="GiB; this machine's memory if left out")
     parser.add_argument("--max-length", type=int, help="tokens of the longest conversation")
     parser.add_argument("--picture", type=Path, help="where to draw the plan, as SVG")
-    return parser.parse_args()
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: Namespace) -> None:
     """Refuse numbers that no machine and no conversation has.
 
     Raises:
@@ -64,9 +61,8 @@ def data_of(max_length: int | None, batch_size: int) -> Data:
     return Data(batch_size, tokens, tokens - batch_size, max_length)
 
 
-def main() -> None:
+def main(options: Namespace) -> None:
     """Count, write, draw, print."""
-    options = arguments()
     check(options)
     values = params.load(Params, "plan")
     config = named.config_path(options.model)
@@ -91,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, add_options)

@@ -1,10 +1,15 @@
-"""How a stage ends when its input is at fault: one line, a non-zero exit, no traceback."""
+"""Errors of the user's, and how a command begins and ends: `--help`, one line, an exit code."""
 
 import errno
 import signal
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from types import FrameType
+from io import TextIOWrapper
+from itertools import takewhile
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import NoReturn
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -29,16 +34,28 @@ class _Terminated(BaseException):
     """SIGTERM; no `Exception`, so that nothing on its way takes it for a fault of its own."""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main()`.
+def run(
+    main: Callable[..., None], add_options: Callable[[ArgumentParser], object] | None = None
+) -> None:
+    """Run the `main()` of a stage or a tool, whose module is the command.
 
-    A `UserError`, a missing file and a fault of the disk become one line on stderr and exit code 1;
-    anything else is a bug of ours and keeps its traceback. SIGTERM, which would end Python on the
-    spot, ends it as Ctrl-C does: what is half written is removed.
+    `--help` prints the module's docstring and its sections of params.yaml; an argument that the
+    command does not take is refused. Neither runs anything. A `UserError`, a missing file and a
+    fault of the disk become one line on stderr and exit code 1; anything else is a bug of ours and
+    keeps its traceback. SIGTERM, which would end Python on the spot, ends it as Ctrl-C does: what
+    is half written is removed.
+
+    Args:
+        main: called with the parsed options where there are any to add, else with nothing.
+        add_options: adds the command's arguments to a parser.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 ends no stage
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        main()
+        options = _parse(sys.modules[main.__module__], add_options)
+        main(*([options] if add_options else []))
     except UserError as error:
         _exit_with(str(error))
     except FileNotFoundError as error:
@@ -62,6 +79,43 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}. `{self.prog} --help` says what it takes.")
+
+
+def _parse(
+    module: ModuleType, add_options: Callable[[ArgumentParser], object] | None
+) -> Namespace | None:
+    """The command line; None where another module, a test for one, calls `run`."""
+    if module.__name__ != "__main__":
+        return None
+    name = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else "stages"
+    schema = getattr(module, "Params", None)
+    sections = [_section(name) for name in schema.model_fields] if schema else []
+    parser = _Parser(
+        prog=f"python -m {name}",
+        description=(module.__doc__ or "").strip(),
+        epilog="\n\n".join(["parameters, in params.yaml:", *sections] if sections else []),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if add_options:
+        add_options(parser)
+    return parser.parse_args()
+
+
+def _section(name: str) -> str:
+    """A section of params.yaml as it stands there, its comments included."""
+    path = Path("params.yaml")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    starts = [i for i, line in enumerate(lines) if line.startswith(f"{name}:")]
+    if not starts:
+        return f"{name}:"
+    body = takewhile(lambda line: line.startswith(" "), lines[starts[0] + 1 :])
+    return "\n".join([lines[starts[0]], *body])
 
 
 def _of_the_disk(error: OSError) -> str:

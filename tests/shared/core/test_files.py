@@ -1,17 +1,11 @@
-"""Files are whole or not there, and a full disk is one line."""
+"""Files are whole or not there."""
 
-import errno
-import os
-import signal
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import SafetensorError
 
-from stages.shared.core import errors, files
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 
 
@@ -64,78 +58,3 @@ def test_too_little_room_is_told_before_writing(
     files.require_space(tmp_path / "not" / "there", 1000, "the model")
     with pytest.raises(UserError, match=r"0\.00 GB are free; the model needs 2\.00 GB"):
         files.require_space(tmp_path, 2 * 10**9, "the model")
-
-
-def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def write() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "models/adapter")
-
-    with pytest.raises(SystemExit) as stop:
-        errors.run(write)
-    assert stop.value.code == 1
-    assert capsys.readouterr().err == (
-        "error: models/adapter: no room on the disk; free some space and run `dvc repro` again\n"
-    )
-
-
-def _torch_save() -> None:
-    with Path("/dev/full").open("wb") as file:
-        torch.save({"weights": torch.zeros(1 << 20)}, file)
-
-
-def _save_file() -> None:
-    """As safetensors says it; it puts a new file in the place of any device."""
-    raise SafetensorError(
-        "Error while serializing: I/O error: No space left on device (os error 28)"
-    )
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is full")
-@pytest.mark.parametrize("write", [_torch_save, _save_file])
-def test_a_disk_that_fills_up_while_tensors_are_written_is_one_line(
-    write: Callable[[], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        errors.run(write)
-    assert stop.value.code == 1
-    [line] = capsys.readouterr().err.splitlines()
-    assert "no room on the disk; free some space" in line
-
-
-def test_a_place_that_cannot_be_written_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-
-    def write() -> None:
-        (tmp_path / "file" / "a").write_text("x")
-
-    with pytest.raises(SystemExit):
-        errors.run(write)
-    [line] = capsys.readouterr().err.splitlines()
-    assert "file/a: Not a directory; expected a place" in line
-
-
-def test_sigterm_removes_what_is_half_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def write() -> None:
-        with files.whole_folder(tmp_path / "out") as partial:
-            (partial / "a").write_text("half")
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stop:
-        errors.run(write)
-    assert stop.value.code == 143
-    assert capsys.readouterr().err == "stopped by SIGTERM\n"
-    assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_bug_keeps_its_traceback() -> None:
-    def fail() -> None:
-        raise KeyError("ours")
-
-    with pytest.raises(KeyError):
-        errors.run(fail)

@@ -122,4 +122,4 @@ def test_a_stage_without_its_input_says_what_writes_it(tmp_path: Path) -> None:
 def test_an_unknown_variant_is_refused(tmp_path: Path) -> None:
     done = workspace.make(tmp_path).stage("evaluate", "best")
     assert done.returncode == 1
-    assert "expected one of base, quantized, adapter, merged" in done.stderr
+    assert "invalid choice: 'best' (choose from 'base', 'quantized', 'adapter'" in done.stderr

@@ -1,0 +1,148 @@
+"""How a command begins and ends: help, arguments, one line, an exit code."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from stages.shared.core import errors, files
+from tests import workspace
+from tests.test_contract import ROOT, STAGE_FOLDERS, declared, python_files
+from tests.workspace import Workspace
+
+TOOLS = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for file in python_files(ROOT / "stages/tools")
+    if "__main__" in file.read_text()
+)
+COMMANDS = [*(f"stages.{folder}" for folder in STAGE_FOLDERS), *TOOLS]
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return workspace.make(tmp_path_factory.mktemp("commands") / "space")
+
+
+def contents(space: Workspace) -> set[Path]:
+    return {p for p in space.root.rglob("*") if ".git" not in p.parts}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_unknown_arguments_run_nothing(space: Workspace, command: str) -> None:
+    before = contents(space)
+    shown = space.run(sys.executable, "-m", command, "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    refused = space.run(sys.executable, "-m", command, "--no-such", "x")
+    assert refused.returncode == 1
+    [line] = refused.stderr.splitlines()
+    assert line.startswith(f"error: python -m {command}: ")
+    assert contents(space) == before
+    if command not in TOOLS:
+        stage = next(body for name, body in declared().items() if command[7:] == name.split("@")[0])
+        assert "Reads:" in shown.stdout and "Writes:" in shown.stdout
+        values = yaml.safe_load((space.root / "params.yaml").read_text())
+        for section in stage["params"]:
+            assert f"\n{section}:" in shown.stdout
+            assert all(f"\n  {key}:" in shown.stdout for key in values[section])
+
+
+def test_what_a_terminal_cannot_show_is_replaced(space: Workspace) -> None:
+    script = r"""
+from stages.shared.core import progress
+from stages.shared.core.errors import UserError, run
+def main():
+    with progress.bar(total=2, desc="\u2192 caf\u00e9", unit="row") as bar:
+        bar.update()
+    print("loss 1 \u2192 2, \udcff")
+    raise UserError("\u65e5\u672c.jsonl: not there")
+run(main)
+"""
+    environments = ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {})
+    for environment in environments:
+        done = space.run(sys.executable, "-c", script, env=environment)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert done.stdout.startswith("loss 1 ")
+        assert "jsonl: not there" in done.stderr
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "models/adapter")
+
+    with pytest.raises(SystemExit) as stop:
+        errors.run(write)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: models/adapter: no room on the disk; free some space and run `dvc repro` again\n"
+    )
+
+
+def _torch_save() -> None:
+    with Path("/dev/full").open("wb") as file:
+        torch.save({"weights": torch.zeros(1 << 20)}, file)
+
+
+def _save_file() -> None:
+    """As safetensors says it; it puts a new file in the place of any device."""
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is full")
+@pytest.mark.parametrize("write", [_torch_save, _save_file])
+def test_a_disk_that_fills_up_while_tensors_are_written_is_one_line(
+    write: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        errors.run(write)
+    assert stop.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "no room on the disk; free some space" in line
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    def write() -> None:
+        (tmp_path / "file" / "a").write_text("x")
+
+    with pytest.raises(SystemExit):
+        errors.run(write)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "file/a: Not a directory; expected a place" in line
+
+
+def test_sigterm_removes_what_is_half_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        with files.whole_folder(tmp_path / "out") as partial:
+            (partial / "a").write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        errors.run(write)
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def fail() -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        errors.run(fail)
