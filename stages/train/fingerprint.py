@@ -11,7 +11,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-import stages.train
+from ruamel.yaml import YAML
+
 from stages.shared.core import files
 from stages.train.settings import Params
 
@@ -28,10 +29,11 @@ def versions() -> dict[str, str]:
 
 
 def code_sha256() -> str:
-    """One hash over the source files of this stage and of all that stages share."""
-    room = Path(next(iter(stages.train.__path__)))
-    sources = sorted([*room.rglob("*.py"), *(room.parent / "shared").rglob("*.py")])
-    named = [(path.relative_to(room.parent).as_posix(), files.sha256(path)) for path in sources]
+    """One hash over the code that dvc.yaml declares for `train`, which is what it imports."""
+    declared = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]["train"]["deps"]
+    code = [Path(name) for name in declared if name.startswith("stages/")]
+    sources = {p for path in code for p in (path.rglob("*.py") if path.is_dir() else [path])}
+    named = [(path.as_posix(), files.sha256(path)) for path in sorted(sources)]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 

@@ -12,7 +12,8 @@ from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.train import fingerprint as naming
 from stages.train.checkpoints import Checkpoints, claim
-from tests import tiny
+from tests import tiny, workspace
+from tests.test_contract import ROOT, declared_code, entry_of, python_files, reached_from
 from tests.train.running import settings, train_on
 
 HOW = {"micro_batch_tokens": 7}
@@ -199,9 +200,22 @@ def test_all_that_shapes_a_training_is_in_its_name(
     assert name() == name()
 
 
-def test_the_codes_hash_is_of_every_file_that_training_imports() -> None:
-    from tests.test_contract import entry_of, reached_from
-
-    room = Path(naming.__file__).parent
-    hashed = {*room.rglob("*.py"), *(room.parent / "shared").rglob("*.py")}
-    assert set(reached_from(entry_of("train"))) <= hashed
+def test_fingerprint_changes_with_the_code_that_train_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = workspace.make(tmp_path / "space")
+    monkeypatch.chdir(space.root)
+    before = naming.code_sha256()
+    imported = {f.relative_to(ROOT) for f in reached_from(entry_of("train"))}
+    others = {f.relative_to(ROOT) for f in python_files(ROOT / "stages")} - imported
+    assert imported and others
+    for file in sorted(others):
+        (space.root / file).write_text("# edited\n")
+    assert naming.code_sha256() == before
+    for name in declared_code("train"):
+        file = min(python_files(space.root / name))
+        assert file.relative_to(space.root) in imported
+        original = file.read_text()
+        file.write_text(original + "# edited\n")
+        assert naming.code_sha256() != before, file
+        file.write_text(original)
