@@ -1,9 +1,9 @@
-"""Pictures for the page: the loss curve, drawn here, and those that other stages drew."""
+"""Charts of the page: training history, drawn here, and SVG files of other stages, inlined."""
 
 import io
 import re
-from collections.abc import Sequence
 
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -12,60 +12,63 @@ from stages.shared.core.errors import UserError
 ACTIVE = re.compile(r"<script|<foreignobject|<iframe|\son\w+\s*=|javascript:", re.IGNORECASE)
 
 
-def loss_curve(curve: Sequence[dict[str, float | None]], best_step: int | None) -> str:
-    """Training and held-out loss against the optimizer step, the best step marked, as SVG.
+def training_history(history: pd.DataFrame, best_step: int | None) -> str:
+    """Loss, learning rate and gradient norm against the optimizer step, as SVG.
 
     Args:
-        curve: the rows of loss.csv; a cell that is None was not measured.
-        best_step: whose weights were kept.
+        history: the columns of loss.csv.
+        best_step: the step whose weights were kept, marked by a line.
     """
-    figure = Figure(figsize=(8.0, 3.6))
-    axes = figure.subplots()
-    axes.plot(*_series(curve, "loss"), linewidth=1.2, label="training, each step")
-    axes.plot(
-        *_series(curve, "eval_loss"), linewidth=1.8, marker="o", markersize=5, label="held-out"
-    )
+    figure = Figure(figsize=(8.0, 6.2))
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=[2.6, 1, 1])
+    training, held_out = _points(history, "loss"), _points(history, "eval_loss")
+    axes[0].plot(training, linewidth=1.2, label="training, each step")
+    # A line between two evaluations would show a course that nobody measured.
+    line = ":" if len(held_out) > 2 else "none"
+    axes[0].plot(held_out, linestyle=line, marker="o", markersize=5, label="held-out")
+    axes[0].set_ylabel("loss, nats a token")
+    axes[1].plot(_points(history, "learning_rate"), linewidth=1.2, color="C2")
+    axes[1].set_ylabel("learning rate")
+    axes[2].plot(_points(history, "gradient_norm"), linewidth=1.0, color="C3")
+    axes[2].set_ylabel("gradient norm")
+    axes[2].set_xlabel("optimizer step")
+    figure.align_ylabels(axes)
     if best_step is not None:
         kept = f"kept: step {best_step}"
-        axes.axvline(best_step, color="C5", linewidth=1, linestyle="--", label=kept)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats a supervised token")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+        for panel in axes:
+            panel.axvline(best_step, color="C5", linewidth=1, linestyle="--", label=kept)
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     return svg.getvalue()
 
 
-def _series(
-    curve: Sequence[dict[str, float | None]], column: str
-) -> tuple[list[float], list[float]]:
-    points = [(row.get("step"), row.get(column)) for row in curve]
-    known = [(x, y) for x, y in points if x is not None and y is not None]
-    return [x for x, _ in known], [y for _, y in known]
+def _points(history: pd.DataFrame, column: str) -> pd.Series:
+    """A column by step, where it was measured."""
+    if not {"step", column} <= set(history.columns):
+        return pd.Series(dtype=float)
+    return history.set_index("step")[column].dropna()
 
 
-def inline(svg: str, prefix: str, label: str) -> Markup:
-    """One of our own SVG files as an element of the page.
+def inline(svg: str, name: str, label: str) -> Markup:
+    """An SVG file of this pipeline as an element of the page.
 
-    Its ids get a prefix, since those of two figures are alike; its size is left to the page.
+    Its ids get a prefix, since those of two charts are alike; its size is left to the page.
 
     Args:
         svg: the file's text.
-        prefix: of its ids, unique on the page.
-        label: what a screen reader says.
+        name: of the stage that wrote it, and the prefix of the ids.
+        label: for screen readers.
 
     Raises:
         UserError: it is no SVG, or holds what could run or load something.
     """
     start, end = svg.find("<svg"), svg.rfind("</svg>")
     if start < 0 or end < 0 or ACTIVE.search(svg):
-        raise UserError(
-            f"reports/{prefix}.svg: not a plain picture; expected the SVG that `{prefix}` writes; "
-            f"run `dvc repro -f {prefix}`"
-        )
+        raise UserError(f"reports/{name}.svg: not a plain chart. Run `dvc repro -f {name}`.")
     body = re.sub(r"<metadata>.*?</metadata>", "", svg[start : end + len("</svg>")], flags=re.S)
-    body = re.sub(r'\bid="', f'id="{prefix}-', body)
-    body = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", body)
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'(href="#|url\(#)', rf"\1{name}-", body)
     head, _, rest = body.partition(">")
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     opening = Markup('{} role="img" aria-label="{}">').format(Markup(head), label)  # noqa: S704

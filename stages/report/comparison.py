@@ -1,124 +1,107 @@
-"""The four models side by side, and the three differences between them."""
+"""Comparison of the four variants: metrics, changes from one to the next, answers."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-METRICS = ("loss", "perplexity", "bits_per_byte", "exact_match", "stop_rate")
-LOWER_IS_BETTER = {"loss", "perplexity", "bits_per_byte"}
-DIFFERENCES = (
-    ("What quantization cost", "quantized", "base"),
-    ("What training gained", "adapter", "quantized"),
-    ("What merging cost", "merged", "adapter"),
-)
-# Metrics that are shares, and of how many replies.
-SHARES = {"exact_match": "answered_rows", "stop_rate": "generated_rows"}
+import numpy as np
+import pandas as pd
+
+from stages.report.formatting import number, percent, points, signed
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the comparison."""
+
+    label: str
+    show: Callable[[Any], str]
+    show_change: Callable[[Any], str]
+    sign: int  # of an improvement
+    count: str | None = None  # of a fraction, the metric that counts its replies
+
+
+METRICS = {
+    "loss": Metric("loss, nats", number, signed, -1),
+    "perplexity": Metric("perplexity", lambda x: number(x, 3), signed, -1),
+    "bits_per_byte": Metric("bits per byte", number, signed, -1),
+    "exact_match": Metric("exact match", percent, points, +1, "answered_rows"),
+    "stop_rate": Metric("stop rate", percent, points, +1, "generated_rows"),
+}
+COUNTS = {"tokens": "tokens scored", "conversations": "conversations"}
+CHANGES = {
+    "What quantization cost": ("quantized", "base"),
+    "What training gained": ("adapter", "quantized"),
+    "What merging cost": ("merged", "adapter"),
+}
 LANGUAGES = {"en": "English", "other": "Other languages"}
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One model's metrics minus another's.
+def metrics_table(evaluations: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Metrics by variant (rows), fp64; NaN where a variant has none."""
+    columns = [*METRICS, *COUNTS, *(m.count for m in METRICS.values() if m.count)]
+    table = pd.DataFrame.from_dict({v: dict(m) for v, m in evaluations.items()}, orient="index")
+    return table.reindex(index=list(evaluations), columns=columns).astype(float)
 
-    Attributes:
-        name: what it is the difference of.
-        later: the one model.
-        earlier: the other.
-        values: by metric; None where either has none.
-        noise: by metric, what a difference of two shares may be by chance.
+
+def language_tables(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
+    """`metrics_table` of each language that every variant has rows of."""
+    parts = {variant: metrics.get("by_language") or {} for variant, metrics in evaluations.items()}
+    common = [key for key in LANGUAGES if all(key in part for part in parts.values())]
+    return {LANGUAGES[k]: metrics_table({v: part[k] for v, part in parts.items()}) for k in common}
+
+
+def changes(table: pd.DataFrame) -> pd.DataFrame:
+    """Differences of metrics (columns) for each of `CHANGES` (rows), later minus earlier."""
+    rows = {
+        name: table.loc[later] - table.loc[earlier] for name, (later, earlier) in CHANGES.items()
+    }
+    return pd.DataFrame(rows).T[list(METRICS)]
+
+
+def noise(table: pd.DataFrame) -> pd.DataFrame:
+    """Twice the standard error of each of `changes`: 0 of what is no fraction.
+
+    As of two independent samples. The replies are to the same prompts, so it is rather less.
     """
-
-    name: str
-    later: str
-    earlier: str
-    values: dict[str, float | None]
-    noise: dict[str, float]
-
-
-def difference(later: float | None, earlier: float | None) -> float | None:
-    """`later - earlier`, or None where one of them is missing."""
-    return None if later is None or earlier is None else later - earlier
+    variance = pd.DataFrame(0.0, index=table.index, columns=list(METRICS))
+    for name, metric in METRICS.items():
+        if metric.count:
+            variance[name] = table[name] * (1 - table[name]) / table[metric.count]
+    variance = variance.fillna(0.0)
+    rows = {
+        n: variance.loc[later] + variance.loc[earlier] for n, (later, earlier) in CHANGES.items()
+    }
+    return 2 * np.sqrt(pd.DataFrame(rows).T)
 
 
-def differences(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
-    """What quantization cost, what training gained, what merging cost."""
-    return [
-        Difference(
-            name,
-            later,
-            earlier,
-            {
-                metric: difference(evaluations[later].get(metric), evaluations[earlier].get(metric))
-                for metric in METRICS
-            },
-            {m: noise(m, evaluations[later], evaluations[earlier]) for m in METRICS},
-        )
-        for name, later, earlier in DIFFERENCES
-    ]
-
-
-def noise(metric: str, *evaluations: Mapping[str, Any]) -> float:
-    """Twice the standard error of a difference of two shares; 0 of what is no share.
-
-    As of two independent draws: the replies are to the same prompts, so that it is rather less.
-    """
-    variance = 0.0
-    for found in evaluations:
-        share, count = found.get(metric), found.get(SHARES.get(metric, ""))
-        variance += share * (1 - share) / count if count and share is not None else 0.0
-    return float(2 * variance**0.5)
-
-
-def verdict(metric: str, change: float | None, noise: float = 0.0) -> str:
+def verdict(metric: str, change: float, noise: float = 0.0) -> str:
     """`better`, `worse`, or nothing for a change within the noise, or under a thousandth."""
-    if change is None or abs(change) < max(1e-3, noise):
+    if pd.isna(change) or abs(change) < max(1e-3, noise):
         return ""
-    return "better" if (change < 0) == (metric in LOWER_IS_BETTER) else "worse"
+    return "better" if change * METRICS[metric].sign > 0 else "worse"
 
 
-def by_language(
-    evaluations: Mapping[str, Mapping[str, Any]],
-) -> list[tuple[str, dict[str, Mapping[str, Any]]]]:
-    """(language, metrics by variant), for the languages that there are rows of."""
-    return [
-        (label, {v: metrics["by_language"][key] for v, metrics in evaluations.items()})
-        for key, label in LANGUAGES.items()
-        if all(key in (metrics.get("by_language") or {}) for metrics in evaluations.values())
-    ]
+def join_answers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Answers to each prompt by variant, joined by the prompt's text, in the prompts' order.
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """A fixed prompt and what each variant answered; None where one was not asked."""
-
-    messages: Sequence[Mapping[str, str]]
-    reference: str | None
-    expected: str | None
-    language: str | None
-    answers: dict[str, Mapping[str, Any] | None]
-
-
-def prompts(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Prompt]:
-    """The fixed prompts in their order, with all answers to each.
-
-    Variants are joined by what was asked, so that an answer never stands beside another question.
+    A variant that has no answer to a prompt is left out of its dictionary.
     """
-    asked: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
-    for variant, shown in answers.items():
-        times: Counter[str] = Counter()
-        for answer in shown:
-            question = repr(answer.get("prompt"))
-            asked.setdefault((question, times[question]), {})[variant] = answer
-            times[question] += 1  # two conversations may begin alike
-    return [
-        Prompt(
-            messages=first.get("prompt") or [],
-            reference=first.get("reference"),
-            expected=first.get("expected"),
-            language=first.get("language"),
-            answers={variant: given.get(variant) for variant in answers},
-        )
-        for given in asked.values()
-        for first in [next(iter(given.values()))]
-    ]
+    columns = {}
+    for variant, rows in answers.items():
+        frame = pd.DataFrame({"prompt": [repr(row.get("prompt")) for row in rows], "row": rows})
+        occurrence = frame.groupby("prompt").cumcount()  # two conversations may begin alike
+        columns[variant] = frame.set_index(["prompt", occurrence])["row"]
+    joined = pd.concat(columns, axis=1, sort=False)
+    return [row.dropna().to_dict() for _, row in joined.iterrows()]
+
+
+def is_wrong(prompt: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the merged model's answer is wrong."""
+    return prompt.get("merged", {}).get("correct") is False
+
+
+def select(prompts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The first `count` that the merged model answers wrongly, then the first `count` of all."""
+    wrong = [prompt for prompt in prompts if is_wrong(prompt)][:count]
+    return wrong + [prompt for prompt in prompts[:count] if prompt not in wrong]

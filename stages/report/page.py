@@ -1,16 +1,22 @@
-"""From sources to the two texts: every text from data, model or parameters is escaped."""
+"""Rendering of the page and the model card; every text from outside is escaped."""
 
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
-from stages.report import charts, comparison, graph, pipeline, wording
-from stages.report.origin import Origin, origin_of
+from stages.report import charts, comparison, formatting
+from stages.report.provenance import origin_of, provenance
 from stages.report.sources import VARIANTS, Sources
 
 TEMPLATES = Path(__file__).parent / "templates"
+# label.yaml: of a key of reports/*.json, its label, or [label, explanation].
+LABELS = yaml.safe_load((TEMPLATES / "labels.yaml").read_text(encoding="utf-8"))
+# Parts of the peak in plan.json, `<part>_bytes`; one that no technique has is left out.
+PARTS = ["weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace"]
 
 
 def environment() -> Environment:
@@ -19,103 +25,120 @@ def environment() -> Environment:
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=ChainableUndefined,
-        finalize=lambda item: wording.MISSING if wording.is_missing(item) else item,
+        finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.filters |= {
-        "number": wording.number,
-        "signed": wording.signed,
-        "percent": wording.percent,
-        "points": wording.points,
-        "size": wording.size,
-        "in_unit": wording.in_unit,
-        "value": wording.value,
-        "scientific": wording.scientific,
-        "yaml_value": wording.yaml_value,
-        "flat": wording.flat,
-        "label": wording.label,
-        "md": lambda text: Markup(wording.markdown(text)),  # noqa: S704  (escapes by itself)
-    }
-    env.globals |= {"verdict": comparison.verdict}
+    filters = "number signed percent points size value words scientific yaml_value flat"
+    env.filters |= {name: getattr(formatting, name) for name in filters.split()}
+    env.filters["md"] = lambda text: Markup(formatting.markdown(text))  # noqa: S704  (escapes)
+    env.globals |= {"verdict": comparison.verdict, "label": label}
     return env
 
 
+def _finalize(item: Any) -> Any:
+    if formatting.is_missing(item):
+        return formatting.MISSING
+    plain = isinstance(item, str) and not isinstance(item, Markup)
+    return formatting.visible(item) if plain else item
+
+
+def label(section: str, key: str) -> tuple[str, str]:
+    """Label and explanation of a key of reports/<section>.json; words of the key by default."""
+    labels = LABELS[section]
+    known = labels.get(key) or labels.get(key.rpartition(".")[0] + ".*")
+    if known is None:
+        return key.replace(".", ", ").replace("_", " ").capitalize(), ""
+    text, explanation = known if isinstance(known, list) else (known, "")
+    return text.replace("*", key.rpartition(".")[2]), explanation
+
+
 def context(sources: Sources) -> dict[str, Any]:
-    """What the templates are given."""
-    origin = origin_of(sources.parameters)
+    """Variables of both templates."""
+    table = comparison.metrics_table(sources.evaluate)
+    memory = memory_table(sources.plan.get("techniques") or {})
+    shown = (sources.parameters.get("evaluate") or {}).get("prompts", 8)
+    prompts = comparison.join_answers(sources.answers)
     return {
         "source": sources,
         "parameters": sources.parameters,
-        "evaluate": sources.evaluate,
-        "variants": VARIANTS,
-        "origin": origin,
+        "origin": origin_of(sources.parameters),
         "method": method(sources.parameters),
-        "learnt": learnt(sources),
-        "differences": comparison.differences(sources.evaluate),
-        "gain": gain(sources),
-        "languages": comparison.by_language(sources.evaluate),
-        "memory_unit": wording.common_unit(
-            way.get("peak_bytes", 0) for way in (sources.plan.get("techniques") or {}).values()
-        ),
-        "prompts": comparison.prompts(sources.answers),
+        "trained_on": trained_on(sources),
+        "variants": VARIANTS,
+        "metrics": comparison.METRICS,
+        "counts": comparison.COUNTS,
+        "table": table.to_dict("index"),
+        "change": comparison.changes(table).to_dict("index"),
+        "noise": comparison.noise(table).to_dict("index"),
+        "pairs": comparison.CHANGES,
+        "gain": (table.loc["merged"] - table.loc["base"]).to_dict(),
+        "languages": {
+            language: part.to_dict("index")
+            for language, part in comparison.language_tables(sources.evaluate).items()
+        },
+        "memory": memory.to_dict("index"),
+        "memory_unit": memory.attrs["unit"],
+        "cards": [column for column in memory if column not in ("peak", *PARTS)],
+        "parts": [part for part in PARTS if part in memory],
+        "prompts": comparison.select(prompts, shown),
+        "wrong": sum(map(comparison.is_wrong, prompts)),
+        "answered": len(prompts),
     }
 
 
+def memory_table(techniques: dict[str, Any]) -> pd.DataFrame:
+    """Peak, fit on each card, and parts of the peak by technique; GB from 10 GB on, else MB."""
+    plan = pd.DataFrame.from_dict(techniques, orient="index")
+    sizes = plan.reindex(columns=[f"{part}_bytes" for part in ("peak", *PARTS)]).astype(float)
+    sizes = sizes.dropna(axis=1, how="all").rename(columns=lambda name: name[: -len("_bytes")])
+    fits = pd.DataFrame({name: way.get("fits") or {} for name, way in techniques.items()}).T
+    unit = "GB" if sizes.max().max() >= 1e10 else "MB"
+    table = (sizes / formatting.UNITS[unit]).join(fits)
+    table.attrs["unit"] = unit
+    return table
+
+
 def method(parameters: dict[str, Any]) -> str:
-    """What the tuning is called: QLoRA, LoRA or full fine-tuning."""
+    """Name of the tuning: QLoRA, LoRA or full fine-tuning."""
     if (parameters.get("train") or {}).get("method") == "full":
         return "full fine-tuning"
     precision = (parameters.get("quantize") or {}).get("precision")
     return "QLoRA" if precision in ("nf4", "fp4") else "LoRA"
 
 
-def learnt(sources: Sources) -> str | None:
-    """How many conversations what was kept has learnt from, of those that there were."""
-    there = (sources.prepare.get("train") or {}).get("conversations")
+def trained_on(sources: Sources) -> str | None:
+    """Number of conversations up to the kept step, of how many where it is only a part."""
+    total = (sources.prepare.get("train") or {}).get("conversations")
     steps = sources.train.get("best_step")
     batch = (sources.parameters.get("train") or {}).get("batch_size")
-    if there is None or steps is None or batch is None or steps * batch >= there:
-        return None if there is None else wording.value(there)
-    return f"{wording.value(steps * batch)} of {wording.value(there)}"
-
-
-def gain(sources: Sources) -> dict[str, float | None]:
-    """From the base model to the merged one, a difference a metric."""
-    base, merged = sources.evaluate["base"], sources.evaluate["merged"]
-    return {m: comparison.difference(merged.get(m), base.get(m)) for m in comparison.METRICS}
+    if total is None or steps is None or batch is None or steps * batch >= total:
+        return None if total is None else formatting.value(total)
+    return f"{formatting.value(steps * batch)} of {formatting.value(total)}"
 
 
 def html(sources: Sources) -> str:
-    """The page."""
-    pictures = {
-        "curve": charts.inline(
-            charts.loss_curve(sources.curve, sources.train.get("best_step")),
-            "train",
-            "Training and held-out loss against the optimizer step",
-        ),
-        "quantize": charts.inline(
-            sources.quantize_picture, "quantize", "Levels of 4-bit types against a layer's weights"
-        ),
-        "plan": charts.inline(
-            sources.plan_picture, "plan", "Peak memory of each way to tune, by part"
-        ),
+    """The page, one file that loads nothing."""
+    history = charts.training_history(sources.history, sources.train.get("best_step"))
+    inlined = {
+        name: charts.inline(svg, name, description)
+        for name, svg, description in (
+            ("train", history, "Loss, learning rate and gradient norm by step"),
+            ("quantize", sources.quantize_chart, "4-bit codebooks against a layer's weights"),
+            ("plan", sources.plan_chart, "Peak memory of each technique, by part"),
+        )
     }
-    drawing = graph.draw(pipeline.stages(sources.pipeline))
+    rows = provenance(sources.environment)
     template = environment().get_template("page.html.j2")
-    return template.render(context(sources), pictures=pictures, graph=drawing, box=graph)
+    return template.render(context(sources), charts=inlined, provenance=rows)
 
 
 def model_card(sources: Sources) -> str:
     """The model card, in the form that the Hugging Face hub reads."""
-    values = context(sources)
-    origin: Origin = values["origin"]
-    return (
-        environment()
-        .get_template("model_card.md.j2")
-        .render(
-            values,
-            front_matter=Markup(origin.front_matter()),  # noqa: S704  (YAML, not HTML)
-        )
-    )
+    return environment().get_template("model_card.md.j2").render(context(sources))
+
+
+def summary(sources: Sources) -> str:
+    """The last lines of a run on a terminal: the files, and what was gained."""
+    return environment().get_template("summary.txt.j2").render(context(sources))

@@ -1,99 +1,76 @@
-"""Everything that the report shows, read from the files that the stages before it wrote."""
+"""Input files of the report, read and checked."""
 
-import csv
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import pandas as pd
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.shared.core.errors import UserError
 
-PARAMETERS = Path("params.yaml")
-# A link to dvc.yaml, which DVC refuses as a dependency by its own name; under this one a change of
-# the pipeline draws the report again.
-PIPELINE = Path("stages/report/pipeline.yaml")
-PREPARE = Path("reports/prepare.json")
-QUANTIZE = Path("reports/quantize.json")
-QUANTIZE_PICTURE = Path("reports/quantize.svg")
-TRAIN = Path("reports/train.json")
-CURVE = Path("reports/train/loss.csv")
-MERGE = Path("reports/merge.json")
-EVALUATE = Path("reports/evaluate")
-ANSWERS = Path("reports/answers")
-PLAN = Path("reports/plan.json")
-PLAN_PICTURE = Path("reports/plan.svg")
 VARIANTS = ("base", "quantized", "adapter", "merged")
-
-T = TypeVar("T")
+FILES = {
+    "parameters": Path("params.yaml"),
+    "prepare": Path("reports/prepare.json"),
+    "quantize": Path("reports/quantize.json"),
+    "quantize_chart": Path("reports/quantize.svg"),
+    "train": Path("reports/train.json"),
+    "environment": Path("reports/environment.json"),
+    "history": Path("reports/train/loss.csv"),
+    "merge": Path("reports/merge.json"),
+    "plan": Path("reports/plan.json"),
+    "plan_chart": Path("reports/plan.svg"),
+}
+EVALUATE, ANSWERS = Path("reports/evaluate"), Path("reports/answers")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The contents of the files; a key that one of them lacks is shown as missing, later."""
+    """Contents of the files. A key that one of them lacks is shown as a dash, later."""
 
     parameters: dict[str, Any]
-    pipeline: dict[str, Any]
     prepare: dict[str, Any]
     quantize: dict[str, Any]
-    quantize_picture: str
+    quantize_chart: str
     train: dict[str, Any]
-    curve: list[dict[str, float | None]]
+    environment: dict[str, Any]
+    history: pd.DataFrame  # the columns of loss.csv; NaN where nothing was measured
     merge: dict[str, Any]
+    plan: dict[str, Any]
+    plan_chart: str
     evaluate: dict[str, dict[str, Any]]  # by variant
     answers: dict[str, list[dict[str, Any]]]  # by variant
-    plan: dict[str, Any]
-    plan_picture: str
 
 
 def read(root: Path) -> Sources:
-    """Read all of it.
+    """Read every input below `root`.
 
     Raises:
         UserError: a file is missing, or is not what its stage writes.
     """
-    answers = {v: _read(root / ANSWERS / f"{v}.json", _json) for v in VARIANTS}
+    answers = {variant: _read(root / ANSWERS / f"{variant}.json") for variant in VARIANTS}
     return Sources(
-        parameters=_read(root / PARAMETERS, _yaml),
-        pipeline=_read(root / PIPELINE, _yaml),
-        prepare=_read(root / PREPARE, _json),
-        quantize=_read(root / QUANTIZE, _json),
-        quantize_picture=_read(root / QUANTIZE_PICTURE, str),
-        train=_read(root / TRAIN, _json),
-        curve=_read(root / CURVE, _curve),
-        merge=_read(root / MERGE, _json),
-        evaluate={v: _read(root / EVALUATE / f"{v}.json", _json) for v in VARIANTS},
+        **{name: _read(root / path) for name, path in FILES.items()},
+        evaluate={variant: _read(root / EVALUATE / f"{variant}.json") for variant in VARIANTS},
         answers={variant: content.get("answers") or [] for variant, content in answers.items()},
-        plan=_read(root / PLAN, _json),
-        plan_picture=_read(root / PLAN_PICTURE, str),
     )
 
 
-def _read(path: Path, parse: Callable[[str], T]) -> T:
+def _read(path: Path) -> Any:
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return PARSERS[path.suffix](path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: not found; the report needs it; run `dvc repro`, which makes it first"
-        ) from None
-    except (ValueError, YAMLError) as error:
+        raise UserError(f"{path}: not found. Run `dvc repro`, which writes it first.") from None
+    except (ValueError, YAMLError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{path}: cannot be read ({reason}); expected what the pipeline wrote there; "
-            "delete it and run `dvc repro`"
+            f"{path}: cannot be read ({reason}). Delete it and run `dvc repro`."
         ) from None
-
-
-def _json(text: str) -> dict[str, Any]:
-    return _mapping(json.loads(text))
-
-
-def _yaml(text: str) -> dict[str, Any]:
-    """By YAML 1.2, as DVC reads it for the stages: 010 is 10 and no octal 8, 1e-3 is a number."""
-    return _mapping(YAML(typ="safe").load(text))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -102,9 +79,10 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def _curve(text: str) -> list[dict[str, float | None]]:
-    rows = csv.DictReader(text.splitlines())
-    found = list(rows)
-    if any(None in row for row in found):
-        raise ValueError("a line with more cells than there are columns")
-    return [{key: float(cell) if cell else None for key, cell in row.items()} for row in found]
+PARSERS: dict[str, Callable[[str], Any]] = {
+    ".json": lambda text: _mapping(json.loads(text)),
+    # YAML 1.2, as DVC reads it for the stages: 010 is 10 and no octal 8, 1e-3 is a number.
+    ".yaml": lambda text: _mapping(YAML(typ="safe").load(text)),
+    ".csv": lambda text: pd.read_csv(io.StringIO(text), dtype=float),
+    ".svg": str,
+}

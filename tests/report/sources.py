@@ -69,6 +69,7 @@ def contents() -> dict[str, Any]:
         },
         "reports/train/loss.csv": "step,epoch,learning_rate,loss,eval_loss,gradient_norm\n"
         "0,0.0,,,2.125,\n1,0.25,0.0002,2.0,,0.5\n2,0.5,0.0001,1.5,1.0,0.4\n",
+        "reports/environment.json": {"versions": {"torch": "2.13.0+cpu"}, "device": "AMD EPYC"},
         "reports/merge.json": {
             "onto": "quantized",
             "kl_divergence": 1.2e-5,
@@ -101,6 +102,4 @@ def write(root: Path, **changes: Any) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     shutil.copy(ROOT / "params.yaml", root)
-    (root / "stages/report").mkdir(parents=True)
-    shutil.copy(ROOT / "dvc.yaml", root / "stages/report/pipeline.yaml")
     return root

@@ -1,15 +1,16 @@
 """The page and the card, from made-up outputs of the other stages."""
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
-from stages.report import __main__ as stage
-from stages.report import charts, page, sources
+from stages.report import charts, formatting, page, provenance, sources
 from stages.shared.core.errors import UserError
 from tests.report import sources as made
 from tests.report.elements import Elements
@@ -56,15 +57,6 @@ def test_languages_stand_apart(parsed):
     assert "Other languages" in parsed.flat
 
 
-def test_every_stage_is_in_the_graph_with_what_it_does(parsed):
-    pipeline = yaml.safe_load((made.ROOT / "dvc.yaml").read_text())["stages"]
-    for name, body in pipeline.items():
-        names = [f"{name}@{key}" for key in body["foreach"]] if "foreach" in body else [name]
-        for full in names:
-            assert f" {full} " in parsed.text
-        assert body.get("desc", body.get("do", {}).get("desc")) in parsed.text
-
-
 def test_every_parameter_is_shown(parsed, source):
     for section in source.parameters.values():
         for key in section:
@@ -108,8 +100,7 @@ def test_text_from_data_model_and_parameters_is_escaped(tmp_path):
         "model": {"source": "path", "name": ATTACK, "revision": ATTACK},
         ATTACK: {ATTACK: ATTACK},
     }
-    stages = {ATTACK: {"desc": ATTACK, "cmd": "x", "outs": [ATTACK]}}
-    source = replace(source, parameters=parameters, pipeline={"stages": stages})
+    source = replace(source, parameters=parameters, environment={"device": ATTACK})
     parsed = Elements(page.html(source))
     assert "script" not in {tag for tag, _ in parsed.tags}
     assert not [1 for _, attributes in parsed.tags if "onerror" in attributes]
@@ -138,7 +129,7 @@ def test_exact_match_of_data_without_answers_is_a_dash(tmp_path):
     assert "– → –" in parsed.flat
     assert "exact answers" not in parsed.flat
     assert "wrong" not in parsed.flat
-    assert "exact match  – → – (– points)" in stage.summary(source)
+    assert "exact match  – → – (– points)" in page.summary(source)
     assert "| merged | 1.0625 | 2.894 | 0.5312 | – |" in page.model_card(source)
 
 
@@ -146,9 +137,9 @@ def test_keys_that_are_missing_are_dashes_and_no_error(tmp_path):
     empty: dict[str, Any] = {name: {} for name in ("prepare", "quantize", "train", "merge", "plan")}
     empty |= {f"evaluate_{v}": {} for v in made.LOSS} | {f"answers_{v}": {} for v in made.LOSS}
     source = source_of(tmp_path, **empty)
-    assert "No prompts were asked." in page.html(source)
+    assert "No prompts were answered." in page.html(source)
     assert "–" in page.model_card(source)
-    assert "–" in stage.summary(source)
+    assert "–" in page.summary(source)
 
 
 def test_the_same_sources_give_the_same_bytes(source):
@@ -162,7 +153,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"merge\.json: cannot be read \(a list where"):
         sources.read(tmp_path)
     (tmp_path / "reports/merge.json").unlink()
-    with pytest.raises(UserError, match=r"merge\.json: not found; .*run `dvc repro`"):
+    with pytest.raises(UserError, match=r"merge\.json: not found. Run `dvc repro`"):
         sources.read(tmp_path)
 
 
@@ -182,7 +173,7 @@ def test_the_card_names_the_base_model_and_its_limits(source):
 def test_the_licence_of_another_model_is_not_made_up(source):
     model = {"source": "hub", "name": "somebody/some-model", "revision": "0" * 40}
     card = page.model_card(replace(source, parameters=source.parameters | {"model": model}))
-    assert "base_model: somebody/some-model" in card
+    assert 'base_model: "somebody/some-model"' in card
     assert "license:" not in card
     assert "Q4" not in card
 
@@ -194,31 +185,31 @@ def test_two_pictures_share_no_id(source):
 
 @pytest.mark.parametrize("content", ["", "<svg><script/></svg>", '<svg onload="x()"></svg>'])
 def test_a_picture_that_could_act_is_refused(content):
-    with pytest.raises(UserError, match=r"reports/plan\.svg: not a plain picture"):
+    with pytest.raises(UserError, match=r"reports/plan\.svg: not a plain chart"):
         charts.inline(content, "plan", "label")
 
 
-def test_the_curve_has_a_point_where_it_was_measured(source):
-    steps, losses = charts._series(source.curve, "eval_loss")
-    assert steps == [0, 2]
-    assert losses == [2.125, 1.0]
-    assert "kept: step 2" in charts.loss_curve(source.curve, 2)
+def test_history_has_points_where_it_was_measured(source):
+    assert charts._points(source.history, "eval_loss").to_dict() == {0: 2.125, 2: 1.0}
+    svg = charts.training_history(source.history, 2)
+    for text in ("kept: step 2", "learning rate", "gradient norm"):
+        assert text in svg
+
+
+@pytest.mark.parametrize(("evaluations", "lines"), [(2, 0), (3, 1)])
+def test_few_held_out_points_are_not_joined(evaluations, lines):
+    history = pd.DataFrame({"step": range(3), "eval_loss": [2.0, 1.0, 0.5]})[:evaluations]
+    assert charts.training_history(history, None).count("stroke-dasharray: 1.5,2.475") == 2 * lines
 
 
 def test_the_terminal_ends_with_five_lines(source):
-    lines = stage.summary(source).splitlines()
+    lines = page.summary(source).splitlines()
     assert len(lines) == 5
     assert "reports/report.html" in lines[0]
     assert "2.0000 → 1.0625 nats a token, base → tuned (−0.9375)" in lines[1]
     assert "12.5\xa0% → 75.0\xa0% (+62.5 points)" in lines[2]
     assert "99.76\xa0%" in lines[4]
     assert "1.2\xa0×\xa010⁻⁵" in lines[4]
-
-
-def test_the_pipeline_is_a_link_so_that_dvc_sees_it_change():
-    link = made.ROOT / sources.PIPELINE
-    assert link.is_symlink()
-    assert link.resolve() == made.ROOT / "dvc.yaml"
 
 
 @pytest.mark.parametrize(
@@ -241,3 +232,61 @@ def test_it_says_of_how_many_replies_a_share_is(tmp_path, generated):
     card = " ".join(page.model_card(source).split())
     assert ("64 generated replies, exact match on the 40 among them" in card) == bool(generated)
     assert "0 generated replies" not in card
+
+
+def test_policy_forbids_scripts_and_loading(parsed):
+    (policy,) = [a["content"] for tag, a in parsed.tags if a.get("http-equiv")]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+
+
+def test_control_characters_are_spelled_out(tmp_path):
+    spoiled = {"answers": [made.answer("base", text="\x1b[2J\u202e\x00")]}
+    page_text = page.html(source_of(tmp_path, answers_base=spoiled))
+    assert r"\x1b[2J\u202e\x00" in page_text
+    assert not formatting.CONTROL.search(page_text)
+
+
+def test_narrow_layout_has_a_heading_for_every_cell(source):
+    tables = re.findall(r'<table class="wide">.*?</table>', page.html(source), flags=re.S)
+    assert len(tables) == 6
+    for table in tables:
+        heads = re.findall(r"<th>([^<]*)</th>", table.partition("</thead>")[0])[1:]
+        assert heads == re.findall(r'data-label="([^"]*)"', table)[: len(heads)]
+        assert table.count("<td") == table.count("<td data-label=")
+
+
+def test_provenance_names_commit_hashes_and_versions(parsed):
+    for text in ("Report written 20", "Commit ", "Base model, md5 ", "torch 2.13.0+cpu"):
+        assert text in parsed.flat
+
+
+def test_commit_tells_of_changes_but_for_those_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert provenance._commit() is None
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    for name in ("params.yaml", "dvc.lock", "reports/train.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "."]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "dvc.lock").write_text("b")
+    (tmp_path / "reports/train.json").write_text("b")
+    assert re.fullmatch("[0-9a-f]{40}", provenance._commit() or "")
+    (tmp_path / "params.yaml").write_text("b")
+    assert str(provenance._commit()).endswith(" with uncommitted changes in params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "label"),
+    [
+        ("train", "best_step", "Kept step"),
+        ("prepare", "train.languages.de", "Training conversations, de"),
+        ("prepare", "fields.unknown_one", "Fields, unknown one"),
+    ],
+)
+def test_keys_have_labels(section, key, label):
+    assert page.label(section, key) == (label, "")
+
+
+def test_memory_table_leads_with_the_peak_and_what_fits(parsed):
+    assert "Technique peak, MB T4 16 GiB qlora nf4 0.0 ✓" in parsed.flat

@@ -1,0 +1,112 @@
+"""Formatting of numbers for people, and escaping of foreign text."""
+
+import json
+import re
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Undefined
+
+MISSING = "–"
+NO_BREAK = "\N{NO-BREAK SPACE}"
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}
+# C0 and C1 controls but tab and newline, and what reorders the text around it.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def is_missing(item: Any) -> bool:
+    """Whether a source has no such value."""
+    return item is None or isinstance(item, Undefined) or (np.isscalar(item) and pd.isna(item))
+
+
+def number(item: Any, digits: int = 4, sign: str = "-", unit: str = "") -> str:
+    """`1,234.5678`; a dash where it is missing, and a zero without a sign."""
+    if is_missing(item):
+        return MISSING
+    zero = round(item, digits) == 0
+    text = f"{0.0 if zero else item:{'-' if zero else sign},.{digits}f}"
+    return text.replace("-", "−") + unit
+
+
+def signed(item: Any, digits: int = 4) -> str:
+    """`+0.1234`."""
+    return number(item, digits, sign="+")
+
+
+def percent(fraction: Any, digits: int = 1) -> str:
+    """`62.5 %` of a fraction."""
+    return MISSING if is_missing(fraction) else number(100 * fraction, digits, unit=f"{NO_BREAK}%")
+
+
+def points(change: Any) -> str:
+    """The change of a fraction in percentage points, `+12.5`."""
+    return MISSING if is_missing(change) else signed(100 * change, 1)
+
+
+def size(count: Any) -> str:
+    """Bytes in powers of ten: `98.4 MB`."""
+    if is_missing(count):
+        return MISSING
+    unit = next(unit for unit, scale in UNITS.items() if count >= scale or unit == "B")
+    return number(count / UNITS[unit], {"GB": 2, "B": 0}.get(unit, 1), unit=NO_BREAK + unit)
+
+
+def value(item: Any, key: str = "") -> str:
+    """Any scalar or list, by its type; as a size where the key ends in `bytes`."""
+    if is_missing(item):
+        return MISSING
+    if isinstance(item, bool):
+        return "yes" if item else "no"
+    if isinstance(item, int | float) and key.endswith("bytes"):
+        return size(item)
+    if isinstance(item, float) and 0 < abs(item) < 1e-3:
+        return scientific(item)
+    if isinstance(item, int | float):
+        return f"{item:,}" if isinstance(item, int) else f"{item:,.6g}".replace("-", "−")
+    return ", ".join(map(value, item)) if isinstance(item, list) else str(item)
+
+
+def words(key: str) -> str:
+    """`RTX_4090_24GiB` as `RTX 4090 24 GiB`."""
+    return key.replace("_", " ").replace("GiB", f"{NO_BREAK}GiB")
+
+
+def scientific(item: Any) -> str:
+    """`1.2 × 10⁻⁵`; a dash where it is missing, and a plain zero."""
+    if is_missing(item) or not item:
+        return MISSING if is_missing(item) else "0"
+    mantissa, exponent = f"{item:.1e}".split("e")
+    return (
+        f"{mantissa.replace('-', '−')}{NO_BREAK}×{NO_BREAK}10{str(int(exponent)).translate(RAISED)}"
+    )
+
+
+def yaml_value(item: Any) -> str:
+    """A parameter as params.yaml spells it, near enough."""
+    if isinstance(item, list):
+        return ", ".join(map(yaml_value, item))
+    return json.dumps(item) if item is None or isinstance(item, bool) else str(item)
+
+
+def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
+    """Scalars and lists by dotted key, in the order of the file."""
+    if not isinstance(nested, dict):
+        return {prefix: nested}
+    parts = [flat(item, f"{prefix}.{key}".lstrip(".")) for key, item in nested.items()]
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def visible(text: str) -> str:
+    r"""The text with control characters spelled out: an escape becomes `\x1b`."""
+    return CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
+def markdown(text: Any) -> str:
+    """A text on one line that Markdown and the HTML in it leave alone."""
+    if is_missing(text):
+        return MISSING
+    one_line = " ".join(visible(str(text)).split())
+    return escape(re.sub(r"([\\`*_\[\]|~])", r"\\\1", one_line), quote=False)

