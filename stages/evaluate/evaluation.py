@@ -32,7 +32,7 @@ def evaluate(
         wanted: the parameters.
 
     Returns:
-        The metrics, and the answers to the fixed prompts.
+        The metrics, and all answers (the report shows `evaluate.prompts` of them).
     """
     where = device()
     tokenizer = vocabulary.load_tokenizer(tokenizer_folder)
@@ -64,7 +64,7 @@ def evaluate(
         _measure(row, float(sums[i]), int(tokens[i]), counted.get(i)) for i, row in enumerate(rows)
     ]
     shown = [_show(rows[i], reply) for i, reply in zip(asked, replies, strict=True)]
-    return metrics.report(measured), {"variant": variant, "answers": shown[: wanted.prompts]}
+    return metrics.report(measured), {"variant": variant, "answers": shown}
 
 
 def _measure(
