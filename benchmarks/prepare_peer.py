@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks import measured
 from stages.prepare import guanaco
-from stages.shared.conversation import (
-    Unusable,
+from stages.shared.chat.conversation import (
+    RejectedRow,
     conversation_id,
     drop_unanswered,
     language_of,
@@ -49,7 +49,7 @@ def tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[st
     """All columns of one row but its answer; nothing of one that cannot be trained on."""
     try:
         messages = drop_unanswered(guanaco.parse(row["text"] or ""))
-    except Unusable:
+    except RejectedRow:
         messages = []
     if problem_with(messages) is not None:
         return dict.fromkeys(COLUMNS)

@@ -2,7 +2,7 @@
 
 import random
 
-from stages.shared.conversation import Message, normalize
+from stages.shared.chat.conversation import Message, normalize
 
 
 def system(content: str) -> Message:

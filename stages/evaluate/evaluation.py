@@ -8,7 +8,11 @@ import pyarrow.parquet as pq
 
 from stages.evaluate import answers, metrics
 from stages.evaluate.settings import Evaluate
-from stages.shared import encoding, models, prepared, scoring, templates, vocabulary
+from stages.shared import models, scoring
+from stages.shared.chat import templates
+from stages.shared.chat.encode import encode_prompt
+from stages.shared.chat.format import read_format
+from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core.machine import device
 from stages.shared.examples import read_examples, require_vocabulary
 
@@ -35,8 +39,8 @@ def evaluate(
         The metrics, and all answers (the report shows `evaluate.prompts` of them).
     """
     where = device()
-    tokenizer = vocabulary.load_tokenizer(tokenizer_folder)
-    form = prepared.read_format(data / "format.json")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    form = read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
     columns = ["messages", "text_bytes", "answer", "language"]
     rows = pq.read_table(data / "eval.parquet", columns=columns).to_pylist()
@@ -52,7 +56,7 @@ def evaluate(
     for i in answers.in_order([r["answer"] is not None for r in rows], wanted.seed):
         if len(asked) == count:
             break
-        prompt = encoding.encode_prompt(tokenizer, template, rows[i]["messages"][:-1])
+        prompt = encode_prompt(tokenizer, template, rows[i]["messages"][:-1])
         if len(prompt) < len(examples[i]):  # else it was cut, and is longer than what is learnt
             asked.append(i)
             prompts.append(prompt)

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stages.shared import models, vocabulary
+from stages.shared import models
+from stages.shared.chat.format import Format
+from stages.shared.chat.tokenizer import add_no_special_tokens, load_tokenizer
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
-from stages.shared.prepared import Format
 
 
 def merge_adapter(
@@ -108,13 +109,16 @@ def make_standalone(folder: Path, trained_on: Path, tokenizer_folder: Path, form
     its user says otherwise, whatever its file is stored in.
     """
     config = AutoConfig.from_pretrained(trained_on)
-    tokenizer = vocabulary.load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = form.chat_template
     tokenizer.eos_token = form.eos_token
+    silenced = add_no_special_tokens(tokenizer)
     rows = config.get_text_config().vocab_size
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:  # added, without a row
         tokenizer.pad_token = form.eos_token
     tokenizer.save_pretrained(folder)
+    if silenced:  # transformers before 5 goes by these, llama.cpp too
+        _add(folder / "tokenizer_config.json", {"add_bos_token": False, "add_eos_token": False})
     runs_in = str(config.dtype).removeprefix("torch.")
     ends = {
         "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,

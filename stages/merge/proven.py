@@ -9,7 +9,8 @@ from torch import nn
 
 from stages.merge import merging, proof
 from stages.merge.settings import Merge
-from stages.shared import models, prepared
+from stages.shared import models
+from stages.shared.chat.format import read_format
 from stages.shared.core import files
 from stages.shared.core.machine import device
 from stages.shared.examples import Example, read_examples
@@ -46,7 +47,7 @@ def merge_and_prove(
         merging.merge_adapter(adapter, weights[onto], folder, DTYPES[settings.dtype], where)
     else:
         files.link_folder(adapter, folder)  # standalone already
-    form = prepared.read_format(data / "format.json")
+    form = read_format(data / "format.json")
     merging.make_standalone(folder, trained_on, tokenizer, form)
 
     examples = proof.first_positions(read_examples(data / "eval.parquet"))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from stages.prepare.parsing import Conversation, Form, form_of, parse
 from stages.prepare.rows import Row
 from stages.prepare.sources import Source
-from stages.shared.conversation import Unusable
+from stages.shared.chat.conversation import RejectedRow
 
 # A batch is bounded in both, so that memory is the same for short rows and for long ones.
 ROWS = 1000
@@ -47,7 +47,7 @@ def read(source: Source, form: Form | None, bar: "tqdm[Any]") -> Iterator[Batch]
             form = form or form_of(row.fields)
             try:
                 conversations.append(parse(row, form))
-            except Unusable as reason:
+            except RejectedRow as reason:
                 unusable.append((row.line, str(reason)))
         yield Batch(len(rows), form, conversations, unusable)
 

@@ -6,7 +6,7 @@ and people write about these markers in their messages too. `starts_turn` decide
 
 import re
 
-from stages.shared.conversation import Message, Role, Unusable, normalize
+from stages.shared.chat.conversation import Message, RejectedRow, Role, normalize
 
 MARKER = re.compile(r"### (Human|Assistant):(?=\s|\Z)")
 _ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
@@ -21,7 +21,7 @@ def parse(text: str) -> list[Message]:
     """Split a text into its turns; what stands before the first one is the system message.
 
     Raises:
-        Unusable: two turns of one role follow each other: either a reply is missing or a message
+        RejectedRow: two turns of one role follow each other: either a reply is missing or a message
             quotes the marker, and nothing in the text says which. Or all marks of replies are
             part of a message.
     """
@@ -32,12 +32,14 @@ def parse(text: str) -> list[Message]:
         if not starts_turn(text[begin : marker.start()]):
             continue
         if _ROLES[marker[1]] == role:
-            raise Unusable(f"two turns of {marker[1]} in a row: a reply is missing, or is quoted")
+            raise RejectedRow(
+                f"two turns of {marker[1]} in a row: a reply is missing, or is quoted"
+            )
         messages.append({"role": role, "content": normalize(text[begin : marker.start()])})
         role, begin = _ROLES[marker[1]], marker.end()
     messages.append({"role": role, "content": normalize(text[begin:])})
     if "### Assistant:" in text and all(m["role"] != "assistant" for m in messages):
-        raise Unusable("no reply: `### Assistant:` after a space or a quotation mark is text")
+        raise RejectedRow("no reply: `### Assistant:` after a space or a quotation mark is text")
     return messages[1:] if not messages[0]["content"] else messages
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stages.shared.encoded import Joined
-from stages.shared.templates import Span
+from stages.shared.chat.encoded import Joined
+from stages.shared.chat.templates import Span
 
 
 def learnt(

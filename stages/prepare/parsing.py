@@ -5,9 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 from stages.prepare import alpaca, chat_messages, guanaco
 from stages.prepare.rows import Row, kind_of
-from stages.shared.conversation import (
+from stages.shared.chat.conversation import (
     Message,
-    Unusable,
+    RejectedRow,
     drop_unanswered,
     language_of,
     problem_with,
@@ -53,21 +53,23 @@ def parse(row: Row, form: Form | None) -> Conversation:
     """Make a conversation of a row; no form is known yet where `form` is None.
 
     Raises:
-        Unusable: the row does not fit the form, or its turns make no conversation.
+        RejectedRow: the row does not fit the form, or its turns make no conversation.
     """
     if row.problem is not None:
-        raise Unusable(row.problem)
+        raise RejectedRow(row.problem)
     if form is None:
-        raise Unusable(f"no known form in {', '.join(row.fields)[:80] or 'an empty row'}")
+        raise RejectedRow(f"no known form in {', '.join(row.fields)[:80] or 'an empty row'}")
     messages = _messages(row.fields, form)
     kept = drop_unanswered(messages)
     if (problem := problem_with(kept)) is not None:
         replied = any(message["role"] == "assistant" for message in messages)
-        raise Unusable(problem if replied else "no reply")
+        raise RejectedRow(problem if replied else "no reply")
     _require_unicode(kept)
     answer, language = _answer(row.fields.get("answer")), row.fields.get("language")
     if any(isinstance(field, str) and not _is_unicode(field) for field in (answer, language)):
-        raise Unusable("`answer` or `language` holds half a surrogate pair, which is no character")
+        raise RejectedRow(
+            "`answer` or `language` holds half a surrogate pair, which is no character"
+        )
     return Conversation(
         messages=kept,
         answer=answer,
@@ -92,18 +94,18 @@ def _messages(fields: dict[str, Any], form: Form) -> list[Message]:
     name = next((name for name in names if name in fields), None)
     if name is None:
         found = ", ".join(fields) or "nothing"
-        raise Unusable(f"no `{'` or `'.join(names)}` in it; found {found[:80]}")
+        raise RejectedRow(f"no `{'` or `'.join(names)}` in it; found {found[:80]}")
     if form == "messages":
         return chat_messages.parse(fields[name])
     if not isinstance(fields[name], str):
-        raise Unusable(f"`{name}` is {kind_of(fields[name])}, expected a text")
+        raise RejectedRow(f"`{name}` is {kind_of(fields[name])}, expected a text")
     return guanaco.parse(fields[name])
 
 
 def _require_unicode(messages: list[Message]) -> None:
     """Refuse half a surrogate pair, which JSON can spell and no encoding can hold."""
     if not all(_is_unicode(message["content"]) for message in messages):
-        raise Unusable("a message holds half a surrogate pair, which is no character")
+        raise RejectedRow("a message holds half a surrogate pair, which is no character")
 
 
 def _is_unicode(text: str) -> bool:

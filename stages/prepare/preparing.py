@@ -18,11 +18,12 @@ from stages.prepare.sources import Source
 from stages.prepare.splitting import SPLITS, Split, Splitter
 from stages.prepare.supervision import Supervised, Supervisor, Text
 from stages.prepare.writing import Rejections, SplitFile
-from stages.shared import templates, vocabulary
-from stages.shared.conversation import Unusable, conversation_id
+from stages.shared.chat import templates
+from stages.shared.chat.conversation import RejectedRow, conversation_id
+from stages.shared.chat.format import SCHEMA_VERSION, Format
+from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import files, progress
 from stages.shared.core.errors import UserError
-from stages.shared.prepared import SCHEMA_VERSION, Format
 
 
 def prepare(raw: Path, tokenizer_folder: Path, folder: Path, wanted: Prepare) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def prepare(raw: Path, tokenizer_folder: Path, folder: Path, wanted: Prepare) ->
         UserError: too many rows cannot be used, or nothing is left for a split.
     """
     found = sources.find(raw)
-    tokenizer = vocabulary.load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     template = templates.make(wanted.template, tokenizer)
     supervisor = Supervisor(tokenizer, template, wanted.train_on, wanted.max_length)
     splitter = Splitter(None if "eval" in found else wanted.eval_fraction, wanted.seed)
@@ -75,7 +76,7 @@ class _Placed:
 
     batch: Batch
     needed: list[tuple[Split, Conversation]]
-    texts: list[Text | Unusable]
+    texts: list[Text | RejectedRow]
 
 
 @dataclass
@@ -127,7 +128,7 @@ class _Work:
         return self.supervisor.begin(one.texts)
 
     def _write(
-        self, one: _Placed, supervised: list[Supervised | Unusable]
+        self, one: _Placed, supervised: list[Supervised | RejectedRow]
     ) -> list[tuple[int, str]]:
         """Put conversations into their splits; those that cannot be used, by line and reason."""
         unusable: list[tuple[int, str]] = []
@@ -135,7 +136,7 @@ class _Work:
         for (split, conversation), made in zip(one.needed, supervised, strict=True):
             if self._is_full(split):
                 self.count["beyond_max_rows"] += 1
-            elif isinstance(made, Unusable):
+            elif isinstance(made, RejectedRow):
                 unusable.append((conversation.line, str(made)))
             else:
                 self.count[self._keep(split, conversation, made)] += 1

@@ -9,10 +9,10 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from stages.prepare import masks
-from stages.shared import encoding
-from stages.shared.conversation import Message, Unusable
-from stages.shared.encoded import Encoded, join
-from stages.shared.templates import Rendered, Span, Template
+from stages.shared.chat import encode
+from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.chat.encoded import Encoded, join
+from stages.shared.chat.templates import Rendered, Span, Template
 
 T = TypeVar("T")
 TrainOn = Literal["assistant", "last", "all"]
@@ -76,22 +76,22 @@ class Supervisor:
         self._train_on = train_on
         self._max_length = max_length
 
-    def supervise(self, batch: Sequence[list[Message]]) -> list[Supervised | Unusable]:
+    def supervise(self, batch: Sequence[list[Message]]) -> list[Supervised | RejectedRow]:
         """Of each conversation what is trained on, or why it cannot be."""
         texts = self.render(batch)
         return self.finish(texts, self.begin(texts))
 
-    def render(self, batch: Sequence[list[Message]]) -> list[Text | Unusable]:
+    def render(self, batch: Sequence[list[Message]]) -> list[Text | RejectedRow]:
         """The first step: texts."""
         return [self._render(messages) for messages in batch]
 
-    def begin(self, batch: Sequence[Text | Unusable]) -> list[Encoding]:
+    def begin(self, batch: Sequence[Text | RejectedRow]) -> list[Encoding]:
         """The second step: tokens, as the tokenizer gives them. It needs no lock of Python's."""
-        return encoding.begin(self._tokenizer, [one.rendered for one in _usable(batch, Text)])
+        return encode.begin(self._tokenizer, [one.rendered for one in _usable(batch, Text)])
 
     def finish(
-        self, batch: Sequence[Text | Unusable], begun: Sequence[Encoding]
-    ) -> list[Supervised | Unusable]:
+        self, batch: Sequence[Text | RejectedRow], begun: Sequence[Encoding]
+    ) -> list[Supervised | RejectedRow]:
         """The third step: cut what is too long, and mark what is learnt."""
         found = self._read(batch, begun)
         # Encoded again and not cut: what a turn's end becomes may depend on what follows it.
@@ -102,22 +102,23 @@ class Supervisor:
         return self._mask(found)
 
     def _read(
-        self, batch: Sequence[Text | Unusable], begun: Sequence[Encoding]
-    ) -> list[Tokenized | Unusable]:
+        self, batch: Sequence[Text | RejectedRow], begun: Sequence[Encoding]
+    ) -> list[Tokenized | RejectedRow]:
         rendered = [one.rendered for one in _usable(batch, Text)]
-        encoded = iter(encoding.finish(self._tokenizer, rendered, begun))
+        encoded = iter(encode.finish(self._tokenizer, rendered, begun))
         return [
-            one if isinstance(one, Unusable) else _tokenized(one, next(encoded)) for one in batch
+            one if isinstance(one, RejectedRow) else _tokenized(one, next(encoded)) for one in batch
         ]
 
-    def _mask(self, batch: Sequence[Tokenized | Unusable]) -> list[Supervised | Unusable]:
+    def _mask(self, batch: Sequence[Tokenized | RejectedRow]) -> list[Supervised | RejectedRow]:
         """Cut at `max_length` what still is too long, and mark what is learnt."""
         usable = _usable(batch, Tokenized)
         encoded = [_first(one.encoded, self._max_length) for one in usable]
         joined = join([one.text.rendered.text for one in usable], encoded)
         excluded = [_without_weight(one.text) for one in usable]
         learnt = masks.learnt(joined, [self._spans(one) for one in usable], excluded)
-        control = encoding.control_tokens(self._tokenizer, joined)
+        learnt &= ~np.isin(joined.tokens.input_ids, self._template.bos_ids)
+        control = encode.control_tokens(self._tokenizer, joined)
         made = map(
             self._supervised,
             usable,
@@ -128,21 +129,21 @@ class Supervisor:
         )
         return [next(made) if isinstance(one, Tokenized) else one for one in batch]
 
-    def _render(self, messages: list[Message], *, whole: bool = True) -> Text | Unusable:
+    def _render(self, messages: list[Message], *, whole: bool = True) -> Text | RejectedRow:
         try:
             if self._train_on != "all" and not self._has_weight(messages):
-                return Unusable(
+                return RejectedRow(
                     f"no reply that prepare.train_on = {self._train_on} takes has weight"
                 )
             if (problem := self._template.problem_with(messages)) is not None:
-                return Unusable(problem)
+                return RejectedRow(problem)
             return Text(messages, self._template.render(messages), whole)
-        except Unusable as reason:
+        except RejectedRow as reason:
             return reason
 
-    def _shorten(self, one: Tokenized | Unusable) -> Text | Unusable | None:
+    def _shorten(self, one: Tokenized | RejectedRow) -> Text | RejectedRow | None:
         """A conversation without the exchanges that do not fit; None where all are kept."""
-        if isinstance(one, Unusable) or len(one.encoded) <= self._max_length:
+        if isinstance(one, RejectedRow) or len(one.encoded) <= self._max_length:
             return None
         messages, kept = one.text.messages, messages_that_fit(one, self._max_length)
         return None if kept == len(messages) else self._render(messages[:kept], whole=False)
@@ -159,9 +160,11 @@ class Supervisor:
 
     def _supervised(
         self, one: Tokenized, encoded: Encoded, mask: np.ndarray, count: int, text_bytes: int
-    ) -> Supervised | Unusable:
+    ) -> Supervised | RejectedRow:
         if not count:
-            return Unusable(f"no supervised token within prepare.max_length = {self._max_length}")
+            return RejectedRow(
+                f"no supervised token within prepare.max_length = {self._max_length}"
+            )
         text, whole = one.text.rendered.text, one.text.whole
         cut = len(encoded) < len(one.encoded)
         end = one.text.rendered.replies[-1][1]
@@ -203,12 +206,12 @@ def _without_weight(text: Text) -> list[Span]:
     return [span for span, m in zip(spans, text.messages, strict=True) if "weight" in m]
 
 
-def _usable(batch: Sequence[T | Unusable], kind: type[T]) -> list[T]:
+def _usable(batch: Sequence[T | RejectedRow], kind: type[T]) -> list[T]:
     return [one for one in batch if isinstance(one, kind)]
 
 
-def _tokenized(text: Text, encoded: Encoded | Unusable) -> Tokenized | Unusable:
-    return encoded if isinstance(encoded, Unusable) else Tokenized(text, encoded)
+def _tokenized(text: Text, encoded: Encoded | RejectedRow) -> Tokenized | RejectedRow:
+    return encoded if isinstance(encoded, RejectedRow) else Tokenized(text, encoded)
 
 
 def _first(one: Encoded, count: int) -> Encoded:

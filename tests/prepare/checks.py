@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from stages.prepare.supervision import Supervised, TrainOn
-from stages.shared.conversation import Message
+from stages.shared.chat.conversation import Message
 from tests.prepare.reading import Reader, Turn
 
 

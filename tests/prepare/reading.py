@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from stages.prepare.supervision import Supervised
-from stages.shared.conversation import Message, Role
+from stages.shared.chat.conversation import Message, Role
 
 # What stands between two ends of turns. Names in brackets: of a model's own chat template.
 PATTERNS = {

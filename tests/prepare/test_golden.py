@@ -7,8 +7,8 @@ import pytest
 from stages.prepare.parsing import form_of, parse
 from stages.prepare.rows import Row
 from stages.prepare.supervision import Supervisor, TrainOn
-from stages.shared import templates
-from stages.shared.conversation import Unusable
+from stages.shared.chat import templates
+from stages.shared.chat.conversation import RejectedRow
 from tests import tiny
 from tests.prepare import golden
 from tests.prepare.golden import Case
@@ -36,7 +36,7 @@ def test_each_token_is_learnt_or_not(case: Case, template: str, train_on: TrainO
     messages = parse(Row(1, case.row, None, 0), form_of(case.row)).messages
     made = templates.make(template, TINY)
     [one] = Supervisor(TINY, made, train_on, case.max_length).supervise([messages])
-    if isinstance(one, Unusable):
+    if isinstance(one, RejectedRow):
         assert str(one) == case.expected(template, train_on)
     else:
         found = shown(one.input_ids.tolist(), one.loss_mask.tolist())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages.prepare import guanaco
-from stages.shared.conversation import Message, Unusable, drop_unanswered, problem_with
+from stages.shared.chat.conversation import Message, RejectedRow, drop_unanswered, problem_with
 from tests.conversations import assistant, system, user
 
 REAL = Path("../shared/data/conversations")
@@ -77,7 +77,7 @@ def test_a_turn_may_end_in_anything(end: str) -> None:
     ],
 )
 def test_two_turns_of_one_role_are_nobodys_guess(text: str) -> None:
-    with pytest.raises(Unusable, match="in a row"):
+    with pytest.raises(RejectedRow, match="in a row"):
         guanaco.parse(text)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from stages.prepare import masks
-from stages.shared.encoded import Encoded, join
+from stages.shared.chat.encoded import Encoded, join
 
 
 def encoded(*spans: tuple[int, int]) -> Encoded:

@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from stages.prepare.supervision import Supervisor, TrainOn
-from stages.shared import templates
-from stages.shared.conversation import Unusable
+from stages.shared.chat import templates
+from stages.shared.chat.conversation import RejectedRow
 from tests import tiny, vocabularies
 from tests.conversations import random_conversation
 from tests.prepare.checks import check
@@ -58,7 +58,7 @@ def test_every_end_is_learnt_and_no_prompt(name: str, template: str, train_on: T
         batch = [random_conversation(rng, ascii_only=name == "spaced") for _ in range(40)]
         supervisor = Supervisor(tokenizer, made_template, train_on, max_length)
         for given, one in zip(batch, supervisor.supervise(batch), strict=True):
-            if isinstance(one, Unusable):
+            if isinstance(one, RejectedRow):
                 assert re.match("a message holds|no supervised token", str(one))
                 continue
             ends = check(one, given, reader, PATTERNS[template + own], train_on, max_length)
@@ -80,7 +80,7 @@ def test_as_many_exchanges_are_kept_as_fit(name: str, template: str) -> None:
     for max_length in (20, 40, 60, 80):
         found = Supervisor(tokenizer, made_template, "all", max_length).supervise(batch)
         for one, all_of_it in zip(found, whole, strict=True):
-            if isinstance(one, Unusable) or isinstance(all_of_it, Unusable):
+            if isinstance(one, RejectedRow) or isinstance(all_of_it, RejectedRow):
                 continue
             turns = reader.turns(all_of_it, pattern)
             ends = [turn.end for turn in turns if turn.role == "assistant"]

@@ -9,7 +9,7 @@ import pytest
 from stages.prepare import guanaco
 from stages.prepare.parsing import Form, form_of, parse
 from stages.prepare.rows import Row
-from stages.shared.conversation import Message, Unusable, language_of
+from stages.shared.chat.conversation import Message, RejectedRow, language_of
 from tests.conversations import assistant, system, user
 
 TWO = [user("two"), assistant("four")]
@@ -103,7 +103,7 @@ def test_the_turns_that_the_documentation_counts() -> None:
     ],
 )
 def test_why_a_row_is_rejected(form: Form | None, fields: dict[str, Any], reason: str) -> None:
-    with pytest.raises(Unusable) as error:
+    with pytest.raises(RejectedRow) as error:
         parse(row(**fields), form)
     assert reason in str(error.value)
 
@@ -144,10 +144,10 @@ def test_an_answer_that_says_nothing_is_none(given: Any, answer: str | None) -> 
 
 @pytest.mark.parametrize("name", ["answer", "language"])
 def test_half_a_surrogate_pair_beside_the_messages_is_told(name: str) -> None:
-    with pytest.raises(Unusable, match="half a surrogate pair"):
+    with pytest.raises(RejectedRow, match="half a surrogate pair"):
         parse(row(messages=TWO, **{name: "\ud83d"}), "messages")
 
 
 def test_an_object_is_called_one() -> None:
-    with pytest.raises(Unusable, match="an object, expected a list"):
+    with pytest.raises(RejectedRow, match="an object, expected a list"):
         parse(row(messages={"role": ["user"], "content": ["two"]}), "messages")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.prepare import batches
-from stages.shared import prepared
+from stages.shared.chat.format import read_format
 from stages.shared.core.errors import UserError
 from tests import tiny, workspace
 from tests.prepare.helpers import ROWS, Stage, row
@@ -15,7 +15,7 @@ from tests.prepare.helpers import ROWS, Stage, row
 
 def test_the_format_is_what_the_merged_model_needs(stage: Stage) -> None:
     stage.prepare(ROWS)
-    form = prepared.read_format(stage.out / "format.json")
+    form = read_format(stage.out / "format.json")
     assert (form.template, form.eos_token, form.stop_ids) == ("chatml", "<|im_end|>", [2])
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = form.chat_template

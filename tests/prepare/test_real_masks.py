@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from stages.prepare.parsing import Conversation, parse
 from stages.prepare.rows import Row
 from stages.prepare.supervision import Supervisor, TrainOn
-from stages.shared import templates
-from stages.shared.conversation import Unusable
+from stages.shared.chat import templates
+from stages.shared.chat.conversation import RejectedRow
 from tests.prepare.checks import check
 from tests.prepare.reading import PATTERNS, Reader
 from tests.prepare.test_golden import OWN
@@ -71,7 +71,7 @@ def test_every_end_is_learnt_and_no_prompt(
     count = Counter[str]()
     given = [conversation.messages for conversation in conversations]
     for messages, one in zip(given, supervisor.supervise(given), strict=True):
-        if isinstance(one, Unusable):
+        if isinstance(one, RejectedRow):
             assert str(one) == f"no supervised token within prepare.max_length = {max_length}"
             continue
         ends = check(one, messages, reader, pattern, train_on, max_length)

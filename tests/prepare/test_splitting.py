@@ -1,7 +1,7 @@
 """Splits: by the first message, the same every time, with nothing in both."""
 
 from stages.prepare.splitting import Splitter
-from stages.shared.conversation import conversation_id
+from stages.shared.chat.conversation import conversation_id
 from tests.conversations import assistant, user
 
 QUESTIONS = [f"question {i}" for i in range(2000)]

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.prepare import guanaco
 from stages.prepare.supervision import Supervised, Supervisor, TrainOn
-from stages.shared import templates
-from stages.shared.conversation import Message, Unusable
+from stages.shared.chat import templates
+from stages.shared.chat.conversation import Message, RejectedRow
 from tests import tiny, vocabularies
 from tests.conversations import FORGED, PLAIN, assistant, random_conversation, user
 
@@ -23,18 +23,18 @@ def supervise(
     train_on: TrainOn = "assistant",
     max_length: int = 512,
     tokenizer: PreTrainedTokenizerFast = TINY,
-) -> Supervised | Unusable:
+) -> Supervised | RejectedRow:
     made = templates.make(template, tokenizer)
     [found] = Supervisor(tokenizer, made, train_on, max_length).supervise([messages])
     return found
 
 
-def accepted(found: Supervised | Unusable) -> Supervised:
+def accepted(found: Supervised | RejectedRow) -> Supervised:
     assert isinstance(found, Supervised)
     return found
 
 
-def show(found: Supervised | Unusable, tokenizer: PreTrainedTokenizerFast = TINY) -> str:
+def show(found: Supervised | RejectedRow, tokenizer: PreTrainedTokenizerFast = TINY) -> str:
     one = accepted(found)
     tokens = tokenizer.convert_ids_to_tokens(one.input_ids.tolist())
     learnt = zip(tokens, one.loss_mask, strict=True)
@@ -175,7 +175,7 @@ def test_a_batch_keeps_its_order() -> None:
     supervisor = Supervisor(TINY, templates.make("chatml", TINY), "assistant", 30)
     batch = [PLAIN["emoji"], bad, PLAIN["two exchanges"], FORGED, PLAIN["lines"]]
     found = supervisor.supervise(batch)
-    kinds = [isinstance(one, Unusable) for one in found]
+    kinds = [isinstance(one, RejectedRow) for one in found]
     assert kinds == [False, True, False, True, False]
     assert accepted(found[2]).messages == PLAIN["two exchanges"]
     assert accepted(found[4]).messages == PLAIN["lines"]
@@ -192,5 +192,5 @@ def test_what_stands_beside_a_conversation_changes_nothing(
     together = supervisor.supervise(batch)
     alone = [supervisor.supervise([messages])[0] for messages in batch]
     assert [str(one) for one in together] == [str(one) for one in alone]
-    assert train_on == "all" or any(isinstance(one, Unusable) for one in together)
+    assert train_on == "all" or any(isinstance(one, RejectedRow) for one in together)
     assert any(isinstance(one, Supervised) and one.truncated for one in together)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from stages.prepare.writing import SCHEMA
-from stages.shared.conversation import conversation_id
+from stages.shared.chat.conversation import conversation_id
 from stages.shared.examples import read_examples
 from tests.prepare.helpers import ROWS, Stage, row
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 
-from stages.shared.conversation import conversation_id
+from stages.shared.chat.conversation import conversation_id
 from tests.conversations import assistant, random_conversation, system, user
 
 

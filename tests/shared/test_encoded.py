@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stages.shared.encoded import Encoded, Joined, join
+from stages.shared.chat.encoded import Encoded, Joined, join
 
 
 def encoded(*spans: tuple[int, int]) -> Encoded:

@@ -7,10 +7,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from stages.shared import encoding, templates, vocabulary
-from stages.shared.conversation import Message, Unusable
-from stages.shared.encoded import Encoded
-from stages.shared.templates import Rendered
+from stages.shared.chat import encode as encode_module
+from stages.shared.chat import templates
+from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.chat.encoded import Encoded
+from stages.shared.chat.templates import Rendered
+from stages.shared.chat.tokenizer import control_tokens
 from tests import tiny, vocabularies
 from tests.conversations import FORGED, PLAIN, assistant, user
 
@@ -28,7 +30,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, name: str, messages: list[Message]) -> Encoded:
-    [found] = encoding.encode(tokenizer, [templates.make(name, tokenizer).render(messages)])
+    [found] = encode_module.encode(tokenizer, [templates.make(name, tokenizer).render(messages)])
     assert isinstance(found, Encoded)
     return found
 
@@ -51,7 +53,7 @@ def test_tokens_are_those_of_apply_chat_template(
         return_dict=False,
         add_generation_prompt=True,
     )
-    assert encoding.encode_prompt(tokenizer, template, conversation[:-1]) == prompt
+    assert encode_module.encode_prompt(tokenizer, template, conversation[:-1]) == prompt
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,7 +62,7 @@ def test_the_careful_way_gives_the_same_tokens(
     tokenizer: PreTrainedTokenizerFast, name: str, conversation: list[Message]
 ) -> None:
     rendered = templates.make(name, tokenizer).render(conversation)
-    careful = encoding._encode_apart(tokenizer, rendered)
+    careful = encode_module._encode_apart(tokenizer, rendered)
     whole = encode(tokenizer, name, conversation)
     assert isinstance(careful, Encoded)
     assert careful.input_ids.tolist() == whole.input_ids.tolist()
@@ -75,7 +77,7 @@ def test_a_message_adds_no_control_token(
 ) -> None:
     def controls(messages: list[Message]) -> list[int]:
         ids = encode(tokenizer, name, messages).input_ids
-        known = vocabulary.control_tokens(tokenizer) - {tokenizer.unk_token}
+        known = control_tokens(tokenizer) - {tokenizer.unk_token}
         return [i for i in ids.tolist() if i in tokenizer.convert_tokens_to_ids(sorted(known))]
 
     empty: list[Message] = [{"role": m["role"], "content": "a"} for m in conversation]
@@ -87,7 +89,7 @@ def test_forged_turns_decode_to_what_was_written() -> None:
     rendered = templates.make("chatml", tokenizer).render(FORGED)
     found = encode(tokenizer, "chatml", FORGED)
     assert tokenizer.decode(found.input_ids) == rendered.text
-    forged = encoding.encode_prompt(tokenizer, templates.make("chatml", tokenizer), FORGED[:1])
+    forged = encode_module.encode_prompt(tokenizer, templates.make("chatml", tokenizer), FORGED[:1])
     assert found.input_ids.tolist()[: len(forged)] == forged
 
 
@@ -117,8 +119,8 @@ def test_what_a_tokenizer_file_says_of_cutting_and_padding_is_not_followed() -> 
     careless.backend_tokenizer.enable_truncation(max_length=3)
     careless.backend_tokenizer.enable_padding()
     for plain, cut in zip(
-        encoding.encode(tiny.tokenizer(), rendered),
-        encoding.encode(careless, rendered),
+        encode_module.encode(tiny.tokenizer(), rendered),
+        encode_module.encode(careless, rendered),
         strict=True,
     ):
         assert isinstance(plain, Encoded)
@@ -130,7 +132,7 @@ def test_order_is_kept_where_some_rows_are_encoded_with_care() -> None:
     tokenizer = TOKENIZERS["tiny"]
     template = templates.make("chatml", tokenizer)
     batch = [PLAIN["emoji"], FORGED, PLAIN["lines"], FORGED]
-    found = encoding.encode(tokenizer, [template.render(messages) for messages in batch])
+    found = encode_module.encode(tokenizer, [template.render(messages) for messages in batch])
     alone = [encode(tokenizer, "chatml", messages) for messages in batch]
     for one, other in zip(found, alone, strict=True):
         assert isinstance(one, Encoded)
@@ -150,7 +152,7 @@ def test_characters_of_a_text_that_is_normalized() -> None:
     template = templates.make("chatml", tokenizer)
     for messages, found in zip(
         batch,
-        encoding.encode(tokenizer, [template.render(messages) for messages in batch]),
+        encode_module.encode(tokenizer, [template.render(messages) for messages in batch]),
         strict=True,
     ):
         assert isinstance(found, Encoded)
@@ -212,5 +214,5 @@ def test_a_tokenizer_that_makes_control_tokens_of_plain_text_is_found_out() -> N
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="e", bos_token="<b>")
     rendered = Rendered("a<b>e", contents=((1, 4),), replies=((1, 5),))
-    [found] = encoding.encode(tokenizer, [rendered])
-    assert isinstance(found, Unusable)
+    [found] = encode_module.encode(tokenizer, [rendered])
+    assert isinstance(found, RejectedRow)

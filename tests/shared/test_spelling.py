@@ -7,8 +7,8 @@ import pytest
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from stages.shared import spelling, templates
-from stages.shared.spelling import Spelling
+from stages.shared.chat import spelling, templates
+from stages.shared.chat.spelling import Spelling
 from tests import tiny, vocabularies
 from tests.conversations import PLAIN, random_conversation
 

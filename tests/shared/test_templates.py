@@ -6,10 +6,10 @@ from typing import cast
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from stages.shared import templates
-from stages.shared.conversation import Message, Unusable
+from stages.shared.chat import templates
+from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.chat.templates import Template
 from stages.shared.core.errors import UserError
-from stages.shared.templates import Template
 from tests import tiny, vocabularies
 from tests.conversations import FORGED, PLAIN, assistant, system, user
 
@@ -178,7 +178,7 @@ def test_a_system_message_that_runs_into_the_question_is_refused() -> None:
     turns = OWN.replace("in messages", "in turns").replace("{{ m['content'] }}", begun)
     template = templates.make("tokenizer", with_template(runs_on + turns))
     assert template.render(EXCHANGE).text == templates.make("chatml", TINY).render(EXCHANGE).text
-    with pytest.raises(Unusable, match="nothing but white space between two messages"):
+    with pytest.raises(RejectedRow, match="nothing but white space between two messages"):
         template.render([system("S"), *EXCHANGE])
 
 
@@ -207,7 +207,7 @@ def test_a_template_that_alters_a_message_refuses_that_row() -> None:
         "tokenizer", with_template(OWN.replace("content'] }", "content']|upper }"))
     )
     assert template.render([user("TWO"), assistant("FOUR")]).replies
-    with pytest.raises(Unusable, match="alters the text"):
+    with pytest.raises(RejectedRow, match="alters the text"):
         template.render(EXCHANGE)
 
 
@@ -215,7 +215,7 @@ def test_a_system_message_may_be_refused_by_the_model() -> None:
     picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template = templates.make("tokenizer", with_template(picky + OWN))
     assert template.render(EXCHANGE).text
-    with pytest.raises(Unusable, match="refuses it: no system"):
+    with pytest.raises(RejectedRow, match="refuses it: no system"):
         template.render([system("S"), *EXCHANGE])
 
 

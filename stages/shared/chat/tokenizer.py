@@ -29,6 +29,37 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """BOS as text: the tokens that the tokenizer itself puts before every text; often none.
+
+    Read off its output, since `bos_token` and `add_bos_token` of tokenizer_config.json may differ.
+
+    Raises:
+        UserError: written out, these tokens are not read as themselves.
+    """
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    count = (*encoded["special_tokens_mask"], 0).index(0)
+    prefix = "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"][:count]))
+    if tokenizer.encode(prefix, add_special_tokens=False) != encoded["input_ids"][:count]:
+        raise UserError(
+            f"models/tokenizer: puts {prefix!r} before every text, but does not read it as a token "
+            "where a template writes it. Mark it as special in tokenizer.json"
+        )
+    return prefix
+
+
+def add_no_special_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Stop the tokenizer from adding BOS or EOS by itself; whether it did.
+
+    For a chat template that writes BOS: `tokenizer(text)` of a rendered text would double it, and
+    put an EOS behind the generation prompt.
+    """
+    added = any(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"])
+    if added:
+        tokenizer.add_bos_token = tokenizer.add_eos_token = False  # rewrites the post-processor
+    return added
+
+
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """The tokens that stand outside ordinary text: their string is one token, whatever is around.
 

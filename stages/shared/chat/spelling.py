@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from stages.shared.encoded import Encoded
+from stages.shared.chat.encoded import Encoded
 
 _NO_TEXT = b"\xff"  # no UTF-8 has this byte
 

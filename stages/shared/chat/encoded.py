@@ -6,7 +6,7 @@ from itertools import accumulate, chain
 
 import numpy as np
 
-from stages.shared.templates import Span
+from stages.shared.chat.templates import Span
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,17 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from stages.shared import spelling, vocabulary
-from stages.shared.conversation import Message, Unusable
-from stages.shared.encoded import Encoded, Joined, join
-from stages.shared.templates import Rendered, Span, Template
+from stages.shared.chat import spelling
+from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.chat.encoded import Encoded, Joined, join
+from stages.shared.chat.templates import Rendered, Span, Template
+from stages.shared.chat.tokenizer import control_pattern
+from stages.shared.chat.tokenizer import control_tokens as control_strings
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, batch: Sequence[Rendered]
-) -> list[Encoded | Unusable]:
+) -> list[Encoded | RejectedRow]:
     """Encode rendered conversations, in the tokenizer's own threads.
 
     Returns:
@@ -40,7 +42,7 @@ def begin(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Rendered]) -> list
 
 def finish(
     tokenizer: PreTrainedTokenizerBase, batch: Sequence[Rendered], begun: Sequence[Encoding]
-) -> list[Encoded | Unusable]:
+) -> list[Encoded | RejectedRow]:
     """What else there is to `encode`, while another thread may begin the next batch."""
     whole = _read(_backend(tokenizer), [rendered.text for rendered in batch], begun)
     forged = _forged(tokenizer, batch, whole)
@@ -60,10 +62,10 @@ def encode_prompt(
         messages: a conversation that ends with a user's turn.
 
     Raises:
-        Unusable: it cannot be rendered or encoded; no conversation that `prepare` accepted.
+        RejectedRow: it cannot be rendered or encoded; no conversation that `prepare` accepted.
     """
     [found] = encode(tokenizer, [template.render(messages, prompt=True)])
-    if isinstance(found, Unusable):
+    if isinstance(found, RejectedRow):
         raise found
     return [int(token) for token in found.input_ids]
 
@@ -84,7 +86,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, joined: Joined) -> np.nda
 
     The one for what is unknown is none where it stands for other characters than its own.
     """
-    known = tokenizer.convert_tokens_to_ids(sorted(vocabulary.control_tokens(tokenizer)))
+    known = tokenizer.convert_tokens_to_ids(sorted(control_strings(tokenizer)))
     tokens = joined.tokens
     control = np.isin(tokens.input_ids, known)
     for at in (control & (tokens.input_ids == tokenizer.unk_token_id)).nonzero()[0]:
@@ -148,11 +150,11 @@ def _tiled(found: Encoding) -> Encoded:
     return Encoded(ids, starts, ends)
 
 
-def _encode_apart(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Encoded | Unusable:
+def _encode_apart(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Encoded | RejectedRow:
     """Encode, piece by piece, all but the template's own control tokens as plain text."""
-    pattern = vocabulary.control_pattern(tokenizer)
+    pattern = control_pattern(tokenizer)
     unknown = {tokenizer.unk_token} - {tokenizer.eos_token}  # it may stand for a character
-    control = sorted(vocabulary.control_tokens(tokenizer) - unknown)
+    control = sorted(control_strings(tokenizer) - unknown)
     control_ids = tokenizer.convert_tokens_to_ids(control)
     pieces: list[Encoded] = []
     at = 0
@@ -160,7 +162,7 @@ def _encode_apart(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Enc
         if start > at:
             plain = _encode_plain(tokenizer, rendered.text[at:start], at)
             if np.isin(plain.input_ids, control_ids).any():
-                return Unusable("the tokenizer makes a control token of a message's plain text")
+                return RejectedRow("the tokenizer makes a control token of a message's plain text")
             pieces.append(plain)
         if end:
             token = tokenizer.convert_tokens_to_ids(rendered.text[start:end])

@@ -8,7 +8,7 @@ from typing import Literal, NotRequired, TypedDict
 Role = Literal["system", "user", "assistant"]
 
 
-class Unusable(ValueError):  # noqa: N818  (a finding about somebody's row, not an error of ours)
+class RejectedRow(ValueError):  # noqa: N818  (a finding about somebody's row, not an error of ours)
     """A row or conversation that cannot be trained on; the message is the reason."""
 
 
