@@ -1,17 +1,18 @@
-"""Fetch raw conversations: a file, a folder or a data set of the hub, as it is.
+"""Fetch raw conversations as JSON Lines: from a file, a folder or a data set of the hub.
 
-Reads:  data.path (a file, or a folder with train.* and eval.*), or data.repo at data.revision
-Writes: data/raw/train.<ext>, data/raw/eval.<ext> where the source has such a split, and
-        data/raw/source.json: where each came from, with its SHA-256
+Reads:  data.path (a file or a folder), or data.repo at data.revision
+Writes: data/raw/train.jsonl, data/raw/eval.jsonl where the source has such a split, and
+        data/raw/source.json: the files they were made of, with their SHA-256
 Run:    python -m stages.fetch_data
 """
 
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from stages.fetch_data import formats, join, local, remote
-from stages.fetch_data.part import Part
+from stages.fetch_data import formats, sources
+from stages.fetch_data.sources import Part
 from stages.shared import hub
 from stages.shared.core import files, params
 from stages.shared.core.errors import run
@@ -25,6 +26,7 @@ class Data(params.Section):
     source: Literal["file", "hub"]
     path: str
     repo: str
+    config: str | None
     revision: str | None
 
 
@@ -34,57 +36,64 @@ class Params(params.Section):
     data: Data
 
 
-def find(data: Data, scratch: Path) -> list[Part]:
-    """The files of each split: on the user's disk, or downloaded into `scratch`."""
-    if data.source == "file":
-        return local.find(Path(data.path))
-    repository = hub.repository(
-        "dataset",
-        data.repo,
-        data.revision,
-        name_parameter="data.repo",
-        revision_parameter="data.revision",
-    )
-    return remote.fetch(repository, scratch)
-
-
 def fetch(data: Data, raw: Path) -> None:
     """Write one file a split into `raw`, and `source.json`.
-
-    A single file is copied byte for byte, so that a line number in a later message is that of the
-    user's file; the shards of a split become one file. A copy and never a link: DVC makes what it
-    tracks read-only, and the file is the user's.
 
     Raises:
         UserError: the source is missing, unreadable, empty, truncated or ambiguous.
     """
     with TemporaryDirectory(dir=raw) as scratch:
-        parts = find(data, Path(scratch))
-        files.require_space(raw, sum(p.path.stat().st_size for p in parts), "data/raw")
-        for part in parts:
-            formats.check(part.path, part.name)
-        for split in dict.fromkeys(part.split for part in parts):
-            of_split = [part for part in parts if part.split == split]
-            join.join(of_split, raw / f"{split}{of_split[0].extension}")
-        files.write_json(raw / "source.json", describe(data, parts))
+        pinned = {}
+        if data.source == "hub":
+            repository = hub.repository(
+                "dataset",
+                data.repo,
+                data.revision,
+                name_parameter="data.repo",
+                revision_parameter="data.revision",
+            )
+            parts = sources.fetch(repository, data.config, Path(scratch))
+            pinned = {"repo": data.repo, "revision": data.revision, "config": data.config}
+        else:
+            parts = sources.find(Path(data.path), data.config)
+        written = write(parts, raw, Path(scratch))
+        files.write_json(raw / "source.json", {"source": data.source, **pinned, "files": written})
 
 
-def describe(data: Data, parts: list[Part]) -> dict[str, Any]:
-    """Where the splits came from; no time and nothing else that differs from run to run."""
-    pinned = {"repo": data.repo, "revision": data.revision} if data.source == "hub" else {}
-    return {
-        "source": data.source,
-        **pinned,
-        "files": [
+def write(parts: list[Part], raw: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Write the rows of all parts; what each is, and where its rows begin in `<split>.jsonl`.
+
+    A part is read from a copy, so that what is hashed is what is read.
+    """
+    files.require_space(raw, sum(part.path.stat().st_size for part in parts), "data/raw")
+    written: list[dict[str, Any]] = []
+    lines = {"train": 0, "eval": 0}
+    for part in parts:
+        copy = scratch / "part"
+        shutil.copyfile(part.path, copy)
+        unit, rows = formats.read(copy, part.name)
+        written.append(
             {
                 "split": part.split,
                 "name": part.name,
-                "sha256": files.sha256(part.path),
-                "bytes": part.path.stat().st_size,
+                "sha256": files.sha256(copy),
+                "bytes": copy.stat().st_size,
+                "first_line": lines[part.split] + 1,
+                "counted_in": unit,
             }
-            for part in parts
-        ],
-    }
+        )
+        with (raw / f"{part.split}.jsonl").open("ab") as out:
+            row = b"\n"
+            for row in rows:
+                out.write(row)
+                lines[part.split] += 1
+            if not row.endswith(b"\n") and part is not _last(parts, part.split):
+                out.write(b"\n")
+    return written
+
+
+def _last(parts: list[Part], split: str) -> Part:
+    return [part for part in parts if part.split == split][-1]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ class Row(NamedTuple):
 def row_of(line: int, value: Any, position: int) -> Row:
     """The row that a value of JSON or parquet is."""
     if not isinstance(value, dict):
-        return Row(line, {}, f"not an object but {kind_of(value)}", position)
+        return Row(line, {}, f"not an object but {kind_of(value)}: {value!r:.60}", position)
     return Row(line, {k: v for k, v in value.items() if v is not None}, None, position)
 
 

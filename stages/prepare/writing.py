@@ -107,10 +107,11 @@ class Rejections:
 
     def add(self, source: Source, line: int, reason: str) -> None:
         """Write down a row."""
-        entry = {"file": source.name, "line": line, "reason": reason}
+        file, unit, number = source.place(line)
+        entry = {"file": file, unit: number, "reason": reason}
         written = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace").decode()
         self.file.write(written + "\n")
-        self.first = self.first or f"{source.name}, line {line}: {reason}"
+        self.first = self.first or f"{file}, {unit} {number}: {reason}"
         self.count += 1
         if reason in self._reasons or len(self._reasons) < _REASONS:
             self._reasons[reason] += 1

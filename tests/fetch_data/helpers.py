@@ -16,21 +16,36 @@ JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
 CSV = b'text,answer\n"one, ""two""\nthree",3\nfour,4\n'
 
 
-def parquet(rows: list[dict[str, Any]]) -> bytes:
+def parquet(rows: list[dict[str, Any]] | pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), sink)
     return sink.getvalue().to_pybytes()
 
 
-def from_file(path: Path, raw: Path) -> dict[str, Any]:
-    return fetch_into(raw, Data(source="file", path=str(path), repo="a/b", revision=None))
+def arrow(rows: list[dict[str, Any]], stream: bool) -> bytes:
+    table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
-def from_hub(raw: Path, revision: str | None = hubs.COMMIT, repo: str = "me/set") -> dict[str, Any]:
-    return fetch_into(raw, Data(source="hub", path="", repo=repo, revision=revision))
+def from_file(path: Path, raw: Path, config: str | None = None) -> dict[str, Any]:
+    data = Data(source="file", path=str(path), repo="a/b", config=config, revision=None)
+    return fetch_into(raw, data)
+
+
+def from_hub(
+    raw: Path, revision: str | None = hubs.COMMIT, repo: str = "me/set", config: str | None = None
+) -> dict[str, Any]:
+    data = Data(source="hub", path="", repo=repo, config=config, revision=revision)
+    return fetch_into(raw, data)
 
 
 def fetch_into(raw: Path, data: Data) -> dict[str, Any]:
     with files.whole_folder(raw) as partial:
         fetch(data, partial)
     return json.loads((raw / "source.json").read_text())
+
+
+def rows(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]

@@ -38,8 +38,8 @@ def test_jsonl(tmp_path: Path) -> None:
     ("line", "problem"),
     [
         (b'{"text": "cut', "not JSON (Unterminated string starting at: column 10)"),
-        (b'["text"]', "not an object but a list"),
-        (b"4", "not an object but a number"),
+        (b'["text"]', "not an object but a list: ['text']"),
+        (b"4", "not an object but a number: 4"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b"[" * 100_000, "not JSON"),
         (b'{"text": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
@@ -94,7 +94,7 @@ def test_json_that_is_no_list(tmp_path: Path, content: str, found: str) -> None:
 def test_a_row_of_json_that_is_no_object(tmp_path: Path) -> None:
     good, bad = read(write(tmp_path, "a.json", '[{"text": "a"},\n"b"]'))
     assert good.problem is None
-    assert (bad.line, bad.problem) == (2, "not an object but a text")
+    assert (bad.line, bad.problem) == (2, "not an object but a text: 'b'")
 
 
 def test_csv(tmp_path: Path) -> None:
