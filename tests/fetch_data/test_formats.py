@@ -219,11 +219,14 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
 def test_the_encoding_is_named_with_the_command(name: str, tmp_path: Path) -> None:
     text = '{"text": "“Où ça ?” – 5 €"}\n' * 3
-    line = refusal(tmp_path, name, text.encode("cp1252"))
-    assert f"{name}:1: is not UTF-8; as Windows-1252 it reads" in line
-    assert "“Où ça" in line
-    assert f"`iconv -f WINDOWS-1252 -t UTF-8 {name} > utf8" in line
-    assert "iconv -f UTF-16 " in refusal(tmp_path, name, text.encode("utf-16"))
-    assert "iconv -f UTF-16LE " in refusal(tmp_path, name, text.encode("utf-16-le"))
-    russian = refusal(tmp_path, name, ('{"text": "Привет, мир"}\n' * 3).encode("cp1251"))
-    assert "iconv" not in russian
+    suffix = Path(name).suffix
+    for codec, iconv in {
+        "cp1252": "WINDOWS-1252",
+        "utf-16": "UTF-16",
+        "utf-16-le": "UTF-16LE",
+    }.items():
+        line = refusal(tmp_path, name, text.encode(codec))
+        assert f"{name}:1: is not UTF-8 but looks like {iconv}. Convert it: " in line
+        assert f"`cat {name} | iconv -f {iconv} -t UTF-8 > a.utf8{suffix}`" in line
+    packed = refusal(tmp_path, f"{name}.gz", gzip.compress(text.encode("cp1252")))
+    assert f"`zcat {name}.gz | iconv -f WINDOWS-1252 -t UTF-8 > a.utf8{suffix}`" in packed
