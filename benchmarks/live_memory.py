@@ -14,8 +14,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from stages.shared import rooms
-
 
 class LiveMemory(TorchDispatchMode):
     """Counts storages while it is entered.
@@ -25,8 +23,8 @@ class LiveMemory(TorchDispatchMode):
     again before it returns does not.
 
     Attributes:
-        live_bytes: of all storages that are alive now, but for those of `stages.shared.rooms`.
-        peak_bytes: the most that it has been, with what was taken of the rooms.
+        live_bytes: of all storages that are alive now.
+        peak_bytes: the most that it has been.
         peak_storages: at that instant, (bytes, the operator that returned it), the largest first;
             only if `keep_storages`, which is slow.
     """
@@ -56,25 +54,17 @@ class LiveMemory(TorchDispatchMode):
     def _count(self, tensor: torch.Tensor, origin: str) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._live and size and not _of_a_room(key):
+        if key not in self._live and size:
             self._live[key] = size, origin
             weakref.finalize(storage, self._release, key)
             self.live_bytes += size
-        in_rooms = sum(room.place.given for room in rooms.both())
-        if self.live_bytes + in_rooms > self.peak_bytes:
-            self.peak_bytes = self.live_bytes + in_rooms
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
             if self.keep_storages:
                 self.peak_storages = sorted(self._live.values(), reverse=True)
-                self.peak_storages.append((in_rooms, "rooms"))
 
     def _release(self, key: int) -> None:
         self.live_bytes -= self._live.pop(key)[0]
-
-
-def _of_a_room(key: int) -> bool:
-    """Whether a storage is one of those that tensors of a step are pieces of."""
-    chunks = (chunk for room in rooms.both() for chunk in room.chunks)
-    return any(chunk.untyped_storage()._cdata == key for chunk in chunks)
 
 
 def _python_kernel(func: Any, args: tuple[Any, ...]) -> Any:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from stages.shared import rooms
 from stages.shared.alike import Alike, alike
 from stages.shared.precision import exact_products
 
@@ -74,10 +73,9 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scaling, ctx.lengths = scaling, lengths
-        result = rooms.saved(query.shape, query.dtype, query.device)
+        result = torch.empty_like(query, memory_format=torch.contiguous_format)
         for some in alike(lengths):  # a workspace has no name: it goes before the next
-            with rooms.scratched():
-                some.put(_Workspace(query, key, value, scaling, some).results(), result)
+            some.put(_Workspace(query, key, value, scaling, some).results(), result)
         return result
 
     @staticmethod
@@ -87,11 +85,10 @@ class _Attention(torch.autograd.Function):
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
         ]
         for some in alike(ctx.lengths):
-            with rooms.scratched():
-                work = _Workspace(query, key, value, ctx.scaling, some)
-                for part, whole in zip(work.gradients(some.taken(gradient)), found, strict=True):
-                    some.put(part, whole)
-                del work
+            work = _Workspace(query, key, value, ctx.scaling, some)
+            for part, whole in zip(work.gradients(some.taken(gradient)), found, strict=True):
+                some.put(part, whole)
+            del work
         return *found, None, None
 
 
@@ -122,9 +119,8 @@ class _Workspace:
         self.key, self.value = (self.grouped(some.taken(x)) for x in (key, value))
         self._wide = self.asked.float()
         self._keys = self.key.transpose(1, 2).contiguous().float()
-        scores = (heads * some.conversations * self.size * self.length,)
-        self._scores = rooms.scratch(scores, torch.float32, query.device)
-        self._low = rooms.scratch(scores, query.dtype, query.device)
+        self._scores = self._wide.new_empty(heads * some.conversations * self.size * self.length)
+        self._low = query.new_empty(len(self._scores))
         # Of the square of a block's own keys, what lies above the diagonal is still to come. What
         # pads a conversation comes after all of it.
         self._hidden = self._wide.new_full((self.size, 1, self.size), -torch.inf)
@@ -177,13 +173,13 @@ class _Workspace:
         dquery = torch.empty_like(self.asked)
         dkey = torch.zeros(self.key.shape, dtype=torch.float32, device=gradient.device)
         dvalue = torch.zeros_like(dkey)
-        room = rooms.scratch(self._scores.shape, torch.float32, gradient.device)
+        buffer = torch.empty_like(self._scores)
         for rows, end in self.blocks():
             seen = self.probabilities(rows, end)
             low = self.halved(seen)
             dvalue[:, :end] += torch.bmm(low.transpose(1, 2), dresult[:, rows])
             dseen = torch.bmm(dresult[:, rows], values[..., :end], out=low)
-            dscores = self.halved(_softmax_backward(_view(room, seen.shape).copy_(dseen), seen))
+            dscores = self.halved(_softmax_backward(_view(buffer, seen.shape).copy_(dseen), seen))
             dquery[:, rows] = torch.bmm(dscores, self.key[:, :end])
             dkey[:, :end] += torch.bmm(dscores.transpose(1, 2), self.asked[:, rows])
         found = dquery.mul_(self.scaling), dkey.mul_(self.scaling), dvalue
@@ -197,5 +193,5 @@ def _softmax_backward(gradient: torch.Tensor, result: torch.Tensor) -> torch.Ten
     )
 
 
-def _view(room: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    return room[: math.prod(shape)].view(*shape)
+def _view(buffer: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return buffer[: math.prod(shape)].view(*shape)

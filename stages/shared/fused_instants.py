@@ -80,14 +80,11 @@ class Attention:
         saved: of the block.
         conversations: B that are computed together.
         length: what they are padded to, in tokens; T are all of them.
-        in_room: whether what is saved goes at once, see `stages.shared.rooms`: that of the
-            feed-forward is still there when its gradient is.
     """
 
     saved: Saved
     conversations: int
     length: int
-    in_room: bool = False
 
     @property
     def _block(self) -> Block:
@@ -186,4 +183,4 @@ class Attention:
         group = padded + self._regrouped + c * block.query + 8 * block.key_value
         arriving = self._on_its_way(block.key_value * self._tokens)
         room = self.workspace_bytes + self._tokens * group + 4 * self._scores + arriving
-        return Instant(self.saved.total if self.in_room else self._kept, extra, room)
+        return Instant(self._kept, extra, room)

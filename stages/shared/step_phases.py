@@ -48,9 +48,8 @@ def instants_of(
     callers = 0 if checkpointed else mask + _held_by_callers(tuning, model) * n
     for at in forward:
         yield "forward pass of a block", in_block(at, others + callers, forward_work)
-    above = final - stored if _in_room(tuning) else 0
     for at in backward:
-        yield "backward pass of a block", in_block(at, others + above, kept_copies + waiting)
+        yield "backward pass of a block", in_block(at, others, kept_copies + waiting)
     v, s = model.vocabulary, batch.supervised
     if flow.fused:
         forward_logits = workspace.fused_loss_bytes(model, tuning, batch)
@@ -116,20 +115,11 @@ def _of_a_block(
         forward = instants.forward(saved, matrix)
         backward = instants.backward(saved, matrix, recomputed=tuning.gradient_checkpointing)
     if not flow.kernel:
-        attention = Attention(saved, *batch.alike, _in_room(tuning))
+        attention = Attention(saved, *batch.alike)
         first.append(attention.without_gradients())
         forward.append(attention.forward())
         backward.append(attention.backward())
     return first, forward, backward
-
-
-def _in_room(tuning: Tuning) -> bool:
-    """Whether what the blocks save is one place, that of the last norm too, and goes at once.
-
-    `stages.shared.rooms`, on a CPU.
-    """
-    flow = tuning.flow
-    return flow.fused and not flow.kernel and not tuning.gradient_checkpointing
 
 
 def _shared_with_store(tuning: Tuning, model: Model) -> int:

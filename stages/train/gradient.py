@@ -1,20 +1,19 @@
 """The gradient of one optimizer step, which does not depend on how the step was divided."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from stages.shared import packing, rooms, scoring
+from stages.shared import packing, scoring
 from stages.shared.examples import Example
 from stages.shared.packing import Packed
 from stages.shared.precision import autocast
 from stages.shared.transfer import to_device
 from stages.train.computing import Computing
-from stages.train.forked_memory import shared_like
 from stages.train.fused import kept
 from stages.train.fused import model as fused
 from stages.train.helpers import Helpers
@@ -82,8 +81,6 @@ def accumulate(
         own, others = packing.split(examples, limit)[processes.share], []
     else:
         own, *others = packing.divide(examples, limit, helpers.workers if helpers else 1)
-    if computing.fused and computing.device.type == "cpu":
-        _make_places(model)
     summed = torch.zeros(3, dtype=torch.float64, device=computing.device)
     parts = [(part, limit, supervised) for part in others]
     with helpers.beside(parts, summed) if helpers else nullcontext():
@@ -141,28 +138,11 @@ def _backward(
     stand beside those of the next micro-batch.
     """
     likelihoods = fused if computing.fused else scoring
-    with _rooms(computing):
-        with autocast(computing.device, computing.dtype):
-            losses = likelihoods.negative_log_likelihoods(model, batch)
-        loss = losses.sum() / supervised
-        scaler.scale(loss).backward()
+    with autocast(computing.device, computing.dtype):
+        losses = likelihoods.negative_log_likelihoods(model, batch)
+    loss = losses.sum() / supervised
+    scaler.scale(loss).backward()
     return loss.detach()
-
-
-def _rooms(computing: Computing) -> AbstractContextManager[None]:
-    if not computing.fused:
-        return nullcontext()
-    return rooms.of_a_micro_batch(saving=not computing.gradient_checkpointing)
-
-
-def _make_places(model: nn.Module) -> None:
-    """Zeros for gradients to be added to, side by side.
-
-    One that is made where its block's temporaries come and go stays there when they have gone.
-    """
-    without = [p for p in model.parameters() if p.requires_grad and p.grad is None]
-    for parameter, place in zip(without, shared_like(without), strict=True):
-        parameter.grad = place
 
 
 def _share_gradients(model: nn.Module, processes: Processes) -> None:

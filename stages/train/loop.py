@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from stages.shared import heap, rooms, scoring
+from stages.shared import heap, scoring
 from stages.shared.core import files, progress
 from stages.shared.core.errors import Stopped, UserError
 from stages.shared.examples import Example
@@ -191,7 +191,6 @@ class Loop:
     def _evaluate(self, stop: Interruption) -> None:
         """Score with the evaluator's scorer; keep the weights if they are the best so far."""
         computing = self.computing
-        rooms.let_go()
         with trainable.as_saved(self.model, computing.kept, computing.dtype):
             with self._repeatable(stop):
                 sums, tokens = scoring.score(

@@ -16,13 +16,11 @@ from benchmarks.training_step import (
     prepared_step,
     random_base,
 )
-from stages.shared import models, packing, peak, rooms, scoring, step_phases
+from stages.shared import models, packing, peak, scoring
 from stages.shared.adapter import adapter_of
 from stages.shared.architecture import model_of_config
 from stages.shared.workspace import micro_batch_of
 from stages.train import masters
-from stages.train.fused import model as fused
-from stages.train.fused.loss import token_losses
 
 CPU = torch.device("cpu")
 
@@ -71,27 +69,6 @@ def test_the_predicted_peak_is_within_3_percent_of_a_real_step(bases, setting):
     row = memory.measured_row("llama", bases["llama"], setting)
     assert row.predicted.calibrated
     assert abs(row.error) < 0.03, (row.predicted, row.measured.peak_bytes)
-
-
-def test_all_that_a_fused_step_saves_is_laid_into_the_room(bases, monkeypatch):
-    """Whatever is left among the temporaries of the heap keeps their places open."""
-    setting = Setting("nf4", 8, False, LENGTHS)
-    folder = in_precision(bases["llama"], bases["llama"].with_name("in a room"), setting, CPU)
-    model, dtype = load(folder, setting, CPU), models.compute_dtype(folder, CPU)
-    _, take = prepared_step(model, setting, CPU, dtype)
-    found = []
-
-    def losses(*given):
-        found.append(rooms.both()[0].place.given)
-        return token_losses(*given)
-
-    monkeypatch.setattr(fused, "token_losses", losses)
-    take()
-    described = model_of_config(bases["llama"] / "config.json")
-    tuning = memory.tuning_of(setting, adapter_of(described.tensors, rank=8), "cpu")
-    [together] = packing.split(micro_batch(setting, 500), setting.tokens)
-    stored = step_phases.stored_bytes(described, tuning, micro_batch_of(together))
-    assert found == 2 * [stored + 4 * setting.tokens]  # and the root of the last norm
 
 
 def test_heads_with_norms_of_their_own_are_predicted_too(bases):

@@ -22,7 +22,7 @@ from transformers import (
 from benchmarks.training_step import random_base
 from stages.quantize.convert import convert
 from stages.quantize.settings import Quantize
-from stages.shared import packing, precision, rooms, scoring, varlen_attention
+from stages.shared import packing, precision, scoring, varlen_attention
 from stages.shared.core import machine
 from stages.shared.examples import Example
 from stages.shared.precision import autocast
@@ -116,7 +116,7 @@ def step(
     model: PeftModel, likelihoods: Any, dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, Gradients]:
     model.zero_grad()
-    with kept.for_a_step(), rooms.of_a_micro_batch(saving=True):  # as every step of a training is
+    with kept.for_a_step():  # as every step of a training is
         with autocast(DEVICE, dtype):
             losses = likelihoods.negative_log_likelihoods(model, batch(seed))
         losses.mean().backward()

@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from stages.train import gradient, processes
-from stages.train.computing import Computing
-from stages.train.fused.model import fuse
+from stages.train import processes
 from stages.train.processes import Processes
 from tests import tiny
 from tests.train.gradients import (
@@ -117,15 +115,3 @@ def test_a_loss_averaged_by_micro_batch_would_not_pass(folders: tuple[Path, Path
         for name, one in by_the_book(folders, [row]).items():
             averaged[name] = averaged.get(name, np.zeros(1)) + one / len(WHOLE)
     assert difference(averaged, expected) > 1e-3
-
-
-def test_gradients_of_the_fused_step_lie_side_by_side(folders: tuple[Path, Path]) -> None:
-    """Among the temporaries of the heap each would keep a place open."""
-    model = learning_model(folders[0])
-    fuse(model)
-    how = Computing(CPU, torch.float32, 4096, False)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    gradient.accumulate(model, chosen(folders[1], WHOLE), how, Processes(), scaler)
-    found = [p.grad for p in model.parameters() if p.requires_grad]
-    assert len({grad.untyped_storage().data_ptr() for grad in found if grad is not None}) == 1
-    assert all(grad is not None for grad in found)

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from stages.shared import precision, rooms
+from stages.shared import precision
 from stages.train.fused.kernels import liger
 from stages.train.fused.norm import norm_gradient, normed, normed_again
 from stages.train.fused.products import Adapted, factors_of
@@ -40,43 +40,30 @@ def onto(residual: torch.Tensor, layer: LoraLayer, x: torch.Tensor) -> torch.Ten
     return _Onto.apply(residual, x, layer, precision.of_products(x), *factors_of(layer))
 
 
-def turned(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Queries or keys, each pair (i, i + half a head) of them turned by an angle.
 
     Args:
         x: [tokens, heads · head size].
         cos: [tokens, head size], its halves the same.
         sin: as `cos`; negative to turn back.
-        out: [tokens, heads, head size], where the result is to be.
 
     Source: Su et al. 2021, RoFormer, arXiv:2104.09864, equation 34, in the order of transformers.
     """
     half = cos.shape[-1] // 2
     heads = x.view(len(x), -1, 2 * half)
-    found = torch.mul(heads, cos[:, None], out=out)
+    found = heads * cos[:, None]
     found[..., :half].addcmul_(heads[..., half:], sin[:, None, half:], value=-1)
     found[..., half:].addcmul_(heads[..., :half], sin[:, None, :half])
     return found.view_as(x)
 
 
 def _both_turned(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    saved: bool = False,
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if liger.cover(query.device):
         return liger.turned(query, key, cos, sin)
-    query, key = (turned(x, cos, sin, _place(x, cos) if saved else None) for x in (query, key))
-    return query, key
-
-
-def _place(x: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
-    return rooms.saved((len(x), x.shape[1] // cos.shape[1], cos.shape[1]), x.dtype, x.device)
+    return turned(query, cos, sin), turned(key, cos, sin)
 
 
 class _Projected(torch.autograd.Function):
@@ -94,10 +81,9 @@ class _Projected(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         y, root = normed(x, weight, epsilon)
         adapted = Adapted(layers, factors, dtype)
-        turning = cos is not None and sin is not None
-        (query, key, value), inner = adapted.results(y.to(dtype), passing=2 if turning else 0)
+        (query, key, value), inner = adapted.results(y.to(dtype))
         if cos is not None and sin is not None:
-            query, key = _both_turned(query, key, cos, sin, saved=True)
+            query, key = _both_turned(query, key, cos, sin)
         ctx.save_for_backward(x, root, weight, inner, cos, sin, *factors)
         ctx.layers, ctx.dtype, ctx.epsilon = layers, dtype, epsilon
         return query, key, value

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from stages.shared import rooms
 from stages.shared.workspace import logits_at_once, wide_logits_at_once
 from stages.train.fused.kernels import gpu
 
@@ -45,14 +44,13 @@ class _TokenLosses(torch.autograd.Function):
         gradients = torch.empty_like(hidden)
         size = logits_at_once(len(head), len(hidden), hidden.dtype.itemsize, hidden.device.type)
         # Room for every chunk: so large a tensor's pages come from the system, and are cleared.
-        with rooms.scratched():
-            room = rooms.scratch((size, len(head)), hidden.dtype, hidden.device)
-            into_gradients = gpu.losses_of if gpu.covers(hidden.device) else _in_parts(room)
-            for start in range(0, len(hidden), size):
-                part = slice(start, start + size)
-                logits = torch.mm(hidden[part], matrix.t(), out=room[: len(hidden[part])])
-                into_gradients(logits, targets[part], losses[part])
-                torch.mm(logits, matrix, out=gradients[part])
+        room = hidden.new_empty(size, len(head))
+        into_gradients = gpu.losses_of if gpu.covers(hidden.device) else _in_parts(room)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = torch.mm(hidden[part], matrix.t(), out=room[: len(hidden[part])])
+            into_gradients(logits, targets[part], losses[part])
+            torch.mm(logits, matrix, out=gradients[part])
         ctx.save_for_backward(gradients)
         return losses
 
@@ -66,7 +64,7 @@ class _TokenLosses(torch.autograd.Function):
 def _in_parts(room: torch.Tensor) -> IntoGradients:
     """A few tokens at a time: in fp32 their logits stay in a CPU's cache from pass to pass."""
     few = wide_logits_at_once(room.shape[1], len(room))
-    wide = rooms.scratch((few, room.shape[1]), torch.float32, room.device)
+    wide = room.new_empty(few, room.shape[1], dtype=torch.float32)
 
     def into_gradients(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
         rows = zip(*(x.split(few) for x in (logits, targets, losses)), strict=True)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.shared import rooms
 from stages.train.fused.kernels import liger
 
 
@@ -29,8 +28,7 @@ def normed(
     if liger.cover(x.device):
         return liger.normed(x, weight, epsilon)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    root = rooms.saved(length.shape, length.dtype, length.device)
-    torch.rsqrt(length.square_().div_(x.shape[-1]).add_(epsilon), out=root)
+    root = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(epsilon))
     return _scaled(x, root, weight), root
 
 

@@ -17,8 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from stages.shared import rooms
-from stages.shared.bnb import Linear4bit, Params4bit, dequantize_blockwise, dequantized
+from stages.shared.bnb import Linear4bit, Params4bit, dequantize_4bit, dequantize_blockwise
 from stages.train.fused import kept
 from stages.train.fused.kernels import gpu
 
@@ -51,26 +50,24 @@ class Adapted:
         self.scale = layers[0].scaling[ADAPTER]
 
     def results(
-        self, x: torch.Tensor, added: torch.Tensor | None = None, passing: int = 0
+        self, x: torch.Tensor, added: torch.Tensor | None = None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Each layer's y [tokens, out], and x·Aᵀ [tokens, ranks], of an input x [tokens, in].
 
         Args:
             x: the input.
             added: [tokens, out], to be added to y within the product.
-            passing: how many of the results, the first ones, are not saved for a backward pass.
         """
-        inner = torch.mm(x, self.a.t(), out=self._saved(x, len(self.a)))
+        inner = x @ self.a.t()
         found: list[torch.Tensor] = []
         for layer, part, b in zip(self._layers, self._parts(inner), self.b, strict=True):
-            start, saved = _start(layer, added, self._dtype), len(found) >= passing
-            y = self._saved(x, len(b)) if saved else x.new_empty(len(x), len(b))
-            if start is None:
-                y.addmm_(part, b.t(), beta=0, alpha=self.scale)
-            else:
-                torch.addmm(start, part, b.t(), alpha=self.scale, out=y)
-            with rooms.scratched():
-                found.append(y.addmm_(x, frozen_matrix(layer, self._dtype).t()))
+            start = _start(layer, added, self._dtype)
+            y = (
+                part.new_empty(len(part), len(b)).addmm_(part, b.t(), beta=0, alpha=self.scale)
+                if start is None
+                else torch.addmm(start, part, b.t(), alpha=self.scale)
+            )
+            found.append(y.addmm_(x, frozen_matrix(layer, self._dtype).t()))
         return found, inner
 
     def outer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -100,12 +97,8 @@ class Adapted:
         found = outer.new_empty(len(outer), self.a.shape[1])
         found.addmm_(outer, self.a, beta=0, alpha=self.scale)
         for layer, dy in zip(self._layers, gradients, strict=True):
-            with rooms.scratched():
-                found.addmm_(dy, frozen_matrix(layer, self._dtype))
+            found.addmm_(dy, frozen_matrix(layer, self._dtype))
         return found
-
-    def _saved(self, x: torch.Tensor, width: int) -> torch.Tensor:
-        return rooms.saved((len(x), width), self._dtype, x.device)
 
     def _parts(self, inner: torch.Tensor) -> Sequence[torch.Tensor]:
         return inner.split([b.shape[1] for b in self.b], 1)
@@ -118,17 +111,14 @@ def _made_ready(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> kept.Fac
 
 
 def frozen_matrix(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
-    """The weights [out, in] below an adapter, dequantized where they are quantized.
-
-    For one product: on a CPU they stand in the scratch room.
-    """
+    """The weights [out, in] below an adapter, dequantized where they are quantized."""
     base = layer.get_base_layer()
     weight = base.weight
     if isinstance(base, Linear4bit):
         weight = cast(Params4bit, weight)
         if gpu.covers(weight.device):
             return gpu.dequantized(weight.data, weight.quant_state, dtype)
-        return dequantized(weight.data, weight.quant_state).to(dtype)
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     return cast(torch.Tensor, weight).detach().to(dtype)
 
 
