@@ -22,7 +22,7 @@ from stages.shared import packing, scoring
 from stages.shared.core.errors import UserError, run
 from stages.shared.examples import Example, read_examples
 from stages.shared.precision import autocast, multiplies_bf16
-from stages.train.fused import model as fused
+from stages.shared.step.fused import patch as fused
 
 CPU = torch.device("cpu")
 MODEL = Path("models/quantized")

@@ -22,7 +22,7 @@ from benchmarks.random_quantized import qlora_model
 from benchmarks.training_data import training_params
 from benchmarks.training_step import Setting, micro_batch
 from stages.shared.precision import computed_in
-from stages.train import trainable
+from stages.shared.step import adapter
 from stages.train.computing import Computing
 from stages.train.loop import Data
 from stages.train.settings import Params
@@ -34,7 +34,7 @@ DTYPE = computed_in(torch.bfloat16, CPU.type)
 def load(model: str | dict[str, int], settings: Params) -> PeftModel:
     """A quantized model of a folder, or random weights of a Llama's sizes; with an adapter."""
     if isinstance(model, str):
-        return trainable.load_for_lora(Path(model), settings.lora, CPU)
+        return adapter.load_for_lora(Path(model), settings.lora, CPU)
     return qlora_model(LlamaConfig(**model), settings.lora.r, CPU, dtype=DTYPE)
 
 

@@ -30,11 +30,11 @@ from benchmarks.training_step import (
     random_base,
 )
 from stages.shared import packing, peak, precision
-from stages.shared.adapter import Adapter, adapter_of
 from stages.shared.architecture import model_of_config
 from stages.shared.core import progress
 from stages.shared.memory import Precision
 from stages.shared.peak import Prediction
+from stages.shared.step.adapter_sizes import Adapter, adapter_of
 from stages.shared.tensors import Model
 from stages.shared.tuning import Device, Tuning
 from stages.shared.workspace import micro_batch_of

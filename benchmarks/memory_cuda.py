@@ -26,11 +26,11 @@ from benchmarks.random_quantized import qlora_model
 from benchmarks.training_step import Setting, prepared_step
 from stages.plan.named import CONFIGS
 from stages.shared import fitting
-from stages.shared.adapter import adapter_of
 from stages.shared.architecture import model_of_config
 from stages.shared.fitting import GIB
 from stages.shared.memory import pageable_bytes
 from stages.shared.peak import Prediction
+from stages.shared.step.adapter_sizes import adapter_of
 from stages.shared.tensors import Model
 
 LENGTHS = (512, 2048)

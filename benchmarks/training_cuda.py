@@ -38,9 +38,9 @@ from benchmarks.training_cuda_table import RESULTS, Result, Way, results_of, tab
 from benchmarks.training_data import training_params
 from stages.plan import operations
 from stages.plan.named import CONFIGS
-from stages.shared.adapter import of_parameters
 from stages.shared.architecture import model_of_config
 from stages.shared.core import files, progress
+from stages.shared.step.adapter_sizes import of_parameters
 from stages.shared.tuning import Tuning
 from stages.train.environment import environment
 

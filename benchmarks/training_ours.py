@@ -22,9 +22,10 @@ from benchmarks import matrix_rate, resident
 from benchmarks.paced import Channel
 from benchmarks.training_data import training_params
 from stages.shared.examples import read_examples
-from stages.train import computing, trainable
+from stages.shared.step import adapter
+from stages.shared.step.fused.patch import fuse
+from stages.train import computing
 from stages.train.computing import Computing
-from stages.train.fused.model import fuse
 from stages.train.interruption import Interruption
 from stages.train.loop import Data, Loop
 from stages.train.processes import Processes
@@ -75,7 +76,7 @@ def load(settings: Params, inputs: dict[str, Path]) -> tuple[PeftModel, Data, Co
     data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
     how = computing.resolve(settings, inputs["model"], data.train, data.held_out)
     torch.manual_seed(settings.train.seed)
-    return trainable.load_for_lora(inputs["model"], settings.lora, how.device), data, how
+    return adapter.load_for_lora(inputs["model"], settings.lora, how.device), data, how
 
 
 def take_step(loop: Loop) -> dict[str, Any]:

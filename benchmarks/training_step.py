@@ -23,13 +23,13 @@ from stages.shared.architecture import KNOWN_BLOCKS
 from stages.shared.bnb import Linear8bitLt
 from stages.shared.examples import Example
 from stages.shared.memory import Optimizer, Precision
-from stages.train import trainable
+from stages.shared.step import adapter
+from stages.shared.step.config import Lora, Train
+from stages.shared.step.fused.patch import fuse
+from stages.shared.step.optim import make_optimizer
 from stages.train.computing import Computing
-from stages.train.fused.model import fuse
 from stages.train.gradient import accumulate
-from stages.train.optimizers import make_optimizer
 from stages.train.processes import Processes
-from stages.train.settings import Lora, Train
 
 MAX_GRAD_NORM = 0.3
 
@@ -108,9 +108,9 @@ def in_precision(base: Path, folder: Path, setting: Setting, device: torch.devic
 def load(folder: Path, setting: Setting, device: torch.device) -> PreTrainedModel | PeftModel:
     """Load what is trained, as `train` does."""
     if setting.rank is None:
-        model = trainable.load_for_full(folder, device)
+        model = adapter.load_for_full(folder, device)
     else:
-        model = trainable.load_for_lora(folder, _lora(setting, setting.rank), device)
+        model = adapter.load_for_lora(folder, _lora(setting, setting.rank), device)
     if setting.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()

@@ -29,10 +29,9 @@ from benchmarks.live_memory import LiveMemory
 from benchmarks.training_step import Measured, Setting, held_tensors, micro_batch
 from stages.shared import attention, precision, varlen_attention, workspace
 from stages.shared.memory import BLOCK, NESTED_BLOCK
-from stages.train import gradient
-from stages.train.computing import Computing
-from stages.train.fused.kernels import gpu, liger
-from stages.train.fused.model import fuse
+from stages.shared.step import gradient
+from stages.shared.step.fused import gpu, liger
+from stages.shared.step.fused.patch import fuse
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16
@@ -54,6 +53,20 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Kernels:
+    """Those of `triton_kernels`: two of them overwrite their arguments."""
+
+    @staticmethod
+    def dequantize(_: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(state.shape, dtype=dtype, device=META)
+
+    @staticmethod
+    def swiglu_backward(*_: torch.Tensor) -> None: ...
+
+    @staticmethod
+    def cross_entropy(*_: torch.Tensor) -> None: ...
+
+
 @contextmanager
 def standing_for_a_gpu() -> Iterator[None]:
     """While it is entered, meta tensors are computed on as a GPU's that has every kernel."""
@@ -61,14 +74,8 @@ def standing_for_a_gpu() -> Iterator[None]:
         (varlen_attention, "covers", lambda *_: True),
         (precision, "of_products", lambda _: DTYPE),
         (gradient, "autocast", lambda *_: nullcontext()),
-        (gpu, "covers", lambda _: True),
-        (
-            gpu,
-            "dequantized",
-            lambda _, state, dtype: torch.empty(state.shape, dtype=dtype, device=META),
-        ),
-        (gpu, "gate_gradients", lambda *_: None),  # in their places, as the next ones are
-        (gpu, "losses_of", lambda *_: None),
+        (gpu, "on_gpu", lambda _: True),
+        (gpu, "kernels", lambda: _Kernels),
         (liger, "cover", lambda _: False),
     )
     with ExitStack() as until_the_end:
@@ -93,7 +100,6 @@ def measure(config: PretrainedConfig, setting: Setting, *, keep_storages: bool =
         AssertionError: a tensor of the host came among those of the device.
         RuntimeError: something would have waited for the device.
     """
-    computing = Computing(META, DTYPE, setting.tokens, setting.gradient_checkpointing)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with standing_for_a_gpu():
         model = _prepared(config, setting)
@@ -104,8 +110,14 @@ def measure(config: PretrainedConfig, setting: Setting, *, keep_storages: bool =
         batches = [micro_batch(setting, config.vocab_size, seed) for seed in range(2)]
         with OneDevice(), memory:
             for one in batches:
-                args = setting.tokens, 2 * setting.supervised_tokens, computing, scaler
-                gradient.backward(model, [one], *args)
+                gradient.accumulate(
+                    model,
+                    [one],
+                    2 * setting.supervised_tokens,
+                    dtype=DTYPE,
+                    fused=True,
+                    scaler=scaler,
+                )
     return Measured(before, memory.peak_bytes, memory.peak_storages)
 
 

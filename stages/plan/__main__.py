@@ -17,9 +17,9 @@ from pathlib import Path
 from stages.plan import named
 from stages.plan.data import Data, read_counts
 from stages.plan.settings import Params
-from stages.shared.adapter import of_parameters
 from stages.shared.core import files, params, progress
 from stages.shared.core.errors import UserError, run
+from stages.shared.step.adapter_sizes import of_parameters
 
 COUNTS = Path("reports/prepare.json")
 PLAN = Path("reports/plan.json")

@@ -6,11 +6,12 @@ from typing import Any, get_args
 from stages.plan import data, disk, operations, techniques
 from stages.plan.data import Data
 from stages.plan.settings import Params
-from stages.shared import adapter, fitting, memory, peak, workload
-from stages.shared.adapter import Adapter
+from stages.shared import fitting, memory, peak, workload
 from stages.shared.core.errors import UserError
 from stages.shared.fitting import GIB, Request
 from stages.shared.peak import PARTS
+from stages.shared.step import adapter_sizes as adapter
+from stages.shared.step.adapter_sizes import Adapter
 from stages.shared.tensors import Kind, Model, parameter_count
 from stages.shared.tuning import Device, Tuning
 

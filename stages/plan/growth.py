@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from stages.shared import peak
-from stages.shared.adapter import Adapter
+from stages.shared.step.adapter_sizes import Adapter
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
 from stages.shared.workspace import MicroBatch

@@ -7,10 +7,10 @@ from stages.plan import figures, named, operations, table, techniques
 from stages.plan.data import Data
 from stages.plan.settings import Params
 from stages.shared import fitting, peak
-from stages.shared.adapter import of_parameters
 from stages.shared.core.machine import device, machine
 from stages.shared.fitting import GIB, Request
 from stages.shared.refusal import refusal
+from stages.shared.step.adapter_sizes import of_parameters
 from stages.shared.tensors import Model, parameter_count
 from stages.shared.total_memory import total_memory_bytes
 from stages.shared.tuning import Device, Tuning

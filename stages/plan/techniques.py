@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from stages.shared import fitting
-from stages.shared.adapter import Adapter
 from stages.shared.fitting import GIB
 from stages.shared.memory import dense_precision
 from stages.shared.peak import Prediction
+from stages.shared.step.adapter_sizes import Adapter
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
 

@@ -50,7 +50,7 @@ class Flow:
             dense layers, and, since it asks for CUDA's autocast alone, for quantized ones on a CPU.
         keeps_input: whether the product below an adapter keeps its input too, as int8's does.
         dropout: bytes an element of an adapter's input that its dropout keeps; 0 without.
-        fused: whether the functions of stages/train/fused run in the modules' place.
+        fused: whether the functions of stages/shared/step/fused run in the modules' place.
         kernel: whether attention is torch's kernel, as on CUDA, or batched products.
     """
 

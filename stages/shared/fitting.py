@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from stages.shared import peak
-from stages.shared.adapter import Adapter
 from stages.shared.peak import Prediction
+from stages.shared.step.adapter_sizes import Adapter
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
 from stages.shared.workload import Workload

@@ -1,6 +1,6 @@
 """Memory by formula: the instants of a block whose functions are fused, and of attention.
 
-What stands at each is written down from stages/train/fused and from
+What stands at each is written down from stages/shared/step/fused and from
 `stages.shared.batched_attention`; names and letters are those of `stages.shared.blocks`.
 """
 

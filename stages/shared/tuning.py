@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.shared import memory
-from stages.shared.adapter import Adapter
 from stages.shared.blocks import LINEAR, Flow
 from stages.shared.memory import DensePrecision, Optimizer, Persistent, Precision
+from stages.shared.step.adapter_sizes import Adapter
 from stages.shared.tensors import Model
 
 Device = Literal["cpu", "cuda"]
@@ -28,7 +28,7 @@ class Tuning:
         device: whose kernels run.
         paged: count what a paged optimizer may move to the host as being there.
         masters: full fine-tuning in bf16 keeps fp32 weights, as `train` does; False for pure bf16.
-        fusing: use the functions of stages/train/fused where they cover what is trained.
+        fusing: use the functions of stages/shared/step/fused where they cover what is trained.
         bf16: whether the device has products of bf16, see `precision.multiplies_bf16`.
     """
 
@@ -68,14 +68,14 @@ class Tuning:
 
     @property
     def fused(self) -> bool:
-        """Whether the functions of stages/train/fused run, if the model's blocks are known."""
+        """Whether stages/shared/step/fused runs, if the model's blocks are known."""
         return self.unfused_because is None
 
     @property
     def nested(self) -> bool:
         """Whether what double quantization made of the constants is what stays in memory.
 
-        Not on a CPU in the fused step, see `stages.train.fused.products.dequantize_constants`.
+        Not on a CPU in the fused step, see `stages.shared.step.fused.lora.dequantize_constants`.
         """
         return self.double_quant and not (self.fused and self.device == "cpu")
 

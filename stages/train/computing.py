@@ -54,7 +54,7 @@ class Computing:
 
     @property
     def fused(self) -> bool:
-        """Whether the functions of stages/train/fused compute the step."""
+        """Whether the functions of stages/shared/step/fused compute the step."""
         return self.unfused_because is None
 
     @property

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stages.shared import adapter, architecture, fitting, packing, precision, scoring
+from stages.shared import architecture, fitting, packing, precision, scoring
 from stages.shared.core.errors import UserError
 from stages.shared.examples import Example, require_vocabulary
 from stages.shared.fitting import Request
 from stages.shared.refusal import refusal
+from stages.shared.step import adapter_sizes as adapter
 from stages.shared.tuning import Device, Tuning
 from stages.shared.workload import Workload
 from stages.shared.workspace import micro_batch_of

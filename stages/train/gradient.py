@@ -1,21 +1,16 @@
-"""The gradient of one optimizer step, which does not depend on how the step was divided."""
+"""The gradient of one optimizer step, divided among processes and helpers."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
-from stages.shared import packing, scoring
+from stages.shared import packing
 from stages.shared.examples import Example
-from stages.shared.packing import Packed
-from stages.shared.precision import autocast
-from stages.shared.transfer import to_device
+from stages.shared.step import gradient
 from stages.train.computing import Computing
-from stages.train.fused import kept
-from stages.train.fused import model as fused
 from stages.train.helpers import Helpers
 from stages.train.processes import Processes
 
@@ -78,78 +73,25 @@ def accumulate(
     limit = computing.micro_batch_tokens
     if processes.size > 1:  # a step that would fit into one micro-batch occupies every process
         limit = min(limit, -(-inputs // processes.size))
-        own, others = packing.split(examples, limit)[processes.share], []
+        micro_batches = packing.split(examples, limit)
+        own, others = micro_batches[processes.share], []
     else:
         own, *others = packing.divide(examples, limit, helpers.workers if helpers else 1)
-    summed = torch.zeros(3, dtype=torch.float64, device=computing.device)
-    parts = [(part, limit, supervised) for part in others]
-    with helpers.beside(parts, summed) if helpers else nullcontext():
-        summed += backward(model, own, limit, supervised, computing, scaler)
-    processes.add_up([summed])
-    _share_gradients(model, processes)
-    mean, *counted = summed.tolist()
-    tokens = sum(map(len, examples))
-    return mean, StepSize(tokens, inputs, supervised, *map(int, counted))
-
-
-def backward(
-    model: nn.Module,
-    micro_batches: Sequence[Sequence[Example]],
-    limit: int,
-    supervised: int,
-    computing: Computing,
-    scaler: torch.amp.GradScaler,
-) -> torch.Tensor:
-    """Add the gradients of some of a step's micro-batches to the parameters' `grad`.
-
-    Args:
-        model: as for `accumulate`.
-        micro_batches: the conversations of each.
-        limit: the most tokens that one of them could have had.
-        supervised: tokens of the whole step.
-        computing: what products run in.
-        scaler: of the loss.
-
-    Returns:
-        fp64 [3]: their part of the loss; `computed_tokens` and `capacity_tokens` of `StepSize`.
-    """
+        micro_batches = [one for part in (own, *others) for one in part]
     loss = torch.zeros(1, dtype=torch.float64, device=computing.device)
-    computed = capacity = 0  # counted here: a device would have to be waited for
-    with kept.for_a_step():
-        for micro_batch in micro_batches:
-            batch = packing.pack(micro_batch, computing.device)
-            loss += _backward(model, batch, supervised, computing, scaler)
-            computed += batch.input_ids.numel()
-            capacity += max(limit, batch.input_ids.numel())
-    sizes = to_device(np.array([computed, capacity], dtype=np.float64), computing.device)
-    return torch.cat([loss, sizes])
-
-
-def _backward(
-    model: nn.Module,
-    batch: Packed,
-    supervised: int,
-    computing: Computing,
-    scaler: torch.amp.GradScaler,
-) -> torch.Tensor:
-    """Add a micro-batch's gradient; returns its part of the loss, fp32 [].
-
-    A function of its own, so that nothing of its graph outlives it: an int8 layer's inputs would
-    stand beside those of the next micro-batch.
-    """
-    likelihoods = fused if computing.fused else scoring
-    with autocast(computing.device, computing.dtype):
-        losses = likelihoods.negative_log_likelihoods(model, batch)
-    loss = losses.sum() / supervised
-    scaler.scale(loss).backward()
-    return loss.detach()
-
-
-def _share_gradients(model: nn.Module, processes: Processes) -> None:
-    if processes.size == 1:
-        return
-    learning = [p for p in model.parameters() if p.requires_grad]
-    for parameter in learning:
-        if parameter.grad is None:  # a short step may have left this process without work
-            parameter.grad = torch.zeros_like(parameter)
-    processes.add_up([p.grad for p in learning if p.grad is not None])
+    with (
+        helpers.beside([(part, supervised) for part in others], loss) if helpers else nullcontext()
+    ):
+        loss += gradient.accumulate(
+            model,
+            own,
+            supervised,
+            dtype=computing.dtype,
+            fused=computing.fused,
+            scaler=scaler,
+            all_reduce=processes.add_up if processes.size > 1 else None,
+        )
+    computed = [packing.input_tokens(one) for one in micro_batches]
+    capacity = sum(max(limit, tokens) for tokens in computed)
+    tokens = sum(map(len, examples))
+    return loss.item(), StepSize(tokens, inputs, supervised, sum(computed), capacity)

@@ -18,7 +18,9 @@ from stages.shared import heap, scoring
 from stages.shared.core import files, progress
 from stages.shared.core.errors import Stopped, UserError
 from stages.shared.examples import Example
-from stages.train import gradient, optimizers, trainable
+from stages.shared.step import adapter, optim
+from stages.shared.step.config import Train
+from stages.train import gradient
 from stages.train.checkpoints import Checkpoints
 from stages.train.computing import Computing, peak_memory_bytes
 from stages.train.curve import Curve
@@ -26,7 +28,6 @@ from stages.train.gradient import StepSize
 from stages.train.helpers import Helpers
 from stages.train.interruption import Interrupted, Interruption
 from stages.train.processes import Processes
-from stages.train.settings import Train
 from stages.train.steps import Steps
 
 
@@ -56,8 +57,8 @@ class Loop:
         self.computing, self.processes, self.helpers = computing, processes, helpers
         self.checkpoints, self.checkpoint_every = checkpoints, checkpoint_every
         self.steps = Steps.of(params, len(data.train))
-        self.optimizer = optimizers.make_optimizer(model, params, computing.device)
-        self.scheduler = optimizers.make_scheduler(self.optimizer, params, self.steps.total)
+        self.optimizer = optim.make_optimizer(model, params, computing.device)
+        self.scheduler = optim.make_scheduler(self.optimizer, params, self.steps.total)
         # fp16 has too few exponents for small gradients: on a GPU the loss is scaled up.
         self.scaler = torch.amp.GradScaler(
             computing.device.type,
@@ -103,7 +104,7 @@ class Loop:
         with torch.no_grad():
             for name, weight in state["weights"].items():
                 learning[name].copy_(weight)
-        optimizers.restore(self.optimizer, state["optimizer"])
+        optim.restore(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.done = self.resumed_from = self.checkpointed = state["step"]
@@ -191,7 +192,7 @@ class Loop:
     def _evaluate(self, stop: Interruption) -> None:
         """Score with the evaluator's scorer; keep the weights if they are the best so far."""
         computing = self.computing
-        with trainable.as_saved(self.model, computing.kept, computing.dtype):
+        with adapter.as_saved(self.model, computing.kept, computing.dtype):
             with self._repeatable(stop):
                 sums, tokens = scoring.score(
                     self.model,
@@ -211,7 +212,7 @@ class Loop:
             )
         if loss < self.curve.best_loss and self.processes.leads:
             with files.whole_folder(self.checkpoints.best) as partial:
-                trainable.save(self.model, partial, computing.kept)
+                adapter.save(self.model, partial, computing.kept)
         self.curve.record_evaluation(self.done, self.steps.epochs_after(self.done), loss)
 
     def _repeatable(self, stop: Interruption) -> AbstractContextManager[None]:

@@ -1,67 +1,7 @@
-"""The parameters of training, and the combinations that make no sense."""
-
-import re
-from typing import Annotated, Literal
-
-from pydantic import Field, field_validator
+"""The parameters of training."""
 
 from stages.shared.core.params import Section
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Lora(Section):
-    """`lora`: the shape of the adapter."""
-
-    r: Count
-    alpha: Annotated[float, Field(gt=0)]
-    dropout: Fraction
-    target_modules: str | list[str]
-    modules_to_save: list[str] | None
-    bias: Literal["none", "all", "lora_only"]
-    init: Literal["default", "pissa", "olora", "loftq"]
-    rslora: bool
-    dora: bool
-
-    @field_validator("target_modules", "modules_to_save")
-    @classmethod
-    def _no_empty_name(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and "" in value:
-            raise ValueError("names that are not empty")
-        return value
-
-    @field_validator("target_modules")
-    @classmethod
-    def _names_or_a_pattern(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
-            raise ValueError("all-linear, a pattern, or a list of names that is not empty")
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(
-                    f"all-linear, a list of names, or a regular expression ({error})"
-                ) from None
-        return value
-
-
-class Train(Section):
-    """`train`: what is trained, on how much, and how fast."""
-
-    method: Literal["lora", "full"]
-    epochs: Count
-    max_steps: Count | None
-    batch_size: Count
-    learning_rate: Annotated[float, Field(gt=0)]
-    scheduler: Literal["cosine", "linear", "constant"]
-    warmup: Fraction
-    weight_decay: Annotated[float, Field(ge=0)]
-    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)]  # .inf: never clipped
-    optimizer: Literal["adamw", "adamw_8bit"]
-    eval_steps: Count | None
-    patience: Count
-    seed: Annotated[int, Field(ge=0, lt=2**63)]  # as torch takes it
+from stages.shared.step.config import Lora, Train
 
 
 class Params(Section):

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from stages.train.settings import Train
+from stages.shared.step.config import Train
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ import torch
 
 from stages.shared.core.machine import device, machine, root
 from stages.shared.examples import Example, read_examples
-from stages.train import computing, gradient, optimizers, processes, trainable
+from stages.shared.step import adapter, gradient, optim
+from stages.shared.step.fused import liger
+from stages.shared.step.fused.patch import fuse
+from stages.train import computing, processes
 from stages.train.checkpoints import Checkpoint, Checkpoints, claim
 from stages.train.computing import Computing
 from stages.train.curve import Curve
 from stages.train.environment import environment
 from stages.train.fingerprint import fingerprint
-from stages.train.fused.kernels import liger
-from stages.train.fused.model import fuse
 from stages.train.helpers import Helpers
 from stages.train.loop import Data, Loop
 from stages.train.processes import Processes
@@ -88,9 +89,9 @@ def _train(
     how = replace(how, device=where)
     torch.manual_seed(settings.train.seed)  # before the adapter's random matrices are drawn
     model = (
-        trainable.load_for_lora(inputs["model"], settings.lora, where, inputs.get("original"))
+        adapter.load_for_lora(inputs["model"], settings.lora, where, inputs.get("original"))
         if settings.train.method == "lora"
-        else trainable.load_for_full(inputs["model"], where)
+        else adapter.load_for_full(inputs["model"], where)
     )
     if how.fused:
         fuse(model)
@@ -104,7 +105,7 @@ def _train(
             loop.load(checkpoint.state())
         elif among.leads:
             checkpoints.require_space(
-                learning_parameters(model), optimizers.STATE_BYTES[settings.train.optimizer]
+                learning_parameters(model), optim.STATE_BYTES[settings.train.optimizer]
             )
         loop.run()
         return Outcome(_metrics(loop), loop.curve, environment(where))
@@ -114,8 +115,10 @@ def helpers_of(model: torch.nn.Module, how: Computing) -> Helpers:
     """Those that compute parts of a step as this process does, on a CPU."""
     unscaled = torch.amp.GradScaler("cpu", enabled=False)
 
-    def work(micro_batches: list[list[Example]], limit: int, supervised: int) -> torch.Tensor:
-        return gradient.backward(model, micro_batches, limit, supervised, how, unscaled)
+    def work(micro_batches: list[list[Example]], supervised: int) -> torch.Tensor:
+        return gradient.accumulate(
+            model, micro_batches, supervised, dtype=how.dtype, fused=how.fused, scaler=unscaled
+        )
 
     return Helpers(model, how.workers, work, how.predicted_bytes)
 

@@ -17,10 +17,10 @@ from benchmarks.training_step import (
     random_base,
 )
 from stages.shared import models, packing, peak, scoring
-from stages.shared.adapter import adapter_of
 from stages.shared.architecture import model_of_config
+from stages.shared.step import masters
+from stages.shared.step.adapter_sizes import adapter_of
 from stages.shared.workspace import micro_batch_of
-from stages.train import masters
 
 CPU = torch.device("cpu")
 

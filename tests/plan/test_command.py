@@ -9,8 +9,8 @@ import pytest
 
 from stages.plan import __main__ as stage
 from stages.plan import calibration, figures, growth, here, named, picture, table
-from stages.shared.adapter import of_parameters
 from stages.shared.core.errors import UserError
+from stages.shared.step.adapter_sizes import of_parameters
 from stages.shared.tuning import Tuning
 from tests import tiny, workspace
 from tests.plan.cases import DATA, SMOLLM2, settings, shipped

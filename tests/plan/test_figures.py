@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from stages.plan import data, figures, operations, table, techniques
-from stages.shared.adapter import Adapter, of_parameters
 from stages.shared.core.errors import UserError
+from stages.shared.step.adapter_sizes import Adapter, of_parameters
 from stages.shared.tensors import Tensor
 from stages.shared.tuning import Tuning
 from stages.shared.workspace import MicroBatch

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from stages.shared import fitting, peak, refusal, workload
-from stages.shared.adapter import adapter_of
 from stages.shared.fitting import GIB, Request
 from stages.shared.peak import Prediction
+from stages.shared.step.adapter_sizes import adapter_of
 from stages.shared.total_memory import total_memory_bytes
 from stages.shared.tuning import Tuning
 from stages.shared.workload import Workload

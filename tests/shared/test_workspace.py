@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from stages.shared import instants, peak, step_phases, workspace
-from stages.shared.adapter import Adapter, adapter_of
 from stages.shared.blocks import LINEAR, Block, Flow, Saved
+from stages.shared.step.adapter_sizes import Adapter, adapter_of
 from stages.shared.tensors import Tensor
 from stages.shared.tuning import Tuning
 from stages.shared.workspace import MicroBatch

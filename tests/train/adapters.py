@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Starcoder2Con
 
 from stages.shared import models
 from stages.shared.precision import autocast
-from stages.train import trainable
+from stages.shared.step import adapter
 from tests import tiny
 from tests.train.running import settings
 
@@ -24,7 +24,7 @@ def load(folder: Path, precision: str = "nf4", **lora: Any) -> Any:
         tiny.quantize(quantized, precision)
     wanted = settings(**{f"lora__{key}": value for key, value in lora.items()}).lora
     torch.manual_seed(settings().train.seed)
-    return trainable.load_for_lora(quantized, wanted, CPU, folder / "base")
+    return adapter.load_for_lora(quantized, wanted, CPU, folder / "base")
 
 
 def layers(model: Any) -> list[LoraLayer]:
@@ -44,7 +44,7 @@ def logits(model: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def exactly(folder: Path, model: Any, precision: str) -> torch.Tensor:
     """Logits of the adapter on dequantized weights, in fp32."""
-    trainable.save(model, folder / "adapter", torch.bfloat16)
+    adapter.save(model, folder / "adapter", torch.bfloat16)
     dequantized = models.load_dequantized(folder / precision, CPU)
     return logits(models.attach(dequantized, folder / "adapter"), torch.float32)
 

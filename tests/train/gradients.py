@@ -7,9 +7,10 @@ import torch
 from peft import PeftModel
 
 from stages.shared.examples import Example, read_examples
-from stages.train import gradient, trainable, training
+from stages.shared.step import adapter
+from stages.shared.step.fused.patch import fuse
+from stages.train import gradient, training
 from stages.train.computing import Computing
-from stages.train.fused.model import fuse
 from stages.train.processes import Processes
 from tests.train.running import settings
 
@@ -20,7 +21,7 @@ Gradients = dict[str, np.ndarray]  # by the parameter's name
 def learning_model(model_folder: Path, checkpointing: bool = False) -> PeftModel:
     """An adapter that has moved: with B at zero, no gradient would reach A."""
     torch.manual_seed(1)
-    model = trainable.load_for_lora(model_folder, settings().lora, CPU)
+    model = adapter.load_for_lora(model_folder, settings().lora, CPU)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

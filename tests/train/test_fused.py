@@ -26,9 +26,9 @@ from stages.shared import packing, precision, scoring, varlen_attention
 from stages.shared.core import machine
 from stages.shared.examples import Example
 from stages.shared.precision import autocast
-from stages.train import trainable
-from stages.train.fused import kept
-from stages.train.fused import model as fused
+from stages.shared.step import adapter
+from stages.shared.step.fused import kept
+from stages.shared.step.fused import patch as fused
 from tests import tiny
 from tests.train.running import run, settings
 
@@ -93,7 +93,7 @@ def quantized(base: Path, precision: Any, compute: Any) -> Path:
 def adapted(folder: Path) -> PeftModel:
     """With factors that have moved: with B at zero, no gradient would reach A."""
     torch.manual_seed(1)
-    model = trainable.load_for_lora(folder, settings().lora, DEVICE)
+    model = adapter.load_for_lora(folder, settings().lora, DEVICE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

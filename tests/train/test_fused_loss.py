@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from stages.shared import workspace
-from stages.train.fused import loss as fused_loss
+from stages.shared.step.fused import cross_entropy as fused_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from stages.shared import models
 from stages.shared.core import files
-from stages.train import anchored, initialisation
+from stages.shared.step import anchored, initialisation
 from tests import tiny
 from tests.train.adapters import CPU, exactly, layers, load, logits, update
 from tests.train.running import settings, train_on

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from stages.train.fused import kept
-from stages.train.fused.kernels import gpu
+from stages.shared.step.fused import gpu, kept
 
 CPU = torch.device("cpu")
 
@@ -13,7 +12,7 @@ CPU = torch.device("cpu")
 def test_adapters_are_made_ready_once_a_step_on_a_gpu(
     on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "covers", lambda device: on_gpu)
+    monkeypatch.setattr(gpu, "on_gpu", lambda device: on_gpu)
     made: list[int] = []
 
     def make() -> kept.Factors:
@@ -28,7 +27,7 @@ def test_adapters_are_made_ready_once_a_step_on_a_gpu(
 
 
 def test_nothing_is_kept_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "covers", lambda device: True)
+    monkeypatch.setattr(gpu, "on_gpu", lambda device: True)
     one: kept.Factors = (torch.ones(1), [])
     other: kept.Factors = (torch.zeros(1), [])
     with pytest.raises(KeyError), kept.for_a_step():

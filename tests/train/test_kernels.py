@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, silu
 
 from stages.shared.bnb import dequantize_4bit, quantize_4bit
-from stages.train.fused.kernels import gpu
+from stages.shared.step.fused import gpu
 from tests.train.emulation import DEVICE, DTYPES, HALF, assert_close, random
 
 
@@ -19,7 +19,7 @@ def test_a_4_bit_matrix_is_dequantized_as_bitsandbytes_does(
     matrix = random(*shape, dtype=dtype)
     codes, state = quantize_4bit(matrix, quant_type=kind, compress_statistics=double_quant)
     expected = dequantize_4bit(codes, state)
-    found = gpu.dequantized(codes, state, dtype)
+    found = gpu.kernels().dequantize(codes, state, dtype)
     assert found.dtype == dtype
     assert found.shape == matrix.shape
     # Constants of constants may be rounded once less: the last bit of fp32.
@@ -34,7 +34,7 @@ def test_the_gates_gradients_and_its_result_take_the_place_of_what_they_came_fro
     gate, up = (x.double().requires_grad_() for x in given[:2])
     result = silu(gate) * up
     wanted = torch.autograd.grad(result, (gate, up), given[2].double())
-    gpu.gate_gradients(*given)
+    gpu.kernels().swiglu_backward(*given)
     for found, expected in zip(given, (*wanted, result.detach()), strict=True):
         assert_close(found, expected.to(dtype))
 
@@ -50,6 +50,6 @@ def test_losses_of_logits_which_become_their_gradients(vocabulary: int, dtype: t
     expected = cross_entropy(exact, targets, reduction="none")
     (wanted,) = torch.autograd.grad(expected.sum(), exact)
     losses = torch.empty(tokens, device=DEVICE)
-    gpu.losses_of(logits, targets, losses)
+    gpu.kernels().cross_entropy(logits, targets, losses)
     assert_close(losses, expected.detach().float())
     assert_close(logits, wanted.to(dtype))

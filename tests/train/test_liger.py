@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from stages.train.fused import attention, feed_forward, norm
-from stages.train.fused.kernels import liger
+from stages.shared.step.fused import liger
+from stages.shared.step.fused import mlp as feed_forward
+from stages.shared.step.fused import qkv as attention
+from stages.shared.step.fused import rms_norm as norm
 from tests.train.emulation import DTYPES, EMULATED, assert_close, random
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is used where it is installed")

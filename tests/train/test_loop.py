@@ -7,7 +7,7 @@ import torch
 
 from stages.shared.core.errors import UserError
 from stages.shared.examples import read_examples
-from stages.train import trainable
+from stages.shared.step import adapter
 from stages.train.checkpoints import claim
 from stages.train.computing import Computing
 from stages.train.loop import Data, Loop
@@ -24,7 +24,7 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step(tmp_path: Path) -> None
     data = Data(*(read_examples(folder / f"{split}.parquet") for split in ("train", "eval")))
     params = settings(train__max_grad_norm=1e9)
     torch.manual_seed(0)
-    model = trainable.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
+    model = adapter.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
     how = Computing(CPU, torch.float32, 4096, False, 1)
     with claim(tmp_path, "name", keep=2) as checkpoints:
         loop = Loop(model, data, params.train, how, Processes(), checkpoints, checkpoint_every=1)
@@ -47,7 +47,7 @@ def test_a_model_that_scores_nothing_finite_is_refused_at_once(tmp_path: Path) -
     folder = tiny.prepared(tmp_path / "prepared")
     data = Data(*(read_examples(folder / f"{split}.parquet") for split in ("train", "eval")))
     params = settings()
-    model = trainable.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
+    model = adapter.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
     with torch.no_grad():
         model.get_input_embeddings().weight[5:].fill_(torch.nan)
     how = Computing(CPU, torch.float32, 4096, False, 1)
@@ -62,7 +62,7 @@ def test_a_schedule_is_that_of_its_parameters(tmp_path: Path) -> None:
     folder = tiny.prepared(tmp_path / "prepared")
     data = Data(*(read_examples(folder / f"{split}.parquet") for split in ("train", "eval")))
     params = settings(train__scheduler="linear", train__learning_rate=0.011)
-    model = trainable.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
+    model = adapter.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
     how = Computing(CPU, torch.float32, 4096, False, 1)
     with claim(tmp_path, "name", keep=2) as checkpoints:
         loop = Loop(model, data, params.train, how, Processes(), checkpoints, checkpoint_every=99)

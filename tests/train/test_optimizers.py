@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.train import optimizers
-from stages.train.paged import PagedAdamW8bit, PagedAdamW32bit
+from stages.shared.step import optim
+from stages.shared.step.paged import PagedAdamW8bit, PagedAdamW32bit
 from tests.train.running import settings
 
 CPU = torch.device("cpu")
@@ -40,12 +40,12 @@ def saved_and_read(state: dict[str, Any]) -> dict[str, Any]:
 def test_a_restored_optimizer_goes_on_bit_for_bit(name: str) -> None:
     train = settings(train__optimizer=name, train__weight_decay=0.1).train
     straight, stopped, resumed = model(), model(), model()
-    steps(straight, optimizers.make_optimizer(straight, train, CPU), range(6))
-    before = optimizers.make_optimizer(stopped, train, CPU)
+    steps(straight, optim.make_optimizer(straight, train, CPU), range(6))
+    before = optim.make_optimizer(stopped, train, CPU)
     steps(stopped, before, range(3))
     resumed.load_state_dict(stopped.state_dict())
-    after = optimizers.make_optimizer(resumed, train, CPU)
-    optimizers.restore(after, saved_and_read(before.state_dict()))
+    after = optim.make_optimizer(resumed, train, CPU)
+    optim.restore(after, saved_and_read(before.state_dict()))
     steps(resumed, after, range(3, 6))
     for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -65,7 +65,7 @@ def test_states_come_back_as_what_they_were(kind: Any) -> None:
         stopped, resumed = model(), model()
         before, after = kind(stopped.parameters()), Counting(resumed.parameters())
         steps(stopped, before, range(3))
-        optimizers.restore(after, saved_and_read(before.state_dict()))
+        optim.restore(after, saved_and_read(before.state_dict()))
     for one, other in zip(stopped.parameters(), resumed.parameters(), strict=True):
         expected, found = before.state[one], after.state[other]
         assert found.keys() == expected.keys()
@@ -79,7 +79,7 @@ def test_states_come_back_as_what_they_were(kind: Any) -> None:
 
 def test_weight_decay_is_of_matrices_alone() -> None:
     train = settings(train__weight_decay=0.5).train
-    groups = optimizers.make_optimizer(model(), train, CPU).param_groups
+    groups = optim.make_optimizer(model(), train, CPU).param_groups
     assert {p.ndim: group["weight_decay"] for group in groups for p in group["params"]} == {
         2: 0.5,
         1: 0.0,
@@ -92,8 +92,8 @@ def test_the_rate_rises_to_what_is_asked_for_and_every_training_learns(
     scheduler: str, count: int
 ) -> None:
     train = settings(train__scheduler=scheduler, train__warmup=0.03, train__learning_rate=1e-3)
-    optimizer = optimizers.make_optimizer(model(), train.train, CPU)
-    schedule = optimizers.make_scheduler(optimizer, train.train, count)
+    optimizer = optim.make_optimizer(model(), train.train, CPU)
+    schedule = optim.make_scheduler(optimizer, train.train, count)
     rates = []
     for _ in range(count):
         rates.append(schedule.get_last_lr()[0])

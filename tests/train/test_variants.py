@@ -12,7 +12,7 @@ from stages.shared import models, precision
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
 from stages.shared.precision import autocast
-from stages.train import masters, trainable
+from stages.shared.step import adapter, masters
 from stages.train.checkpoints import claim
 from stages.train.training import train
 from tests import tiny
@@ -52,7 +52,7 @@ def test_what_is_evaluated_is_what_the_file_holds(
     before = [weight.detach().clone() for weight in own]
     with masters.as_saved(model, torch.bfloat16, dtype):
         scored = logits(model, dtype)
-        trainable.save(model, tmp_path / "adapter", torch.bfloat16)
+        adapter.save(model, tmp_path / "adapter", torch.bfloat16)
     assert all(w.dtype == torch.float32 for w in own)
     assert all(torch.equal(w, b) for w, b in zip(own, before, strict=True))
     loaded = models.load_adapted(tmp_path / "adapter", tmp_path / "nf4", CPU)

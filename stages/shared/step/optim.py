@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from stages.shared.bnb import AdamW8bit, Optimizer8bit
-from stages.train.paged import PagedAdamW8bit, PagedAdamW32bit
-from stages.train.settings import Train
+from stages.shared.step.config import Train
+from stages.shared.step.paged import PagedAdamW8bit, PagedAdamW32bit
 
 # By parameter and kind of device. Paged: the same arithmetic, and states that may leave a full GPU.
 # On a CPU torch's one kernel, four times as fast as a call for each operation on each tensor.

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from stages.shared.step.fused import gpu
 from stages.shared.workspace import logits_at_once, wide_logits_at_once
-from stages.train.fused.kernels import gpu
 
 # Of logits, targets and room for losses: the logits become their gradients.
 IntoGradients = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -45,7 +45,9 @@ class _TokenLosses(torch.autograd.Function):
         size = logits_at_once(len(head), len(hidden), hidden.dtype.itemsize, hidden.device.type)
         # Room for every chunk: so large a tensor's pages come from the system, and are cleared.
         room = hidden.new_empty(size, len(head))
-        into_gradients = gpu.losses_of if gpu.covers(hidden.device) else _in_parts(room)
+        into_gradients = (
+            gpu.kernels().cross_entropy if gpu.on_gpu(hidden.device) else _in_parts(room)
+        )
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = torch.mm(hidden[part], matrix.t(), out=room[: len(hidden[part])])

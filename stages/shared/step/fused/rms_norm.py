@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.train.fused.kernels import liger
+from stages.shared.step.fused import liger
 
 
 def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.functional import silu
 
 from stages.shared import precision
-from stages.train.fused.kernels import gpu, liger
-from stages.train.fused.norm import norm_gradient, normed, normed_again
-from stages.train.fused.products import Adapted, Gradients, factors_of
+from stages.shared.step.fused import gpu, liger
+from stages.shared.step.fused.lora import Adapted, Gradients, factors_of
+from stages.shared.step.fused.rms_norm import norm_gradient, normed, normed_again
 
 
 def feed_forward(norm: nn.Module, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ class _FeedForward(torch.autograd.Function):
         after = Adapted(ctx.layers[2:], factors[4:], ctx.dtype)
         # First of all: in fp32 it would be the most, beside the gradients of gate and up.
         y = normed_again(x, root, weight, ctx.epsilon).to(ctx.dtype)
-        through = _through_gate_by_kernel if gpu.covers(gate.device) else _through_gate
+        through = _through_gate_by_kernel if gpu.on_gpu(gate.device) else _through_gate
         found, learnt_after = through(after, gradient, gate, up, last)
         outer = before.outer(found)
         learnt = before.factor_gradients(found, y, inner, outer)
@@ -96,5 +96,5 @@ def _through_gate_by_kernel(
     """The same in the place of gate and up: whatever saved these has no more use for them."""
     outer = after.outer([gradient])
     result = after.input_gradient([gradient], outer)
-    gpu.gate_gradients(gate, up, result)
+    gpu.kernels().swiglu_backward(gate, up, result)
     return [gate, up], after.factor_gradients([gradient], result, last, outer)

@@ -14,10 +14,10 @@ from stages.shared import models
 from stages.shared.bnb import Linear8bitLt
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
-from stages.train import initialisation, masters
-from stages.train.anchored import ordinary_state
-from stages.train.masters import as_saved
-from stages.train.settings import Lora
+from stages.shared.step import initialisation, masters
+from stages.shared.step.anchored import ordinary_state
+from stages.shared.step.config import Lora
+from stages.shared.step.masters import as_saved
 
 
 def load_for_lora(

@@ -18,8 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from stages.shared.bnb import Linear4bit, Params4bit, dequantize_4bit, dequantize_blockwise
-from stages.train.fused import kept
-from stages.train.fused.kernels import gpu
+from stages.shared.step.fused import gpu, kept
 
 ADAPTER = "default"  # the name that peft gives the only one
 Gradients = list[torch.Tensor]
@@ -116,8 +115,8 @@ def frozen_matrix(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
     weight = base.weight
     if isinstance(base, Linear4bit):
         weight = cast(Params4bit, weight)
-        if gpu.covers(weight.device):
-            return gpu.dequantized(weight.data, weight.quant_state, dtype)
+        if gpu.on_gpu(weight.device):
+            return gpu.kernels().dequantize(weight.data, weight.quant_state, dtype)
         return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     return cast(torch.Tensor, weight).detach().to(dtype)
 

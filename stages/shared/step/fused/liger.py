@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from stages.train.fused.kernels import gpu
+from stages.shared.step.fused import gpu
 
 # Of the norm: what is added to its weight; all in fp32, as `norm` has it (the mode of Gemma); rows
 # in whichever way is faster.
@@ -31,7 +31,7 @@ def installed() -> bool:
 
 def cover(device: torch.device) -> bool:
     """Whether these are used for values on this device."""
-    return gpu.covers(device) and installed()
+    return gpu.on_gpu(device) and installed()
 
 
 def normed(

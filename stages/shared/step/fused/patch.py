@@ -17,11 +17,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stages.shared import attention, packing, precision
 from stages.shared.packing import Packed
 from stages.shared.row_sharing import shares_a_row
-from stages.train.fused.attention import onto, projected, turned
-from stages.train.fused.feed_forward import feed_forward
-from stages.train.fused.loss import token_losses
-from stages.train.fused.norm import rms_norm
-from stages.train.fused.products import dequantize_constants
+from stages.shared.step.fused.cross_entropy import token_losses
+from stages.shared.step.fused.lora import dequantize_constants
+from stages.shared.step.fused.mlp import feed_forward
+from stages.shared.step.fused.qkv import onto, projected, turned
+from stages.shared.step.fused.rms_norm import rms_norm
 
 
 def fuse(model: nn.Module) -> None:

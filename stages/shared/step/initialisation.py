@@ -27,12 +27,12 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from stages.shared import models
-from stages.shared.adapter import ANCHORED
 from stages.shared.bnb import Linear4bit, Linear8bitLt
 from stages.shared.core import progress
 from stages.shared.core.errors import UserError
-from stages.train.anchored import anchor
-from stages.train.settings import Lora
+from stages.shared.step.adapter_sizes import ANCHORED
+from stages.shared.step.anchored import anchor
+from stages.shared.step.config import Lora
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, in] and B [out, r], fp32
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stages.train.fused.kernels import gpu
+from stages.shared.step.fused import gpu
 
 Factors = tuple[torch.Tensor, list[torch.Tensor]]
 
@@ -31,7 +31,7 @@ def for_a_step() -> Iterator[None]:
 
 def factors(key: Any, device: torch.device, make: Callable[[], Factors]) -> Factors:
     """What `make` returns; on a GPU, what it returned for this key before."""
-    if _kept is None or not gpu.covers(device):
+    if _kept is None or not gpu.on_gpu(device):
         return make()
     if key not in _kept:
         _kept[key] = make()

@@ -11,9 +11,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from stages.shared import precision
-from stages.train.fused.kernels import liger
-from stages.train.fused.norm import norm_gradient, normed, normed_again
-from stages.train.fused.products import Adapted, factors_of
+from stages.shared.step.fused import liger
+from stages.shared.step.fused.lora import Adapted, factors_of
+from stages.shared.step.fused.rms_norm import norm_gradient, normed, normed_again
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 

@@ -1,0 +1,82 @@
+"""Gradient of one optimizer step, however its conversations are divided into micro-batches."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from stages.shared import packing, scoring
+from stages.shared.examples import Example
+from stages.shared.packing import Packed
+from stages.shared.precision import autocast
+from stages.shared.step.fused import kept, patch
+
+AllReduce = Callable[[Sequence[torch.Tensor]], None]  # sums each over all processes, in place
+
+
+def accumulate(
+    model: nn.Module,
+    micro_batches: Sequence[Sequence[Example]],
+    supervised_tokens: int,
+    *,
+    dtype: torch.dtype,
+    fused: bool,
+    scaler: torch.amp.GradScaler,
+    all_reduce: AllReduce | None = None,
+) -> torch.Tensor:
+    """Add the gradient of a step's mean loss to the parameters' `grad`.
+
+    The loss is the sum of -log p over all supervised tokens of the step, divided by their number: a
+    conversation counts by its supervised tokens, whichever micro-batch or process it falls to.
+
+    Args:
+        model: in training mode.
+        micro_batches: of this process; may be empty where others have some.
+        supervised_tokens: of the whole step, over all processes.
+        dtype: compute dtype.
+        fused: the model was patched by `patch.fuse`.
+        scaler: of the loss, for fp16 on a GPU; disabled anywhere else.
+        all_reduce: leaves every process with the whole step's gradient and loss; None computes
+            this process's part alone.
+
+    Returns:
+        The loss in nats a supervised token, fp64 [1].
+    """
+    device = next(model.parameters()).device
+    loss = torch.zeros(1, dtype=torch.float64, device=device)
+    with kept.for_a_step():
+        for micro_batch in micro_batches:
+            batch = packing.pack(micro_batch, device)
+            loss += _backward(model, batch, supervised_tokens, dtype, fused, scaler)
+    if all_reduce is not None:
+        all_reduce([loss, *_gradients(model)])
+    return loss
+
+
+def _backward(
+    model: nn.Module,
+    batch: Packed,
+    supervised_tokens: int,
+    dtype: torch.dtype,
+    fused: bool,
+    scaler: torch.amp.GradScaler,
+) -> torch.Tensor:
+    """Add a micro-batch's gradient; returns its part of the loss, fp32 [].
+
+    A function of its own, so that no graph outlives its micro-batch: an int8 layer's saved inputs
+    would add to those of the next.
+    """
+    with autocast(batch.input_ids.device, dtype):
+        losses = (patch if fused else scoring).negative_log_likelihoods(model, batch)
+    loss = losses.sum() / supervised_tokens
+    scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def _gradients(model: nn.Module) -> list[torch.Tensor]:
+    """Of all trainable parameters, zeros included: a short step may leave a process no work."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [p.grad for p in trainable if p.grad is not None]
