@@ -3,10 +3,12 @@
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -22,29 +24,41 @@ class Hub:
     Attributes:
         url: what `HF_ENDPOINT` is set to.
         repositories: `{"datasets/owner/name": {path: content}}`, all at `COMMIT`.
-        status: answered to everything, unless it is 200.
-        error_code: the hub's own name for an error, sent with `status`.
+        status: answered instead of a file (or, `only=""`, of everything), unless it is 200.
+        only: the part of a path that `status` is answered to.
+        headers: sent with it, as the hub's own name of an error.
         cut_after: bytes after which the connection of the next download breaks.
+        drip: seconds after each byte of a file.
         listed: replaces the listing that is made from `repositories`.
-        requests: the paths that were asked for.
+        elsewhere: the address of another host that files are sent from.
+        requests: `GET path`, and the token that came with it.
     """
 
     url: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     status: int = 200
-    error_code: str = ""
+    only: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None
+    drip: float = 0.0
     listed: Any = None
-    requests: list[str] = field(default_factory=list)
+    elsewhere: str = ""
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
 
     @property
     def env(self) -> dict[str, str]:
         """The environment that sends a stage here."""
         return {"HF_ENDPOINT": self.url}
 
+    def fetched(self) -> list[str]:
+        """The paths of the files whose content was sent."""
+        gets = [path for path, _ in self.requests if path.startswith("GET ") and "resolve" in path]
+        return [path.partition(f"/resolve/{COMMIT}/")[2] for path in gets]
+
     def listing(self, repository: str) -> Any:
         """The answer to a question for a repository's files."""
         return self.listed or {
+            "id": repository.removeprefix("datasets/"),
             "sha": COMMIT,
             "siblings": [
                 {"rfilename": path, "size": len(content), **_hashes(path, content)}
@@ -52,12 +66,26 @@ class Hub:
             ],
         }
 
+    def tree(self, repository: str) -> Any:
+        """The same as `huggingface_hub.snapshot_download` asks for it."""
+        return [
+            {"type": "file", "path": path, "size": len(content), "oid": _git_sha1(content)}
+            for path, content in self.repositories[repository].items()
+        ]
+
+
+def _git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
 
 def _hashes(path: str, content: bytes) -> dict[str, Any]:
     if path.endswith((".safetensors", ".parquet")):
         sha256 = hashlib.sha256(content).hexdigest()
-        return {"lfs": {"sha256": sha256, "size": len(content), "pointerSize": 130}}
-    return {"blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+        return {
+            "blobId": "0" * 40,
+            "lfs": {"sha256": sha256, "size": len(content), "pointerSize": 130},
+        }
+    return {"blobId": _git_sha1(content)}
 
 
 @contextmanager
@@ -65,6 +93,7 @@ def serve() -> Iterator[Hub]:
     """Run a hub while the block lasts."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -76,13 +105,17 @@ def serve() -> Iterator[Hub]:
 
 
 @contextmanager
-def serve_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Run a hub that this very process talks to.
+def serve_here(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
+    """Run a hub that this very process talks to, with an empty cache below `home`.
 
-    Another test may have loaded a model before, and loading one switches the hub off.
+    Another test may have loaded a model before, and loading one switches the hub off. What waits
+    before it tries again waits no time here.
     """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "cache"))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("DVC_ROOT", str(home))
     with serve() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         yield hub
@@ -90,40 +123,61 @@ def serve_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
-            hub.requests.append(path)
-            if hub.status != 200:
-                return self.answer(hub.status, b"", {"X-Error-Code": hub.error_code})
+            hub.requests.append((f"{self.command} {path}", self.headers.get("Authorization")))
+            if hub.status != 200 and hub.only in path:
+                return self.answer(hub.status, b"", hub.headers)
             if path.startswith("api/"):
-                repository, _, commit = path.removeprefix("api/").partition("/revision/")
-                return self.list_repository(repository.removeprefix("models/"), commit)
+                return self.describe(path.removeprefix("api/").removeprefix("models/"))
             repository, _, rest = path.partition("/resolve/")
             commit, _, name = rest.partition("/")
             content = hub.repositories.get(repository, {}).get(name)
             if content is None or commit != COMMIT:
                 return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-            return self.send(content)
+            return self.send(name, content)
 
-        def list_repository(self, repository: str, commit: str) -> None:
+        def describe(self, path: str) -> None:
+            kind = "tree" if "/tree/" in path else "revision"
+            repository, _, commit = path.partition(f"/{kind}/")
             if repository not in hub.repositories:
                 return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
             if commit != COMMIT:
                 return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            return self.answer(200, json.dumps(hub.listing(repository)).encode(), {})
+            answer = hub.tree(repository) if kind == "tree" else hub.listing(repository)
+            return self.answer(200, json.dumps(answer).encode(), {})
 
-        def send(self, content: bytes) -> None:
-            start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+        def send(self, name: str, content: bytes) -> None:
+            hashes = _hashes(name, content)
+            etag = hashes["lfs"]["sha256"] if "lfs" in hashes else hashes["blobId"]
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'}
+            if hub.elsewhere:
+                headers |= {"Location": f"{hub.elsewhere}{self.path}", "X-Linked-Etag": f'"{etag}"'}
+                headers["X-Linked-Size"] = str(len(content))
+                return self.answer(302, b"", headers)
+            start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].split("-")[0])
             body, status = content[start:], 206 if start else 200
-            cut, hub.cut_after = hub.cut_after, None
-            self.answer(status, body[:cut], {"Content-Length": str(len(body))})
+            cut = None
+            if self.command == "GET":
+                cut, hub.cut_after = hub.cut_after, None
+            return self.answer(status, body[:cut], {"Content-Length": str(len(body)), **headers})
 
         def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            if self.command == "HEAD":
+                return
+            if not hub.drip:
+                self.wfile.write(body)
+                return
+            for number in range(len(body)):
+                self.wfile.write(body[number : number + 1])
+                time.sleep(hub.drip)
 
         def log_message(self, *_: object) -> None:
             pass

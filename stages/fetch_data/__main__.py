@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from stages.fetch_data import formats, sources
 from stages.fetch_data.sources import Part
-from stages.shared import hub
 from stages.shared.core import files, params
 from stages.shared.core.errors import run
+from stages.shared.hub.download import download_folder
+from stages.shared.hub.repository import pin
 
 RAW = Path("data/raw")
 
@@ -42,42 +43,43 @@ def fetch(data: Data, raw: Path) -> None:
     Raises:
         UserError: the source is missing, unreadable, empty, truncated or ambiguous.
     """
-    with TemporaryDirectory(dir=raw) as scratch:
+    if data.source == "hub":
+        repository = pin("dataset", data.repo, data.revision)
+        with download_folder(repository) as folder:
+            written = write(sources.fetch(repository, data.config, folder), raw)
+        pinned = {"repo": data.repo, "revision": data.revision, "config": data.config}
+    else:
+        with TemporaryDirectory(dir=raw) as scratch:
+            written = write(sources.find(Path(data.path), data.config), raw, Path(scratch) / "copy")
         pinned = {}
-        if data.source == "hub":
-            repository = hub.repository(
-                "dataset",
-                data.repo,
-                data.revision,
-                name_parameter="data.repo",
-                revision_parameter="data.revision",
-            )
-            parts = sources.fetch(repository, data.config, Path(scratch))
-            pinned = {"repo": data.repo, "revision": data.revision, "config": data.config}
-        else:
-            parts = sources.find(Path(data.path), data.config)
-        written = write(parts, raw, Path(scratch))
-        files.write_json(raw / "source.json", {"source": data.source, **pinned, "files": written})
+    files.write_json(raw / "source.json", {"source": data.source, **pinned, "files": written})
 
 
-def write(parts: list[Part], raw: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Write the rows of all parts; what each is, and where its rows begin in `<split>.jsonl`.
+def write(parts: list[Part], raw: Path, copy: Path | None = None) -> list[dict[str, Any]]:
+    """Write the rows of all parts.
 
-    A part is read from a copy, so that what is hashed is what is read.
+    Args:
+        parts: the files of the splits.
+        raw: where `<split>.jsonl` is written.
+        copy: where a file of the user's is copied to before it is hashed and read, since it may
+            change meanwhile; None: read where it lies.
+
+    Returns:
+        Of each part what it is, where its rows begin in `<split>.jsonl`, and whether they are the
+        lines of the file or its rows.
     """
     files.require_space(raw, sum(part.path.stat().st_size for part in parts), "data/raw")
     written: list[dict[str, Any]] = []
     lines = {"train": 0, "eval": 0}
     for part in parts:
-        copy = scratch / "part"
-        shutil.copyfile(part.path, copy)
-        unit, rows = formats.read(copy, part.name)
+        path = shutil.copyfile(part.path, copy) if copy else part.path
+        unit, rows = formats.read(path, part.name)
         written.append(
             {
                 "split": part.split,
                 "name": part.name,
-                "sha256": files.sha256(copy),
-                "bytes": copy.stat().st_size,
+                "sha256": files.sha256(path),
+                "bytes": path.stat().st_size,
                 "first_line": lines[part.split] + 1,
                 "counted_in": unit,
             }

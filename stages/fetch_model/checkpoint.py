@@ -1,25 +1,54 @@
-"""A model as transformers saves it: what is taken of it, what is refused, where it goes."""
+"""A model as transformers saves it: what is taken, what is refused, and its one form here.
+
+Weights keep their bytes. config.json, generation_config.json, the index of shards and the tokenizer
+are written anew, without what belongs to the machine that they came from.
+"""
 
 import json
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from stages.fetch_model import tokenizer
 from stages.shared.core import files, progress
 from stages.shared.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-SMALL_FILES = (CONFIG, GENERATION_CONFIG, INDEX, *tokenizer.FILES)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES)
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What a config says of the place it was loaded from, and of code that came with it.
-_NOT_KEPT = ("_name_or_path", "_model_name_or_path", "auto_map")
+# Where a model was loaded from, code that came with it, and how it was run there.
+_DROPPED = {"_name_or_path", "_model_name_or_path", "name_or_path", "_commit_hash", "auto_map"}
+_DROPPED |= {"is_local", "local_files_only"}
+_DROPPED |= {f"{prefix}{unit}_implementation{suffix}"
+             for prefix in ("_", "") for unit in ("attn", "experts")
+             for suffix in ("", "_internal", "_autoset")}  # fmt: skip
+_DROPPED |= {"_flash_attn_2_enabled", "use_flash_attention_2", "use_cache", "cache_implementation"}
+_DROPPED |= {"output_attentions", "output_hidden_states", "output_router_logits", "output_scores"}
+_DROPPED |= {"output_logits", "return_dict", "use_return_dict", "return_dict_in_generate"}
+_DROPPED |= {"torchscript", "use_bfloat16", "gradient_checkpointing", "device_map", "use_kernels"}
+_DROPPED |= {"kernel_config", "compile_config"}
+_PROBE = "Two plus two is 4.\n\n\tДва и два — 四。 <|im_end|></s> def f(x): return x  # 🙂"
 
 
 @dataclass(frozen=True)
@@ -29,7 +58,7 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         name: what a message calls it.
-        ours: whether its files may be moved away; the user's own are copied.
+        ours: whether its files may be moved away; those of the user's cache are copied.
     """
 
     folder: Path
@@ -40,56 +69,64 @@ class Checkpoint:
 def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path) -> None:
     """Put the model into `base` and the tokenizer into `tokenizer_folder`, both existing folders.
 
-    Weights keep their bytes. The user's own files are copied and never linked: DVC makes what it
-    tracks read-only, and a link would be the user's file.
-
     Raises:
-        UserError: as `read_config`, `weight_files` and `tokenizer.install` do; a file of weights
-            is damaged.
+        UserError: as `read_config`, `weight_files` and `install_tokenizer` do; a file of weights
+            is damaged, or lacks a tensor.
     """
     source, name = checkpoint.folder, checkpoint.name
     config = read_config(source, name)
     weights = weight_files(source, {path.name for path in source.iterdir()}, name)
-    for file in weights:
-        _require_readable(source / file, f"{name}/{file}")
-    tokenizer.install(source, tokenizer_folder, name)
+    index = _index(source, weights, name)
+    install_tokenizer(source, tokenizer_folder, name)
     files.write_json(base / CONFIG, config)
-    others = [GENERATION_CONFIG] if (source / GENERATION_CONFIG).is_file() else []
-    others += [] if weights == [WEIGHTS] else [INDEX]
+    if (source / GENERATION_CONFIG).is_file():
+        files.write_json(base / GENERATION_CONFIG, _kept(_read(source / GENERATION_CONFIG, name)))
+    if weights != [WEIGHTS]:
+        files.write_json(base / INDEX, index)
     if not checkpoint.ours:
-        needed = sum((source / file).stat().st_size for file in weights)
-        files.require_space(base, needed, f"a copy of {name}")
+        files.require_space(base, index["metadata"]["total_size"], f"a copy of {name}")
     with progress.bar(total=len(weights), desc="weights", unit="file") as bar:
-        for file in [*others, *weights]:
+        for file in weights:
             (shutil.move if checkpoint.ours else shutil.copyfile)(source / file, base / file)
             (base / file).chmod(0o644)
-            bar.update(file in weights)
+            bar.update()
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The model's config, without what is not kept of it.
+    """The model's config, without what belongs to another machine.
 
     Raises:
         UserError: it is not there, or describes a model that cannot be tuned here.
     """
+    from transformers.models.auto.modeling_auto import (  # noqa: PLC0415  (takes seconds)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+
     if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"{name}: has no {CONFIG}; expected a causal language model as transformers saves it; "
-            "choose another"
-        )
-    config = _read_object(folder / CONFIG, name)
+        raise UserError(f"{name}: has no {CONFIG}. Choose a model that transformers saved.")
+    config = _read(folder / CONFIG, name)
     if config.get("quantization_config"):
         raise UserError(
-            f"{name}/{CONFIG}: the weights are quantized already (quantization_config); expected "
-            "those that they were made from, since the `quantize` stage quantizes; choose them"
+            f"{name}/{CONFIG}: the weights are quantized already (quantization_config). Choose the "
+            "original ones, which the `quantize` stage quantizes."
         )
-    if config.get("model_type") not in _known_model_types():
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         code = " and wants to run code of its own (auto_map)" if "auto_map" in config else ""
         raise UserError(
-            f"{name}/{CONFIG}: model_type is {config.get('model_type')!r}{code}; expected a causal "
-            "language model that transformers knows by itself, since code is never fetched and run"
+            f"{name}/{CONFIG}: model_type is {kind!r:.60}{code}; expected a causal language model "
+            "that transformers knows. Code is never fetched and run."
         )
-    return {key: value for key, value in config.items() if key not in _NOT_KEPT}
+    return _kept(config)
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what is dropped, in its parts as well."""
+    return {
+        key: _kept(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _DROPPED
+    }
 
 
 def weight_files(folder: Path, names: Collection[str], where: str) -> list[str]:
@@ -110,54 +147,131 @@ def weight_files(folder: Path, names: Collection[str], where: str) -> list[str]:
         return [WEIGHTS]
     if INDEX not in names:
         pickles = [name for name in names if name.endswith(_PICKLES)]
-        found = f"only {pickles[0]}, a pickle, which runs code as it loads" if pickles else "none"
+        found = f", only {pickles[0]}, a pickle, which runs code as it loads" if pickles else ""
         raise UserError(
-            f"{where}: has no {WEIGHTS} and no {INDEX}, but {found}; expected safetensors; "
-            "choose a revision that has them, or convert it"
+            f"{where}: has no {WEIGHTS} and no {INDEX}{found}. Choose a revision that has "
+            "safetensors, or convert it."
         )
-    weight_map = _read_object(folder / INDEX, where).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{where}/{INDEX}: has no weight_map; choose another revision")
+    weight_map = _weight_map(folder, where)
     for tensor, file in weight_map.items():
         beside = isinstance(file, str) and "/" not in file and "\\" not in file
         if not beside or not file.endswith(".safetensors"):
             raise UserError(
                 f"{where}/{INDEX}: puts {tensor} into {file!r}; expected a .safetensors file "
-                "beside the index; do not use this model"
+                "beside the index. Do not use this model."
             )
         if file not in names:
             raise UserError(
-                f"{where}/{INDEX}: puts {tensor} into {file}, which is not there; "
-                "expected all files of the index; the model is incomplete, fetch or copy it again"
+                f"{where}/{INDEX}: puts {tensor} into {file}, which is not there. The model is "
+                "incomplete: fetch or copy it again."
             )
     return sorted(set(weight_map.values()))
 
 
-def _known_model_types() -> Collection[str]:
-    from transformers.models.auto.modeling_auto import (  # noqa: PLC0415  (takes seconds)
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+def _weight_map(folder: Path, where: str) -> dict[str, Any]:
+    weight_map = _read(folder / INDEX, where).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{where}/{INDEX}: has no weight_map. Choose another revision.")
+    return weight_map
+
+
+def _index(folder: Path, weights: list[str], name: str) -> dict[str, Any]:
+    """The index of shards, made of the shards themselves: file of each tensor, bytes of all."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file in weights:
+        try:
+            with safe_open(folder / file, framework="numpy") as opened:
+                tensors = list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{name}/{file}: is not whole ({error}). Fetch or copy it again."
+            ) from None
+        if doubled := set(tensors) & set(weight_map):
+            raise UserError(
+                f"{name}/{file}: holds {min(doubled)} as {weight_map[min(doubled)]} does."
+            )
+        weight_map |= dict.fromkeys(tensors, file)
+        header = int.from_bytes((folder / file).open("rb").read(8), "little")
+        size += (folder / file).stat().st_size - 8 - header
+    if weights != [WEIGHTS]:
+        for tensor, file in _weight_map(folder, name).items():
+            if weight_map.get(tensor) != file:
+                raise UserError(
+                    f"{name}/{INDEX}: puts {tensor} into {file}, which lacks it. The model is "
+                    "incomplete: fetch or copy it again."
+                )
+    return {
+        "metadata": {"total_size": size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def install_tokenizer(source: Path, target: Path, name: str) -> None:
+    """Load the tokenizer of a model's folder and save it into `target`, where it needs no model.
+
+    Which class a tokenizer has, transformers may read from the model's config; saved again, it says
+    so itself. What was saved is loaded and compared.
+
+    Raises:
+        UserError: it cannot be loaded, needs code of its own, or has no end token.
+    """
+    if not any((source / file).is_file() for file in TOKENIZER_FILES):
+        raise UserError(
+            f"{name}: has no tokenizer. Put its tokenizer.json and {TOKENIZER_CONFIG} there, or "
+            "choose another model."
+        )
+    with TemporaryDirectory() as folder:  # beside a config that asks for nothing to be installed
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, Path(folder, file))
+        files.write_json(Path(folder, CONFIG), read_config(source, name))
+        original = _load_tokenizer(Path(folder), name)
+    if original.eos_token_id is None:
+        raise UserError(
+            f"{name}: its tokenizer has no eos_token, and a reply could not end. Name it in "
+            f"{TOKENIZER_CONFIG}, or choose another model."
+        )
+    original.save_pretrained(target)
+    config = target / TOKENIZER_CONFIG
+    files.write_json(config, _kept(_read(config, name)))
+    if _fingerprint(_load_tokenizer(target, name)) != _fingerprint(original):
+        raise UserError(
+            f"{name}: its tokenizer encodes text in another way without the model beside it. "
+            "Choose another model."
+        )
+
+
+def _load_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds)
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises no narrower kind
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name}: has no tokenizer that transformers can load by itself ({reason:.100}). "
+            f"Check its tokenizer.json and {TOKENIZER_CONFIG}, or choose another model."
+        ) from None
+
+
+def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> tuple[object, ...]:
+    return (
+        tokenizer.encode(_PROBE),
+        tokenizer.encode(_PROBE, split_special_tokens=True),
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        len(tokenizer),
     )
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-
-def _read_object(path: Path, name: str) -> dict[str, Any]:
+def _read(path: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}/{path.name}: is not JSON ({error}); fetch it again") from None
+        raise UserError(f"{name}/{path.name}: is not JSON ({error}). Fetch it again.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{name}/{path.name}: is no JSON object; choose another revision")
+        raise UserError(f"{name}/{path.name}: is no JSON object. Choose another revision.")
     return value
-
-
-def _require_readable(path: Path, name: str) -> None:
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise UserError(
-            f"{name}: is not whole ({error}); expected safetensors; fetch or copy it again"
-        ) from None

@@ -1,6 +1,7 @@
 """A hub on this machine."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,6 @@ from tests import hub as hubs
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[hubs.Hub]:
-    with hubs.serve_here(monkeypatch) as hub:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hubs.Hub]:
+    with hubs.serve_here(monkeypatch, tmp_path) as hub:
         yield hub

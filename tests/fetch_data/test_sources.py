@@ -119,7 +119,7 @@ def test_the_hub_gives_its_splits(hub: hubs.Hub, tmp_path: Path) -> None:
         "openassistant_best_replies_train.jsonl",
         "openassistant_best_replies_eval.jsonl",
     ]
-    assert not any(request.endswith(".png") for request in hub.requests)
+    assert "image.png" not in hub.fetched()
 
 
 def test_a_configuration_is_chosen_by_name(hub: hubs.Hub, tmp_path: Path) -> None:

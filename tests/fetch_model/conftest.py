@@ -22,7 +22,7 @@ def mine(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, saved: Path) -> Iterator[hubs.Hub]:
-    with hubs.serve_here(monkeypatch) as hub:
+def hub(monkeypatch: pytest.MonkeyPatch, saved: Path, tmp_path: Path) -> Iterator[hubs.Hub]:
+    with hubs.serve_here(monkeypatch, tmp_path) as hub:
         hub.repositories["me/tiny"] = {p.name: p.read_bytes() for p in saved.iterdir()}
         yield hub

@@ -1,25 +1,37 @@
 """What tests of fetch_model share: the stage into a folder of theirs, and changes to a model."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from stages.fetch_model.__main__ import Model, fetch
-from stages.fetch_model.checkpoint import INDEX, install
-from stages.shared.core import files
+from stages.fetch_model.checkpoint import INDEX
+from stages.shared.core.errors import UserError
 from tests import hub as hubs
 
 
 def fetched(model: Model, out: Path) -> tuple[Path, Path]:
     """What the stage does, into another folder than `models`."""
-    base, tokenizer, scratch = out / "base", out / "tokenizer", out / "scratch"
-    for folder in (base, tokenizer, scratch):
-        folder.mkdir(parents=True)
-    install(fetch(model, scratch), base, tokenizer)
+    base, tokenizer = out / "base", out / "tokenizer"
+    base.mkdir(parents=True)
+    tokenizer.mkdir()
+    fetch(model, base, tokenizer)
     return base, tokenizer
 
 
 def from_path(folder: Path, revision: str | None = None) -> Model:
-    revision = revision or files.folder_sha256(folder)
+    """The model of a folder, pinned by the hash that the stage asks for."""
+    if revision is None:
+        revision = "0" * 64
+        folder.with_name("probe").mkdir(exist_ok=True)
+        try:
+            fetch(from_path(folder, revision), *[folder.with_name("probe")] * 2)
+        except UserError as error:
+            found = re.search(r"hash to ([0-9a-f]{64})", str(error))
+            revision = found[1] if found else revision
     return Model(source="path", name=str(folder), revision=revision, file=None, sha256=None)
 
 
@@ -27,11 +39,20 @@ def from_hub(revision: str | None = hubs.COMMIT) -> Model:
     return Model(source="hub", name="me/tiny", revision=revision, file=None, sha256=None)
 
 
-def change_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+def refused(model: Model, reason: str, out: Path) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        fetched(model, out)
+    assert "\n" not in str(caught.value)
 
 
-def shard(folder: Path, weight_map: dict[str, object]) -> None:
+def change(folder: Path, name: str = "config.json", /, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    value = {**json.loads((folder / name).read_text()), **changes}
+    (folder / name).write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+
+
+def shard(folder: Path, weight_map: dict[str, object] | None = None) -> None:
+    """Make the weights one shard, by an index as some tools write it: without metadata."""
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    weight_map = weight_map or {"model.embed_tokens.weight": "model-00001-of-00001.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.fetch_model.checkpoint import Checkpoint
+from stages.shared.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,24 @@ _LONE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 
 def to_safetensors(gguf: Path, folder: Path) -> Checkpoint:
-    """Write the model and the tokenizer that a GGUF file holds into `folder`, which is made."""
+    """Write the model and the tokenizer that a GGUF file holds into `folder`, which is made.
+
+    Raises:
+        UserError: it is damaged, or of a kind that transformers does not read.
+    """
+    try:
+        _convert(gguf, folder)
+    except Exception as error:  # gguf, numpy and transformers raise whatever comes
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk, and not of the file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{gguf.name}: transformers cannot read it ({reason:.100}). Choose another GGUF file."
+        ) from None
+    return Checkpoint(folder, gguf.name, ours=True)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
     import torch  # noqa: PLC0415  (seconds that a wrong parameter need not wait for)
     from transformers import AutoModelForCausalLM, GgufConfig  # noqa: PLC0415
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415
@@ -39,7 +57,6 @@ def to_safetensors(gguf: Path, folder: Path) -> Checkpoint:
         local_files_only=True,
     )
     model.save_pretrained(folder)
-    return Checkpoint(folder, gguf.name, ours=True)
 
 
 def _tokenizer(gguf: Path) -> "PreTrainedTokenizerBase":

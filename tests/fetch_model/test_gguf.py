@@ -1,16 +1,19 @@
 """GGUF into safetensors: the same bytes each time, and no more lost than 4 bits lose."""
 
 import json
+import random
 from pathlib import Path
 
 import gguf
+import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from stages.fetch_model import convert
+from stages.fetch_model import gguf as ours
 from stages.fetch_model.checkpoint import install
 from stages.shared.core import files
+from stages.shared.core.errors import UserError
 from tests import tiny
 
 
@@ -61,7 +64,7 @@ def test_gguf_becomes_the_same_safetensors_each_time(tmp_path: Path) -> None:
         base, tokenizer = tmp_path / run / "base", tmp_path / run / "tokenizer"
         base.mkdir(parents=True)
         tokenizer.mkdir()
-        converted = convert.to_safetensors(tmp_path / "in/tiny.gguf", tmp_path / f"{run}-scratch")
+        converted = ours.to_safetensors(tmp_path / "in/tiny.gguf", tmp_path / f"{run}-scratch")
         install(converted, base, tokenizer)
     assert files.folder_sha256(tmp_path / "first") == files.folder_sha256(tmp_path / "second")
     with safe_open(base / "model.safetensors", framework="pt") as stored:
@@ -84,3 +87,19 @@ def test_gguf_becomes_the_same_safetensors_each_time(tmp_path: Path) -> None:
     assert "A name" not in (base / "config.json").read_text()
     pieces = alone.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n42")
     assert [piece for piece, _ in pieces] == ["a", "ĊĊ", "4", "2"]  # as SmolLM2 learned its merges
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_damaged_gguf_ends_in_one_line(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    content, choose = bytearray(path.read_bytes()), random.Random(seed)
+    if seed % 2:
+        content = content[: choose.randrange(8, len(content) // 2)]
+    else:
+        for _ in range(40):
+            content[choose.randrange(8, 4000)] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^tiny\.gguf: transformers cannot read it") as caught:
+        ours.to_safetensors(path, tmp_path / "out")
+    assert "\n" not in str(caught.value)
