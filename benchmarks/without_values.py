@@ -27,10 +27,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks.live_memory import LiveMemory
 from benchmarks.training_step import Measured, Setting, held_tensors, micro_batch
-from stages.shared import attention, precision, varlen_attention, workspace
+from stages.shared import attention, precision, varlen_attention
 from stages.shared.memory import BLOCK, NESTED_BLOCK
 from stages.shared.step import gradient
-from stages.shared.step.fused import gpu, liger
+from stages.shared.step.fused import cross_entropy, gpu, liger
 from stages.shared.step.fused.patch import fuse
 
 META = torch.device("meta")
@@ -76,12 +76,12 @@ def standing_for_a_gpu() -> Iterator[None]:
         (gradient, "autocast", lambda *_: nullcontext()),
         (gpu, "on_gpu", lambda _: True),
         (gpu, "kernels", lambda: _Kernels),
-        (liger, "cover", lambda _: False),
+        (liger, "covers", lambda _: False),
     )
     with ExitStack() as until_the_end:
         for module, name, instead in replaced:
             until_the_end.enter_context(patch.object(module, name, instead))
-        sizes = workspace.LOGITS_BYTES
+        sizes = cross_entropy.LOGITS_BYTES
         until_the_end.enter_context(patch.dict(sizes, meta=sizes["cuda"]))
         yield
 

@@ -75,7 +75,7 @@ class Tuning:
     def nested(self) -> bool:
         """Whether what double quantization made of the constants is what stays in memory.
 
-        Not on a CPU in the fused step, see `stages.shared.step.fused.lora.dequantize_constants`.
+        Not on a CPU in the fused step, see `stages.shared.step.fused.lora.dequantize_absmax`.
         """
         return self.double_quant and not (self.fused and self.device == "cpu")
 

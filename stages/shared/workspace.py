@@ -10,14 +10,9 @@ from dataclasses import dataclass
 from stages.shared import batched_attention, memory
 from stages.shared.alike import alike
 from stages.shared.examples import Example
+from stages.shared.step.fused.cross_entropy import chunk_tokens, fp32_chunk_tokens
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
-
-# Of the fused loss: the logits of as many tokens as fit are made at once, in the dtype of products;
-# 340 tokens of 49,152 logits are a large enough product for a CPU. It then takes as many in fp32 as
-# stay in its cache from pass to pass; a GPU has a kernel for that, which needs no room.
-LOGITS_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-WIDE_LOGITS_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -124,24 +119,14 @@ def loss_backward_bytes(vocabulary: int, supervised: int) -> int:
     return 12 * vocabulary * supervised
 
 
-def logits_at_once(vocabulary: int, supervised: int, itemsize: int, device: str) -> int:
-    """n, the tokens whose logits are made at once in the dtype of products."""
-    return min(supervised, max(1, LOGITS_BYTES[device] // (itemsize * vocabulary)))
-
-
-def wide_logits_at_once(vocabulary: int, tokens: int) -> int:
-    """w, those of n that a CPU has in fp32 at once."""
-    return min(tokens, max(1, WIDE_LOGITS_BYTES // (4 * vocabulary)))
-
-
 def fused_loss_bytes(model: Model, tuning: Tuning, batch: MicroBatch) -> int:
     """(c·n + 4·w)·V of logits in both dtypes, and 2·c·h·S of all inputs and their gradients.
 
     On CUDA w is 0.
     """
     v, s, c = model.vocabulary, batch.supervised, tuning.flow.compute
-    n = logits_at_once(v, s, c, tuning.device)
-    w = 0 if tuning.device == "cuda" else wide_logits_at_once(v, n)
+    n = chunk_tokens(v, s, c, tuning.device)
+    w = 0 if tuning.device == "cuda" else fp32_chunk_tokens(v, n)
     return (c * n + 4 * w) * v + 2 * c * model.hidden * s
 
 

@@ -132,7 +132,7 @@ def _path(how: Computing) -> str:
     """What computes a step, for `reports/train.json`."""
     if not how.fused:
         return f"stock: {how.unfused_because}"
-    return "fused, liger-kernel" if liger.cover(how.device) else "fused"
+    return "fused, liger-kernel" if liger.covers(how.device) else "fused"
 
 
 def _metrics(loop: Loop) -> dict[str, Any]:

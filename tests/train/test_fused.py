@@ -27,7 +27,7 @@ from stages.shared.core import machine
 from stages.shared.examples import Example
 from stages.shared.precision import autocast
 from stages.shared.step import adapter
-from stages.shared.step.fused import kept
+from stages.shared.step.fused import lora
 from stages.shared.step.fused import patch as fused
 from tests import tiny
 from tests.train.running import run, settings
@@ -116,7 +116,7 @@ def step(
     model: PeftModel, likelihoods: Any, dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, Gradients]:
     model.zero_grad()
-    with kept.for_a_step():  # as every step of a training is
+    with lora.cast_cache():  # as every step of a training is
         with autocast(DEVICE, dtype):
             losses = likelihoods.negative_log_likelihoods(model, batch(seed))
         losses.mean().backward()
@@ -176,16 +176,16 @@ def test_a_mask_is_made_only_where_a_conversation_is_longer_than_the_window(
     """The comparison above has one of 40 tokens, and Mistral's window here is 32."""
     model = adapted(quantized(bases["mistral"], "fp32", "fp32"))
     causal = model.get_base_model()
-    assert fused._no_mask(causal, batch()) is None
+    assert fused._attention_mask(causal, batch()) is None
     with monkeypatch.context() as kernel:
         kernel.setattr(varlen_attention, "covers", lambda *_: True)
-        assert fused._no_mask(causal, batch()) is not None
+        assert fused._attention_mask(causal, batch()) is not None
         kernel.setattr(causal.config, "attention_dropout", 0.1)  # the kernel is left out then
-        assert fused._no_mask(causal, batch()) is None
+        assert fused._attention_mask(causal, batch()) is None
     causal.config.sliding_window = 40
-    assert fused._no_mask(causal, batch()) is not None
+    assert fused._attention_mask(causal, batch()) is not None
     model.set_attn_implementation("sdpa")
-    assert fused._no_mask(causal, batch()) is None
+    assert fused._attention_mask(causal, batch()) is None
 
 
 def test_without_gradients_the_modules_do_what_they_always_did(bases: dict[str, Path]) -> None:

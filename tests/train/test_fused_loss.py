@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from stages.shared import workspace
 from stages.shared.step.fused import cross_entropy as fused_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,9 +19,9 @@ def test_a_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.rand(23, device=DEVICE)
     expected = cross_entropy(hidden @ head.t(), targets, reduction="none")
     (wanted,) = torch.autograd.grad(expected @ weights, hidden)
-    monkeypatch.setitem(workspace.LOGITS_BYTES, DEVICE.type, 4 * 50 * 5)  # five tokens at a time
-    monkeypatch.setattr(workspace, "WIDE_LOGITS_BYTES", 4 * 50 * 2)
-    losses = fused_loss.token_losses(hidden, head, targets)
+    monkeypatch.setitem(fused_loss.LOGITS_BYTES, DEVICE.type, 4 * 50 * 5)  # five tokens at a time
+    monkeypatch.setattr(fused_loss, "FP32_LOGITS_BYTES", 4 * 50 * 2)
+    losses = fused_loss.linear_cross_entropy(hidden, head, targets)
     (found,) = torch.autograd.grad(losses @ weights, hidden)
     assert torch.allclose(losses, expected, atol=1e-5)
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -30,7 +29,7 @@ def test_a_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_token_of_no_probability_has_a_finite_loss_and_gradient() -> None:
     hidden = torch.tensor([[200.0, 0.0]], device=DEVICE, requires_grad=True)
-    losses = fused_loss.token_losses(
+    losses = fused_loss.linear_cross_entropy(
         hidden, torch.eye(2, device=DEVICE), torch.tensor([1], device=DEVICE)
     )
     (gradient,) = torch.autograd.grad(losses.sum(), hidden)

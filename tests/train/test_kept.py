@@ -1,36 +1,30 @@
-"""Adapters are made ready once a step on a GPU, and what is kept of them goes with the step."""
+"""LoRA weights are cast once a step on a GPU."""
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
 
-from stages.shared.step.fused import gpu, kept
+from stages.shared.step.fused import gpu, lora
 
-CPU = torch.device("cpu")
+LAYER = Linear(torch.nn.Linear(3, 4), lora.ADAPTER, LoraConfig(), r=2)
+
+
+def cast() -> torch.Tensor:
+    return lora.LoraLinears([LAYER], lora.lora_weights(LAYER), torch.bfloat16).a
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_adapters_are_made_ready_once_a_step_on_a_gpu(
+def test_cast_cache_keeps_weights_for_a_step_on_a_gpu(
     on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "on_gpu", lambda device: on_gpu)
-    made: list[int] = []
-
-    def make() -> kept.Factors:
-        made.append(1)
-        return torch.ones(1), []
-
-    for _ in range(2):
-        with kept.for_a_step():
-            for key in ("one", "one", "other"):
-                kept.factors(key, CPU, make)
-    assert len(made) == (4 if on_gpu else 6)
-
-
-def test_nothing_is_kept_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "on_gpu", lambda device: True)
-    one: kept.Factors = (torch.ones(1), [])
-    other: kept.Factors = (torch.zeros(1), [])
-    with pytest.raises(KeyError), kept.for_a_step():
-        assert kept.factors("one", CPU, lambda: one) is one
+    with lora.cast_cache():
+        first = cast()
+        assert (cast() is first) == on_gpu
+    with lora.cast_cache():
+        assert cast() is not first
+    with pytest.raises(KeyError), lora.cast_cache():
+        first = cast()
         raise KeyError
-    assert kept.factors("one", CPU, lambda: other) is other
+    assert cast() is not first

@@ -21,7 +21,7 @@ TOKENS, WIDTH, HEADS, SHARED, SIZE, EPSILON = 21, 96, 6, 2, 16, 1e-5
 
 
 def by(monkeypatch: pytest.MonkeyPatch, *, kernel: bool) -> None:
-    monkeypatch.setattr(liger, "cover", lambda _: kernel)
+    monkeypatch.setattr(liger, "covers", lambda _: kernel)
 
 
 @DTYPES
@@ -31,9 +31,9 @@ def test_norm_and_its_gradient(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
     results = []
     for kernel in (False, True):
         by(monkeypatch, kernel=kernel)
-        y, root = norm.normed(x, weight, EPSILON)
-        again = norm.normed_again(x, root, weight, EPSILON)
-        results.append((y, root, again, norm.norm_gradient(gradient, x, root, weight)))
+        y, root = norm.rms_norm_forward(x, weight, EPSILON)
+        again = norm.recompute_rms_norm(x, root, weight, EPSILON)
+        results.append((y, root, again, norm.rms_norm_backward(gradient, x, root, weight)))
     for expected, found in zip(*results, strict=True):
         assert_close(found, expected)
 
@@ -46,13 +46,13 @@ def test_turning_there_and_back(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     before = query.clone()
     by(monkeypatch, kernel=False)
-    expected = attention._both_turned(query, key, cos, sin)
+    expected = attention.apply_rope_qk(query, key, cos, sin)
     by(monkeypatch, kernel=True)
-    found = attention._both_turned(query, key, cos, sin)
+    found = attention.apply_rope_qk(query, key, cos, sin)
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other)
     assert torch.equal(query, before)
-    for one, other in zip(attention._both_turned(*found, cos, -sin), (query, key), strict=True):
+    for one, other in zip(attention.apply_rope_qk(*found, cos, -sin), (query, key), strict=True):
         assert_close(one, other)
 
 
@@ -60,6 +60,6 @@ def test_turning_there_and_back(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
 def test_the_gate(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     gate, up = (random(TOKENS, WIDTH, dtype=dtype, seed=seed) for seed in range(2))
     by(monkeypatch, kernel=False)
-    expected = feed_forward._gated(gate.clone(), up.clone())
+    expected = feed_forward.swiglu(gate.clone(), up.clone())
     by(monkeypatch, kernel=True)
-    assert_close(feed_forward._gated(gate.clone(), up.clone()), expected)
+    assert_close(feed_forward.swiglu(gate.clone(), up.clone()), expected)

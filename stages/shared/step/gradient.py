@@ -9,7 +9,8 @@ from stages.shared import packing, scoring
 from stages.shared.examples import Example
 from stages.shared.packing import Packed
 from stages.shared.precision import autocast
-from stages.shared.step.fused import kept, patch
+from stages.shared.step.fused import patch
+from stages.shared.step.fused.lora import cast_cache
 
 AllReduce = Callable[[Sequence[torch.Tensor]], None]  # sums each over all processes, in place
 
@@ -44,7 +45,7 @@ def accumulate(
     """
     device = next(model.parameters()).device
     loss = torch.zeros(1, dtype=torch.float64, device=device)
-    with kept.for_a_step():
+    with cast_cache():
         for micro_batch in micro_batches:
             batch = packing.pack(micro_batch, device)
             loss += _backward(model, batch, supervised_tokens, dtype, fused, scaler)

@@ -1,7 +1,7 @@
-"""Kernels of liger-kernel, on a GPU where that is installed: one pass over memory for each formula.
+"""liger-kernel's RMSNorm, RoPE and SwiGLU, on a GPU where it is installed.
 
-What stands beside them in `norm`, `attention` and `feed_forward` is the same in operations of
-torch, which read and write everything several times; a CPU takes those.
+Each is one pass over memory; the same formulas in operations of torch, beside their calls, take
+several.
 
 Source: Hsu et al. 2024, Liger Kernel, arXiv:2410.10989.
 """
@@ -15,70 +15,65 @@ import torch
 
 from stages.shared.step.fused import gpu
 
-# Of the norm: what is added to its weight; all in fp32, as `norm` has it (the mode of Gemma); rows
+# RMSNorm: no offset on the weight; all in fp32, as `rms_norm` computes (the mode of Gemma); rows
 # in whichever way is faster.
 NO_OFFSET, IN_FP32, ANY_ROWS = 0.0, 1, None
-
-
-RELEASE = "0.8."  # whose functions these are called as
+RELEASE = "0.8."  # its functions' signatures
 
 
 @cache
 def installed() -> bool:
-    """Whether liger-kernel is, in a release that is known."""
+    """Whether a release of liger-kernel with known signatures is installed."""
     return bool(find_spec("liger_kernel")) and metadata.version("liger-kernel").startswith(RELEASE)
 
 
-def cover(device: torch.device) -> bool:
-    """Whether these are used for values on this device."""
+def covers(device: torch.device) -> bool:
+    """Whether tensors on this device go through liger-kernel."""
     return gpu.on_gpu(device) and installed()
 
 
-def normed(
+def rms_norm_forward(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Y in the dtype of x, and ρ in fp32 [..., 1]: see `norm`."""
-    y, _, root, *_ = _ops().rms_norm_forward(x, weight, epsilon, NO_OFFSET, IN_FP32, ANY_ROWS)
-    return y, root.view(*x.shape[:-1], 1)
+    """See `rms_norm.rms_norm_forward`."""
+    y, _, rstd, *_ = _ops().rms_norm_forward(x, weight, epsilon, NO_OFFSET, IN_FP32, ANY_ROWS)
+    return y, rstd.view(*x.shape[:-1], 1)
 
 
-def norm_gradient(
-    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor
+def rms_norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """∂x, in the dtype of x, for a gradient ∂y."""
+    """See `rms_norm.rms_norm_backward`."""
     from liger_kernel.ops.utils import calculate_settings  # noqa: PLC0415
 
     width = x.shape[-1]
-    found: torch.Tensor
-    found, _ = _ops().rms_norm_backward(
-        gradient.contiguous(),
+    return _ops().rms_norm_backward(
+        dy.contiguous(),
         x.view(-1, width),
         weight,
-        root.view(-1),
+        rstd.view(-1),
         NO_OFFSET,
         IN_FP32,
         *calculate_settings(width),
         in_place=False,
         row_mode=ANY_ROWS,
         needs_dw=False,
-    )
-    return found
+    )[0]
 
 
-def turned(
+def apply_rope_qk(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys [tokens, heads · head size] turned, see `attention.turned`."""
-    found = query.clone(), key.clone()  # it turns them in their place
-    by_head = (x.view(1, len(x), -1, cos.shape[-1]).transpose(1, 2) for x in found)
+    """See `qkv.apply_rope_qk`."""
+    rotated = query.clone(), key.clone()  # the kernel works in place
+    by_head = (x.view(1, len(x), -1, cos.shape[-1]).transpose(1, 2) for x in rotated)
     _ops().rope_forward(*by_head, cos, sin)
-    return found
+    return rotated
 
 
-def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate)·up, of contiguous [tokens, inner]."""
-    found: torch.Tensor = _ops().swiglu_forward(gate, up)[2]
-    return found
+    return _ops().swiglu_forward(gate, up)[2]
 
 
 def _ops() -> Any:

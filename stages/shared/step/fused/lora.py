@@ -1,16 +1,23 @@
-"""Products of frozen matrices with adapters beside them, and their gradients.
+"""QLoRA matmul with its backward pass: a frozen 4-bit weight W and a LoRA adapter s·B·A.
 
-    y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ
-    ∂x = ∂y·W + s·(∂y·B)·A     ∂A = s·(∂y·B)ᵀ·x     ∂B = s·∂yᵀ·(x·Aᵀ)
+    y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ                  x [tokens, in], W [out, in], A [r, in], B [out, r]
 
-Source: Hu et al. 2021, LoRA, arXiv:2106.09685, equation 3. What the frozen matrix and the adapter
-return is added up within the larger product, where it is not rounded in between, and neither the
-dequantized matrix nor a copy of the input is kept from the forward to the backward pass. The
-adapter's comes first: so the larger product adds to it in passing, and nothing goes over its result
-once more.
+y is linear in x, in A and in B, so the chain rule transposes the other factors. W has no gradient:
+
+    ∂x = ∂y·W + s·(∂y·B)·A
+    ∂A = s·(∂y·B)ᵀ·x            ∂B = s·∂yᵀ·(x·Aᵀ)
+
+The backward pass needs x and x·Aᵀ (`x_a`, r numbers a token) and ∂y·B (`dy_b`). W is dequantized
+for one matmul at a time, in the forward and in the backward pass, and never saved. The adapter's
+small product comes first, so that the large matmul accumulates onto it: the sum is rounded once,
+and no further pass over y adds it.
+
+Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6; Hu et al. 2021, LoRA,
+arXiv:2106.09685, equation 3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,99 +25,107 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from stages.shared.bnb import Linear4bit, Params4bit, dequantize_4bit, dequantize_blockwise
-from stages.shared.step.fused import gpu, kept
+from stages.shared.step.fused import gpu
 
-ADAPTER = "default"  # the name that peft gives the only one
-Gradients = list[torch.Tensor]
+ADAPTER = "default"  # peft's name of the only adapter
+CastWeights = tuple[torch.Tensor, list[torch.Tensor]]
+
+_cast_cache: dict[Any, CastWeights] | None = None
 
 
-def factors_of(*layers: LoraLayer) -> list[torch.Tensor]:
-    """A [rank, in] and B [out, rank] of each layer in turn: what autograd is to see."""
+@contextmanager
+def cast_cache() -> Iterator[None]:
+    """Per-step cache of LoRA weights cast to the compute dtype (GPU only).
+
+    Each is read in the forward and the backward pass of every micro-batch, and must not change in
+    the block. On a CPU a cached copy is read no faster than it is cast again.
+    """
+    global _cast_cache  # noqa: PLW0603
+    _cast_cache = {}
+    try:
+        yield
+    finally:
+        _cast_cache = None
+
+
+def lora_weights(*layers: LoraLayer) -> list[torch.Tensor]:
+    """A [r, in] and B [out, r] of each layer in turn: the trainable arguments of a function."""
     pairs = ((layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers)
-    return [factor.weight for pair in pairs for factor in pair]
+    return [matrix.weight for pair in pairs for matrix in pair]
 
 
-class Adapted:
-    """Linear layers on one input, each with its adapter; their A are multiplied with as one.
+class LoraLinears:
+    """Linear layers with LoRA adapters on one input, such as q, k and v.
 
     Attributes:
-        a: [sum of ranks, in].
-        b: [out, rank] of each layer.
-        scale: s, what the product of both is multiplied with.
+        a: A of all layers as one matrix [sum of r, in], in the compute dtype.
+        b: B [out, r] of each layer, in the compute dtype.
+        scale: s.
     """
 
     def __init__(
-        self, layers: Sequence[LoraLayer], factors: Sequence[torch.Tensor], dtype: torch.dtype
+        self, layers: Sequence[LoraLayer], weights: Sequence[torch.Tensor], dtype: torch.dtype
     ) -> None:
-        """For products in `dtype`; `factors` as of `factors_of`."""
+        """`weights` from `lora_weights`; `dtype` of the matmuls."""
         self._layers, self._dtype = layers, dtype
-        key, device = (layers[0], dtype), factors[0].device
-        self.a, self.b = kept.factors(key, device, lambda: _made_ready(factors, dtype))
+        self.a, self.b = _cast(layers[0], weights, dtype)
         self.scale = layers[0].scaling[ADAPTER]
 
-    def results(
-        self, x: torch.Tensor, added: torch.Tensor | None = None
+    def matmul_lora(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Each layer's y [tokens, out], and x·Aᵀ [tokens, ranks], of an input x [tokens, in].
+        """Y [tokens, out] of each layer, plus `residual` [tokens, out]; and x_a [tokens, sum of r].
 
         Args:
-            x: the input.
-            added: [tokens, out], to be added to y within the product.
+            x: [tokens, in], in the compute dtype.
+            residual: added within the matmul.
         """
-        inner = x @ self.a.t()
-        found: list[torch.Tensor] = []
-        for layer, part, b in zip(self._layers, self._parts(inner), self.b, strict=True):
-            start = _start(layer, added, self._dtype)
+        x_a = x @ self.a.t()
+        ys = []
+        for layer, x_a_part, b in zip(self._layers, self._by_layer(x_a), self.b, strict=True):
+            addend = _addend(layer, residual, self._dtype)
             y = (
-                part.new_empty(len(part), len(b)).addmm_(part, b.t(), beta=0, alpha=self.scale)
-                if start is None
-                else torch.addmm(start, part, b.t(), alpha=self.scale)
+                x.new_empty(len(x), len(b)).addmm_(x_a_part, b.t(), beta=0, alpha=self.scale)
+                if addend is None
+                else torch.addmm(addend, x_a_part, b.t(), alpha=self.scale)
             )
-            found.append(y.addmm_(x, frozen_matrix(layer, self._dtype).t()))
-        return found, inner
+            ys.append(y.addmm_(x, dequantize(layer, self._dtype).t()))
+        return ys, x_a
 
-    def outer(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """∂y·B of all layers, [tokens, ranks]."""
-        products = [dy @ b for dy, b in zip(gradients, self.b, strict=True)]
+    def dy_b(self, dys: Sequence[torch.Tensor]) -> torch.Tensor:
+        """∂y·B of all layers, [tokens, sum of r]."""
+        products = [dy @ b for dy, b in zip(dys, self.b, strict=True)]
         return products[0] if len(products) == 1 else torch.cat(products, 1)
 
-    def factor_gradients(
-        self,
-        gradients: Sequence[torch.Tensor],
-        x: torch.Tensor,
-        inner: torch.Tensor,
-        outer: torch.Tensor,
-    ) -> Gradients:
+    def lora_gradients(
+        self, dys: Sequence[torch.Tensor], x: torch.Tensor, x_a: torch.Tensor, dy_b: torch.Tensor
+    ) -> list[torch.Tensor]:
         """∂A and ∂B of each layer in turn, in fp32."""
-        da = (outer.t() @ x).float().mul_(self.scale).split([b.shape[1] for b in self.b])
+        da = (dy_b.t() @ x).float().mul_(self.scale).split([b.shape[1] for b in self.b])
         db = [
-            _wide((part.t() @ dy).t()).mul_(self.scale)
-            for dy, part in zip(gradients, self._parts(inner), strict=True)
+            # Contiguous: optimizers read a gradient in the order of its parameter.
+            (x_a_part.t() @ dy)
+            .t()
+            .to(torch.float32, memory_format=torch.contiguous_format)
+            .mul_(self.scale)
+            for dy, x_a_part in zip(dys, self._by_layer(x_a), strict=True)
         ]
         return [gradient for pair in zip(da, db, strict=True) for gradient in pair]
 
-    def input_gradient(
-        self, gradients: Sequence[torch.Tensor], outer: torch.Tensor
-    ) -> torch.Tensor:
-        """∂x [tokens, in], of gradients ∂y [tokens, out]."""
-        found = outer.new_empty(len(outer), self.a.shape[1])
-        found.addmm_(outer, self.a, beta=0, alpha=self.scale)
-        for layer, dy in zip(self._layers, gradients, strict=True):
-            found.addmm_(dy, frozen_matrix(layer, self._dtype))
-        return found
+    def input_gradient(self, dys: Sequence[torch.Tensor], dy_b: torch.Tensor) -> torch.Tensor:
+        """∂x [tokens, in], summed over the layers."""
+        dx = dy_b.new_empty(len(dy_b), self.a.shape[1])
+        dx.addmm_(dy_b, self.a, beta=0, alpha=self.scale)
+        for layer, dy in zip(self._layers, dys, strict=True):
+            dx.addmm_(dy, dequantize(layer, self._dtype))
+        return dx
 
-    def _parts(self, inner: torch.Tensor) -> Sequence[torch.Tensor]:
-        return inner.split([b.shape[1] for b in self.b], 1)
+    def _by_layer(self, x_a: torch.Tensor) -> Sequence[torch.Tensor]:
+        return x_a.split([b.shape[1] for b in self.b], 1)
 
 
-def _made_ready(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> kept.Factors:
-    """The A of all layers as one matrix and the B of each, in the dtype of products."""
-    a = [a.detach().to(dtype) for a in factors[::2]]
-    return torch.cat(a) if len(a) > 1 else a[0], [b.detach().to(dtype) for b in factors[1::2]]
-
-
-def frozen_matrix(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
-    """The weights [out, in] below an adapter, dequantized where they are quantized."""
+def dequantize(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
+    """The frozen weight [out, in] below an adapter, in `dtype`; a dense one is cast."""
     base = layer.get_base_layer()
     weight = base.weight
     if isinstance(base, Linear4bit):
@@ -121,11 +136,11 @@ def frozen_matrix(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
     return cast(torch.Tensor, weight).detach().to(dtype)
 
 
-def dequantize_constants(model: nn.Module) -> None:
-    """On a CPU, what double quantization made of the blocks' largest values, once and for all.
+def dequantize_absmax(model: nn.Module) -> None:
+    """Undo double quantization on a CPU: each block's absmax becomes fp32 again, once and for all.
 
     A byte a block becomes four, 0.4 bits a parameter; with a few hundred tokens a micro-batch a
-    step is 4 % faster for it. The weights are the same.
+    step is 4 % faster. The dequantized weights are the same.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit) and module.weight.device.type == "cpu":
@@ -135,15 +150,23 @@ def dequantize_constants(model: nn.Module) -> None:
                 state.nested, state.state2, state.offset = False, None, None
 
 
-def _start(layer: LoraLayer, added: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """What a product is added to: the layer's bias, a residual stream, both or nothing."""
+def _cast(layer: LoraLayer, weights: Sequence[torch.Tensor], dtype: torch.dtype) -> CastWeights:
+    key = layer, dtype
+    if _cast_cache is not None and key in _cast_cache:
+        return _cast_cache[key]
+    a = [a.detach().to(dtype) for a in weights[::2]]
+    found = torch.cat(a) if len(a) > 1 else a[0], [b.detach().to(dtype) for b in weights[1::2]]
+    if _cast_cache is not None and gpu.on_gpu(weights[0].device):
+        _cast_cache[key] = found
+    return found
+
+
+def _addend(
+    layer: LoraLayer, residual: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Bias and residual together; None without either."""
     bias: Any = layer.get_base_layer().bias
     if bias is None:
-        return added
+        return residual
     bias = bias.detach().to(dtype)
-    return bias if added is None else added + bias
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """In fp32, row by row."""
-    return x.to(torch.float32, memory_format=torch.contiguous_format)
+    return bias if residual is None else residual + bias

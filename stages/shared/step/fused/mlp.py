@@ -1,8 +1,8 @@
-"""The gated feed-forward of a block with the norm before it, as one differentiable function.
+"""RMSNorm and SwiGLU MLP of a block as one function.
 
     y = x + down(silu(gate(n))·up(n)),  n = norm(x)
 
-It keeps x, gate and up: what lies between them and the result is computed again.
+Saved are x, gate and up; everything between them and y is computed again in the backward pass.
 
 Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202, equation 6.
 """
@@ -16,20 +16,22 @@ from torch.nn.functional import silu
 
 from stages.shared import precision
 from stages.shared.step.fused import gpu, liger
-from stages.shared.step.fused.lora import Adapted, Gradients, factors_of
-from stages.shared.step.fused.rms_norm import norm_gradient, normed, normed_again
+from stages.shared.step.fused.lora import LoraLinears, lora_weights
+from stages.shared.step.fused.rms_norm import (
+    recompute_rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 
 
-def feed_forward(norm: nn.Module, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A residual stream x [tokens, width], and what `module` returns for it normed added to it."""
-    layers: Any = (module.gate_proj, module.up_proj, module.down_proj)
+def swiglu_mlp(norm: nn.Module, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The MLP of the normed residual stream x [tokens, width], added to x."""
+    layers: Any = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     dtype = precision.of_products(x)
-    return _FeedForward.apply(
-        x, norm.weight, norm.variance_epsilon, layers, dtype, *factors_of(*layers)
-    )
+    return _MLP.apply(x, norm.weight, norm.variance_epsilon, layers, dtype, *lora_weights(*layers))
 
 
-class _FeedForward(torch.autograd.Function):
+class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -38,63 +40,67 @@ class _FeedForward(torch.autograd.Function):
         epsilon: float,
         layers: tuple[LoraLayer, ...],
         dtype: torch.dtype,
-        *factors: torch.Tensor,
+        *lora: torch.Tensor,
     ) -> torch.Tensor:
-        normed_x, root = normed(x, weight, epsilon)
-        before, after = (
-            Adapted(layers[:2], factors[:4], dtype),
-            Adapted(layers[2:], factors[4:], dtype),
-        )
-        (gate, up), inner = before.results(normed_x.to(dtype))
-        del normed_x
-        (y,), last = after.results(_gated(gate, up), x.to(dtype))
-        ctx.save_for_backward(x, root, weight, gate, up, inner, last, *factors)
+        normed, rstd = rms_norm_forward(x, weight, epsilon)
+        gate_up, down = _linears(layers, lora, dtype)
+        (gate, up), x_a = gate_up.matmul_lora(normed.to(dtype))
+        del normed
+        (y,), down_x_a = down.matmul_lora(swiglu(gate, up), x.to(dtype))
+        ctx.save_for_backward(x, rstd, weight, gate, up, x_a, down_x_a, *lora)
         ctx.layers, ctx.dtype, ctx.epsilon = layers, dtype, epsilon
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, root, weight, gate, up, inner, last, *factors = ctx.saved_tensors
-        before = Adapted(ctx.layers[:2], factors[:4], ctx.dtype)
-        after = Adapted(ctx.layers[2:], factors[4:], ctx.dtype)
-        # First of all: in fp32 it would be the most, beside the gradients of gate and up.
-        y = normed_again(x, root, weight, ctx.epsilon).to(ctx.dtype)
-        through = _through_gate_by_kernel if gpu.on_gpu(gate.device) else _through_gate
-        found, learnt_after = through(after, gradient, gate, up, last)
-        outer = before.outer(found)
-        learnt = before.factor_gradients(found, y, inner, outer)
-        del y
-        dnormed = before.input_gradient(found, outer)
-        found.clear()
-        dx = norm_gradient(dnormed, x, root, weight).add_(gradient)
-        return dx, *[None] * 4, *learnt, *learnt_after
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, rstd, weight, gate, up, x_a, down_x_a, *lora = ctx.saved_tensors
+        gate_up, down = _linears(ctx.layers, lora, ctx.dtype)
+        # First of all: its fp32 temporaries would be the peak beside the gradients of gate and up.
+        normed = recompute_rms_norm(x, rstd, weight, ctx.epsilon).to(ctx.dtype)
+        down_backward = _down_backward_gpu if gpu.on_gpu(gate.device) else _down_backward
+        dys, down_gradients = down_backward(down, dy, gate, up, down_x_a)
+        dy_b = gate_up.dy_b(dys)
+        gate_up_gradients = gate_up.lora_gradients(dys, normed, x_a, dy_b)
+        del normed
+        dnormed = gate_up.input_gradient(dys, dy_b)
+        dys.clear()
+        dx = rms_norm_backward(dnormed, x, rstd, weight).add_(dy)
+        return dx, *[None] * 4, *gate_up_gradients, *down_gradients
 
 
-def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return liger.gated(gate, up) if liger.cover(gate.device) else silu(gate).mul_(up)
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate)·up."""
+    return liger.swiglu(gate, up) if liger.covers(gate.device) else silu(gate).mul_(up)
 
 
-def _through_gate(
-    after: Adapted, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, last: torch.Tensor
-) -> tuple[list[torch.Tensor], Gradients]:
-    """∂gate and ∂up, and the gradients of the adapter of `down`, from that of its result."""
+def _linears(
+    layers: tuple[LoraLayer, ...], lora: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> tuple[LoraLinears, LoraLinears]:
+    """Gate and up, which share an input, and down."""
+    return LoraLinears(layers[:2], lora[:4], dtype), LoraLinears(layers[2:], lora[4:], dtype)
+
+
+def _down_backward(
+    down: LoraLinears, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, x_a: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """∂gate and ∂up; and ∂A and ∂B of `down`."""
     activated = silu(gate)
-    result = activated * up
-    outer = after.outer([gradient])
-    learnt = after.factor_gradients([gradient], result, last, outer)
-    del result
-    dgate = after.input_gradient([gradient], outer)
-    dup = activated.mul_(dgate)
-    dgate.mul_(up)
+    x = activated * up
+    dy_b = down.dy_b([dy])
+    lora_gradients = down.lora_gradients([dy], x, x_a, dy_b)
+    del x
+    dx = down.input_gradient([dy], dy_b)
+    dup = activated.mul_(dx)
+    dgate = dx.mul_(up)
     torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-    return [dgate, dup], learnt
+    return [dgate, dup], lora_gradients
 
 
-def _through_gate_by_kernel(
-    after: Adapted, gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, last: torch.Tensor
-) -> tuple[list[torch.Tensor], Gradients]:
-    """The same in the place of gate and up: whatever saved these has no more use for them."""
-    outer = after.outer([gradient])
-    result = after.input_gradient([gradient], outer)
-    gpu.kernels().swiglu_backward(gate, up, result)
-    return [gate, up], after.factor_gradients([gradient], result, last, outer)
+def _down_backward_gpu(
+    down: LoraLinears, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, x_a: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The same by one kernel, which overwrites gate and up: nothing reads them afterwards."""
+    dy_b = down.dy_b([dy])
+    x = down.input_gradient([dy], dy_b)
+    gpu.kernels().swiglu_backward(gate, up, x)  # from ∂x to x
+    return [gate, up], down.lora_gradients([dy], x, x_a, dy_b)

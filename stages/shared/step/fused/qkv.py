@@ -1,6 +1,6 @@
-"""What surrounds attention in a block: the norm and the projections before it, and the one after.
+"""RMSNorm, query, key and value projections and RoPE as one function; and the output projection.
 
-Gradients are those of the library's own modules: `tests/train/test_fused.py` holds both to fp64.
+The backward pass is written by hand; `tests/train/test_fused.py` holds it to fp64.
 """
 
 from collections.abc import Sequence
@@ -12,61 +12,68 @@ from torch import nn
 
 from stages.shared import precision
 from stages.shared.step.fused import liger
-from stages.shared.step.fused.lora import Adapted, factors_of
-from stages.shared.step.fused.rms_norm import norm_gradient, normed, normed_again
+from stages.shared.step.fused.lora import LoraLinears, lora_weights
+from stages.shared.step.fused.rms_norm import (
+    recompute_rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 
-Angles = tuple[torch.Tensor, torch.Tensor]
 
-
-def projected(
-    norm: nn.Module, layers: Sequence[LoraLayer], x: torch.Tensor, angles: Angles | None
+def qkv(
+    norm: nn.Module,
+    layers: Sequence[LoraLayer],
+    x: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values of a residual stream x [tokens, width]: each [tokens, its width].
+    """Queries, keys and values [tokens, their width] of the residual stream.
 
     Args:
-        norm: the norm before the projections.
-        layers: that project to queries, keys and values.
-        x: the residual stream.
-        angles: cosines and sines [tokens, head size], to turn queries and keys by; None not to.
+        norm: RMSNorm before the projections.
+        layers: q_proj, k_proj and v_proj.
+        x: residual stream [tokens, width].
+        rope: cosines and sines [tokens, head size] for queries and keys; None for no RoPE.
     """
     dtype = precision.of_products(x)
-    cos, sin = angles or (None, None)
-    weight, epsilon = norm.weight, norm.variance_epsilon
-    return _Projected.apply(x, weight, epsilon, cos, sin, layers, dtype, *factors_of(*layers))
+    cos, sin = rope or (None, None)
+    return _QKV.apply(
+        x, norm.weight, norm.variance_epsilon, cos, sin, layers, dtype, *lora_weights(*layers)
+    )
 
 
-def onto(residual: torch.Tensor, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    """A residual stream [tokens, out], and what `layer` returns for x [tokens, in] added to it."""
-    return _Onto.apply(residual, x, layer, precision.of_products(x), *factors_of(layer))
+def o_proj(residual: torch.Tensor, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    """The output projection of attention's result x [tokens, in], added to the residual stream."""
+    return _OProj.apply(residual, x, layer, precision.of_products(x), *lora_weights(layer))
 
 
-def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Queries or keys, each pair (i, i + half a head) of them turned by an angle.
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding: pairs (i, i + half a head) rotated by an angle.
 
     Args:
-        x: [tokens, heads · head size].
-        cos: [tokens, head size], its halves the same.
-        sin: as `cos`; negative to turn back.
+        x: queries or keys [tokens, heads · head size].
+        cos: [tokens, head size], both halves the same.
+        sin: as `cos`; negative for the backward pass.
 
     Source: Su et al. 2021, RoFormer, arXiv:2104.09864, equation 34, in the order of transformers.
     """
     half = cos.shape[-1] // 2
     heads = x.view(len(x), -1, 2 * half)
-    found = heads * cos[:, None]
-    found[..., :half].addcmul_(heads[..., half:], sin[:, None, half:], value=-1)
-    found[..., half:].addcmul_(heads[..., :half], sin[:, None, :half])
-    return found.view_as(x)
+    rotated = heads * cos[:, None]
+    rotated[..., :half].addcmul_(heads[..., half:], sin[:, None, half:], value=-1)
+    rotated[..., half:].addcmul_(heads[..., :half], sin[:, None, :half])
+    return rotated.view_as(x)
 
 
-def _both_turned(
+def apply_rope_qk(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if liger.cover(query.device):
-        return liger.turned(query, key, cos, sin)
-    return turned(query, cos, sin), turned(key, cos, sin)
+    """RoPE of queries and keys, by one kernel where liger-kernel covers the device."""
+    if liger.covers(query.device):
+        return liger.apply_rope_qk(query, key, cos, sin)
+    return apply_rope(query, cos, sin), apply_rope(key, cos, sin)
 
 
-class _Projected(torch.autograd.Function):
+class _QKV(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -77,36 +84,36 @@ class _Projected(torch.autograd.Function):
         sin: torch.Tensor | None,
         layers: Sequence[LoraLayer],
         dtype: torch.dtype,
-        *factors: torch.Tensor,
+        *lora: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        y, root = normed(x, weight, epsilon)
-        adapted = Adapted(layers, factors, dtype)
-        (query, key, value), inner = adapted.results(y.to(dtype))
+        normed, rstd = rms_norm_forward(x, weight, epsilon)
+        (q, k, v), x_a = LoraLinears(layers, lora, dtype).matmul_lora(normed.to(dtype))
         if cos is not None and sin is not None:
-            query, key = _both_turned(query, key, cos, sin)
-        ctx.save_for_backward(x, root, weight, inner, cos, sin, *factors)
+            q, k = apply_rope_qk(q, k, cos, sin)
+        ctx.save_for_backward(x, rstd, weight, x_a, cos, sin, *lora)
         ctx.layers, ctx.dtype, ctx.epsilon = layers, dtype, epsilon
-        return query, key, value
+        return q, k, v
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, root, weight, inner, cos, sin, *factors = ctx.saved_tensors
-        dquery, dkey, dvalue = gradients
+    def backward(
+        ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, rstd, weight, x_a, cos, sin, *lora = ctx.saved_tensors
         if cos is not None:
-            dquery, dkey = _both_turned(dquery, dkey, cos, -sin)
-        adapted = Adapted(ctx.layers, factors, ctx.dtype)
-        found = (dquery, dkey, dvalue)
-        y = normed_again(x, root, weight, ctx.epsilon).to(ctx.dtype)
-        outer = adapted.outer(found)
-        learnt = adapted.factor_gradients(found, y, inner, outer)
-        del y
+            dq, dk = apply_rope_qk(dq, dk, cos, -sin)
+        linears = LoraLinears(ctx.layers, lora, ctx.dtype)
+        dys = (dq, dk, dv)
+        normed = recompute_rms_norm(x, rstd, weight, ctx.epsilon).to(ctx.dtype)
+        dy_b = linears.dy_b(dys)
+        lora_gradients = linears.lora_gradients(dys, normed, x_a, dy_b)
+        del normed
         dx = None
-        if ctx.needs_input_grad[0]:  # below the first block nothing learns
-            dx = norm_gradient(adapted.input_gradient(found, outer), x, root, weight)
-        return dx, *[None] * 6, *learnt
+        if ctx.needs_input_grad[0]:  # below the first block nothing is trainable
+            dx = rms_norm_backward(linears.input_gradient(dys, dy_b), x, rstd, weight)
+        return dx, *[None] * 6, *lora_gradients
 
 
-class _Onto(torch.autograd.Function):
+class _OProj(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -114,17 +121,17 @@ class _Onto(torch.autograd.Function):
         x: torch.Tensor,
         layer: LoraLayer,
         dtype: torch.dtype,
-        *factors: torch.Tensor,
+        *lora: torch.Tensor,
     ) -> torch.Tensor:
-        (y,), inner = Adapted([layer], factors, dtype).results(x.to(dtype), residual.to(dtype))
-        ctx.save_for_backward(x, inner, *factors)
+        (y,), x_a = LoraLinears([layer], lora, dtype).matmul_lora(x.to(dtype), residual.to(dtype))
+        ctx.save_for_backward(x, x_a, *lora)
         ctx.layer, ctx.dtype = layer, dtype
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, inner, *factors = ctx.saved_tensors
-        adapted = Adapted([ctx.layer], factors, ctx.dtype)
-        outer = adapted.outer([gradient])
-        learnt = adapted.factor_gradients([gradient], x, inner, outer)
-        return gradient, adapted.input_gradient([gradient], outer), None, None, *learnt
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, x_a, *lora = ctx.saved_tensors
+        linear = LoraLinears([ctx.layer], lora, ctx.dtype)
+        dy_b = linear.dy_b([dy])
+        lora_gradients = linear.lora_gradients([dy], x, x_a, dy_b)
+        return dy, linear.input_gradient([dy], dy_b), None, None, *lora_gradients

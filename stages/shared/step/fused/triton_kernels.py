@@ -1,10 +1,4 @@
-"""A 4-bit matrix as a product reads it, in one pass: codes, constants, and constants of constants.
-
-bitsandbytes makes the constants first, in three kernels more, and its own reads as many bytes at
-two thirds of the rate. The values are the same, bit for bit.
-
-Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6.
-"""
+"""Triton kernels: 4-bit dequantization, the backward pass of SwiGLU, and cross entropy."""
 
 from typing import Any
 
@@ -12,110 +6,124 @@ import torch
 import triton
 import triton.language as tl
 
-CONSTANTS = 128  # that a program takes, each with its block of numbers
-WARPS = 8
+BLOCKS_PER_PROGRAM, DEQUANTIZE_WARPS = 128, 8
+ELEMENTS_PER_PROGRAM, SWIGLU_WARPS = 2048, 8
+LOGITS_AT_ONCE, CROSS_ENTROPY_WARPS = 8192, 16
 
 
 def dequantize(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix [out, in] in `dtype`.
+    """A 4-bit weight [out, in] in `dtype`, in one pass, double quantization included.
+
+    bitsandbytes dequantizes absmax in three kernels more, and reads codes at two thirds of the
+    rate. The values are the same, bit for bit.
 
     Args:
-        codes: uint8, two numbers a byte, the first in its upper half.
-        state: `QuantState` of bitsandbytes, with or without double quantization.
+        codes: uint8, two elements a byte, the first in its upper half.
+        state: `QuantState` of bitsandbytes.
         dtype: of the result.
+
+    Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6.
     """
-    found = torch.empty(state.shape, dtype=dtype, device=codes.device)
+    out = torch.empty(state.shape, dtype=dtype, device=codes.device)
     nested = state.state2 if state.nested else state
-    _dequantize[(triton.cdiv(state.absmax.numel(), CONSTANTS),)](
+    _dequantize[(triton.cdiv(state.absmax.numel(), BLOCKS_PER_PROGRAM),)](
         codes,
         state.absmax,
         state.code,
         nested.absmax,
         nested.code,
         state.offset if state.nested else state.absmax,
-        found,
+        out,
         codes.numel(),
-        found.numel(),
+        out.numel(),
         NESTED=state.nested,
         BLOCK=state.blocksize,
         NESTED_BLOCK=nested.blocksize,
-        CONSTANTS=CONSTANTS,
-        num_warps=WARPS,
+        BLOCKS=BLOCKS_PER_PROGRAM,
+        num_warps=DEQUANTIZE_WARPS,
     )
-    return found
+    return out
 
 
 @triton.jit
 def _dequantize(
     codes,
-    constants,
-    levels,
-    nested_constants,
-    nested_levels,
+    absmax,
+    codebook,
+    nested_absmax,
+    nested_codebook,
     offset,
-    found,
-    bytes_of_codes,
+    out,
+    code_bytes,
     size,
     NESTED: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     NESTED_BLOCK: tl.constexpr,  # noqa: N803
-    CONSTANTS: tl.constexpr,  # noqa: N803
+    BLOCKS: tl.constexpr,  # noqa: N803
 ):
-    """Each constant's block of numbers is a row."""
-    rows = tl.program_id(0).to(tl.int64) * CONSTANTS + tl.arange(0, CONSTANTS)
-    there = rows * BLOCK < size
-    scales = tl.load(constants + rows, there, other=0)
+    """A row a quantization block."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    row_mask = rows * BLOCK < size
+    scales = tl.load(absmax + rows, row_mask, other=0)
     if NESTED:
-        of_block = tl.load(nested_constants + rows // NESTED_BLOCK, there, other=0.0)
-        scales = tl.load(nested_levels + scales.to(tl.int32)) * of_block + tl.load(offset)
+        nested_scales = tl.load(nested_absmax + rows // NESTED_BLOCK, row_mask, other=0.0)
+        scales = tl.load(nested_codebook + scales.to(tl.int32)) * nested_scales + tl.load(offset)
     pairs = rows[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    both = tl.load(codes + pairs, pairs < bytes_of_codes, other=0).to(tl.int32)
-    upper = tl.load(levels + (both >> 4)) * scales[:, None]
-    lower = tl.load(levels + (both & 15)) * scales[:, None]
-    numbers = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    values = tl.interleave(upper, lower).to(found.dtype.element_ty)
-    tl.store(found + numbers, values, numbers < size)
+    both = tl.load(codes + pairs, pairs < code_bytes, other=0).to(tl.int32)
+    upper = tl.load(codebook + (both >> 4)) * scales[:, None]
+    lower = tl.load(codebook + (both & 15)) * scales[:, None]
+    elements = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = tl.interleave(upper, lower).to(out.dtype.element_ty)
+    tl.store(out + elements, values, elements < size)
 
 
-NUMBERS, SWIGLU_WARPS = 2048, 8  # that a program takes
+def swiglu_backward(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -> None:
+    """SwiGLU backward in one kernel: overwrites gate and up with their gradients, and ∂y with y.
 
+        y = silu(g)·u     ∂u = ∂y·silu(g)     ∂g = ∂y·u·σ(g)·(1 + g·(1 − σ(g)))
 
-def swiglu_backward(gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor) -> None:
-    """∂g becomes `gate`, ∂u `up`, and y becomes `gradient`, which was ∂y; all contiguous."""
-    _swiglu_backward[(triton.cdiv(gate.numel(), NUMBERS),)](
-        gate, up, gradient, gate.numel(), NUMBERS=NUMBERS, num_warps=SWIGLU_WARPS
+    All are contiguous. Source: Shazeer 2020, arXiv:2002.05202, equation 6.
+    """
+    _swiglu_backward[(triton.cdiv(gate.numel(), ELEMENTS_PER_PROGRAM),)](
+        gate, up, dy, gate.numel(), ELEMENTS=ELEMENTS_PER_PROGRAM, num_warps=SWIGLU_WARPS
     )
 
 
 @triton.jit
-def _swiglu_backward(gate, up, gradient, size, NUMBERS: tl.constexpr):  # noqa: N803
-    where = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    there = where < size
-    g = tl.load(gate + where, there, other=0.0).to(tl.float32)
-    u = tl.load(up + where, there, other=0.0).to(tl.float32)
-    dy = tl.load(gradient + where, there, other=0.0).to(tl.float32)
+def _swiglu_backward(gate, up, dy, size, ELEMENTS: tl.constexpr):  # noqa: N803
+    elements = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = elements < size
+    g = tl.load(gate + elements, mask, other=0.0).to(tl.float32)
+    u = tl.load(up + elements, mask, other=0.0).to(tl.float32)
+    d = tl.load(dy + elements, mask, other=0.0).to(tl.float32)
     sigmoid = 1 / (1 + tl.exp(-g))
     activated = g * sigmoid
     dtype = gate.dtype.element_ty
-    tl.store(gate + where, (dy * u * (sigmoid + activated * (1 - sigmoid))).to(dtype), there)
-    tl.store(up + where, (dy * activated).to(dtype), there)
-    # Rounded in between, as it was in the forward pass.
-    tl.store(gradient + where, (activated.to(dtype).to(tl.float32) * u).to(dtype), there)
-
-
-LOGITS, LOSS_WARPS = 8192, 16  # that a program takes at once
+    tl.store(gate + elements, (d * u * (sigmoid + activated * (1 - sigmoid))).to(dtype), mask)
+    tl.store(up + elements, (d * activated).to(dtype), mask)
+    # Rounded in between, as in the forward pass.
+    tl.store(dy + elements, (activated.to(dtype).to(tl.float32) * u).to(dtype), mask)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
-    """Losses [tokens], fp32, of logits [tokens, vocabulary], which become their gradients.
+    """Losses of logits, which are overwritten with their gradients: read twice, written once.
+
+        loss = ln Σ exp(z) − z[target],  ∂z = softmax(z) − onehot(target)
 
     Args:
-        logits: z, contiguous, in the dtype that products run in.
+        logits: z [tokens, vocabulary], contiguous, in the compute dtype.
         targets: int64 [tokens].
-        losses: room for them, contiguous.
+        losses: overwritten, fp32 [tokens], contiguous.
+
+    Source: for the sum in one pass, Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
     _cross_entropy[(len(logits),)](
-        logits, targets, losses, VOCABULARY=logits.shape[1], LOGITS=LOGITS, num_warps=LOSS_WARPS
+        logits,
+        targets,
+        losses,
+        VOCABULARY=logits.shape[1],
+        LOGITS=LOGITS_AT_ONCE,
+        num_warps=CROSS_ENTROPY_WARPS,
     )
 
 
@@ -127,7 +135,7 @@ def _cross_entropy(
     VOCABULARY: tl.constexpr,  # noqa: N803  (a model has one)
     LOGITS: tl.constexpr,  # noqa: N803
 ):
-    """A program a token; with the largest logit goes the sum of exp(z − largest)."""
+    """A program a token: the largest logit, and the sum of exp(z − largest)."""
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * VOCABULARY
     target = tl.load(targets + token)
@@ -135,15 +143,15 @@ def _cross_entropy(
     largest = float("-inf")
     total = 0.0
     for start in range(0, VOCABULARY, LOGITS):
-        where = start + tl.arange(0, LOGITS)
-        z = tl.load(row + where, where < VOCABULARY, other=float("-inf")).to(tl.float32)
+        columns = start + tl.arange(0, LOGITS)
+        z = tl.load(row + columns, columns < VOCABULARY, other=float("-inf")).to(tl.float32)
         before = largest
         largest = tl.maximum(largest, tl.max(z, 0))
         total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest), 0)
     tl.store(losses + token, largest + tl.log(total) - targeted)
     for start in range(0, VOCABULARY, LOGITS):
-        where = start + tl.arange(0, LOGITS)
-        there = where < VOCABULARY
-        z = tl.load(row + where, there, other=float("-inf")).to(tl.float32)
-        gradient = tl.exp(z - largest) / total - tl.where(where == target, 1.0, 0.0)
-        tl.store(row + where, gradient.to(logits.dtype.element_ty), there)
+        columns = start + tl.arange(0, LOGITS)
+        mask = columns < VOCABULARY
+        z = tl.load(row + columns, mask, other=float("-inf")).to(tl.float32)
+        gradient = tl.exp(z - largest) / total - tl.where(columns == target, 1.0, 0.0)
+        tl.store(row + columns, gradient.to(logits.dtype.element_ty), mask)
