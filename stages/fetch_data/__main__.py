@@ -73,7 +73,7 @@ def write(parts: list[Part], raw: Path, copy: Path | None = None) -> list[dict[s
     lines = {"train": 0, "eval": 0}
     for part in parts:
         path = shutil.copyfile(part.path, copy) if copy else part.path
-        unit, rows = formats.read(path, part.name)
+        unit, rows = formats.read(part.path, part.name, path)
         written.append(
             {
                 "split": part.split,

@@ -1,11 +1,12 @@
 """JSON Lines from a file of any format, without a value retyped.
 
-A `.jsonl` keeps every byte, so that line N stays the user's line N. A row of any other format
-becomes one line; one that cannot be read becomes a JSON text with the reason, which `prepare`
-rejects as it rejects any line that holds no object. Only what spoils a file as a whole ends here.
+A `.jsonl` keeps every byte, so that line N stays the user's line N. Of any other format a row
+becomes a line; one that cannot be read becomes a JSON text with the reason, which `prepare` rejects
+as it rejects any line without an object. Only what spoils a file as a whole ends here.
 """
 
 import base64
+import codecs
 import csv
 import gzip
 import io
@@ -16,63 +17,64 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
-from stages.fetch_data.encoding import CHUNK, File, require_utf8
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_LINES = (".jsonl", ".ndjson")
-_TEXT = (*_LINES, ".json", ".csv", ".tsv")
-_TABLES = (".parquet", ".arrow")
-_COMPRESSED = (".gz", ".zst")
+File = io.BufferedReader | gzip.GzipFile
 SUPPORTED = ".jsonl .json .csv .parquet .arrow (.gz and .zst of the text formats)"
-
-_Reader = Callable[[File, str], Iterator[bytes]]
+_BLANK = " \t\r\n"
+_HIGH = bytes(range(0x80, 0x100))
+_UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, by surrogateescape
 _TRUNCATED = "The file looks truncated: fetch or export it again."
 
 
 def is_readable(name: str) -> bool:
     """Whether a file of this name can be read."""
-    text, packed = _extension(name)
-    return text in _TEXT or (text in _TABLES and not packed)
+    extension, packed = _extension(name)
+    return extension in _READERS and not (packed and _READERS[extension] is _table_rows)
 
 
-def read(path: Path, name: str) -> tuple[Literal["line", "row"], Iterator[bytes]]:
-    """Lines of JSON, and whether a line's number is that of the file's line or row.
+def read(path: Path, name: str, copy: Path) -> tuple[Literal["line", "row"], Iterator[bytes]]:
+    """Lines of JSON, and whether they count as the file's lines or as its rows.
 
     Args:
-        path: where the file lies.
+        path: the file, as the user may convert it.
         name: how the user knows it; its extension says the format.
+        copy: what is read.
 
     Raises:
         UserError: here or while iterating: the file is empty, damaged, cut off, not UTF-8, or not
             of its format.
     """
     extension, packed = _extension(name)
-    if extension in _TABLES:
-        return "row", _checked(_table_rows, path, "", name)
-    with _damage_told(name), _open(path, packed) as file:
-        require_utf8(file, name)
-    with _open(path, packed) as file:
-        head = file.read(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not head:
-        raise _empty(name)
-    if extension in (".csv", ".tsv"):
-        return "row", _checked(_csv_rows, path, packed, name)
-    if extension == ".json" and not _is_object(head.partition(b"\n")[0]):
-        return "row", _checked(_json_items, path, packed, name)
-    # Of the hub's .json files, many hold one object a line.
-    return "line", _checked(_lines, path, packed, name)
+    reader = _READERS[extension]
+    if reader is not _table_rows:
+        with _damage_told(name), _open(copy, packed) as file:
+            _require_utf8(file, path, name)
+        with _open(copy, packed) as file:
+            first, second, *_ = (*islice(filter(_strip, file), 2), b"", b"")
+        if not first:
+            raise _empty(name)
+        if reader is _json_items and second and _is_object(first):
+            reader = _lines  # as many .json files of the hub are
+
+    def rows() -> Iterator[bytes]:
+        with _damage_told(name), _open(copy, packed) as file:
+            yield from reader(file, name)
+
+    return ("line" if reader is _lines else "row"), rows()
 
 
 def _extension(name: str) -> tuple[str, str]:
     suffixes = [suffix.lower() for suffix in PurePath(name).suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else ""
+    packed = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
     return (suffixes[-1] if suffixes else ""), packed
 
 
@@ -84,11 +86,6 @@ def _open(path: Path, packed: str) -> File:
 
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
     return path.open("rb")
-
-
-def _checked(rows: _Reader, path: Path, packed: str, name: str) -> Iterator[bytes]:
-    with _damage_told(name), _open(path, packed) as file:
-        yield from rows(file, name)
 
 
 @contextmanager
@@ -103,138 +100,118 @@ def _damage_told(name: str) -> Iterator[None]:
         raise UserError(f"{name}: is damaged ({reason:.80}). {_TRUNCATED}") from None
 
 
+def _require_utf8(file: File, path: Path, name: str) -> None:
+    """Refuse a file most of whose bytes beyond ASCII are not UTF-8; single bad lines may pass."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    high = undecoded = offset = first = 0
+    line = 1
+    for chunk in iter(lambda: file.read(1 << 20), b""):
+        text = decoder.decode(chunk)
+        bad = len(_UNDECODED.findall(text))
+        wide = not offset and b"\0" in chunk[:64]  # UTF-16 or UTF-32, whose ASCII is valid UTF-8
+        if not undecoded:
+            begin = _UNDECODED.split(text, 1)[0]
+            first = offset + len(begin.encode())
+            line += begin.count("\n")
+        high += len(chunk) - len(chunk.translate(None, _HIGH))
+        undecoded += bad
+        offset += len(chunk)
+        if wide:
+            high, undecoded = 0, 1
+            break
+    if 2 * undecoded > high:
+        advice = "Unpack it and save it as UTF-8."
+        if not _extension(name)[1]:
+            advice = files.encoding_advice(path, first)
+        raise UserError(f"{name}:{line}: is not UTF-8. {advice}")
+
+
 def _lines(file: File, name: str) -> Iterator[bytes]:
     """The lines of a .jsonl, each with the newline that it has."""
     some_object, first, last = False, (0, b""), (0, b"")
     for number, line in enumerate(file, 1):
-        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+        if _strip(line):
             last = number, line
             first = first if first[0] else last
             some_object = some_object or _is_object(line)
         yield line
-    if not last[0]:
-        raise _empty(name)
-    fault, at_end = _fault(last[1])
-    unfinished = some_object and not last[1].endswith(b"\n")
-    if fault and (at_end or unfinished):
+    fault = _fault(last[1])
+    if fault and (_ends_early(fault) or (some_object and not last[1].endswith(b"\n"))):
         raise UserError(f"{name}:{last[0]}: the last line is not complete JSON. {_TRUNCATED}")
     if some_object:
         return
-    fault, _ = _fault(first[1])
-    advice = "Write one object a line."
-    if first[1].startswith((b"[", b"\xef\xbb\xbf[")):
+    reason, advice, fault = "it is another value", "Write one object a line.", _fault(first[1])
+    if isinstance(fault, json.JSONDecodeError):
+        rest = fault.doc[fault.pos :].strip()
+        reason = f"{fault.msg}, column {fault.colno}: {rest[:20]!r}"
+        advice = "Remove the commas between the lines." if rest == "," else advice
+    if _strip(first[1]).startswith(b"["):
         advice = "Name it .json if it is one list."
-    elif fault.endswith("','"):
-        advice = "Remove the commas between the lines."
-    raise UserError(
-        f"{name}:{first[0]}: no line is a JSON object; this one {fault or 'is another value'}. "
-        f"{advice}"
+    raise UserError(f"{name}:{first[0]}: no line is a JSON object ({reason}). {advice}")
+
+
+def _fault(line: bytes) -> Exception | None:
+    """What makes a line no JSON."""
+    try:
+        json.loads(_text(line))
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        return error
+    return None
+
+
+def _ends_early(fault: Exception) -> bool:
+    """Whether a text of JSON lacks its end, and nothing else."""
+    return isinstance(fault, json.JSONDecodeError) and (
+        not fault.doc[fault.pos :].strip() or fault.msg.startswith("Unterminated string")
     )
 
 
-def _fault(line: bytes) -> tuple[str, bool]:
-    """What makes a line no JSON, and whether it only ends too early."""
-    text = _text(line)
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        rest = text[error.pos :].strip()
-        early = not rest or error.msg.startswith("Unterminated string")
-        return f"is not JSON ({error.msg}, column {error.colno}): {rest[:20]!r}", early
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
-        return f"cannot be read ({error})", False
-    return "", False
-
-
 def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(_text(line)), dict)
-    except (ValueError, RecursionError):
-        return False
+    return _strip(line).startswith(b"{") and _fault(line) is None
 
 
-def _text(line: bytes) -> str:
-    return line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+def _strip(line: bytes) -> bytes:
+    return line.strip(b"\xef\xbb\xbf \t\r\n")
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
 def _json_items(file: File, name: str) -> Iterator[bytes]:
     """The items of one list, spelled as they are there: numbers, escapes, doubled keys."""
-    window = _Window(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape"))
-    what = "Expected one list of objects, or a .jsonl with one object a line."
-    if window.peek() != "[":
-        raise UserError(f"{name}:{window.line}: begins with {window.peek()!r}. {what}")
-    window.advance(1)
-    count = 0
-    while window.peek() != "]" or not count:
-        if count and window.peek() == ",":
-            window.advance(1)
-        elif count and window.peek():
-            raise UserError(f"{name}:{window.line}: {window.peek()!r} follows item {count}. {what}")
-        if window.peek() == "]" and not count:
+    text = _text(file.read())
+
+    def skip(at: int) -> int:
+        while text[at : at + 1] and text[at] in _BLANK:
+            at += 1
+        return at
+
+    def fault(at: int, what: str) -> UserError:
+        return UserError(f"{name}:{text.count(chr(10), 0, at) + 1}: {what}")
+
+    at, number = skip(0), 0
+    if text[at] != "[":
+        raise fault(at, f"begins with {text[at]!r}. Expected a list of objects, or one a line.")
+    while number == 0 or text[at : at + 1] == ",":
+        at, number = skip(at + 1), number + 1
+        if number == 1 and text[at : at + 1] == "]":
             raise _empty(name)
-        begin = window.line
         try:
-            item = window.take()
-        except json.JSONDecodeError as error:
-            where, rest = f"{name}:{begin + error.lineno - 1}", window.rest(error.pos)
-            if not rest or error.msg.startswith("Unterminated string"):
-                raise UserError(f"{where}: ends inside item {count + 1}. {_TRUNCATED}") from None
-            raise UserError(
-                f"{where}: item {count + 1} is not JSON ({error.msg}) at {rest[:20]!r}. Correct it."
-            ) from None
+            _, end = json.JSONDecoder().raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}:{begin}: item {count + 1} cannot be read: {error}.") from None
-        yield _encode(re.sub(r"[ \t]*[\r\n]\s*", " ", item))
-        count += 1
-
-
-class _Window:
-    """A stretch of JSON text that moves over a file, so that no file is in memory whole."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.line = 1
-        self._file, self._text, self._at = file, "", 0
-
-    def peek(self) -> str:
-        """Skip white space; the character that follows, or nothing at the file's end."""
-        while True:
-            blank = re.compile(r"\s*").match(self._text, self._at)
-            self.advance(len(blank[0]) if blank else 0)
-            if self._at < len(self._text) or not self._extend(CHUNK):
-                return self._text[self._at : self._at + 1]
-
-    def rest(self, start: int) -> str:
-        """The text from `start` on, counted from the next value."""
-        return self._text[self._at + start :].strip()
-
-    def advance(self, count: int) -> None:
-        """Leave characters behind."""
-        self.line += self._text.count("\n", self._at, self._at + count)
-        self._at += count
-
-    def take(self) -> str:
-        """The text of the value that begins here."""
-        chunk = CHUNK
-        while True:
-            self._text, self._at = self._text[self._at :], 0
-            try:
-                _, end = json.JSONDecoder().raw_decode(self._text)
-            except (ValueError, RecursionError):
-                # The window may end within it. Doubled each time, a long row costs linear time.
-                if not self._extend(chunk):
-                    raise
-                chunk *= 2
-            else:
-                if end == len(self._text) and self._extend(chunk):
-                    continue  # a number may go on
-                item = self._text[:end]
-                self.advance(end)
-                return item
-
-    def _extend(self, count: int) -> bool:
-        more = self._file.read(count)
-        self._text, self._at = self._text[self._at :] + more, 0
-        return bool(more)
+            if _ends_early(error):
+                raise fault(len(text), f"ends inside item {number}. {_TRUNCATED}") from None
+            if isinstance(error, json.JSONDecodeError):
+                what = f"{error.msg}) at {text[error.pos : error.pos + 20]!r}"
+                raise fault(error.pos, f"item {number} is not JSON ({what}. Correct it.") from None
+            raise fault(at, f"item {number} cannot be read: {error}.") from None
+        yield _encode(re.sub(rf"[{_BLANK}]*[\r\n][{_BLANK}]*", " ", text[at:end]))
+        at = skip(end)
+    if not text[at:]:
+        raise fault(at, f"ends after item {number}. {_TRUNCATED}")
+    if text[at] != "]" or skip(at + 1) < len(text):
+        raise fault(at, f"{text[at : at + 9]!r} follows item {number}. Correct it.")
 
 
 def _csv_rows(file: File, name: str) -> Iterator[bytes]:
@@ -253,31 +230,22 @@ def _csv_rows(file: File, name: str) -> Iterator[bytes]:
     try:
         header = next(rows, [])
         _require_distinct(header, f"{name}:1")
-        for row in rows:
-            if row:
-                count += 1
-                yield _csv_row(header, row)
+        for row in filter(None, rows):
+            count += 1
+            if len(row) == len(header):
+                yield _dump(dict(zip(header, row, strict=True)))
+            else:
+                yield _dump(f"{len(row)} values under {len(header)} columns")
     except csv.Error as error:
+        what = f"is not CSV ({error}). Correct the quotes there."
         if "unexpected end of data" in str(error):
-            raise UserError(
-                f"{name}:{rows.line_num}: ends inside a quoted field. {_TRUNCATED}"
-            ) from None
-        raise UserError(
-            f"{name}:{rows.line_num}: is not CSV ({error}). Correct the quotes there."
-        ) from None
+            what = f"ends inside a quoted field. {_TRUNCATED}"
+        raise UserError(f"{name}:{rows.line_num}: {what}") from None
     if not count:
         raise UserError(f"{name}: has no row below its header. Check what wrote it.")
     if len(row) < len(header) and not latest[0].endswith(("\r", "\n")):
-        raise UserError(
-            f"{name}:{rows.line_num}: the last row has {len(row)} of {len(header)} columns. "
-            f"{_TRUNCATED}"
-        )
-
-
-def _csv_row(header: list[str], row: list[str]) -> bytes:
-    if len(row) != len(header):
-        return _dump(f"{len(row)} values under {len(header)} columns")
-    return _dump(dict(zip(header, row, strict=True)))
+        what = f"the last row has {len(row)} of {len(header)} columns. {_TRUNCATED}"
+        raise UserError(f"{name}:{rows.line_num}: {what}")
 
 
 def _require_distinct(names: Iterable[str], where: str) -> None:
@@ -288,26 +256,26 @@ def _require_distinct(names: Iterable[str], where: str) -> None:
 
 
 def _table_rows(file: File, name: str) -> Iterator[bytes]:
+    """The rows of a Parquet file, of Feather, or of what `save_to_disk` of datasets writes."""
     import pyarrow as pa  # noqa: PLC0415  (a second that most files need not pay)
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    count = 0
     if _extension(name)[0] == ".parquet":
         table = pq.ParquetFile(file)
         schema, batches = table.schema_arrow, table.iter_batches(batch_size=256)
-    else:  # Feather, or what `save_to_disk` of datasets writes
+    else:
         try:
             reader = pa.ipc.open_file(file)
-            batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
+            batches = map(reader.get_batch, range(reader.num_record_batches))
         except pa.ArrowInvalid:
             file.seek(0)
             reader = batches = pa.ipc.open_stream(file)
         schema = reader.schema
     _require_distinct(_field_names(schema), name)
+    count = 0
     for batch in batches:
-        for row in _batch_rows(batch):
-            count += 1
-            yield row
+        count += batch.num_rows
+        yield from _batch_rows(batch)
     if not count:
         raise _empty(name)
 
@@ -315,24 +283,20 @@ def _table_rows(file: File, name: str) -> Iterator[bytes]:
 def _field_names(fields: Iterable["pa.Field"], parent: str = "") -> Iterator[str]:
     """The paths of all fields, nested ones included."""
     for field in fields:
-        path = f"{parent}{field.name}"
-        yield path
-        kind = field.type
-        yield from _field_names(
-            [kind.field(i) for i in range(kind.num_fields)], f"{path}." if kind.num_fields else ""
-        )
+        yield parent + field.name
+        nested = [field.type.field(i) for i in range(field.type.num_fields)]
+        yield from _field_names(nested, f"{parent}{field.name}.")
 
 
 def _batch_rows(batch: "pa.RecordBatch") -> Iterator[bytes]:
     try:
         yield from map(_dump, batch.to_pylist(maps_as_pydicts="strict"))
-    except (ValueError, KeyError, OverflowError):  # not UTF-8; a doubled key; a date beyond 9999
-        for number in range(batch.num_rows):
-            try:
-                [row] = batch.slice(number, 1).to_pylist(maps_as_pydicts="strict")
-            except (ValueError, KeyError, OverflowError) as error:
-                row = f"cannot be read: {error}"
-            yield _dump(row)
+    except (ValueError, KeyError, OverflowError) as error:  # not UTF-8; a doubled key; a late date
+        if batch.num_rows == 1:
+            yield _dump(f"cannot be read: {error}")
+        else:
+            for number in range(batch.num_rows):
+                yield from _batch_rows(batch.slice(number, 1))
 
 
 def _dump(value: Any) -> bytes:
@@ -355,3 +319,14 @@ def _spell(value: Any) -> str:
 
 def _empty(name: str) -> UserError:
     return UserError(f"{name}: is empty. Check what wrote it.")
+
+
+_READERS: dict[str, Callable[[File, str], Iterator[bytes]]] = {
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": _json_items,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _table_rows,
+    ".arrow": _table_rows,
+}

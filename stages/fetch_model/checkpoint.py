@@ -5,6 +5,7 @@ are written anew, without what belongs to the machine that they came from.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -38,16 +39,13 @@ SMALL_FILES = (CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES)
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Where a model was loaded from, code that came with it, and how it was run there.
-_DROPPED = {"_name_or_path", "_model_name_or_path", "name_or_path", "_commit_hash", "auto_map"}
-_DROPPED |= {"is_local", "local_files_only"}
-_DROPPED |= {f"{prefix}{unit}_implementation{suffix}"
-             for prefix in ("_", "") for unit in ("attn", "experts")
-             for suffix in ("", "_internal", "_autoset")}  # fmt: skip
-_DROPPED |= {"_flash_attn_2_enabled", "use_flash_attention_2", "use_cache", "cache_implementation"}
-_DROPPED |= {"output_attentions", "output_hidden_states", "output_router_logits", "output_scores"}
-_DROPPED |= {"output_logits", "return_dict", "use_return_dict", "return_dict_in_generate"}
-_DROPPED |= {"torchscript", "use_bfloat16", "gradient_checkpointing", "device_map", "use_kernels"}
-_DROPPED |= {"kernel_config", "compile_config"}
+_DROPPED = re.compile(
+    r"_?(model_)?name_or_path|_commit_hash|auto_map|is_local|local_files_only"
+    r"|_?(attn|experts)_implementation\w*|_flash_attn_2_enabled|use_flash_attention_2"
+    r"|use_cache|cache_implementation|output_(attentions|hidden_states|router_logits|scores|logits)"
+    r"|(use_)?return_dict(_in_generate)?|torchscript|use_bfloat16|gradient_checkpointing"
+    r"|device_map|use_kernels|kernel_config|compile_config"
+)
 _PROBE = "Two plus two is 4.\n\n\tДва и два — 四。 <|im_end|></s> def f(x): return x  # 🙂"
 
 
@@ -125,15 +123,14 @@ def _kept(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _kept(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in _DROPPED
+        if not _DROPPED.fullmatch(key)
     }
 
 
 def weight_files(folder: Path, names: Collection[str], where: str) -> list[str]:
     """The safetensors that transformers would load, in order of name.
 
-    transformers follows a name like `../outside.safetensors` in an index out of the folder; here
-    a name is a file beside the index, or it is refused.
+    transformers follows a name like `../outside.safetensors` in an index out of the folder.
 
     Args:
         folder: holds the index, if the model has one.
@@ -154,17 +151,13 @@ def weight_files(folder: Path, names: Collection[str], where: str) -> list[str]:
         )
     weight_map = _weight_map(folder, where)
     for tensor, file in weight_map.items():
-        beside = isinstance(file, str) and "/" not in file and "\\" not in file
-        if not beside or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise UserError(
                 f"{where}/{INDEX}: puts {tensor} into {file!r}; expected a .safetensors file "
                 "beside the index. Do not use this model."
             )
         if file not in names:
-            raise UserError(
-                f"{where}/{INDEX}: puts {tensor} into {file}, which is not there. The model is "
-                "incomplete: fetch or copy it again."
-            )
+            raise _incomplete(f"{where}/{INDEX}: puts {tensor} into {file}, which is not there")
     return sorted(set(weight_map.values()))
 
 
@@ -179,34 +172,30 @@ def _index(folder: Path, weights: list[str], name: str) -> dict[str, Any]:
     """The index of shards, made of the shards themselves: file of each tensor, bytes of all."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
-    weight_map: dict[str, str] = {}
+    found: dict[str, str] = {}
     size = 0
     for file in weights:
         try:
             with safe_open(folder / file, framework="numpy") as opened:
-                tensors = list(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{name}/{file}: is not whole ({error}). Fetch or copy it again."
-            ) from None
-        if doubled := set(tensors) & set(weight_map):
-            raise UserError(
-                f"{name}/{file}: holds {min(doubled)} as {weight_map[min(doubled)]} does."
-            )
-        weight_map |= dict.fromkeys(tensors, file)
-        header = int.from_bytes((folder / file).open("rb").read(8), "little")
+                tensors = sorted(opened.keys())
+        except SafetensorError as error:
+            raise _incomplete(f"{name}/{file}: is not whole ({error})") from None
+        for tensor in tensors:
+            if tensor in found:
+                raise UserError(f"{name}/{file}: holds {tensor} as {found[tensor]} does.")
+            found[tensor] = file
+        with (folder / file).open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
         size += (folder / file).stat().st_size - 8 - header
-    if weights != [WEIGHTS]:
-        for tensor, file in _weight_map(folder, name).items():
-            if weight_map.get(tensor) != file:
-                raise UserError(
-                    f"{name}/{INDEX}: puts {tensor} into {file}, which lacks it. The model is "
-                    "incomplete: fetch or copy it again."
-                )
-    return {
-        "metadata": {"total_size": size},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+    expected = {} if weights == [WEIGHTS] else _weight_map(folder, name)
+    for tensor, file in expected.items():
+        if found.get(tensor) != file:
+            raise _incomplete(f"{name}/{INDEX}: puts {tensor} into {file}, which lacks it")
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(found.items()))}
+
+
+def _incomplete(what: str) -> UserError:
+    return UserError(f"{what}. Fetch or copy the model again.")
 
 
 def install_tokenizer(source: Path, target: Path, name: str) -> None:

@@ -60,8 +60,8 @@ def refusal(tmp_path: Path, name: str, content: bytes) -> str:
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "A.JSON"])
 def test_json_lines_keep_every_byte(name: str, content: bytes, tmp_path: Path) -> None:
-    if name == "A.JSON" and content.startswith(b"\n"):
-        content = content.lstrip()
+    if name == "A.JSON" and content.count(b"\n") == 1:
+        content += content
     assert fetched(tmp_path, name, content) == content
 
 
@@ -182,11 +182,19 @@ def test_empty_files_are_refused(name: str, tmp_path: Path) -> None:
         ("a.parquet", parquet([]), "is empty"),
         ("a.jsonl", b"hello\nworld\n", "a.jsonl:1: no line is a JSON object"),
         ("a.jsonl", b"[\n1,\n2\n]\n", "Name it .json"),
-        ("a.jsonl", b'{"a": 1},\n{"a": 2},\n', r"column 9\): ','. Remove the commas"),
-        ("a.jsonl", b'\n{"a": 1}{"a": 2}\n', "a.jsonl:2: no line is a JSON object; .*column 9"),
-        ("a.json", b'{\n"data": []}', "begins with '{'. Expected one list of objects"),
+        ("a.jsonl", b'{"a": 1},\n{"a": 2},\n', r"column 9: ','\). Remove the commas"),
+        (
+            "a.jsonl",
+            b'\n{"a": 1}{"a": 2}\n',
+            r"a.jsonl:2: no line is a JSON object \(Extra data, column 9",
+        ),
+        ("a.json", b'{\n"data": []}', "begins with '{'. Expected a list of objects"),
+        ("a.json", b'{"data": [{"a": 1}]}\n', "begins with '{'. Expected a list of objects"),
+        ("a.json", b'[{"a": 1}] []', "follows item 1"),
+        ("a.json", b'[{"a": 1},', "a.json:1: ends inside item 2"),
+        ("a.json", b'[{"a": 1}', "a.json:1: ends after item 1"),
         ("a.json", b'[{"a": 1}\n, {"b": oops}]', r"a.json:2: item 2 .* at 'oops"),
-        ("a.json", b'[{"a": 1}\n {"b": 2}]', r"a.json:2: '{' follows item 1"),
+        ("a.json", b'[{"a": 1}\n {"b": 2}]', "a.json:2: .* follows item 1"),
         ("a.json", b"[" * 100_000, "item 1 cannot be read"),
         ("a.csv", b"text,answer\n", "no row below its header"),
         ("a.csv", b'text\n"a"b\n', "a.csv:2: is not CSV"),
@@ -219,14 +227,16 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
 def test_the_encoding_is_named_with_the_command(name: str, tmp_path: Path) -> None:
     text = '{"text": "“Où ça ?” – 5 €"}\n' * 3
-    suffix = Path(name).suffix
+    path, target = tmp_path / name, f"a.utf8{Path(name).suffix}"
     for codec, iconv in {
         "cp1252": "WINDOWS-1252",
         "utf-16": "UTF-16",
         "utf-16-le": "UTF-16LE",
     }.items():
         line = refusal(tmp_path, name, text.encode(codec))
-        assert f"{name}:1: is not UTF-8 but looks like {iconv}. Convert it: " in line
-        assert f"`cat {name} | iconv -f {iconv} -t UTF-8 > a.utf8{suffix}`" in line
-    packed = refusal(tmp_path, f"{name}.gz", gzip.compress(text.encode("cp1252")))
-    assert f"`zcat {name}.gz | iconv -f WINDOWS-1252 -t UTF-8 > a.utf8{suffix}`" in packed
+        assert line == (
+            f"{name}:1: is not UTF-8. It looks like {iconv}. Convert it: "
+            f"iconv -f {iconv} -t UTF-8 {path} > {target}"
+        )
+    packed = refusal(tmp_path, f"{name}.gz", gzip.compress(b"\n" + text.encode("cp1252")))
+    assert packed == f"{name}.gz:2: is not UTF-8. Unpack it and save it as UTF-8."

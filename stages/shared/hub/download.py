@@ -74,14 +74,15 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
             return cached
     requested = {name: repository.files[name] for name in names}
     missing = [file for name, file in requested.items() if not (folder / name).is_file()]
-    size = sum(file.size or 0 for file in missing)
-    files.require_space(folder, size, f"the download of {repository.name}")
-    with (
-        one_line_errors(repository),
-        progress.bar(total=size or None, desc=repository.name, unit="B") as bar,
-    ):
-        meter = _meter(bar, None if any(file.size is None for file in missing) else size)
-        snapshot_download(**options, local_dir=folder, endpoint=endpoint(), tqdm_class=meter)
+    if missing:
+        size = sum(file.size or 0 for file in missing)
+        files.require_space(folder, size, f"the download of {repository.name}")
+        with (
+            one_line_errors(repository),
+            progress.bar(total=size or None, desc=repository.name, unit="B") as bar,
+        ):
+            meter = _meter(bar, None if any(file.size is None for file in missing) else size)
+            snapshot_download(**options, local_dir=folder, endpoint=endpoint(), tqdm_class=meter)
     for name, file in requested.items():
         path, stated = folder / name, file.lfs.sha256 if file.lfs else file.blob_id
         if stated and (hashed := _hash(path, len(stated))) != stated:

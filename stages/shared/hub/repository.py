@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 # Usage statistics would be one more request before each download, to a hub that may be down.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-TIMEOUT = 10.0  # seconds without an answer
+
+def endpoint() -> str:
+    """The hub's address, without a slash at its end."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,7 @@ class Repository:
 
     @cached_property
     def paths(self) -> list[str]:
-        """The paths of all its files: from the user's cache, else from the hub.
-
-        Raises:
-            UserError: as `files` does.
-        """
+        """The paths of all its files, from the user's cache or from the hub; errors as `files`."""
         from huggingface_hub import get_cached_repo_tree  # noqa: PLC0415  (half a second)
         from huggingface_hub.errors import CachedRepoTreeNotFoundError  # noqa: PLC0415
 
@@ -76,7 +75,7 @@ class Repository:
         with one_line_errors(self):
             hub = HfApi(endpoint=endpoint())
             ask = hub.model_info if self.kind == "model" else hub.dataset_info
-            info = ask(self.name, revision=self.commit, files_metadata=True, timeout=TIMEOUT)
+            info = ask(self.name, revision=self.commit, files_metadata=True, timeout=10)
             files = {file.rfilename: file for file in info.siblings or ()}
         for path in files:
             if path.startswith("/") or ".." in path.split("/") or "\\" in path or "\0" in path:
@@ -85,11 +84,6 @@ class Repository:
                     f"this {self.kind}."
                 )
         return files
-
-
-def endpoint() -> str:
-    """The hub's address, without a slash at its end."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def pin(kind: Literal["dataset", "model"], name: str, revision: str | None) -> Repository:
@@ -118,60 +112,59 @@ def one_line_errors(repository: Repository) -> Iterator[None]:
     import httpx2  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled  # noqa: PLC0415
 
-    from stages.shared.hub.bounds import bound_answers  # noqa: PLC0415  (imports the hub's client)
+    from stages.shared.hub.bounds import bound_answers  # noqa: PLC0415
 
-    bound_answers()
+    name, host = repository.name, repository.host
     try:
+        bound_answers()
         yield
     except UserError:
         raise
     except Exception as error:
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-            chain.append(cause)
-        name = repository.name
-        for one in chain:
-            if isinstance(one, HfHubHTTPError):
-                raise _status_error(repository, one.response) from None
-            if isinstance(one, OfflineModeIsEnabled):
+        cause: BaseException | None = error
+        while cause is not None:  # datasets and snapshot_download wrap what happened
+            if isinstance(cause, HfHubHTTPError):
+                raise _status_error(repository, cause.response) from None
+            if isinstance(cause, OfflineModeIsEnabled):
                 raise UserError(
                     f"{repository.keys[0]}: HF_HUB_OFFLINE is set, and your cache lacks files of "
                     f"{name} at {repository.commit:.7}. Unset it, or use a local source."
                 ) from None
-            if isinstance(one, httpx2.HTTPError | httpx2.InvalidURL):
+            if isinstance(cause, httpx2.HTTPError | httpx2.InvalidURL):
                 raise UserError(
-                    f"{repository.host}: cannot be reached for {name} ({one or type(one)}). "
+                    f"{host}: cannot be reached for {name} ({cause or type(cause)}). "
                     "Check the network, your proxy and HF_ENDPOINT, or use a local source."
                 ) from None
+            cause = cause.__cause__ or cause.__context__
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{repository.host}: does not answer as the hub does ({reason:.90}). "
-            "Check HF_ENDPOINT and your proxy, and run `dvc repro` again."
+            f"{host}: does not answer as the hub does ({reason:.90}). Check HF_ENDPOINT and your "
+            "proxy, and run `dvc repro` again."
         ) from None
 
 
 def _status_error(repository: Repository, response: "httpx2.Response") -> UserError:
     """What an HTTP status of 400 or more means here."""
-    status, (name_key, revision_key) = response.status_code, repository.keys
+    name, host, status = repository.name, repository.host, response.status_code
+    name_key, revision_key = repository.keys
     if status in (401, 403):
         return UserError(
-            f"{name_key}: {repository.host} answered {status} for {repository.name}: "
-            f"private, gated or misspelt. Accept its terms on {repository.url}, and set "
-            "HF_TOKEN or run `hf auth login`."
+            f"{name_key}: {host} answered {status} for {name}: private, gated or misspelt. Accept "
+            f"its terms on {repository.url}, and set HF_TOKEN or run `hf auth login`."
         )
     if response.headers.get("X-Error-Code") == "RevisionNotFound":
         return UserError(
-            f"{revision_key}: {repository.name} has no commit {repository.commit}. Take one from "
+            f"{revision_key}: {name} has no commit {repository.commit}. Take one from "
             f"{repository.url}/commits."
         )
     if status == 404:
         return UserError(
-            f"{name_key}: {repository.host} has no {repository.kind} {repository.name}, or no "
-            f"such file at {repository.commit:.7} (404). Correct {name_key} or {revision_key}."
+            f"{name_key}: {host} has no {repository.kind} {name}, or no such file at "
+            f"{repository.commit:.7} (404). Correct {name_key} or {revision_key}."
         )
     return UserError(
-        f"{repository.host}: answered {status} {response.reason_phrase} for {repository.name}. "
-        "It is in trouble or too busy: run `dvc repro` again later."
+        f"{host}: answered {status} {response.reason_phrase} for {name}. It is in trouble or too "
+        "busy: run `dvc repro` again later."
     )
