@@ -1,67 +1,78 @@
-# make repro   set up, run the whole pipeline on the embedded default
-# make test    set up, run the tests
-# make emulate set up Triton, run the tests of the GPU kernels by its emulation on a CPU
-# make lint    set up, ruff and mypy
-# make bench   set up the peers too, measure the training step beside theirs (20 minutes, needs the default's model)
-# make clean   remove the environments (data, models and DVC's cache stay)
-
+# `make help` lists the targets.
+SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 # DVC runs `python` from the PATH: everything runs with the environment's folder in front.
 ENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
-# The peers have an environment of their own, beside all that the project has.
-BENCH := .venv-bench
-# So has Triton, which torch brings along for GPUs: on a CPU each process would carry 80 MB of it.
+EXTRAS := .venv-extras
+# Triton comes with torch for GPUs. On a CPU it would cost each process 80 MB.
 EMULATION := .venv-emulation
 TRITON := triton==3.7.1
+PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: repro test emulate lint bench format clean
-.DEFAULT_GOAL := repro
+.PHONY: help repro test emulate lint bench extras format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@echo "Needs Linux x86-64, git, Python 3.11 to 3.13 and 3 GB of disk. Every target sets up what it needs, once."
+	@sed -n 's/^\([a-z]*\):[^#]*##/  make \1@/p' Makefile | column -t -s @
+
+# Prints its argument as an error, and fails.
+fail = { echo "error: $(1)" >&2; exit 1; }
+# Runs pip into a log that is shown where it fails.
+install = { $(1) $(PIP) $(2) >$(3).log 2>&1 || { tail -n 15 $(3).log >&2; $(call fail,pip failed; all of its output is in $(3).log); }; }
 
 $(VENV)/.ready: requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
-	  || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); expected Python 3.11 to 3.13; run make PYTHON=python3.11" >&2; exit 1; }
-	@echo "setting up $(VENV) from requirements.lock (some minutes, once)"
+	@[ "$$(uname -sm)" = "Linux x86_64" ] || $(call fail,this is $$(uname -sm); the locked packages are for Linux x86-64)
+	@command -v git >/dev/null || $(call fail,git: not found. Install it)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	  || $(call fail,$(PYTHON) is $$($(PYTHON) -V 2>&1 | head -n 1); Python 3.11 to 3.13 is needed. Run make PYTHON=python3.11)
+	@[ "$$(df -Pk . | awk 'NR==2 {print $$4}')" -gt 3000000 ] || $(call fail,less than 3 GB of disk are free here)
+	@echo "Setting up $(VENV) from requirements.lock: one to three minutes, 2 GB, once."
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@$(call install,$(VENV)/bin/python,--requirement requirements.lock,$(VENV))
 	@touch $@
 
-repro: $(VENV)/.ready
+repro: $(VENV)/.ready  ## run the pipeline: 6 minutes on two cores for the embedded default, 13 to 22 without bf16
 	@$(ENV) dvc repro
+	@echo; echo "Next: . $(VENV)/bin/activate"
+	@echo "      xdg-open reports/report.html"
+	@echo "      dvc exp run -S lora.r=8        # one change; what does not depend on it is not run again"
 
-# A file a process; the two that take longest go first, so that none of them is left for the end.
+# One process a file. The two that take longest come first.
 LONGEST := tests/test_pipeline.py tests/train/test_resuming.py
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready  ## run the tests
 	@$(ENV) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  $(LONGEST) tests
 
 $(EMULATION)/.ready: $(VENV)/.ready
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-	  --target $(EMULATION) $(TRITON)
+	@$(call install,$(VENV)/bin/python,--no-deps --upgrade --target $(EMULATION) $(TRITON),$(EMULATION))
 	@touch $@
 
-emulate: $(EMULATION)/.ready
+emulate: $(EMULATION)/.ready  ## run the tests of the GPU kernels on a CPU, by Triton's emulation
 	@$(ENV) PYTHONPATH=$(EMULATION) TRITON_INTERPRET=1 python -m pytest tests/train/test_kernels.py
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.ready  ## ruff and mypy
 	@$(ENV) ruff format --check .
 	@$(ENV) ruff check .
 	@$(ENV) mypy
 
-$(BENCH)/.ready: requirements.lock benchmarks/requirements.lock
-	@echo "setting up $(BENCH) with the peers (some minutes, once)"
-	@$(BENCH)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(BENCH)
-	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --requirement requirements.lock --requirement benchmarks/requirements.lock
+$(EXTRAS)/.ready: requirements.lock benchmarks/requirements.lock
+	@echo "Setting up $(EXTRAS), the peers among its packages: one to three minutes, 2 GB, once."
+	@$(EXTRAS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(EXTRAS)
+	@$(call install,$(EXTRAS)/bin/python,--requirement requirements.lock --requirement benchmarks/requirements.lock,$(EXTRAS))
 	@touch $@
 
-bench: $(BENCH)/.ready
-	@$(BENCH)/bin/python -m benchmarks.training --minutes 20
+extras: $(EXTRAS)/.ready  ## run the tests that need more packages than the lock has
+	@$(EXTRAS)/bin/python -m pytest tests/benchmarks
 
-format: $(VENV)/.ready
+bench: $(EXTRAS)/.ready  ## measure the training step against trl's (an hour; needs the default's model)
+	@$(EXTRAS)/bin/python -m benchmarks.train
+
+format: $(VENV)/.ready  ## ruff, changing files
 	@$(ENV) ruff format .
 	@$(ENV) ruff check --fix .
 
-clean:
-	rm -rf $(VENV) $(BENCH) $(EMULATION)
+clean:  ## remove the environments (data, models and DVC's cache stay)
+	rm -rf $(VENV) $(EXTRAS) $(EMULATION) $(VENV).log $(EXTRAS).log $(EMULATION).log

@@ -1,133 +1,113 @@
-"""`prepare` beside `datasets.map`, in turn, and its memory as the rows become more.
+"""Data preparation: `python -m stages.prepare` against `datasets.map`.
 
-Both read the same JSON lines, use the same tokenizer and write parquet; timed is the work, without
-the imports before it. The peer runs in one process and in two; its CPU time is that of all, its
-memory that of the first. Every column of every row is compared: a difference ends the benchmark.
-Each run is a process of its own. Beside the peer only, `datasets` is needed, which the project is
-not:
+Both read the same JSON Lines (the sample again and again, its numbers and a fifth of its words
+changed by a seed), use the same tokenizer and write tokens and masks to parquet, which must be
+equal, row by row. Rates are those of the additional rows between the two sizes, so that imports and
+the loading of the tokenizer count for nobody; CPU seconds and peak memory are those of the larger.
 
-Run:    python -m benchmarks.prepare --peer-python PYTHON_WITH_DATASETS
-        python -m benchmarks.prepare --memory 100000 1000000
+Reads:  models/tokenizer of `dvc repro`, the sample
+Writes: a table in docs/benchmarks.md
+Run:    python -m benchmarks.prepare
 """
 
-import argparse
 import json
-import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
+import random
+import re
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from benchmarks import conversations, prepare_rows
+import pandas as pd
+import pyarrow.parquet as pq
 
-ROOT = Path(__file__).parents[1]
-OURS, PEER = "benchmarks.prepare_ours", "benchmarks.prepare_peer"
+from benchmarks.common import ROOT, Usage, Workspace, machine, publish, workspace
+from stages.shared.core.errors import UserError, run
 
-
-@dataclass(frozen=True)
-class Run:
-    """What one process told of its work."""
-
-    rows: int
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    tokens: int = 0
+SAMPLE = ROOT / "data/sample/conversations.jsonl"
+PEERS = {"datasets.map": None, "datasets.map, 2 processes": 2}
+CHANGED = 0.2  # of the words
+WORD = re.compile(r"[^\W\d_]{3,}|\d+")
+MARKERS = {"Human", "Assistant"}
 
 
-def run(module: str, python: str, raw: Path, tokenizer: Path, folder: Path, *more: str) -> Run:
-    """Run a module in a process of its own.
+def write_conversations(path: Path, rows: int) -> None:
+    """Write rows of the sample's length and languages, nearly all different."""
+    sample = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    texts = [row.get("text") or "" for row in sample]
+    words = sorted({w for t in texts for w in WORD.findall(t) if w.isalpha()} - MARKERS)
+    draw = random.Random(0)  # noqa: S311
 
-    Raises:
-        SystemExit: it failed.
-    """
-    folder.mkdir()
-    command = [python, "-m", module, *map(str, (raw, tokenizer, folder)), *more]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        sys.exit(f"{done.stderr}\nerror: {python} -m {module} failed")
-    return Run(**json.loads(done.stdout.splitlines()[-1]))
+    def change(match: re.Match[str]) -> str:
+        word = match[0]
+        if word.isdigit():
+            return str(draw.randrange(10 ** len(word))).zfill(len(word))
+        return word if word in MARKERS or draw.random() > CHANGED else draw.choice(words)
 
-
-def show(name: str, one: Run) -> None:
-    """A line of the table."""
-    rate = one.rows / one.seconds
-    tokens = f"{one.tokens / one.seconds:12,.0f}" if one.tokens else " " * 12
-    print(
-        f"{name:<16}{one.rows:>10,}{one.seconds:>9.2f}{one.cpu_seconds:>9.2f}{rate:>10,.0f}{tokens}"
-        f"{one.peak_bytes / 1e6:>9,.0f}",
-        flush=True,
-    )
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(rows):
+            changed = WORD.sub(change, texts[index % len(sample)])
+            row = sample[index % len(sample)] | {"text": changed}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def compare(rows: int, rounds: int, peer_python: str, tokenizer: Path, folder: Path) -> None:
-    """Ours and the peer in turn, and the ratio of each round to the faster of the peer's ways.
+def measure(work: Workspace, rows: int, tokenizer: Path) -> dict[str, Usage]:
+    """What each needs for so many rows.
 
     Raises:
-        SystemExit: a column of a conversation is not the same.
+        UserError: their tokens or masks are not the same.
     """
-    raw = folder / "raw"
-    conversations.write(raw, rows)
-    ratios = []
-    for number in range(rounds):
-        ours = run(OURS, sys.executable, raw, tokenizer, folder / f"ours{number}")
-        show("prepare", ours)
-        peers = []
-        for processes in (1, 2):
-            out = folder / f"peer{number}{processes}"
-            peers.append(run(PEER, peer_python, raw, tokenizer, out, str(processes)))
-            show(f"datasets.map, {processes}", peers[-1])
-            if not number:
-                require_equal(folder / "ours0", out)
-            shutil.rmtree(out)  # its caches take ten times what it writes
-        better = min(peers, key=lambda one: one.seconds)
-        ratios.append((better.seconds / ours.seconds, better.cpu_seconds / ours.cpu_seconds))
-    for name, found in zip(("time", "CPU time"), zip(*ratios, strict=True), strict=True):
-        print(
-            f"datasets.map takes {statistics.median(found):.2f} times the {name} "
-            f"({min(found):.2f} to {max(found):.2f})"
-        )
+    raw = work.root / "conversations.jsonl"
+    write_conversations(raw, rows)
+    work.run("stages.fetch_data")
+    used = {"prepare": work.run("stages.prepare")}
+    written = [work.root / f"data/prepared/{split}.parquet" for split in ("train", "eval")]
+    for index, (name, processes) in enumerate(PEERS.items()):
+        out = work.root / f"peer{index}"
+        job = {"data": str(raw), "tokenizer": str(tokenizer.absolute()), "out": str(out)}
+        used[name] = work.run_peer("prepare", **job, processes=processes)[1]
+        if encoded(*written) != encoded(out / "train.parquet"):
+            raise UserError(f"{name}: its tokens or masks are not those of prepare")
+    return used
 
 
-def require_equal(ours: Path, peer: Path) -> None:
-    """End the benchmark where the two wrote something else."""
-    written = [ours / "train.parquet", ours / "eval.parquet"]
-    if (found := prepare_rows.difference(written, [peer / "train.parquet"])) is not None:
-        sys.exit(f"error: the two made something else of the same rows: {found}")
+def encoded(*paths: Path) -> set[tuple[bytes, bytes]]:
+    """Tokens and mask of each conversation; one that is there twice counts once."""
+    tables = [pq.read_table(path, columns=["input_ids", "loss_mask"]).to_pandas() for path in paths]
+    table = pd.concat(tables)
+    ids, masks = (table[name].map(lambda row: row.astype("int32").tobytes()) for name in table)
+    return set(zip(ids, masks, strict=True))
 
 
-def grow(sizes: list[int], tokenizer: Path, folder: Path) -> None:
-    """Ours over more and more rows, and the ratio of the last peak to the first."""
-    peaks = []
-    for rows in sizes:
-        raw = folder / f"raw{rows}"
-        conversations.write(raw, rows)
-        one = run(OURS, sys.executable, raw, tokenizer, folder / f"grown{rows}")
-        show("prepare", one)
-        peaks.append(one.peak_bytes)
-    print(f"peak memory at {sizes[-1]:,} rows is {peaks[-1] / peaks[0]:.3f} times the first")
-
-
-def main() -> None:
-    """Make the rows, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=100_000, help="of the comparison")
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison")
-    parser.add_argument("--peer-python", help="a Python that has `datasets` too")
-    parser.add_argument("--memory", type=int, nargs="+", default=[], help="sizes to grow through")
+def add_options(parser: ArgumentParser) -> None:
+    """Arguments of the command line."""
+    parser.add_argument("--rows", type=int, nargs=2, default=[10_000, 100_000])
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models/tokenizer")
-    given = parser.parse_args()
-    header = ("rows", 10), ("s", 9), ("CPU s", 9), ("rows/s", 10), ("tokens/s", 12), ("peak MB", 9)
-    print(" " * 16 + "".join(f"{name:>{width}}" for name, width in header))
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = given.tokenizer.absolute()
-        if given.peer_python:
-            compare(given.rows, given.rounds, given.peer_python, tokenizer, Path(folder))
-        if given.memory:
-            grow(given.memory, tokenizer, Path(folder))
+
+
+def main(options: Namespace) -> None:
+    """Measure at two sizes, write."""
+    if not options.tokenizer.exists():
+        raise UserError(f"{options.tokenizer}: not found. Run `dvc repro fetch_model` first.")
+    used = []
+    for rows in options.rows:
+        with workspace({"data.path": "conversations.jsonl"}) as work:
+            work.link("models/tokenizer", options.tokenizer)
+            used.append(measure(work, rows, options.tokenizer))
+    few, many = used
+    added = options.rows[1] - options.rows[0]
+    ours = many["prepare"].seconds - few["prepare"].seconds
+    table = [
+        {
+            "": name,
+            "rows/s": f"{added / (many[name].seconds - few[name].seconds):,.0f}",
+            "CPU s": f"{many[name].cpu_seconds:.1f}",
+            "peak, MB": f"{many[name].peak_bytes / 1e6:,.0f}",
+            f"peak of {options.rows[0]:,} rows": f"{few[name].peak_bytes / 1e6:,.0f}",
+            "time : ours": f"{(many[name].seconds - few[name].seconds) / ours:.2f}",
+        }
+        for name in many
+    ]
+    publish("prepare", pd.DataFrame(table), machine() + f" {options.rows[1]:,} rows.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, add_options)

@@ -1,0 +1,253 @@
+"""Peers: trl's SFTTrainer, Unsloth, datasets.map; each a process that prints its figures as JSON.
+
+Their own defaults stand wherever the work stays the same. Trainers get our tokens, and our mask as
+labels.
+
+Run:    by the other benchmarks, `python -m benchmarks.peers <trl|unsloth|prepare|rate> '<job>'`
+"""
+
+import json
+import os
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+IGNORED = -100  # the label of a token that is not supervised
+# Rows, inner, columns of the probe: a small model's matrices; on a GPU, enough to fill it.
+PROBE = {"cpu": (2048, 1024, 1024), "cuda": (8192, 8192, 8192)}
+
+
+def has_bf16(device: str) -> bool:
+    """Whether a device has matmuls of bf16; else training and peers compute in fp32."""
+    import torch  # noqa: PLC0415
+
+    return device == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def probe(job: dict[str, Any]) -> dict[str, Any]:
+    """Matrix rate of the machine now: operations per second of a dense product in its dtype."""
+    import torch  # noqa: PLC0415
+
+    device = job["device"]
+    rows, inner, columns = PROBE[device]
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    b = torch.randn(inner, columns, device=device).to(dtype)
+    rates = []
+    for _ in range(8):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for the device
+        rates.append(2 * rows * inner * columns / (time.perf_counter() - started))
+    return {"rate": sorted(rates)[len(rates) // 2], "dtype": str(dtype).removeprefix("torch.")}
+
+
+def load_trl(job: dict[str, Any]) -> Any:
+    """The quantized model as transformers loads it; in fp32 on a CPU without bf16."""
+    import torch  # noqa: PLC0415
+    from bitsandbytes.nn import Linear4bit  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    device = job["device"]
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, device_map={"": device})
+    if dtype != torch.bfloat16:  # a quantized model is loaded in the dtype that it was stored in
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.compute_dtype = module.weight.quant_state.dtype = dtype
+    return model
+
+
+def load_unsloth(job: dict[str, Any]) -> Any:
+    """The model with Unsloth's own kernels, adapter included."""
+    from unsloth import FastLanguageModel  # noqa: PLC0415
+
+    model, _ = FastLanguageModel.from_pretrained(
+        job["model"], max_seq_length=job["length"], load_in_4bit=True, local_files_only=True
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=job["lora"]["r"],
+        lora_alpha=job["lora"]["alpha"],
+        target_modules=[
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ],
+        use_gradient_checkpointing="unsloth" if job["checkpointing"] else False,
+    )
+
+
+def train(model: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Train once over all conversations by `SFTTrainer`.
+
+    Args:
+        model: with an adapter, or to be given one.
+        job: `data` (a parquet file), `tokenizer`, `lora`, `train`, `device`, `checkpointing`,
+            `micro_batch` (conversations; null: packed to `pack_tokens`), `steps` (or null).
+
+    Returns:
+        `tokens`, `seconds`, `loss` (mean over supervised tokens), `peak_memory_bytes`.
+    """
+    import pyarrow.parquet as pq  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+    from datasets import Dataset, disable_progress_bars  # noqa: PLC0415
+    from peft import LoraConfig, PeftModel  # noqa: PLC0415
+    from transformers import AutoTokenizer, TrainerCallback  # noqa: PLC0415
+    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
+
+    disable_progress_bars()
+    counts = {"tokens": 0, "supervised": 0, "loss": 0.0, "seconds": 0.0}
+
+    class CountingTrainer(SFTTrainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            mask, labels = inputs.get("attention_mask"), inputs["labels"]
+            counts["tokens"] += int(labels.numel() if mask is None else mask.sum())
+            counts["supervised"] += int((labels[:, 1:] != IGNORED).sum())
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            counts["loss"] += float(loss) * int(num_items_in_batch)  # a mean over its whole step
+            return loss
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            counts["seconds"] -= time.perf_counter()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            if job["device"] == "cuda":
+                torch.cuda.synchronize()
+            counts["seconds"] += time.perf_counter()
+
+    rows = pq.read_table(job["data"], columns=["input_ids", "loss_mask"]).to_pylist()
+    labelled = [
+        {
+            "input_ids": row["input_ids"],
+            "labels": [
+                token if supervised else IGNORED
+                for token, supervised in zip(row["input_ids"], row["loss_mask"], strict=True)
+            ],
+        }
+        for row in rows
+    ]
+    settings, size = job["train"], job["micro_batch"] or 1
+    packing = job["micro_batch"] is None
+    trainer = CountingTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(Path(job["data"]).parent / "peer"),
+            num_train_epochs=1,
+            max_steps=job["steps"] or -1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=1 if packing else settings["batch_size"] // size,
+            learning_rate=settings["learning_rate"],
+            lr_scheduler_type="constant",
+            max_grad_norm=settings["max_grad_norm"],
+            seed=settings["seed"],
+            bf16=has_bf16(job["device"]),
+            gradient_checkpointing=job["checkpointing"],
+            use_cpu=job["device"] == "cpu",
+            packing=packing,
+            max_length=job["pack_tokens"] if packing else None,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(labelled),
+        processing_class=AutoTokenizer.from_pretrained(job["tokenizer"]),
+        callbacks=[Clock()],
+        peft_config=None
+        if isinstance(model, PeftModel)
+        else LoraConfig(
+            task_type="CAUSAL_LM",
+            r=job["lora"]["r"],
+            lora_alpha=job["lora"]["alpha"],
+            target_modules=job["lora"]["target_modules"],
+        ),
+    )
+    trainer.train()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if job["device"] == "cuda" else resident
+    return counts | {"loss": counts["loss"] / counts["supervised"], "peak_memory_bytes": peak}
+
+
+# Marks a reply for `return_assistant_tokens_mask`; else ChatML as `prepare` renders it.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+
+
+def prepare(job: dict[str, Any]) -> dict[str, Any]:
+    """Tokens and masks by `datasets.map` and a Python function a row, as most recipes have it.
+
+    It does less than `prepare`: no search for duplicates and leaks, no split, no guard against
+    forged turns, no cut between turns, no list of rejected rows.
+    """
+    import datasets  # noqa: PLC0415
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        parts = re.split(r"### (Human|Assistant): ", row["text"] or "")[1:]
+        roles, texts = parts[::2], [text.strip() for text in parts[1::2]]
+        turns = len(roles) // 2 * 2
+        if not turns or roles != (["Human", "Assistant"] * len(roles))[: len(roles)]:
+            return {"input_ids": None, "loss_mask": None}
+        messages = [
+            {"role": "assistant" if index % 2 else "user", "content": text}
+            for index, text in enumerate(texts[:turns])
+        ]
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            chat_template=CHATML,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            truncation=True,
+            max_length=512,
+        )
+        return {"input_ids": encoded["input_ids"], "loss_mask": encoded["assistant_masks"]}
+
+    rows = datasets.load_dataset(
+        "json", data_files=job["data"], split="train", cache_dir=f"{job['out']}/cache"
+    )
+    encoded = rows.map(encode, num_proc=job["processes"])
+    encoded = encoded.filter(lambda ids: ids is not None, input_columns=["input_ids"])
+    encoded.to_parquet(f"{job['out']}/train.parquet")
+    return {"rows": len(rows)}
+
+
+def main() -> None:
+    """Do the job, print its figures as the last line."""
+    name, job = sys.argv[1], json.loads(sys.argv[2])
+    if job.get("cap_gib"):
+        import torch  # noqa: PLC0415
+
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(job["cap_gib"] * 2**30 / total)
+    work = {
+        "rate": probe,
+        "prepare": prepare,
+        "trl": lambda job: train(load_trl(job), job),
+        "unsloth": lambda job: train(load_unsloth(job), job),
+    }
+    print(json.dumps(work[name](job)))
+
+
+if __name__ == "__main__":
+    main()
