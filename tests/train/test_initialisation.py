@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from stages.shared import models
 from stages.shared.core import files
-from stages.shared.step import anchored, initialisation
+from stages.shared.step import initialisation
 from tests import tiny
 from tests.train.adapters import CPU, exactly, layers, load, logits, update
 from tests.train.running import settings, train_on
@@ -40,7 +40,7 @@ def test_svd_factors_are_close_to_the_best_approximation(shape: tuple[int, int])
 def test_qr_factors_are_the_first_of_the_whole_decomposition() -> None:
     matrix = decaying(48, 32)
     q, r = torch.linalg.qr(matrix)
-    a, b = initialisation.qr_factors(matrix, 8)
+    a, b = initialisation.qr_factors(matrix, 8, 1.0)
     assert torch.allclose(b, q[:, :8], atol=1e-5)
     assert torch.allclose(a, r[:8], atol=1e-5)
 
@@ -83,7 +83,7 @@ def test_pissa_trains_from_the_principal_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_only_the_first_half_of_an_anchored_adapter_learns(tmp_path: Path, rslora: bool) -> None:
     """Weight decay, which needs no gradient, leaves the second half alone as well."""
-    start = anchored.ordinary_state(load(tmp_path, init="pissa", rslora=rslora))
+    start = initialisation.ordinary_state(load(tmp_path, init="pissa", rslora=rslora))
     ordinary = load(tmp_path)
     wanted = settings(
         lora__init="pissa", lora__rslora=rslora, train__weight_decay=0.1, train__epochs=1
@@ -111,7 +111,7 @@ def test_only_the_first_half_of_an_anchored_adapter_learns(tmp_path: Path, rslor
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
 def test_a_start_is_found_again_to_the_bit(tmp_path: Path, init: str) -> None:
     """A checkpoint holds what learns; what is held still comes from a model made anew."""
-    first, second = (anchored.ordinary_state(load(tmp_path, init=init)) for _ in range(2))
+    first, second = (initialisation.ordinary_state(load(tmp_path, init=init)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first if "lora_" in name)
 
 

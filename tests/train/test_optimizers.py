@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stages.shared.step import optim
-from stages.shared.step.paged import PagedAdamW8bit, PagedAdamW32bit
+from stages.shared.step.optim import PagedAdamW8bit, PagedAdamW32bit
 from tests.train.running import settings
 
 CPU = torch.device("cpu")

@@ -46,7 +46,7 @@ def test_what_is_evaluated_is_what_the_file_holds(
     monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: has_bf16)
     dtype = torch.bfloat16 if has_bf16 else torch.float32
     model = load(biased(tmp_path), bias="all", modules_to_save=["lm_head", "embed_tokens"])
-    own = masters.own_weights(model)
+    own = masters.base_weights(model)
     for weight in own:
         weight.data += 2.0**-14
     before = [weight.detach().clone() for weight in own]
@@ -83,21 +83,37 @@ def test_a_tie_of_which_both_ends_are_trained_stays_one_matrix(
 @pytest.mark.parametrize(
     ("precision", "lora", "expected"),
     [
-        ("bf16", {"init": "loftq"}, "lora.init is 'loftq'"),
-        ("nf4", {"init": "pissa", "r": 40}, "at most r 32 in a layer of 64→32"),
-        ("nf4", {"init": "olora", "target_modules": ["embed_tokens"]}, "a linear layer"),
-        ("int8", {"dora": True}, "lora.dora is true on int8 weights"),
-        ("nf4", {"modules_to_save": ["q_proj"]}, "lora.modules_to_save names 'q_proj'"),
-        ("nf4", {"modules_to_save": ["lm_head", "hed"]}, "lora.modules_to_save names 'hed'"),
-        ("nf4", {"modules_to_save": ["mlp"]}, "lora.modules_to_save names 'mlp'"),
-        ("nf4", {"target_modules": ["q_proj", "typo"]}, "lora.target_modules names 'typo'"),
+        ("bf16", {"init": "loftq"}, "lora.init: loftq needs quantized weights"),
+        (
+            "nf4",
+            {"init": "pissa", "r": 40},
+            "64→32) has no pissa decomposition of rank lora.r (40)",
+        ),
+        (
+            "nf4",
+            {"init": "olora", "target_modules": ["embed_tokens"]},
+            "lora.init: model.embed_tokens (Emb",
+        ),
+        ("int8", {"dora": True}, "lora.dora: on a CPU, peft loses the scales"),
+        ("nf4", {"modules_to_save": ["q_proj"]}, "lora.modules_to_save: 'q_proj' takes in"),
+        (
+            "nf4",
+            {"modules_to_save": ["lm_head", "hed"]},
+            "modules_to_save: this model has no module 'hed'",
+        ),
+        ("nf4", {"modules_to_save": ["mlp"]}, "lora.modules_to_save: 'mlp' takes in"),
+        (
+            "nf4",
+            {"target_modules": ["q_proj", "typo"]},
+            "target_modules: this model has no module 'typo'",
+        ),
         (
             "nf4",
             {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
-            "lora.target_modules and lora.modules_to_save both name 'lm_head'",
+            "lora.target_modules: 'lm_head' is in lora.modules_to_save too",
         ),
-        ("nf4", {"bias": "all"}, "lora.bias is 'all'"),
-        ("nf4", {"bias": "lora_only"}, "no bias in any layer"),
+        ("nf4", {"bias": "all"}, "lora.bias: there is no bias in this model"),
+        ("nf4", {"bias": "lora_only"}, "lora.bias: there is no bias in the layers"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
@@ -122,7 +138,7 @@ def test_an_empty_name_is_refused_before_any_weight(key: str) -> None:
 
 
 def test_a_pattern_that_takes_in_what_can_have_no_adapter_is_told_in_short(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"lora\.target_modules is '\.\*', .* q_proj") as error:
+    with pytest.raises(UserError, match=r"target_modules: '\.\*' does not fit .* q_proj") as error:
         load(tmp_path, "nf4", target_modules=".*")
     assert len(str(error.value)) < 400
     assert "\n" not in str(error.value)

@@ -1,9 +1,10 @@
-"""What is trained: an adapter on frozen weights, or all weights; and how it is saved."""
+"""The model that is trained: LoRA on frozen weights, or all weights; and how it is saved."""
 
 import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,10 +15,9 @@ from stages.shared import models
 from stages.shared.bnb import Linear8bitLt
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
-from stages.shared.step import initialisation, masters
-from stages.shared.step.anchored import ordinary_state
+from stages.shared.step import initialisation
 from stages.shared.step.config import Lora
-from stages.shared.step.masters import as_saved
+from stages.shared.step.masters import as_saved, make_masters
 
 
 def load_for_lora(
@@ -26,19 +26,18 @@ def load_for_lora(
     """Put a fresh adapter (fp32) on the frozen model.
 
     Args:
-        folder: the (quantized) model.
-        lora: the parameters.
+        folder: of the (quantized) model.
+        lora: the section of params.yaml.
         device: where it goes.
-        original: the weights before they were quantized, which `lora.init` loftq reads.
+        original: folder of the weights before quantization, for `lora.init` loftq.
 
     Raises:
         UserError: `lora` does not fit the model.
     """
-    initialisation.refuse_dense(folder, lora)
     base = models.load_model(folder, device)
-    _refuse_dora_on_int8(base, lora, device)
-    saved = lora.modules_to_save or []
+    _refuse_for_precision(base, lora, device)
     rank, alpha = initialisation.rank_and_alpha(lora)
+    saved = lora.modules_to_save or []
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -46,36 +45,71 @@ def load_for_lora(
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         modules_to_save=list(saved) or None,  # a copy: peft takes names out of the list
-        ensure_weight_tying=_names_both_of_a_tie(base, saved),
+        ensure_weight_tying=_saves_both_ends_of_a_tie(base, saved),
         bias=lora.bias,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         base_model_name_or_path=folder.as_posix(),
     )
-    _refuse_quantized_copies(base, saved)
-    linear = sorted(
+    names = sorted(
         {n.rpartition(".")[2] for n, m in base.named_modules() if hasattr(m, "in_features")}
     )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # see merging.py
-            model = get_peft_model(base, config)
+            model = cast(PeftModel, get_peft_model(base, config))
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"params.yaml: lora.target_modules is {lora.target_modules!r}, which does not fit this "
-            f"model ({reason:.120}); expected all-linear, or names or a pattern of "
-            f"{', '.join(linear)}"
+            f"lora.target_modules: {lora.target_modules!r} does not fit this model ({reason:.120})."
+            f" Use all-linear, or names or a pattern of {', '.join(names)}."
         ) from None
     _refuse_missing(model, lora)
-    _refuse_useless_bias(model, lora)
     initialisation.initialise(model, lora, original)
-    masters.widen(model)
+    make_masters(model)
     return model
 
 
-def _names_both_of_a_tie(base: PreTrainedModel, saved: Sequence[str]) -> bool:
-    """Whether embedding and head are one matrix and both are to be trained: then they stay one.
+def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
+    """Load all weights as fp32 masters, to be trained.
+
+    Raises:
+        UserError: the weights are quantized, or fp16.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized or config.dtype == torch.float16:
+        reason = "have no gradient" if quantized else "give NaN at the first step"
+        raise UserError(
+            f"train.method: full cannot train {'quantized' if quantized else 'fp16'} weights, "
+            f"which {reason}. Set quantize.precision to bf16 or fp32, or train.method to lora."
+        )
+    model = models.load_model(folder, device, dtype=torch.float32)
+    return model.requires_grad_(True)
+
+
+def save(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write the adapter, or the standalone model in `dtype`: the same weights, the same bytes."""
+    with as_saved(model, dtype):
+        if isinstance(model, PeftModel):
+            state = initialisation.ordinary_state(model)
+            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+            _sort_config(folder / "adapter_config.json")
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            model.config.dtype = dtype
+            model.save_pretrained(folder)
+
+
+def _sort_config(path: Path) -> None:
+    """Peft writes lists from sets: unsorted, every later stage would run again."""
+    config = json.loads(path.read_text())
+    settled = {k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())}
+    files.write_json(path, settled)
+
+
+def _saves_both_ends_of_a_tie(base: PreTrainedModel, saved: Sequence[str]) -> bool:
+    """Whether embedding and head are one matrix and both are trained: then they stay tied.
 
     Where only one is named, it gets a matrix of its own, and the merged model is not tied any more.
     """
@@ -86,96 +120,49 @@ def _names_both_of_a_tie(base: PreTrainedModel, saved: Sequence[str]) -> bool:
     return all(any(name.endswith(end) for end in saved) for name in names)
 
 
-def _refuse_dora_on_int8(base: PreTrainedModel, lora: Lora, device: torch.device) -> None:
-    int8 = any(isinstance(m, Linear8bitLt) for m in models.quantized_layers(base).values())
+def _refuse_for_precision(base: PreTrainedModel, lora: Lora, device: torch.device) -> None:
+    quantized = models.quantized_layers(base)
+    if lora.init == "loftq" and not quantized:
+        raise UserError(
+            "lora.init: loftq needs quantized weights. Set quantize.precision to nf4, fp4 or int8, "
+            "or lora.init to default."
+        )
+    int8 = any(isinstance(layer, Linear8bitLt) for layer in quantized.values())
     if lora.dora and int8 and device.type == "cpu":
         raise UserError(
-            "params.yaml: lora.dora is true on int8 weights, whose scales peft loses on a CPU at "
-            "the first step; expected other weights or a GPU; set lora.dora to false, or "
-            "quantize.precision to nf4"
+            "lora.dora: on a CPU, peft loses the scales of int8 weights at the first step. Set "
+            "lora.dora to false, or quantize.precision to nf4."
         )
-
-
-def _refuse_quantized_copies(base: PreTrainedModel, saved: Sequence[str]) -> None:
-    for name in models.quantized_layers(base):
-        for end in saved:
+    for end in lora.modules_to_save or []:
+        for name in quantized:
             if f"{end}." in f"{name}.":
                 raise UserError(
-                    f"params.yaml: lora.modules_to_save names {end!r}, but the weights of {name} "
-                    "are quantized and have no gradient; expected dense modules, such as lm_head "
-                    "or embed_tokens; leave it to the adapter, or set quantize.precision to bf16"
+                    f"lora.modules_to_save: {end!r} takes in {name}, whose quantized weights have "
+                    "no gradient. Name dense modules, such as lm_head or embed_tokens."
                 )
 
 
 def _refuse_missing(model: PeftModel, lora: Lora) -> None:
-    """Peft takes a list as long as one of its names is there; the others it passes over."""
+    """Peft passes over names without a module, as long as one of them has one."""
     copies = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
-    names = lora.target_modules if isinstance(lora.target_modules, list) else []
-    for key, ends, found in (
-        ("target_modules", names, model.base_model.targeted_module_names),
+    targets = lora.target_modules if isinstance(lora.target_modules, list) else []
+    for key, ends, modules in (
+        ("target_modules", targets, model.base_model.targeted_module_names),
         ("modules_to_save", lora.modules_to_save or [], copies),
     ):
         for end in ends:
-            if any(f".{name}".endswith(f".{end}") for name in found):
+            if any(f".{name}".endswith(f".{end}") for name in modules):
                 continue
-            if key == "target_modules" and any(n.endswith(f".{end}") for n in copies):
+            if key == "target_modules" and any(name.endswith(f".{end}") for name in copies):
                 raise UserError(
-                    f"params.yaml: lora.target_modules and lora.modules_to_save both name {end!r}; "
-                    "expected an adapter on it, or a full copy; take it out of one of them"
+                    f"lora.target_modules: {end!r} is in lora.modules_to_save too. Choose an "
+                    "adapter or a full copy."
                 )
             raise UserError(
-                f"params.yaml: lora.{key} names {end!r}, which this model does not have; "
-                "expected names of its modules, such as q_proj, lm_head or embed_tokens"
+                f"lora.{key}: this model has no module {end!r}. Name modules that it has, such "
+                "as q_proj, lm_head or embed_tokens."
             )
-
-
-def _refuse_useless_bias(model: PeftModel, lora: Lora) -> None:
     biases = [n for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad]
     if lora.bias != "none" and not biases:
-        where = "this model" if lora.bias == "all" else "any layer that lora.target_modules names"
-        raise UserError(
-            f"params.yaml: lora.bias is {lora.bias!r}, but there is no bias in {where}; expected "
-            "'none'; set it to none"
-        )
-
-
-def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Load all weights as fp32 masters, to be trained.
-
-    Raises:
-        UserError: the weights are quantized, or fp16.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    reason = None
-    if getattr(config, "quantization_config", None) is not None:
-        reason = "quantized weights have no gradient"
-    elif config.dtype == torch.float16:
-        reason = "fp16 weights overflow in their optimizer (NaN at the first step)"
-    if reason:
-        raise UserError(
-            f"params.yaml: train.method is 'full', but the weights that quantize.precision gives "
-            f"cannot be trained: {reason}; set quantize.precision to bf16 or fp32, "
-            "or train.method to lora"
-        )
-    model = models.load_model(folder, device, dtype=torch.float32)
-    return model.requires_grad_(True)
-
-
-def save(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write the adapter, or the standalone model in `dtype`: the same weights, the same bytes."""
-    with as_saved(model, dtype):
-        if isinstance(model, PeftModel):
-            state = ordinary_state(model)
-            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
-            _settle_config(folder / "adapter_config.json")
-            (folder / "README.md").unlink(missing_ok=True)
-        else:
-            model.config.dtype = dtype
-            model.save_pretrained(folder)
-
-
-def _settle_config(path: Path) -> None:
-    """Peft writes lists from sets: sort them, or every later stage would run again."""
-    config = json.loads(path.read_text())
-    settled = {k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())}
-    files.write_json(path, settled)
+        where = "this model" if lora.bias == "all" else "the layers of lora.target_modules"
+        raise UserError(f"lora.bias: there is no bias in {where}. Set it to none.")

@@ -1,7 +1,7 @@
-"""The model's own weights that are trained: fp32 masters, and what their file will hold.
+"""fp32 masters of the trained base weights, and their values as a file will hold them.
 
-Beside an adapter they are those of `lora.modules_to_save` and `lora.bias`, in full fine-tuning all.
-A weight in bf16 has eight bits: most steps of an optimizer would be rounded away.
+With an adapter these are the weights of `lora.modules_to_save` and `lora.bias`; in full fine-tuning
+all. bf16 has eight bits: it would round most steps of an optimizer away.
 """
 
 from collections.abc import Iterator
@@ -13,37 +13,37 @@ from torch import nn
 from stages.shared.bnb import Linear4bit, Linear8bitLt
 
 
-def widen(model: nn.Module) -> None:
-    """Make fp32 masters of the trained weights that are not an adapter's (those are fp32).
+def make_masters(model: nn.Module) -> None:
+    """Cast the trained base weights to fp32.
 
-    The layers still answer in the dtype that they had: what follows them takes no other.
+    Their layers return the dtype that they did: what follows them takes no other.
     """
-    own = set(own_weights(model))
+    masters = set(base_weights(model))
     for layer in model.modules():
-        if isinstance(layer, Linear4bit | Linear8bitLt) and layer.bias in own:
-            _lend_rounded_bias(layer)
-        elif found := own.intersection(layer.parameters(recurse=False)):
-            _answer_in(layer, next(iter(found)).dtype)
-    for weight in own:
+        if isinstance(layer, Linear4bit | Linear8bitLt) and layer.bias in masters:
+            _add_bias_in_compute_dtype(layer)
+        elif own := masters.intersection(layer.parameters(recurse=False)):
+            _return_dtype(layer, next(iter(own)).dtype)
+    for weight in masters:
         weight.data = weight.data.float()
 
 
 @contextmanager
 def as_saved(
-    model: nn.Module, kept: torch.dtype, computed: torch.dtype | None = None
+    model: nn.Module, storage_dtype: torch.dtype, compute_dtype: torch.dtype | None = None
 ) -> Iterator[None]:
-    """Give trained weights the values that their file will hold, and the masters back after.
+    """Replace masters by the values that their file will hold, until the block ends.
 
-    What is evaluated is then exactly what is kept. An adapter's own matrices are kept in fp32.
+    What is evaluated is then exactly what is saved. LoRA weights are saved in fp32, as they are.
 
     Args:
-        model: that is trained.
-        kept: what the file holds.
-        computed: what the values come in; None for the same.
+        model: whose masters are meant.
+        storage_dtype: of the file.
+        compute_dtype: that the rounded values are cast to; None for no cast.
     """
-    masters = {weight: weight.data for weight in own_weights(model)}
+    masters = {weight: weight.data for weight in base_weights(model)}
     for weight in masters:
-        weight.data = weight.data.to(kept).to(computed or kept)
+        weight.data = weight.data.to(storage_dtype).to(compute_dtype or storage_dtype)
     try:
         yield
     finally:
@@ -51,44 +51,39 @@ def as_saved(
             weight.data = data
 
 
-def own_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The trained weights that are not an adapter's, each once.
+def base_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The trained weights that are not LoRA's, each once.
 
-    With a layer's bias goes the vector beside it, trained or not: a norm takes both in one dtype.
+    A layer's vectors count together, trained or not: a norm takes weight and bias in one dtype.
     """
-    found: dict[nn.Parameter, None] = {}
+    weights: dict[nn.Parameter, None] = {}
     for name, layer in model.named_modules():
         own = list(layer.parameters(recurse=False))
-        if "lora_" not in name and any(map(_learns, own)):
-            found |= dict.fromkeys(p for p in own if _learns(p) or p.ndim == 1)
-    return list(found)
+        if "lora_" not in name and any(p.requires_grad for p in own):
+            weights |= dict.fromkeys(p for p in own if p.requires_grad or p.ndim == 1)
+    return list(weights)
 
 
-def _learns(weight: nn.Parameter | None) -> bool:
-    return weight is not None and weight.requires_grad
-
-
-def _answer_in(layer: nn.Module, dtype: torch.dtype) -> None:
+def _return_dtype(layer: nn.Module, dtype: torch.dtype) -> None:
     def cast(module: nn.Module, inputs: object, output: object) -> object:
         return output.to(dtype) if isinstance(output, torch.Tensor) else output
 
     layer.register_forward_hook(cast)
 
 
-def _lend_rounded_bias(layer: Linear4bit | Linear8bitLt) -> None:
-    """Have a quantized layer add its bias as ever, in the dtype that it computes in.
+def _add_bias_in_compute_dtype(layer: Linear4bit | Linear8bitLt) -> None:
+    """Give each forward pass a cast copy of the bias; the gradient goes through it to the master.
 
-    bitsandbytes casts a bias of another dtype in place, for good: the master would be lost at the
-    first forward pass. It gets a cast copy instead, through which the gradient reaches the master.
+    bitsandbytes casts a bias of another dtype in place: the master would be lost.
     """
     master = layer.bias
 
-    def lend(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def cast(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         dtype = getattr(module, "compute_dtype", None) or inputs[0].dtype
         module._parameters["bias"] = master.to(dtype)
 
-    def take_back(module: nn.Module, *_: object) -> None:
+    def restore(module: nn.Module, *_: object) -> None:
         module._parameters["bias"] = master
 
-    layer.register_forward_pre_hook(lend)
-    layer.register_forward_hook(take_back, always_call=True)
+    layer.register_forward_pre_hook(cast)
+    layer.register_forward_hook(restore, always_call=True)

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule, and how their states come back as what they were."""
+"""AdamW in fp32 or 8 bits, paged on a GPU; its schedule, and how its states are restored."""
 
 import math
 from collections.abc import Callable
@@ -11,36 +11,79 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from stages.shared.bnb import AdamW8bit, Optimizer8bit
+from stages.shared import bnb
 from stages.shared.step.config import Train
-from stages.shared.step.paged import PagedAdamW8bit, PagedAdamW32bit
 
-# By parameter and kind of device. Paged: the same arithmetic, and states that may leave a full GPU.
+
+class _SynchronizedOnce(bnb.Optimizer8bit):
+    """A paged optimizer that waits for the device once a step, not after each parameter.
+
+    Those are 448 waits for an adapter of an 8B. Pages move in the order of the device's work, and
+    the host reads states only after the step.
+
+    Source: bitsandbytes 0.50.2, `Optimizer8bit.step`.
+    """
+
+    initialized: bool
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+        for group_index, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.init_state(group, parameter, group_index, index)
+                self.prefetch_state(parameter)
+                self.update_step(group, parameter, group_index, index)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return loss
+
+
+class PagedAdamW32bit(_SynchronizedOnce, bnb.PagedAdamW32bit):
+    """AdamW with states in fp32."""
+
+
+class PagedAdamW8bit(_SynchronizedOnce, bnb.PagedAdamW8bit):
+    """AdamW with states in 8 bits."""
+
+
+# By `train.optimizer` and device type. Paged: the same arithmetic, and states may leave a full GPU.
 # On a CPU torch's one kernel, four times as fast as a call for each operation on each tensor.
 OPTIMIZERS: dict[tuple[str, str], Callable[..., Optimizer]] = {
     ("adamw", "cpu"): partial(AdamW, fused=True),
     ("adamw", "cuda"): PagedAdamW32bit,
-    ("adamw_8bit", "cpu"): AdamW8bit,
+    ("adamw_8bit", "cpu"): bnb.AdamW8bit,
     ("adamw_8bit", "cuda"): PagedAdamW8bit,
 }
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2.1}  # a trainable parameter; small tensors stay in fp32
 
 
 def make_optimizer(model: nn.Module, train: Train, device: torch.device) -> Optimizer:
-    """AdamW over what learns; weight decay on matrices alone, not on biases, norms and scales."""
-    learning = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over trainable parameters; weight decay on matrices alone, not on biases and norms."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in learning if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    kind: Any = OPTIMIZERS[train.optimizer, device.type]
-    return kind([group for group in groups if group["params"]], lr=train.learning_rate)
+    make = OPTIMIZERS[train.optimizer, device.type]
+    return make([group for group in groups if group["params"]], lr=train.learning_rate)
 
 
 def make_scheduler(optimizer: Optimizer, train: Train, steps: int) -> LRScheduler:
     """Linear warm-up over a fraction of the steps, then the schedule.
 
-    Rounded up, but never all of the steps: a training of one would learn nothing, at a rate of 0.
+    Never over all steps: a training of one step would have a rate of 0.
     """
     name = "constant_with_warmup" if train.scheduler == "constant" else train.scheduler
     warmup = min(math.ceil(steps * train.warmup), steps - 1)
@@ -48,12 +91,12 @@ def make_scheduler(optimizer: Optimizer, train: Train, steps: int) -> LRSchedule
 
 
 def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what `optimizer.state_dict()` gave: 8-bit states stay 8-bit, paged ones paged.
+    """Load `optimizer.state_dict()`; 8-bit states stay 8-bit, paged ones paged.
 
-    `load_state_dict` of bitsandbytes moves a paged state to the device for good, and a training
-    that fitted no longer does after it resumes; here such a state gets pages of its own again.
+    `load_state_dict` of bitsandbytes moves a paged state to the device for good: a training that
+    fitted would not, resumed. Here such a state gets pages again.
     """
-    if not isinstance(optimizer, Optimizer8bit):
+    if not isinstance(optimizer, bnb.Optimizer8bit):
         optimizer.load_state_dict(state)
         return
     optimizer.load_state_dict(state, move_to_device=False)
