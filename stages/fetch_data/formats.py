@@ -290,6 +290,7 @@ def _field_names(fields: Iterable["pa.Field"], parent: str = "") -> Iterator[str
 
 def _batch_rows(batch: "pa.RecordBatch") -> Iterator[bytes]:
     try:
+        batch.validate(full=True)  # a damaged offset would end in a segmentation fault
         yield from map(_dump, batch.to_pylist(maps_as_pydicts="strict"))
     except (ValueError, KeyError, OverflowError) as error:  # not UTF-8; a doubled key; a late date
         if batch.num_rows == 1:

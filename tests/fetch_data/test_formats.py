@@ -142,7 +142,12 @@ def test_bad_rows_do_not_stop_the_rest(tmp_path: Path) -> None:
     fetched(tmp_path, "a.parquet", parquet(pa.table({"text": damaged})))
     first, bad, last = rows(tmp_path / "raw/train.jsonl")
     assert (first, last) == ({"text": "a"}, {"text": "c"})
-    assert bad.startswith("cannot be read: 'utf-8' codec")
+    assert bad.startswith("cannot be read: ")
+    offsets = b"".join(n.to_bytes(4, "little") for n in (0, 4, 8))
+    content = arrow([{"text": "aaaa"}, {"text": "bbbb"}], stream=False)
+    assert content.count(offsets) == 1
+    fetched(tmp_path, "a.arrow", content.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f"))
+    assert rows(tmp_path / "raw/train.jsonl")[1].startswith("cannot be read: ")
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
