@@ -38,11 +38,7 @@ class Params(params.Section):
 
 
 def fetch(data: Data, raw: Path) -> None:
-    """Write one file a split into `raw`, and `source.json`.
-
-    Raises:
-        UserError: the source is missing, unreadable, empty, truncated or ambiguous.
-    """
+    """Write one file a split into `raw`, and `source.json`."""
     if data.source == "hub":
         repository = pin("dataset", data.repo, data.revision)
         with download_folder(repository) as folder:
@@ -56,17 +52,9 @@ def fetch(data: Data, raw: Path) -> None:
 
 
 def write(parts: list[Part], raw: Path, copy: Path | None = None) -> list[dict[str, Any]]:
-    """Write the rows of all parts.
+    """Write the rows of all parts into `raw/<split>.jsonl`; their entries in `source.json`.
 
-    Args:
-        parts: the files of the splits.
-        raw: where `<split>.jsonl` is written.
-        copy: where a file of the user's is copied to before it is hashed and read, since it may
-            change meanwhile; None: read where it lies.
-
-    Returns:
-        Of each part what it is, where its rows begin in `<split>.jsonl`, and whether they are the
-        lines of the file or its rows.
+    A file of the user's may change meanwhile: its `copy` is what is hashed and read.
     """
     files.require_space(raw, sum(part.path.stat().st_size for part in parts), "data/raw")
     written: list[dict[str, Any]] = []
@@ -74,28 +62,16 @@ def write(parts: list[Part], raw: Path, copy: Path | None = None) -> list[dict[s
     for part in parts:
         path = shutil.copyfile(part.path, copy) if copy else part.path
         unit, rows = formats.read(part.path, part.name, path)
-        written.append(
-            {
-                "split": part.split,
-                "name": part.name,
-                "sha256": files.sha256(path),
-                "bytes": path.stat().st_size,
-                "first_line": lines[part.split] + 1,
-                "counted_in": unit,
-            }
-        )
+        entry: dict[str, Any] = {"split": part.split, "name": part.name}
+        entry |= {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+        written.append({**entry, "first_line": lines[part.split] + 1, "counted_in": unit})
+        last = [other for other in parts if other.split == part.split][-1]
         with (raw / f"{part.split}.jsonl").open("ab") as out:
-            row = b"\n"
             for row in rows:
-                out.write(row)
                 lines[part.split] += 1
-            if not row.endswith(b"\n") and part is not _last(parts, part.split):
-                out.write(b"\n")
+                ended = row.endswith(b"\n") or part is last
+                out.write(row if ended else row + b"\n")
     return written
-
-
-def _last(parts: list[Part], split: str) -> Part:
-    return [part for part in parts if part.split == split][-1]
 
 
 def main() -> None:

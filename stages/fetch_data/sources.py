@@ -29,17 +29,11 @@ _INSTEAD = "Download the files you want and set data.source to file."
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a split; several of them, in order, are its shards.
-
-    Attributes:
-        split: which split its rows belong to.
-        path: where it lies.
-        name: how the user knows it: a path of theirs, or a file of the repository on the hub.
-    """
+    """A file of a split; several of them, in order, are its shards."""
 
     split: Split
     path: Path
-    name: str
+    name: str  # as the user knows it: a path of theirs, or of a file in the repository
 
 
 def find(path: Path, config: str | None) -> list[Part]:
@@ -84,11 +78,7 @@ def _only_file(folder: Path, names: Iterable[str]) -> str | None:
 
 
 def fetch(repository: Repository, config: str | None, folder: Path) -> list[Part]:
-    """The files of the splits, in the user's cache or downloaded into `folder`.
-
-    Raises:
-        UserError: as `choose`, `Repository.files` and `download` do.
-    """
+    """The files of the splits, in the user's cache or downloaded into `folder`."""
     card = [_CARD] if _CARD in repository.paths else []
     where = download(repository, card, folder) if card else folder
     splits = choose(repository.paths, where / _CARD, config, repository.url)

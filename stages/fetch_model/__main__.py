@@ -40,11 +40,7 @@ class Params(params.Section):
 
 
 def fetch(model: Model, base: Path, tokenizer: Path) -> None:
-    """Put the pinned model into `base` and its tokenizer into `tokenizer`, both existing folders.
-
-    Raises:
-        UserError: it is not there, cannot be reached, or is not what was pinned.
-    """
+    """Put the pinned model into the folder `base`, and its tokenizer into `tokenizer`."""
     if model.source == "hub":
         repository = pin("model", model.name, model.revision)
         with download_folder(repository) as folder:

