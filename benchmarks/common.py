@@ -87,7 +87,7 @@ class Workspace:
                 cwd=self.root,
                 stdout=out,
                 stderr=err,
-                env=os.environ | offline | (env or {}),
+                env={**os.environ, **offline, **(env or {})},
             )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
