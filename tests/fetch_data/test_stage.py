@@ -7,7 +7,7 @@ from tests import workspace
 from tests.fetch_data.helpers import JSONL
 
 
-def test_the_stage_ends_in_one_line_and_leaves_the_last_data_alone(tmp_path: Path) -> None:
+def test_a_failed_stage_leaves_the_last_data_alone(tmp_path: Path) -> None:
     space = workspace.make(tmp_path / "space", {"data.path": "mine.jsonl"})
     (space.root / "mine.jsonl").write_bytes(JSONL)
     assert space.stage("fetch_data").returncode == 0
