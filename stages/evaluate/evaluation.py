@@ -10,8 +10,7 @@ from stages.evaluate import answers, metrics
 from stages.evaluate.settings import Evaluate
 from stages.shared import models, scoring
 from stages.shared.chat import templates
-from stages.shared.chat.encode import encode_prompt
-from stages.shared.chat.format import read_format
+from stages.shared.chat.encode import Encoder
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core.machine import device
 from stages.shared.examples import read_examples, require_vocabulary
@@ -40,7 +39,7 @@ def evaluate(
     """
     where = device()
     tokenizer = load_tokenizer(tokenizer_folder)
-    form = read_format(data / "format.json")
+    form = templates.read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
     columns = ["messages", "text_bytes", "answer", "language"]
     rows = pq.read_table(data / "eval.parquet", columns=columns).to_pylist()
@@ -50,13 +49,13 @@ def evaluate(
     sums, tokens = scoring.score(model, examples, where, dtype, f"{variant}: loss")
 
     count = max(wanted.generate_rows, wanted.prompts)
-    template = templates.make(form.template, tokenizer)
+    encoder = Encoder(tokenizer, templates.make(form.template, tokenizer))
     asked: list[int] = []
     prompts: list[list[int]] = []
     for i in answers.in_order([r["answer"] is not None for r in rows], wanted.seed):
         if len(asked) == count:
             break
-        prompt = encode_prompt(tokenizer, template, rows[i]["messages"][:-1])
+        prompt = encoder.encode_prompt(rows[i]["messages"][:-1])
         if len(prompt) < len(examples[i]):  # else it was cut, and is longer than what is learnt
             asked.append(i)
             prompts.append(prompt)

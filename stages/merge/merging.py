@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages.shared import models
-from stages.shared.chat.format import Format
+from stages.shared.chat.templates import Format
 from stages.shared.chat.tokenizer import add_no_special_tokens, load_tokenizer
 from stages.shared.core import files
 from stages.shared.core.errors import UserError

@@ -10,7 +10,7 @@ from torch import nn
 from stages.merge import merging, proof
 from stages.merge.settings import Merge
 from stages.shared import models
-from stages.shared.chat.format import read_format
+from stages.shared.chat.templates import read_format
 from stages.shared.core import files
 from stages.shared.core.machine import device
 from stages.shared.examples import Example, read_examples

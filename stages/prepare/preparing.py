@@ -7,20 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding
 from tqdm import tqdm
 
 from stages.prepare import batches, garbage, sources, writing
 from stages.prepare.batches import Batch
+from stages.prepare.loss_mask import Example, ExampleEncoder
 from stages.prepare.parsing import Conversation, Form
 from stages.prepare.settings import Prepare
 from stages.prepare.sources import Source
 from stages.prepare.splitting import SPLITS, Split, Splitter
-from stages.prepare.supervision import Supervised, Supervisor, Text
 from stages.prepare.writing import Rejections, SplitFile
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import RejectedRow, conversation_id
-from stages.shared.chat.format import SCHEMA_VERSION, Format
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import files, progress
 from stages.shared.core.errors import UserError
@@ -44,7 +42,7 @@ def prepare(raw: Path, tokenizer_folder: Path, folder: Path, wanted: Prepare) ->
     found = sources.find(raw)
     tokenizer = load_tokenizer(tokenizer_folder)
     template = templates.make(wanted.template, tokenizer)
-    supervisor = Supervisor(tokenizer, template, wanted.train_on, wanted.max_length)
+    encoder = ExampleEncoder(tokenizer, template, wanted.train_on, wanted.max_length)
     splitter = Splitter(None if "eval" in found else wanted.eval_fraction, wanted.seed)
     size = sum(source.path.stat().st_size for source in found.values())
     with garbage.collected_rarely(), ExitStack() as stack:
@@ -53,30 +51,22 @@ def prepare(raw: Path, tokenizer_folder: Path, folder: Path, wanted: Prepare) ->
             split: stack.enter_context(writing.split_file(folder / f"{split}.parquet"))
             for split in SPLITS
         }
-        work = _Work(wanted, supervisor, splitter, splits, rejected)
+        work = _Work(wanted, encoder, splitter, splits, rejected)
         with progress.bar(total=size, desc="prepare", unit="B") as bar:
             for split in ("eval", "train"):  # what is held out decides what train may hold
                 if split in found:
                     work.read(found[split], bar)
         work.require_usable()
-    form = Format(
-        schema_version=SCHEMA_VERSION,
-        template=template.name,
-        chat_template=template.chat_template,
-        eos_token=template.eos_token,
-        stop_ids=template.stop_ids,
-    )
-    files.write_json(folder / "format.json", form.model_dump())
+    files.write_json(folder / "format.json", template.format().model_dump())
     return {**work.figures(), "template": template.name}
 
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A batch, and its conversations that are needed, each with its split and its text."""
+    """A batch, and its conversations that are needed, each with its split."""
 
     batch: Batch
     needed: list[tuple[Split, Conversation]]
-    texts: list[Text | RejectedRow]
 
 
 @dataclass
@@ -88,7 +78,7 @@ class _Work:
     """
 
     wanted: Prepare
-    supervisor: Supervisor
+    encoder: ExampleEncoder
     splitter: Splitter
     splits: dict[Split, SplitFile]
     rejected: Rejections
@@ -102,9 +92,8 @@ class _Work:
         """
         form: Form | None = None if self.wanted.format == "auto" else self.wanted.format
         placed = map(partial(self._split, source), batches.read(source, form, bar))
-        for one, begun in batches.ahead(self._begin, placed):
-            supervised = self.supervisor.finish(one.texts, begun)
-            unusable = one.batch.unusable + self._write(one, supervised)
+        for one, examples in batches.ahead(self._encode, placed):
+            unusable = one.batch.unusable + self._write(one, examples)
             for line, reason in sorted(unusable):
                 self.rejected.add(source, line, reason)
             self.count["rows_in"] += one.batch.rows
@@ -122,13 +111,13 @@ class _Work:
         """Say where each conversation goes, but for those that find their split full."""
         found = [(self.splitter.split_of(source.split, c.question), c) for c in batch.conversations]
         needed = [(split, c) for split, c in found if not self._is_full(split)]
-        return _Placed(batch, needed, self.supervisor.render([c.messages for _, c in needed]))
+        return _Placed(batch, needed)
 
-    def _begin(self, one: _Placed) -> list[Encoding]:
-        return self.supervisor.begin(one.texts)
+    def _encode(self, one: _Placed) -> list[Example | RejectedRow]:
+        return self.encoder.encode([conversation.messages for _, conversation in one.needed])
 
     def _write(
-        self, one: _Placed, supervised: list[Supervised | RejectedRow]
+        self, one: _Placed, supervised: list[Example | RejectedRow]
     ) -> list[tuple[int, str]]:
         """Put conversations into their splits; those that cannot be used, by line and reason."""
         unusable: list[tuple[int, str]] = []
@@ -142,7 +131,7 @@ class _Work:
                 self.count[self._keep(split, conversation, made)] += 1
         return unusable
 
-    def _keep(self, split: Split, conversation: Conversation, made: Supervised) -> str:
+    def _keep(self, split: Split, conversation: Conversation, made: Example) -> str:
         """Write a conversation if it is new; which way it took."""
         question, identifier = conversation.question, conversation_id(made.messages)
         if split == "train" and self.splitter.leaks(question):

@@ -11,8 +11,8 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.prepare.loss_mask import Example
 from stages.prepare.sources import Source
-from stages.prepare.supervision import Supervised
 from stages.shared.core import files
 
 SCHEMA = pa.schema(
@@ -44,7 +44,7 @@ class SplitFile:
     languages: Counter[str] = field(default_factory=Counter)
     _rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, identifier: str, one: Supervised, answer: str | None, language: str) -> None:
+    def add(self, identifier: str, one: Example, answer: str | None, language: str) -> None:
         """Add a conversation, known by the hash of its messages."""
         self._rows.append(
             {

@@ -4,13 +4,13 @@ import re
 
 import numpy as np
 
-from stages.prepare.supervision import Supervised, TrainOn
+from stages.prepare.loss_mask import Example, TrainOn
 from stages.shared.chat.conversation import Message
 from tests.prepare.reading import Reader, Turn
 
 
 def check(
-    one: Supervised,
+    one: Example,
     given: list[Message],
     reader: Reader,
     pattern: re.Pattern[bytes],
@@ -46,7 +46,7 @@ def check(
     return sum(bool(mask[turn.end]) for turn in replies if turn.end is not None)
 
 
-def _check_messages(one: Supervised, given: list[Message], turns: list[Turn]) -> None:
+def _check_messages(one: Example, given: list[Message], turns: list[Turn]) -> None:
     """The messages are the first of those given, and what the tokens say, to where they end."""
     assert one.messages == given[: len(one.messages)]
     assert one.truncated or len(one.messages) == len(given)
@@ -59,7 +59,7 @@ def _check_messages(one: Supervised, given: list[Message], turns: list[Turn]) ->
             assert turn.content == content
 
 
-def _check_text(one: Supervised, reader: Reader) -> None:
+def _check_text(one: Example, reader: Reader) -> None:
     """The text is what the tokens say, and its learnt bytes are counted.
 
     Where a cut goes through a character, the text has all of it; a character counts where a learnt

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.prepare.supervision import TrainOn
+from stages.prepare.loss_mask import TrainOn
 
 TEMPLATES = ("chatml", "guanaco", "llama2", "tokenizer")
 TRAIN_ON: tuple[TrainOn, ...] = ("assistant", "last", "all")

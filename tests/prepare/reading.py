@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from stages.prepare.supervision import Supervised
+from stages.prepare.loss_mask import Example
 from stages.shared.chat.conversation import Message, Role
 
 # What stands between two ends of turns. Names in brackets: of a model's own chat template.
@@ -75,19 +75,19 @@ class Reader:
             self._bytes.append(bytes(byte_of[c] for c in name) if byte_level else plain)
             self._text.append(self._bytes[-1])
 
-    def text(self, one: Supervised) -> bytes:
+    def text(self, one: Example) -> bytes:
         """What the tokens say, control tokens by name."""
         tokens = one.input_ids.tolist()
         return b"".join(self._text[token] for token in tokens)[self._added_space(one) :]
 
-    def learnt(self, one: Supervised) -> np.ndarray:
+    def learnt(self, one: Example) -> np.ndarray:
         """Bool [bytes of `text`], whether a byte is of a token that is learnt and not control."""
         tokens = one.input_ids.tolist()
         plain = np.array([token not in self._control for token in tokens])
         lengths = [len(self._text[token]) for token in tokens]
         return np.repeat(one.loss_mask & plain, lengths)[self._added_space(one) :]
 
-    def turns(self, one: Supervised, pattern: re.Pattern[bytes]) -> list[Turn]:
+    def turns(self, one: Example, pattern: re.Pattern[bytes]) -> list[Turn]:
         """The turns, in order; where the text breaks off, the last has no end.
 
         Args:
@@ -113,6 +113,6 @@ class Reader:
             at = stop + 1 + stream.startswith(b"\n", stop + 1)
         return turns
 
-    def _added_space(self, one: Supervised) -> int:
+    def _added_space(self, one: Example) -> int:
         """Some tokenizers put a space before a text's first word."""
         return int(self._text[one.input_ids[0]].startswith(b" ") and not one.text.startswith(" "))

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from stages.prepare.supervision import Supervisor, TrainOn
+from stages.prepare.loss_mask import ExampleEncoder, TrainOn
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import RejectedRow
 from tests import tiny, vocabularies
@@ -56,8 +56,8 @@ def test_every_end_is_learnt_and_no_prompt(name: str, template: str, train_on: T
     count = Counter[str]()
     for max_length in (12, 20, 30, 40, 60, 80, 120, 10_000):
         batch = [random_conversation(rng, ascii_only=name == "spaced") for _ in range(40)]
-        supervisor = Supervisor(tokenizer, made_template, train_on, max_length)
-        for given, one in zip(batch, supervisor.supervise(batch), strict=True):
+        encoder = ExampleEncoder(tokenizer, made_template, train_on, max_length)
+        for given, one in zip(batch, encoder.encode(batch), strict=True):
             if isinstance(one, RejectedRow):
                 assert re.match("a message holds|no supervised token", str(one))
                 continue
@@ -76,9 +76,9 @@ def test_as_many_exchanges_are_kept_as_fit(name: str, template: str) -> None:
     rng = random.Random(f"{name} {template}")
     batch = [random_conversation(rng, ascii_only=name == "spaced") for _ in range(30)]
     made_template = templates.make(template, tokenizer)
-    whole = Supervisor(tokenizer, made_template, "all", 10_000).supervise(batch)
+    whole = ExampleEncoder(tokenizer, made_template, "all", 10_000).encode(batch)
     for max_length in (20, 40, 60, 80):
-        found = Supervisor(tokenizer, made_template, "all", max_length).supervise(batch)
+        found = ExampleEncoder(tokenizer, made_template, "all", max_length).encode(batch)
         for one, all_of_it in zip(found, whole, strict=True):
             if isinstance(one, RejectedRow) or isinstance(all_of_it, RejectedRow):
                 continue

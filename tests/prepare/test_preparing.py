@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.prepare import batches
-from stages.shared.chat.format import read_format
+from stages.shared.chat.templates import read_format
 from stages.shared.core.errors import UserError
 from tests import tiny, workspace
 from tests.prepare.helpers import ROWS, Stage, row

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from stages.prepare.loss_mask import ExampleEncoder, TrainOn
 from stages.prepare.parsing import Conversation, parse
 from stages.prepare.rows import Row
-from stages.prepare.supervision import Supervisor, TrainOn
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import RejectedRow
 from tests.prepare.checks import check
@@ -67,10 +67,10 @@ def test_every_end_is_learnt_and_no_prompt(
     pattern = PATTERNS["tokenizer (tiny)" if template == "tokenizer" else template]
     reader = Reader(tokenizer, byte_level=True)
     made = templates.make(template, tokenizer)
-    supervisor = Supervisor(tokenizer, made, train_on, max_length)
+    encoder = ExampleEncoder(tokenizer, made, train_on, max_length)
     count = Counter[str]()
     given = [conversation.messages for conversation in conversations]
-    for messages, one in zip(given, supervisor.supervise(given), strict=True):
+    for messages, one in zip(given, encoder.encode(given), strict=True):
         if isinstance(one, RejectedRow):
             assert str(one) == f"no supervised token within prepare.max_length = {max_length}"
             continue

@@ -38,7 +38,7 @@ def stage_with(folder: Path, chat_template: str | None) -> Stage:
          "renders the same turns differently once others follow"),
         (each(TURN, PROMPT.replace("assistant", "robot")),
          "renders the same turns differently once others follow"),
-        (each(TURN, ""), r"has no generation prompt: the model itself would write "
+        (each(TURN, ""), r"has no generation prompt: the model would write "
          r"'<|im_start|>assistant\n'"),
         (each("{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}\n", ""),
          "puts nothing but white space between two messages"),
@@ -54,7 +54,7 @@ def test_a_chat_template_that_is_refused(
         stage.prepare(ROWS, template="tokenizer")
     assert reason in str(error.value)
     assert str(error.value).startswith("params.yaml: prepare.template is 'tokenizer'; ")
-    assert "choose chatml" in str(error.value)
+    assert "Choose chatml" in str(error.value)
     assert "\n" not in str(error.value)
     assert not stage.out.exists()
 
@@ -82,7 +82,9 @@ def test_a_model_without_an_end_token_is_refused(tmp_path: Path, template: str) 
     tokenizer.chat_template = OWN
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     stage = Stage(tmp_path, tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"^models/tokenizer: .* no end token; .* set it") as error:
+    with pytest.raises(
+        UserError, match=r"^models/tokenizer: .* no end token. Set eos_token"
+    ) as error:
         stage.prepare(ROWS, template=template)
     assert "\n" not in str(error.value)
 

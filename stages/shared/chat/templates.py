@@ -1,9 +1,8 @@
-"""The one way to render a conversation as the text that a model reads.
+"""Chat templates: a conversation as text, and where each message and reply stands in it.
 
-Every template is a Jinja chat template, the very one that the merged model carries. It is rendered
-once for each sequence of roles, with placeholders in place of the messages; a conversation is then
-put together from these literals and its messages. So it is known exactly which characters are a
-message's own, whatever stands in it.
+Every template is Jinja, the same that the merged model carries. It is rendered once for each
+sequence of roles, with placeholders for the messages; a conversation is put together from these
+literals and its messages. So the characters of a message are known, whatever it says.
 """
 
 import contextlib
@@ -12,31 +11,72 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import jinja2
+from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from stages.shared.chat import jinja_texts
 from stages.shared.chat.conversation import Message, RejectedRow, Role
-from stages.shared.chat.tokenizer import control_pattern, control_tokens, special_prefix
+from stages.shared.chat.tokenizer import added_tokens, pattern_of, special_prefix
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 
 Name = Literal["guanaco", "llama2", "chatml", "tokenizer"]
 Span = tuple[int, int]
+SCHEMA_VERSION = 1
+
+# Each is preceded by `set begin, end`: the token that opens a turn of llama2, and the end token.
+_CHATML = r"""
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + end + '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+# The prompt ends at the colon: the space belongs to the first token of the reply.
+_GUANACO = r"""
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{- message['content'] + '\n' -}}
+{%- elif message['role'] == 'user' -%}{{- '### Human: ' + message['content'] + '\n' -}}
+{%- else -%}{{- '### Assistant: ' + message['content'] + end + '\n' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '### Assistant:' -}}{%- endif -%}
+"""
+_LLAMA2 = r"""
+{%- set system, turns = '', messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' -%}
+{%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{- begin + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' -}}
+{%- else -%}{{- ' ' + message['content'] + ' ' + end -}}{%- endif -%}
+{%- endfor -%}
+"""
+# With the markers of each that are plain text, unless the tokenizer has a token for them.
+_JINJA = {
+    "chatml": (_CHATML, ("<|im_start|>",)),
+    "guanaco": (_GUANACO, ("### Human:", "### Assistant:")),
+    "llama2": (_LLAMA2, ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")),
+}
+# A model's own template that prints a date gets the same one every day, wherever it is rendered.
+_DATE = '{% set date_string = "26 Jul 2024" %}'
 _TURNS: tuple[Role, ...] = ("user", "assistant") * 2
 _PROBES: tuple[tuple[Role, ...], ...] = (_TURNS, ("system", *_TURNS))
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text. Spans are (start, end) in characters of it.
+    """A conversation as text. Spans are (start, end) in its characters.
 
     Attributes:
-        text: what the model reads.
+        text: the rendering.
         contents: of each message its own characters, in order.
-        replies: what the model has to write: of each reply all from the end of its prompt to the
-            end of the token that ends the turn.
+        replies: of each reply the characters that the model has to write: from the end of its
+            prompt to the end of the token that ends the turn.
     """
 
     text: str
@@ -44,12 +84,31 @@ class Rendered:
     replies: tuple[Span, ...]
 
 
+class Format(BaseModel):
+    """`data/prepared/format.json`: the template, for evaluation and the merged model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    template: str
+    chat_template: str  # Jinja
+    eos_token: str  # ends a reply
+    stop_ids: list[int]  # tokens that end a generated reply
+
+
+def read_format(path: Path) -> Format:
+    """Read `format.json`."""
+    return Format.model_validate(files.read_json(path))
+
+
 @dataclass(frozen=True)
 class _Skeleton:
-    """A rendering with its messages taken out.
+    """A rendering without its messages.
 
-    `literals` stand before, between and after the messages. Of each reply `leads` says how many
-    characters before its message the model has to write, `tails` how many after it.
+    Attributes:
+        literals: before, between and after the messages.
+        leads: of each reply how many characters before its message the model has to write.
+        tails: likewise after its message.
     """
 
     literals: tuple[str, ...]
@@ -62,60 +121,68 @@ class Template:
 
     Attributes:
         name: as in `prepare.template`.
-        chat_template: Jinja; `apply_chat_template` renders the same text with it.
+        chat_template: Jinja; `apply_chat_template` renders the same text with it, BOS included.
+        control_tokens: the special tokens, and the other added tokens that the template writes.
         eos_token: the control token that ends a reply.
         stop_ids: tokens that end a generated reply: that one, and the tokenizer's own end token.
         bos_ids: tokens that begin a text and end none; never supervised.
-        markers: what delimits turns and is plain text to this tokenizer.
+        markers: plain text that delimits turns; no message may hold it.
     """
 
     def __init__(
-        self, name: str, tokenizer: PreTrainedTokenizerBase, chat_template: str, own: bool
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str,
+        markers: Sequence[str] | None = None,
     ) -> None:
-        self.name = name
-        self.chat_template = chat_template
-        self.markers: tuple[str, ...] = ()
+        """Probe a template.
+
+        Args:
+            name: as in `prepare.template`.
+            tokenizer: that it is for.
+            chat_template: Jinja; what the tokenizer puts before every text is added to it, unless
+                it writes that itself: `apply_chat_template` has the tokenizer add nothing.
+            markers: of a template of the project; None for the model's own.
+
+        Raises:
+            RejectedRow: the template renders no conversation.
+            UserError: it cannot be trained on.
+        """
+        self.name, self.chat_template = name, chat_template
         self._tokenizer = tokenizer
-        self._own = own
-        self._control = control_pattern(tokenizer)
+        self._own = markers is None
         self._literals = functools.cache(self._render_literals)
-        self._skeleton = functools.cache(self._build)
-        probe = self._skeleton(_TURNS, False)
-        end = probe.literals[-1][: probe.tails[3]].strip()
-        ids = [tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id]
-        self.eos_token = end
+        self._skeleton = functools.cache(self._split)
+        bos = special_prefix(tokenizer)
+        self._begin_with(bos)
+        self.control_tokens = self._find_control_tokens()
+        self._control = pattern_of(self.control_tokens)
+        skeleton = self._skeleton(_TURNS, False)
+        self.eos_token = skeleton.literals[-1][: skeleton.tails[3]].strip()
+        ids = [tokenizer.convert_tokens_to_ids(self.eos_token), tokenizer.eos_token_id]
         self.stop_ids: list[int] = list(dict.fromkeys(ids))
-        bos = tokenizer.encode(special_prefix(tokenizer), add_special_tokens=False)
-        self.bos_ids = [token for token in bos if token not in self.stop_ids]
-        if own:
-            self.markers = self._plain_boundaries()
+        bos_ids = tokenizer.encode(bos, add_special_tokens=False)
+        self.bos_ids = [token for token in bos_ids if token not in self.stop_ids]
+        if markers is None:
+            markers = self._find_markers({self.eos_token, bos})
+        self.markers = tuple(marker for marker in markers if marker not in self.control_tokens)
 
-    def begins_with(self, prefix: str) -> set[bool]:
-        """Whether conversations begin with this text: with a system message, and without."""
-        begin = set()
-        for roles in _PROBES:
-            with contextlib.suppress(RejectedRow):  # many templates take no system message
-                begin.add(self._literals(roles, False)[0].startswith(prefix))
-        return begin
-
-    def problem_with(self, messages: Sequence[Message]) -> str | None:
-        """Why a conversation cannot be told from its rendering: a marker inside a message."""
-        for message in messages:
-            for marker in self.markers:
-                # Also one that a message begins and the marker after it completes: "=" before "==".
-                if marker in (message["content"] + marker)[:-1]:
-                    return (
-                        f"a message holds {marker!r}, which is how prepare.template "
-                        f"{self.name!r} marks a turn"
-                    )
-        return None
+    def format(self) -> Format:
+        """What is saved of the template."""
+        return Format(
+            template=self.name,
+            chat_template=self.chat_template,
+            eos_token=self.eos_token,
+            stop_ids=self.stop_ids,
+        )
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> Rendered:
         """Render a conversation.
 
         Args:
             messages: normalized, in the order that `conversation.problem_with` accepts.
-            prompt: the messages end with a user's turn, and the text with what a reply follows.
+            prompt: the messages end with a user's turn, and the text with the generation prompt.
 
         Raises:
             RejectedRow: the model's own chat template refuses the messages, or alters one.
@@ -128,16 +195,18 @@ class Template:
             parts += [content, literal]
             at += len(content) + len(literal)
         text = "".join(parts)
-        if self._own and self._apply(messages, prompt) != text:
-            raise RejectedRow("the model's own chat template alters the text of a message")
+        if self._own:
+            pairs = [(m["role"], m["content"]) for m in messages]
+            if self._apply(pairs, prompt) != text:
+                raise RejectedRow("the model's own chat template alters the text of a message")
         replies = tuple(
             (contents[i][0] - lead, contents[i][1] + skeleton.tails[i])
             for i, lead in skeleton.leads.items()
         )
         return Rendered(text, tuple(contents), replies)
 
-    def _build(self, roles: tuple[Role, ...], prompt: bool) -> _Skeleton:
-        """Render placeholders, and find out where each reply begins and ends.
+    def _split(self, roles: tuple[Role, ...], prompt: bool) -> _Skeleton:
+        """Render placeholders, and find where each reply begins and ends.
 
         Raises:
             RejectedRow: two messages cannot be told from one.
@@ -150,72 +219,93 @@ class Template:
             )
         leads, tails = {}, {}
         for i in (i for i, role in enumerate(roles) if role == "assistant"):
-            asked = self._literals(roles[:i], True)
-            answered = self._literals(roles[: i + 1], False)
-            if not (_begins(literals, asked) and _begins(literals, answered)):
-                raise self.unfit("renders the same turns differently once others follow")
+            before = self._literals(roles[:i], True)
+            after = self._literals(roles[: i + 1], False)
+            if not (_begins(literals, before) and _begins(literals, after)):
+                raise self._unfit("renders the same turns differently once others follow")
             end = re.match(rf"\s*(?:{self._control.pattern})", literals[i + 1])
             if end is None:
-                raise self.unfit("puts no end token after a reply")
-            lead = literals[i][len(asked[-1]) :]
-            if lead.strip() and asked == self._literals(roles[:i], False):
-                raise self.unfit(f"has no generation prompt: the model itself would write {lead!r}")
+                raise self._unfit("puts no end token after a reply")
+            lead = literals[i][len(before[-1]) :]
+            if lead.strip() and before == self._literals(roles[:i], False):
+                raise self._unfit(f"has no generation prompt: the model would write {lead!r}")
             leads[i], tails[i] = len(lead), end.end()
         return _Skeleton(literals, leads, tails)
 
     def _render_literals(self, roles: tuple[Role, ...], prompt: bool) -> tuple[str, ...]:
-        messages = [Message(role=role, content=f"\ue000{i}\ue001") for i, role in enumerate(roles)]
-        found = re.split("\ue000([0-9]+)\ue001", self._apply(messages, prompt))
-        if found[1::2] != [str(i) for i in range(len(roles))]:
+        parts = re.split("\ue000([0-9]+)\ue001", self._apply(_placeholders(roles), prompt))
+        if parts[1::2] != [str(i) for i in range(len(roles))]:
             raise RejectedRow("the model's own chat template leaves a message out")
-        return tuple(found[::2])
+        return tuple(parts[::2])
 
-    def _apply(self, messages: Sequence[Message], prompt: bool) -> str:
-        # A template that prints the day's date would make other tokens tomorrow: it gets a fixed
-        # one where it takes one, and is refused where it insists on today's.
-        fixed: dict[str, Any] = (
-            {"date_string": "26 Jul 2024", "strftime_now": None} if self._own else {}
-        )
+    def _apply(self, messages: Sequence[tuple[str, str]], prompt: bool) -> str:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    [{"role": m["role"], "content": m["content"]} for m in messages],
+                    [{"role": role, "content": content} for role, content in messages],
                     chat_template=self.chat_template,
                     tokenize=False,
                     add_generation_prompt=prompt,
-                    **(fixed if self._own else {}),
+                    # A date of today would make other tokens tomorrow: a call of it is an error.
+                    **({"strftime_now": None} if self._own else {}),
                 )
             )
-        except jinja2.TemplateError as error:
-            raise RejectedRow(f"the model's own chat template refuses it: {error}") from None
         except TypeError as error:
-            reason = "prints today's date" if "strftime_now" in self.chat_template else str(error)
-            raise self.unfit(reason) from None
-        except (ArithmeticError, LookupError, ValueError, AttributeError, RecursionError) as error:
+            today = "strftime_now" in self.chat_template
+            raise self._unfit("prints today's date" if today else f"fails: {error}") from None
+        except (
+            *(jinja2.TemplateError, ArithmeticError, LookupError),
+            *(ValueError, AttributeError, RecursionError),
+        ) as error:
             raise RejectedRow(f"the model's own chat template refuses it: {error}") from None
 
-    def _plain_boundaries(self) -> tuple[str, ...]:
-        """What the model's own template puts between messages where no control token stands."""
-        found = set()
+    def _begin_with(self, bos: str) -> None:
+        """Put BOS into the Jinja, unless it writes it."""
+        begins = {literals[0].startswith(bos) for literals in self._probe()}
+        if len(begins) > 1:
+            raise self._unfit(f"begins only some conversations with {bos!r}")
+        if begins == {False}:
+            self.chat_template = f"{{{{- {_quote(bos)} }}}}{self.chat_template}"
+            self._literals.cache_clear()
+
+    def _probe(self) -> list[tuple[str, ...]]:
+        """Literals of two exchanges, without and with a system message."""
+        rendered = []
         for roles in _PROBES:
-            try:
-                between = self._skeleton(roles, False).literals[1:-1]
-            except RejectedRow:  # many templates take no system message
-                continue
-            found |= {text.strip() for text in between if not self._control.search(text)}
-        return tuple(sorted(found - {""}))
+            with contextlib.suppress(RejectedRow):  # many templates take no system message
+                rendered.append(self._literals(roles, False))
+        return rendered
 
-    def unfit(self, reason: str) -> UserError:
-        """The error for a chat template that cannot be trained on."""
-        return UserError(
-            f"params.yaml: prepare.template is {self.name!r}; the chat template {reason}; expected "
-            "one that renders a conversation in one way, each reply with its end; choose chatml"
-        )
+    def _find_control_tokens(self) -> frozenset[str]:
+        """The special tokens, and the other added tokens that the template writes for any role.
 
+        Many role tokens are not flagged special (`<｜User｜>` of DeepSeek). A token such as
+        `<|observation|>` may be written for a role of its name.
+        """
+        special, other = added_tokens(self._tokenizer)
+        names = (re.sub(r"\W", "", token) for token in other)
+        roles = dict.fromkeys([*_ROLES, *(name for name in names if re.fullmatch(r"\D+", name))])
+        written = set[str]()
+        for role in roles if other else ():
+            for turns in ((role,), ("user", role), (role, "user"), ("user", "assistant", role)):
+                with contextlib.suppress(RejectedRow, UserError):
+                    written.add(self._apply(_placeholders(turns), True))
+        text = "\n".join(written)
+        return special | {token for token in other if token.strip() and token in text}
 
-def _begins(literals: tuple[str, ...], start: tuple[str, ...]) -> bool:
-    last = len(start) - 1
-    return literals[:last] == start[:last] and literals[last].startswith(start[last])
+    def _find_markers(self, ends: set[str]) -> list[str]:
+        """Plain text by which the model's own template opens a turn.
+
+        Args:
+            ends: control tokens that open none: what ends a turn, and what begins a text.
+        """
+        end = pattern_of(ends - {""}).pattern
+        literals = (literal for probe in self._probe() for literal in probe[:-1])
+        openings = (re.sub(rf"^(?:\s|{end})+", "", literal).strip() for literal in literals)
+        return sorted({text for text in openings if text and not self._control.search(text)})
+
+    def _unfit(self, reason: str) -> UserError:
+        return _unfit(self.name, f"the chat template {reason}")
 
 
 def make(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -232,57 +322,46 @@ def make(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """
     if tokenizer.eos_token is None:
         raise UserError(
-            "models/tokenizer: the tokenizer has no end token; expected `eos_token` in "
-            "tokenizer_config.json; set it, or choose another model"
+            "models/tokenizer: the tokenizer has no end token. Set eos_token in "
+            "tokenizer_config.json, or choose another model."
         )
     if name == "tokenizer":
-        return _own(tokenizer)
-    control = control_tokens(tokenizer)
+        return _make_own(tokenizer)
+    chat_template, markers = _JINJA[name]
     begin = special_prefix(tokenizer) or tokenizer.bos_token or ""
     end = tokenizer.eos_token
-    jinja, markers = {
-        "chatml": (jinja_texts.CHATML, ("<|im_start|>",)),
-        "guanaco": (jinja_texts.GUANACO, ("### Human:", "### Assistant:")),
-        "llama2": (jinja_texts.LLAMA2, ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")),
-    }[name]
-    if name == "chatml" and "<|im_end|>" in control:
+    if name == "chatml" and "<|im_end|>" in frozenset().union(*added_tokens(tokenizer)):
         end = "<|im_end|>"
-    # Jinja reads a JSON string as it is; without escapes, since it knows no surrogate pairs.
-    begin, end = (json.dumps(token, ensure_ascii=False) for token in (begin, end))
-    head = f"{{%- set begin, end = {begin}, {end} -%}}"
-    template = _with_bos(name, tokenizer, head + jinja.strip("\n"), own=False)
-    template.markers = tuple(marker for marker in markers if marker not in control)
-    return template
+    head = f"{{%- set begin, end = {_quote(begin)}, {_quote(end)} -%}}"
+    return Template(name, tokenizer, head + chat_template.strip("\n"), markers)
 
 
-def _with_bos(
-    name: str, tokenizer: PreTrainedTokenizerBase, chat_template: str, own: bool
-) -> Template:
-    """A template that begins each text as the tokenizer would, once.
-
-    `apply_chat_template` has the tokenizer add nothing: BOS has to stand in the template.
-    """
-    template = Template(name, tokenizer, chat_template, own)
-    prefix = special_prefix(tokenizer)
-    begins = template.begins_with(prefix)
-    if len(begins) > 1:
-        raise template.unfit(f"begins only some conversations with {prefix!r}")
-    if begins == {True}:
-        return template
-    written = json.dumps(prefix, ensure_ascii=False)
-    return Template(name, tokenizer, f"{{{{- {written} }}}}{chat_template}", own)
-
-
-def _own(tokenizer: PreTrainedTokenizerBase) -> Template:
+def _make_own(tokenizer: PreTrainedTokenizerBase) -> Template:
     if not tokenizer.chat_template:
-        raise UserError(
-            "params.yaml: prepare.template is 'tokenizer'; the model's tokenizer has no chat "
-            "template; choose chatml, guanaco or llama2"
-        )
+        raise _unfit("tokenizer", "the model's tokenizer has no chat template")
     try:
-        return _with_bos("tokenizer", tokenizer, tokenizer.get_chat_template(), own=True)
+        chat_template = tokenizer.get_chat_template()
+        date = _DATE if "date_string" in chat_template else ""
+        return Template("tokenizer", tokenizer, date + chat_template)
     except (RejectedRow, ValueError) as error:  # several templates, and none of them the default
-        raise UserError(
-            f"params.yaml: prepare.template is 'tokenizer'; {error}; "
-            "choose chatml, guanaco or llama2"
-        ) from None
+        raise _unfit("tokenizer", str(error)) from None
+
+
+def _unfit(name: str, reason: str) -> UserError:
+    return UserError(
+        f"params.yaml: prepare.template is {name!r}; {reason}. Choose chatml, guanaco or llama2."
+    )
+
+
+def _begins(literals: tuple[str, ...], start: tuple[str, ...]) -> bool:
+    last = len(start) - 1
+    return literals[:last] == start[:last] and literals[last].startswith(start[last])
+
+
+def _placeholders(roles: Sequence[str]) -> list[tuple[str, str]]:
+    return [(role, f"\ue000{i}\ue001") for i, role in enumerate(roles)]
+
+
+def _quote(text: str) -> str:
+    """A Jinja string: JSON without escapes, since Jinja knows no surrogate pairs."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,10 +1,11 @@
-"""The tokenizer, and which of its tokens control a conversation."""
+"""The model's tokenizer: loading, special tokens, and what it puts around a text by itself."""
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tokenizer lies here: nothing is asked of the hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tokenizer is local: the hub is not asked
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -12,19 +13,18 @@ from stages.shared.core.errors import UserError
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder that a stage wrote.
+    """Load the tokenizer of a folder that a stage wrote.
 
     Raises:
         FileNotFoundError: there is none.
-        UserError: it cannot say which characters a token stands for.
+        UserError: it is a slow tokenizer, which gives no character offsets.
     """
     (folder / "tokenizer_config.json").open().close()  # transformers would ask the hub
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(
-            f"{folder}: {type(tokenizer).__name__} is a slow tokenizer, which cannot tell the "
-            "characters of a token; expected one with a tokenizer.json; convert it or choose "
-            "another model"
+            f"{folder}: {type(tokenizer).__name__} is a slow tokenizer, without character offsets. "
+            "Convert it to tokenizer.json, or choose another model."
         )
     return tokenizer
 
@@ -43,7 +43,7 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.encode(prefix, add_special_tokens=False) != encoded["input_ids"][:count]:
         raise UserError(
             f"models/tokenizer: puts {prefix!r} before every text, but does not read it as a token "
-            "where a template writes it. Mark it as special in tokenizer.json"
+            "where a template writes it. Mark it as special in tokenizer.json."
         )
     return prefix
 
@@ -60,17 +60,14 @@ def add_no_special_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     return added
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The tokens that stand outside ordinary text: their string is one token, whatever is around.
-
-    Only those that `split_special_tokens` turns back into plain text are among them. A token that
-    was added to the vocabulary but not declared special is a word like any other.
-    """
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[str], frozenset[str]]:
+    """Tokens that are found in a text before it is split: those flagged special, and the others."""
     added = tokenizer.added_tokens_decoder.values()
-    return frozenset(token.content for token in added if token.special)
+    special = frozenset(token.content for token in added if token.special)
+    return special, frozenset(token.content for token in added) - special
 
 
-def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches a control token; where two begin at one place, the longer, as tokenizers do."""
-    longest_first = sorted(control_tokens(tokenizer), key=lambda token: (-len(token), token))
-    return re.compile("|".join(re.escape(token) for token in longest_first))
+def pattern_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches one of some tokens; where two begin at one place, the longer, as tokenizers do."""
+    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)))

@@ -7,10 +7,9 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from stages.merge.merging import make_standalone
-from stages.prepare.supervision import Supervised, Supervisor, TrainOn
+from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
 from stages.shared.chat import templates
-from stages.shared.chat.encode import encode_prompt
-from stages.shared.chat.format import Format
+from stages.shared.chat.encode import Encoder
 from stages.shared.chat.templates import Template
 from stages.shared.core.errors import UserError
 from tests import vocabularies
@@ -47,12 +46,12 @@ def test_bos_is_there_once_in_training_and_prompts(family: str, template_name: s
     assert tokenizer("two").input_ids[: len(tokenizer.encode(bos, add_special_tokens=False))] == (
         tokenizer.encode(bos, add_special_tokens=False)
     )
-    supervisor = Supervisor(tokenizer, template, "assistant", 512)
+    encoder = ExampleEncoder(tokenizer, template, "assistant", 512)
     for messages in CONVERSATIONS:
-        [one] = supervisor.supervise([messages])
-        assert isinstance(one, Supervised)
+        [one] = encoder.encode([messages])
+        assert isinstance(one, Example)
         assert one.text.startswith(bos)
-        prompt = encode_prompt(tokenizer, template, messages[:-1])
+        prompt = Encoder(tokenizer, template).encode_prompt(messages[:-1])
         for ids in (one.input_ids.tolist(), prompt):
             assert begins_once(ids, tokenizer, bos)
 
@@ -64,8 +63,8 @@ def test_bos_is_never_supervised(template_name: str, train_on: TrainOn, max_leng
     for family in ("llama2", "glm", "gemma"):
         tokenizer, template = made(family, template_name)
         bos = tokenizer.encode(vocabularies.FAMILIES[family][1], add_special_tokens=False)
-        supervisor = Supervisor(tokenizer, template, train_on, max_length)
-        found = [one for one in supervisor.supervise(CONVERSATIONS) if isinstance(one, Supervised)]
+        encoder = ExampleEncoder(tokenizer, template, train_on, max_length)
+        found = [one for one in encoder.encode(CONVERSATIONS) if isinstance(one, Example)]
         assert found
         for one in found:
             assert begins_once(one.input_ids.tolist(), tokenizer, vocabularies.FAMILIES[family][1])
@@ -106,13 +105,7 @@ def test_the_merged_tokenizer_writes_bos_once(
     config = LlamaConfig(vocab_size=size, dtype="float32")
     for folder in (tmp_path, tmp_path / "model"):
         config.save_pretrained(folder)
-    form = Format(
-        schema_version=1,
-        template=template.name,
-        chat_template=template.chat_template,
-        eos_token=template.eos_token,
-        stop_ids=template.stop_ids,
-    )
+    form = template.format()
     make_standalone(tmp_path, tmp_path / "model", tmp_path / "tokenizer", form)
     merged = AutoTokenizer.from_pretrained(tmp_path)
     for messages in CONVERSATIONS:
@@ -120,6 +113,6 @@ def test_the_merged_tokenizer_writes_bos_once(
         options: dict[str, Any] = {"add_generation_prompt": True}
         ids = merged.apply_chat_template(chat, return_dict=False, **options)
         text = merged.apply_chat_template(chat, tokenize=False, **options)
-        assert ids == encode_prompt(tokenizer, template, messages[:-1])
+        assert ids == Encoder(tokenizer, template).encode_prompt(messages[:-1])
         assert merged(text).input_ids == ids
         assert begins_once(ids, merged, bos)

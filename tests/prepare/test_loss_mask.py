@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from stages.prepare import guanaco
-from stages.prepare.supervision import Supervised, Supervisor, TrainOn
+from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import Message, RejectedRow
 from tests import tiny, vocabularies
@@ -23,18 +23,18 @@ def supervise(
     train_on: TrainOn = "assistant",
     max_length: int = 512,
     tokenizer: PreTrainedTokenizerFast = TINY,
-) -> Supervised | RejectedRow:
+) -> Example | RejectedRow:
     made = templates.make(template, tokenizer)
-    [found] = Supervisor(tokenizer, made, train_on, max_length).supervise([messages])
+    [found] = ExampleEncoder(tokenizer, made, train_on, max_length).encode([messages])
     return found
 
 
-def accepted(found: Supervised | RejectedRow) -> Supervised:
-    assert isinstance(found, Supervised)
+def accepted(found: Example | RejectedRow) -> Example:
+    assert isinstance(found, Example)
     return found
 
 
-def show(found: Supervised | RejectedRow, tokenizer: PreTrainedTokenizerFast = TINY) -> str:
+def show(found: Example | RejectedRow, tokenizer: PreTrainedTokenizerFast = TINY) -> str:
     one = accepted(found)
     tokens = tokenizer.convert_ids_to_tokens(one.input_ids.tolist())
     learnt = zip(tokens, one.loss_mask, strict=True)
@@ -74,9 +74,10 @@ def test_bytes_are_those_of_the_learnt_text(
 def test_weight_0_stays_in_the_context(template: str) -> None:
     plain, flagged = PLAIN["two exchanges"], [*PLAIN["two exchanges"]]
     flagged[1] = {**flagged[1], "weight": 0}
-    for train_on, only in (("assistant", "last"), ("last", "last")):
+    expected = accepted(supervise(plain, template, "last"))
+    train_on: TrainOn
+    for train_on in ("assistant", "last"):
         found = accepted(supervise(flagged, template, train_on))
-        expected = accepted(supervise(plain, template, only))
         assert show(found) == show(expected)
         assert found.text_bytes == expected.text_bytes
     whole, found = (accepted(supervise(m, template, "all")) for m in (plain, flagged))
@@ -172,9 +173,9 @@ def test_what_guanaco_renders_is_guanacos_form(messages: list[Message]) -> None:
 
 def test_a_batch_keeps_its_order() -> None:
     bad = [user("two plus two is it " * 9), assistant("four")]
-    supervisor = Supervisor(TINY, templates.make("chatml", TINY), "assistant", 30)
+    encoder = ExampleEncoder(TINY, templates.make("chatml", TINY), "assistant", 30)
     batch = [PLAIN["emoji"], bad, PLAIN["two exchanges"], FORGED, PLAIN["lines"]]
-    found = supervisor.supervise(batch)
+    found = encoder.encode(batch)
     kinds = [isinstance(one, RejectedRow) for one in found]
     assert kinds == [False, True, False, True, False]
     assert accepted(found[2]).messages == PLAIN["two exchanges"]
@@ -188,9 +189,9 @@ def test_what_stands_beside_a_conversation_changes_nothing(
 ) -> None:
     rng = random.Random(train_on)
     batch = [random_conversation(rng, ascii_only=tokenizer is not TINY) for _ in range(40)]
-    supervisor = Supervisor(tokenizer, templates.make("chatml", tokenizer), train_on, 40)
-    together = supervisor.supervise(batch)
-    alone = [supervisor.supervise([messages])[0] for messages in batch]
+    encoder = ExampleEncoder(tokenizer, templates.make("chatml", tokenizer), train_on, 40)
+    together = encoder.encode(batch)
+    alone = [encoder.encode([messages])[0] for messages in batch]
     assert [str(one) for one in together] == [str(one) for one in alone]
     assert train_on == "all" or any(isinstance(one, RejectedRow) for one in together)
-    assert any(isinstance(one, Supervised) and one.truncated for one in together)
+    assert any(isinstance(one, Example) and one.truncated for one in together)

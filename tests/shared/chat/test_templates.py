@@ -1,0 +1,193 @@
+"""Templates: their text, where replies stand, and what is refused."""
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from stages.shared.chat import templates
+from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.core.errors import UserError
+from tests import tiny, vocabularies
+from tests.conversations import FORGED, PLAIN, assistant, system, user
+
+NAMES = ("chatml", "guanaco", "llama2", "tokenizer")
+OWN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2_OWN = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
+    "[/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (  # its role markers are plain text
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+EXCHANGE = PLAIN["one exchange"]
+
+
+def with_template(chat_template: str | None) -> PreTrainedTokenizerFast:
+    made = tiny.tokenizer()
+    made.chat_template = chat_template
+    return made
+
+
+TOKENIZER = with_template(OWN)
+RENDERED = {
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+    "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nV<|im_end|>\n"
+    "<|im_start|>assistant\nB<|im_end|>\n",
+    "guanaco": "S\n### Human: U\n### Assistant: A<|im_end|>\n"
+    "### Human: V\n### Assistant: B<|im_end|>\n",
+    "llama2": "<|im_start|>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A <|im_end|>"
+    "<|im_start|>[INST] V [/INST] B <|im_end|>",
+}
+REPLIES = {
+    "chatml": ["A<|im_end|>", "B<|im_end|>"],
+    "guanaco": [" A<|im_end|>", " B<|im_end|>"],
+    "llama2": [" A <|im_end|>", " B <|im_end|>"],
+}
+TWO = [system("S"), user("U"), assistant("A"), user("V"), assistant("B")]
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_template_renders_messages_and_replies(name: str) -> None:
+    rendered = templates.make(name, TOKENIZER).render(TWO)
+    assert rendered.text == RENDERED[name]
+    assert [rendered.text[a:b] for a, b in rendered.contents] == ["S", "U", "A", "V", "B"]
+    assert [rendered.text[a:b] for a, b in rendered.replies] == REPLIES[name]
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_template_is_shown_in_the_documentation(name: str) -> None:
+    pages = (Path(__file__).parents[3] / "docs").glob("*.md")
+    assert any(f"```\n{RENDERED[name].rstrip()}\n```" in page.read_text("utf-8") for page in pages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("conversation", [*PLAIN.values(), FORGED, TWO])
+def test_template_renders_as_apply_chat_template(name: str, conversation: list[Message]) -> None:
+    template = templates.make(name, TOKENIZER)
+    for messages, prompt in ((conversation, False), (conversation[:-1], True)):
+        rendered = template.render(messages, prompt=prompt)
+        assert rendered.text == TOKENIZER.apply_chat_template(
+            cast(list[dict[str, str]], messages),
+            chat_template=template.format().chat_template,
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+    assert template.render(conversation).text.startswith(rendered.text)
+    assert template.render(conversation).replies[-1][0] == len(rendered.text)
+
+
+def test_chatml_ends_turns_with_the_end_token_of_other_models() -> None:
+    template = templates.make("chatml", vocabularies.plain())
+    assert template.render(EXCHANGE).text == (
+        "<|im_start|>user\ntwo plus two is<|endoftext|>\n<|im_start|>assistant\nfour<|endoftext|>\n"
+    )
+    assert (template.eos_token, template.markers) == ("<|endoftext|>", ("<|im_start|>",))
+
+
+def test_template_stops_at_its_end_and_the_tokenizers() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    template = templates.make("chatml", tokenizer)
+    assert (template.eos_token, template.stop_ids) == ("<|im_end|>", [2, 0])
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "markers"),
+    [
+        (OWN, ()),
+        (LLAMA2_OWN, ("[/INST]", "[INST]")),
+        (ZEPHYR, ("<|assistant|>", "<|system|>", "<|user|>")),
+    ],
+)
+def test_markers_are_what_opens_a_turn_in_plain_text(
+    chat_template: str, markers: tuple[str, ...]
+) -> None:
+    tokenizer = vocabularies.llama2() if chat_template is LLAMA2_OWN else tiny.tokenizer()
+    tokenizer.chat_template = chat_template
+    assert templates.make("tokenizer", tokenizer).markers == markers
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "reason"),
+    [
+        (None, "has no chat template"),
+        (OWN.replace("<|im_end|>", ""), "no end token after a reply"),
+        (OWN.replace("{{ m['role'] }}", "{{ loop.length }}"), "differently once others follow"),
+        (OWN.replace("{{ m['content'] }}", "hello"), "leaves a message out"),
+        (OWN + "{{ raise_exception('no chat') }}", "refuses it: no chat"),
+        ("{{ strftime_now('%Y') }}" + OWN, "prints today's date"),
+        (OWN.partition("{% if add")[0], "has no generation prompt: .* '<|im_start|>assistant"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "nothing but white space"),
+    ],
+)
+def test_template_that_cannot_be_trained_on_is_refused(
+    chat_template: str | None, reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason) as error:
+        templates.make("tokenizer", with_template(chat_template))
+    assert str(error.value).startswith("params.yaml: prepare.template is 'tokenizer'")
+
+
+def test_template_needs_no_generation_prompt_without_a_lead() -> None:
+    bare = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    rendered = templates.make("tokenizer", with_template(bare)).render(EXCHANGE)
+    assert [rendered.text[a:b] for a, b in rendered.replies] == ["four<|im_end|>"]
+
+
+RUNS_ON = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set first, turns = messages[0]['content'] + '\n\n', messages[1:] %}"
+    "{% else %}{% set first, turns = '', messages %}{% endif %}"
+) + OWN.replace("in messages", "in turns").replace(
+    "{{ m['content'] }}", "{{ (first if loop.first else '') + m['content'] }}"
+)
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + OWN
+)
+UPPER = OWN.replace("content'] }", "content']|upper }")
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "accepted", "rejected", "reason"),
+    [
+        (RUNS_ON, EXCHANGE, [system("S"), *EXCHANGE], "nothing but white space between two"),
+        (NO_SYSTEM, EXCHANGE, [system("S"), *EXCHANGE], "refuses it: no system"),
+        (UPPER, [user("TWO"), assistant("FOUR")], EXCHANGE, "alters the text"),
+    ],
+)
+def test_template_rejects_a_conversation_that_it_cannot_render(
+    chat_template: str, accepted: list[Message], rejected: list[Message], reason: str
+) -> None:
+    template = templates.make("tokenizer", with_template(chat_template))
+    chatml = templates.make("chatml", TOKENIZER)
+    assert template.render(accepted) == chatml.render(accepted)
+    with pytest.raises(RejectedRow, match=reason):
+        template.render(rejected)
+
+
+def test_template_that_takes_a_date_gets_the_same_every_day() -> None:
+    dated = "{% if not date_string is defined %}{{ strftime_now('%Y') }}{% endif %}" + OWN
+    tokenizer = with_template(
+        dated.replace("<|im_start|>{{", "{{ date_string }}<|im_start|>{{").replace(
+            "<|im_start|>assistant", "{{ date_string }}<|im_start|>assistant"
+        )
+    )
+    template = templates.make("tokenizer", tokenizer)
+    text = tokenizer.apply_chat_template(
+        cast(list[dict[str, str]], EXCHANGE), chat_template=template.chat_template, tokenize=False
+    )
+    assert template.render(EXCHANGE).text == text
+    assert text.startswith("26 Jul 2024<|im_start|>user")
+
+
+def test_template_needs_an_end_token() -> None:
+    tokenizer = vocabularies.plain()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end token"):
+        templates.make("chatml", tokenizer)
