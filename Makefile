@@ -10,7 +10,7 @@ EMULATION := .venv-emulation
 TRITON := triton==3.7.1
 PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: help repro test emulate lint bench extras format clean
+.PHONY: help repro test emulate lint bench extras plots format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -69,6 +69,9 @@ extras: $(EXTRAS)/.ready  ## run the tests that need more packages than the lock
 
 bench: $(EXTRAS)/.ready  ## measure the training step against trl's (an hour; needs the default's model)
 	@$(EXTRAS)/bin/python -m benchmarks.train
+
+plots: $(VENV)/.ready  ## let `dvc plots` draw offline (needs npm, once)
+	@$(ENV) .dvc/plots_page.sh
 
 format: $(VENV)/.ready  ## ruff, changing files
 	@$(ENV) ruff format .
