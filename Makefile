@@ -51,7 +51,7 @@ $(EMULATION)/.ready: $(VENV)/.ready
 	@touch $@
 
 emulate: $(EMULATION)/.ready  ## run the tests of the GPU kernels on a CPU, by Triton's emulation
-	@$(ENV) PYTHONPATH=$(EMULATION) TRITON_INTERPRET=1 python -m pytest tests/train/test_kernels.py
+	@$(ENV) PYTHONPATH=$(EMULATION) TRITON_INTERPRET=1 python -m pytest tests/shared/step/test_kernels.py
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	@$(ENV) ruff format --check .

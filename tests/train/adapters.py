@@ -27,8 +27,10 @@ def load(folder: Path, precision: str = "nf4", **lora: Any) -> Any:
     return adapter.load_for_lora(quantized, wanted, CPU, folder / "base")
 
 
-def layers(model: Any) -> list[LoraLayer]:
-    return [m for m in model.modules() if isinstance(m, LoraLayer)]
+def layers(model: Any) -> dict[str, LoraLayer]:
+    """By their names in the base."""
+    named = model.get_base_model().named_modules()
+    return {name: module for name, module in named if isinstance(module, LoraLayer)}
 
 
 def update(layer: LoraLayer) -> torch.Tensor:

@@ -1,11 +1,10 @@
-"""Where adapters start: at the base, at what matters most in it, at what quantizing it lost."""
+"""Initial LoRA weights: at the base, at its principal part, at what quantization lost."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from stages.shared import models
@@ -26,18 +25,17 @@ def decaying(rows: int, columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
-def test_svd_factors_are_close_to_the_best_approximation(shape: tuple[int, int]) -> None:
+def test_svd_factors_approximate_best(shape: tuple[int, int]) -> None:
     matrix, rank, scale = decaying(*shape), 8, 4.0
     a, b = initialisation.svd_factors(matrix, rank, scale)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     best = torch.linalg.norm(matrix - u[:, :rank] * s[:rank] @ v[:rank])
     assert (a.shape, b.shape) == ((rank, shape[1]), (shape[0], rank))
     assert torch.linalg.norm(matrix - scale * b @ a) <= 1.001 * best
-    # Shared evenly: neither factor is larger than the other.
     assert torch.allclose(torch.linalg.norm(a), torch.linalg.norm(b), rtol=1e-4)
 
 
-def test_qr_factors_are_the_first_of_the_whole_decomposition() -> None:
+def test_qr_factors_are_the_first_of_the_decomposition() -> None:
     matrix = decaying(48, 32)
     q, r = torch.linalg.qr(matrix)
     a, b = initialisation.qr_factors(matrix, 8, 1.0)
@@ -47,9 +45,10 @@ def test_qr_factors_are_the_first_of_the_whole_decomposition() -> None:
 
 @pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
 @pytest.mark.parametrize("lora", [{"init": "pissa"}, {"init": "olora", "rslora": True}])
-def test_an_anchored_adapter_starts_at_the_base_and_leaves_it_alone(
+def test_frozen_initialisation_starts_at_the_base(
     tmp_path: Path, precision: str, lora: dict[str, Any]
 ) -> None:
+    """And leaves the base's weights alone."""
     model = load(tmp_path, precision, r=8, **lora)
     base = models.load_model(tmp_path / precision, CPU)
     state = model.get_base_model().state_dict()
@@ -57,86 +56,75 @@ def test_an_anchored_adapter_starts_at_the_base_and_leaves_it_alone(
         now = state.get(name, state.get(".base_layer.".join(name.rsplit(".", 1))))
         if isinstance(before, torch.Tensor) and now is not None:
             assert torch.equal(now, before), name
-    quantized = models.quantized_layers(base)
-    assert len(quantized) == len(models.quantized_layers(model))
+    assert len(models.quantized_layers(base)) == len(models.quantized_layers(model))
 
     assert torch.equal(logits(model, torch.bfloat16), logits(base, torch.bfloat16))
     expected = logits(models.load_dequantized(tmp_path / precision, CPU), torch.float32)
     assert torch.allclose(exactly(tmp_path, model, precision), expected, atol=1e-4)
 
 
-def test_pissa_trains_from_the_principal_part(tmp_path: Path) -> None:
+def test_pissa_starts_at_the_principal_part(tmp_path: Path) -> None:
     model = load(tmp_path, r=8, alpha=8, init="pissa")
-    dense = dict(models.load_dequantized(tmp_path / "nf4", CPU).named_modules())
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            a, b = (
-                f["default"].parametrizations.weight.original for f in (layer.lora_A, layer.lora_B)
-            )
-            matrix = dense[name.removeprefix("base_model.model.")].weight
-            best = torch.linalg.svdvals(matrix)[8:].square().sum().sqrt()
-            rest = torch.linalg.norm(matrix - layer.scaling["default"] * b @ a)
-            assert rest <= 1.002 * best
-            assert torch.linalg.norm(update(layer)) < 1e-5 * torch.linalg.norm(matrix)
+    dense = models.load_dequantized(tmp_path / "nf4", CPU)
+    for name, layer in layers(model).items():
+        a, b = (m["default"].parametrizations.weight.original for m in (layer.lora_A, layer.lora_B))
+        matrix = dense.get_submodule(name).weight
+        best = torch.linalg.svdvals(matrix)[8:].square().sum().sqrt()
+        assert torch.linalg.norm(matrix - layer.scaling["default"] * b @ a) <= 1.002 * best
+        assert torch.linalg.norm(update(layer)) < 1e-5 * torch.linalg.norm(matrix)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_only_the_first_half_of_an_anchored_adapter_learns(tmp_path: Path, rslora: bool) -> None:
-    """Weight decay, which needs no gradient, leaves the second half alone as well."""
+def test_frozen_half_is_not_trained(tmp_path: Path, rslora: bool) -> None:
+    """Nor changed by weight decay, which needs no gradient."""
     start = initialisation.ordinary_state(load(tmp_path, init="pissa", rslora=rslora))
-    ordinary = load(tmp_path)
-    wanted = settings(
+    params = settings(
         lora__init="pissa", lora__rslora=rslora, train__weight_decay=0.1, train__epochs=1
     )
     data = tiny.prepared(tmp_path / "prepared")
-    outcome = train_on(wanted, data, tmp_path / "nf4", tmp_path / "adapter")
-    assert outcome.metrics["trainable_parameters"] == sum(
-        p.numel() for p in ordinary.parameters() if p.requires_grad
-    )
-    config = files.read_json(tmp_path / "adapter" / "adapter_config.json")
-    assert config["r"] == 8
+    outcome = train_on(params, data, tmp_path / "nf4", tmp_path / "adapter")
+    ordinary = load(tmp_path, rslora=rslora)
+    trainable = sum(p.numel() for p in ordinary.parameters() if p.requires_grad)
+    assert outcome.metrics["trainable_parameters"] == trainable
+    assert files.read_json(tmp_path / "adapter" / "adapter_config.json")["r"] == 8
     loaded = models.load_adapted(tmp_path / "adapter", tmp_path / "nf4", CPU)
-    assert layers(loaded)[0].scaling == pytest.approx(
-        layers(load(tmp_path, rslora=rslora))[0].scaling
-    )
+    scales = [next(iter(layers(m).values())).scaling["default"] for m in (loaded, ordinary)]
+    assert scales[0] == pytest.approx(scales[1])
     for name, now in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
         dim = 0 if "lora_A" in name else 1
-        parts = zip(
-            now.chunk(2, dim), start[name[:-7] + ".default.weight"].chunk(2, dim), strict=True
-        )
-        learnt, held = (torch.equal(*pair) for pair in parts)
-        assert (learnt, held) == (False, True), name
+        before = start[name.removesuffix(".weight") + ".default.weight"]
+        same = [
+            torch.equal(*halves)
+            for halves in zip(now.chunk(2, dim), before.chunk(2, dim), strict=True)
+        ]
+        assert same == [False, True], name
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
-def test_a_start_is_found_again_to_the_bit(tmp_path: Path, init: str) -> None:
-    """A checkpoint holds what learns; what is held still comes from a model made anew."""
+def test_initialisation_is_reproduced_to_the_bit(tmp_path: Path, init: str) -> None:
+    """A checkpoint holds what is trained; frozen halves come from a model loaded anew."""
     first, second = (initialisation.ordinary_state(load(tmp_path, init=init)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first if "lora_" in name)
 
 
 @pytest.mark.parametrize("precision", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("lora", [{"alpha": 16}, {"alpha": 8, "rslora": True}])
-def test_loftq_starts_closer_to_the_original_than_the_quantized_base(
+def test_loftq_starts_closer_to_the_original(
     tmp_path: Path, precision: str, lora: dict[str, Any]
 ) -> None:
     model = load(tmp_path, precision, r=8, init="loftq", **lora)
     original = models.load_model(tmp_path / "base", CPU, torch.float32)
     dequantized = models.load_dequantized(tmp_path / precision, CPU)
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            path = name.removeprefix("base_model.model.")
-            wanted = original.get_submodule(path).weight
-            found = dequantized.get_submodule(path).weight
-            with_adapter = torch.linalg.norm(found + update(layer) - wanted)
-            assert with_adapter < 0.95 * torch.linalg.norm(found - wanted), name
+    for name, layer in layers(model).items():
+        lost = original.get_submodule(name).weight - dequantized.get_submodule(name).weight
+        assert torch.linalg.norm(lost - update(layer)) < 0.95 * torch.linalg.norm(lost), name
 
-    wanted = logits(original, torch.float32).log_softmax(-1)
+    expected = logits(original, torch.float32).log_softmax(-1)
     divergences = [
         torch.nn.functional.kl_div(
-            found.log_softmax(-1), wanted, log_target=True, reduction="batchmean"
+            result.log_softmax(-1), expected, log_target=True, reduction="batchmean"
         )
-        for found in (exactly(tmp_path, model, precision), logits(dequantized, torch.float32))
+        for result in (exactly(tmp_path, model, precision), logits(dequantized, torch.float32))
     ]
     assert divergences[0] < 0.9 * divergences[1]
 
