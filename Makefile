@@ -33,8 +33,19 @@ $(VENV)/.ready: requirements.lock
 	@$(call install,$(VENV)/bin/python,--requirement requirements.lock,$(VENV))
 	@touch $@
 
+# One line a stage instead of DVC's four, and none of its advice on what to type.
+define PROGRESS
+/^Running stage / { printf "[%d/%d] %s\n", ++n, of, $$2; fflush(); next }
+/^Stage .* skipping$$/ { printf "[%d/%d] %s: unchanged\n", ++n, of, $$2; next }
+/^Stage .* is cached/ { printf "[%d/%d] %s: restored from the run cache\n", ++n, of, $$2; next }
+/^(> python|Updating lock file|To track|To enable|\tgit add|\tdvc config|Use `dvc push`|$$)/ { next }
+{ print; fflush() }
+endef
+export PROGRESS
+
 repro: $(VENV)/.ready  ## run the pipeline: 6 minutes on two cores for the embedded default, 13 to 22 without bf16
-	@$(ENV) dvc repro
+	@set -o pipefail; stages=$$($(ENV) dvc stage list --name-only | wc -l); \
+	  $(ENV) dvc repro | awk -F "'" -v of="$$stages" "$$PROGRESS"
 	@echo; echo "Next: . $(VENV)/bin/activate"
 	@echo "      xdg-open reports/report.html"
 	@echo "      dvc exp run -S lora.r=8        # one change; what does not depend on it is not run again"
