@@ -23,13 +23,11 @@ from stages.shared.architecture import KNOWN_BLOCKS
 from stages.shared.bnb import Linear8bitLt
 from stages.shared.examples import Example
 from stages.shared.memory import Optimizer, Precision
-from stages.shared.step import adapter
+from stages.shared.step import adapter, gradient
 from stages.shared.step.config import Lora, Train
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.optim import make_optimizer
 from stages.train.computing import Computing
-from stages.train.gradient import accumulate
-from stages.train.processes import Processes
 
 MAX_GRAD_NORM = 0.3
 
@@ -170,7 +168,14 @@ def step(
     begins.
     """
     for examples in micro_batches:
-        accumulate(model, examples, computing, Processes(), torch.amp.GradScaler(enabled=False))
+        gradient.accumulate(
+            model,
+            [examples],
+            sum(e.supervised_tokens for e in examples),
+            dtype=computing.dtype,
+            fused=computing.fused,
+            scaler=torch.amp.GradScaler(enabled=False),
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
     adamw.step()

@@ -99,7 +99,9 @@ def split(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
     return bins
 
 
-def divide(examples: Sequence[Example], max_tokens: int, workers: int) -> list[list[list[Example]]]:
+def divide(
+    examples: Sequence[Example], max_tokens: int, workers: int, uneven: float = UNEVEN
+) -> list[list[list[Example]]]:
     """The micro-batches of each that work side by side, with about as many tokens for each.
 
     Where these differ too much fewer work, with more cores for each: one that is done early waits
@@ -110,10 +112,11 @@ def divide(examples: Sequence[Example], max_tokens: int, workers: int) -> list[l
         examples: the conversations of a step.
         max_tokens: in a micro-batch, as of `split`.
         workers: the most that work side by side.
+        uneven: the most tokens of one, as a multiple of what all would have if divided evenly.
     """
     for sharing in range(workers, 1, -1):
         parts = _even_parts(examples, sharing)
-        if max(map(input_tokens, parts)) * sharing <= UNEVEN * input_tokens(examples):
+        if max(map(input_tokens, parts)) * sharing <= uneven * input_tokens(examples):
             return [split(part, max_tokens) for part in parts]
     share = math.ceil(UNEVEN * input_tokens(examples) / workers)
     return [split(examples, min(max_tokens, share))]

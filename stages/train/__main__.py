@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stages.shared.core import files, params, progress
 from stages.shared.core.errors import run
+from stages.shared.core.machine import device, machine, root
 from stages.train.settings import Params
 
 INPUTS = {
@@ -30,15 +31,20 @@ def main() -> None:
     settings = params.load(Params, "train")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
     with progress.quick_imports():
-        from stages.train.training import resumable, train  # noqa: PLC0415
+        from stages.train.checkpoints import claim  # noqa: PLC0415
+        from stages.train.fingerprint import fingerprint  # noqa: PLC0415
+        from stages.train.recipe import train  # noqa: PLC0415
 
-    with resumable(settings, INPUTS) as checkpoints:
-        outcome = train(settings, INPUTS, checkpoints)
+    loftq = settings.train.method == "lora" and settings.lora.init == "loftq"
+    read = [path for role, path in INPUTS.items() if role != "original" or loftq]
+    name = fingerprint(settings, device().type, read)
+    with claim(root(), name, machine().keep_checkpoints) as checkpoints:
+        result = train(settings, INPUTS, checkpoints)
         with files.whole_folder(ADAPTER) as partial:
             files.link_folder(checkpoints.best, partial)
-        outcome.curve.write(CURVE)
-        files.write_json(METRICS, outcome.metrics)
-        files.write_json(ENVIRONMENT, outcome.environment)
+        result.history.write(CURVE)
+        files.write_json(METRICS, result.metrics)
+        files.write_json(ENVIRONMENT, result.environment)
         checkpoints.clear()
 
 

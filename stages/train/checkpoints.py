@@ -116,7 +116,8 @@ class Checkpoints:
         with files.whole_folder(target) as partial:
             with (partial / STATE).open("wb") as file:  # a path's own faults have no errno
                 torch.save(state, file)
-            files.link_folder(self.best, partial / BEST)
+            if self.best.exists():  # else nothing has been evaluated yet
+                files.link_folder(self.best, partial / BEST)
             contents = {p.relative_to(partial).as_posix(): p for p in _files(partial)}
             for path in contents.values():
                 _flush(path)
@@ -141,8 +142,10 @@ class Checkpoints:
         for folder in reversed(self._written()):
             fault = _fault(folder)
             if fault is None:
-                with files.whole_folder(self.best) as partial:
-                    files.link_folder(folder / BEST, partial)
+                shutil.rmtree(self.best, ignore_errors=True)
+                if (folder / BEST).exists():
+                    with files.whole_folder(self.best) as partial:
+                        files.link_folder(folder / BEST, partial)
                 return Checkpoint(folder)
             print(f"warning: {folder}: {fault}; passed over", file=sys.stderr)
             shutil.rmtree(folder)

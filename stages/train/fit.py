@@ -13,8 +13,8 @@ from stages.shared.step import adapter_sizes as adapter
 from stages.shared.tuning import Device, Tuning
 from stages.shared.workload import Workload
 from stages.shared.workspace import micro_batch_of
+from stages.train.schedule import Schedule
 from stages.train.settings import Params
-from stages.train.steps import Steps
 
 # More steps than this are stood for by one of the longest conversations.
 STEPS_LOOKED_AT = 10_000
@@ -113,7 +113,7 @@ def fit(
 
 
 def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:
-    steps = Steps.of(settings.train, len(train))
+    steps = Schedule.of(settings.train, len(train))
     if steps.total <= STEPS_LOOKED_AT:
-        return [[train[row] for row in steps.drawn(step)] for step in range(steps.total)]
+        return [[train[row] for row in steps.rows(step)] for step in range(steps.total)]
     return [sorted(train, key=len)[-steps.batch_size :]]

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
+HEARD = (signal.SIGTERM, signal.SIGINT)
 
-class Interrupted(Exception):  # noqa: N818  (it is asked for, and no error)
+
+class Interrupted(BaseException):
     """Raised out of a computation that can be repeated."""
 
 
@@ -21,9 +23,8 @@ class Interruption:
     _repeatable = False
 
     def __enter__(self) -> Self:
-        self._before = {
-            number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._before = {number: signal.signal(number, self._hear) for number in HEARD}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # see distributed.launch
         return self
 
     def __exit__(
@@ -36,11 +37,12 @@ class Interruption:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.heard is not None and number == signal.SIGINT:
+        if self.heard is None:
+            self.heard = signal.Signals(number)
+            if self._repeatable:
+                raise Interrupted
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.heard = self.heard or signal.Signals(number)
-        if self._repeatable:
-            raise Interrupted
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

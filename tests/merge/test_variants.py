@@ -83,7 +83,7 @@ def trained(folder: Path, variant: Variant) -> dict[str, Any]:
     data, quantized = tiny.prepared(folder / "prepared"), base(folder, variant)
     wanted = settings(train__epochs=1, **lora)
     outcome = train_on(wanted, data, quantized, folder / "adapter", folder / "base")
-    assert outcome.metrics["eval_loss"] < outcome.curve.rows[0]["eval_loss"] - 0.2
+    assert outcome.metrics["eval_loss"] < outcome.history.rows[0]["eval_loss"] - 0.2
     return outcome.metrics
 
 

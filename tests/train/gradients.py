@@ -7,11 +7,10 @@ import torch
 from peft import PeftModel
 
 from stages.shared.examples import Example, read_examples
-from stages.shared.step import adapter
+from stages.shared.step import adapter, gradient
 from stages.shared.step.fused.patch import fuse
-from stages.train import gradient, training
-from stages.train.computing import Computing
-from stages.train.processes import Processes
+from stages.train import distributed
+from stages.train.distributed import Group
 from tests.train.running import settings
 
 CPU = torch.device("cpu")
@@ -37,7 +36,7 @@ def chosen(data: Path, rows: list[int]) -> list[Example]:
 
 
 def of_step(
-    among: Processes,
+    among: Group,
     where: torch.device,
     model_folder: Path,
     data: Path,
@@ -53,26 +52,39 @@ def of_step(
     model = learning_model(model_folder, checkpointing)
     if attention:
         model.set_attn_implementation(attention)
-    how = Computing(
-        where,
-        torch.float32,
-        micro_batch_tokens,
-        checkpointing,
-        among.size,
-        unfused_because=None if path == "fused" else path,
-        workers=workers,
-    )
-    if how.fused:
+    if path == "fused":
         fuse(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    with training.helpers_of(model, how) as helpers:
+    examples = chosen(data, rows)
+    supervised = sum(example.supervised_tokens for example in examples)
+
+    def accumulate(group: Group) -> float:
+        parts = group.divide(examples, micro_batch_tokens)
+        own = parts[group.rank] if group.rank < len(parts) else []
+        model.zero_grad()
+        loss = gradient.accumulate(
+            model,
+            own,
+            supervised,
+            dtype=torch.float32,
+            fused=path == "fused",
+            scaler=scaler,
+            all_reduce=group.all_reduce,
+        )
+        return loss.item()
+
+    def work(group: Group) -> None:
         for _ in range(steps):
-            model.zero_grad()
-            loss, _ = gradient.accumulate(model, chosen(data, rows), how, among, scaler, helpers)
+            accumulate(group)
+
+    learning = [p for p in model.parameters() if p.requires_grad]
+    with distributed.forked(workers, learning, work) as forks:
+        for _ in range(steps):
+            loss = accumulate(forks if workers > 1 else among)
     return loss, gradients(model)
 
 
-def of_steps(among: Processes, where: torch.device, *each: tuple) -> list[tuple[float, Gradients]]:
+def of_steps(among: Group, where: torch.device, *each: tuple) -> list[tuple[float, Gradients]]:
     """Several in one start of the processes, which costs more than all of them."""
     return [of_step(among, where, *arguments) for arguments in each]
 

@@ -7,8 +7,8 @@ import yaml
 
 from stages.shared.core import files
 from stages.train.checkpoints import claim
+from stages.train.recipe import TrainResult, train
 from stages.train.settings import Params
-from stages.train.training import Outcome, train
 from tests import tiny
 
 DEFAULTS = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
@@ -27,7 +27,7 @@ def settings(**changes: Any) -> Params:
 
 def train_on(
     wanted: Params, data: Path, model: Path, keep: Path, original: Path | None = None
-) -> Outcome:
+) -> TrainResult:
     """Train, and leave the result in `keep`; resume state lies beside it, and goes."""
     inputs = {"train": data / "train.parquet", "eval": data / "eval.parquet", "model": model}
     inputs |= {"original": original} if original else {}
@@ -43,4 +43,4 @@ def run(folder: Path, data: Path, precision: str, **changes: Any) -> tuple[dict,
     base = tiny.quantize(folder / "quantized", precision)
     keep = folder / "adapter"
     outcome = train_on(settings(**changes), data, base, keep)
-    return outcome.metrics, outcome.curve, keep
+    return outcome.metrics, outcome.history, keep

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from stages.train import processes
-from stages.train.processes import Processes
+from stages.train import distributed
+from stages.train.distributed import Group
 from tests import tiny
 from tests.train.gradients import (
     CPU,
@@ -74,7 +74,7 @@ def test_a_step_has_one_gradient(
     path: str,
 ) -> None:
     model, data = folders
-    _, found = of_step(Processes(), CPU, model, data, rows, tokens, checkpointing, attention, path)
+    _, found = of_step(Group(), CPU, model, data, rows, tokens, checkpointing, attention, path)
     assert difference(found, by_the_book(folders, rows)) < 1e-5
 
 
@@ -85,10 +85,10 @@ def test_two_processes_have_the_same_gradient(folders: tuple[Path, Path]) -> Non
         for rows in (WHOLE, SHORT, ONE)
         for tokens, checkpointing in ((4096, False), (1, True))
     ]
-    shared = processes.run(2, CPU, of_steps, *each)
+    shared = distributed.launch(2, CPU, of_steps, *each)
     for (_, _, rows, *how), (loss, found) in zip(each, shared, strict=True):
         assert difference(found, by_the_book(folders, rows)) < 1e-5, (rows, how)
-        alone, _ = of_step(Processes(), CPU, *folders, rows, 1, False)
+        alone, _ = of_step(Group(), CPU, *folders, rows, 1, False)
         assert loss == pytest.approx(alone, rel=1e-6)
 
 
@@ -100,10 +100,10 @@ def test_helpers_have_the_same_gradient(
 ) -> None:
     """In a second step, too: what they found in the first is not in it."""
     loss, found = of_step(
-        Processes(), CPU, *folders, rows, 70, False, path=path, workers=workers, steps=2
+        Group(), CPU, *folders, rows, 70, False, path=path, workers=workers, steps=2
     )
     assert difference(found, by_the_book(folders, rows)) < 1e-5
-    alone, _ = of_step(Processes(), CPU, *folders, rows, 70, False, path=path)
+    alone, _ = of_step(Group(), CPU, *folders, rows, 70, False, path=path)
     assert loss == pytest.approx(alone, rel=1e-6)
 
 

@@ -14,7 +14,7 @@ from stages.shared.core.errors import UserError
 from stages.shared.precision import autocast
 from stages.shared.step import adapter, masters
 from stages.train.checkpoints import claim
-from stages.train.training import train
+from stages.train.recipe import train
 from tests import tiny
 from tests.train.adapters import CPU, IDS, biased, load, logits
 from tests.train.running import settings

@@ -64,7 +64,11 @@ def main():
     raise UserError("\u65e5\u672c.jsonl: not there")
 run(main)
 """
-    environments = ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {})
+    environments: tuple[dict[str, str], ...] = (
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0"},
+        {},
+    )
     for environment in environments:
         done = space.run(sys.executable, "-c", script, env=environment)
         assert done.returncode == 1

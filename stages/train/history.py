@@ -1,17 +1,20 @@
-"""The loss against the optimizer step, and which evaluation was the best."""
+"""Loss by optimizer step, the best evaluation, and counts of tokens."""
 
 import csv
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
+from stages.shared import packing
 from stages.shared.core import files
+from stages.shared.examples import Example
 
 COLUMNS = ("step", "epoch", "learning_rate", "loss", "eval_loss", "gradient_norm")
 
 
 @dataclass
-class Curve:
-    """What was measured, a row an optimizer step; step 0 is the evaluation before training.
+class History:
+    """Losses by optimizer step; step 0 is the evaluation before training.
 
     Attributes:
         rows: by step, a value a column of `COLUMNS`; losses in nats a supervised token.
@@ -57,3 +60,40 @@ class Curve:
                     for k, v in self.rows[step].items()
                 }
                 writer.writerow(row)
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of some steps, over all processes.
+
+    Attributes:
+        tokens: of the conversations.
+        input_tokens: of them, those up to the last that predicts a supervised token.
+        supervised_tokens: that are predicted.
+        computed_tokens: positions that went through the model, padding included if there were any.
+        capacity_tokens: that the micro-batches could have held.
+    """
+
+    tokens: int = 0
+    input_tokens: int = 0
+    supervised_tokens: int = 0
+    computed_tokens: int = 0
+    capacity_tokens: int = 0
+
+    @classmethod
+    def of(
+        cls, examples: Sequence[Example], micro_batches: Sequence[Sequence[Example]], limit: int
+    ) -> "TokenCounts":
+        """Counts of one step, in micro-batches of at most `limit` tokens."""
+        computed = list(map(packing.input_tokens, micro_batches))
+        return cls(
+            tokens=sum(map(len, examples)),
+            input_tokens=packing.input_tokens(examples),
+            supervised_tokens=sum(e.supervised_tokens for e in examples),
+            computed_tokens=sum(computed),
+            capacity_tokens=sum(max(limit, tokens) for tokens in computed),
+        )
+
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return TokenCounts(*(one + another for one, another in pairs))

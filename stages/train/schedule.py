@@ -15,7 +15,7 @@ from stages.shared.step.config import Train
 
 
 @dataclass(frozen=True)
-class Steps:
+class Schedule:
     """The optimizer steps of a training, counted from 0.
 
     Attributes:
@@ -23,17 +23,17 @@ class Steps:
         batch_size: conversations a step; the last step of an epoch has what is left.
         epochs: passes over the split, each in an order of its own.
         max_steps: the most steps; None for as many as the epochs have.
-        seed: of the order, and of all that is random in a step.
+        random_seed: of the order, and of all that is random in a step.
     """
 
     conversations: int
     batch_size: int
     epochs: int
     max_steps: int | None
-    seed: int
+    random_seed: int
 
     @classmethod
-    def of(cls, train: Train, conversations: int) -> "Steps":
+    def of(cls, train: Train, conversations: int) -> "Schedule":
         """The steps that the parameters ask for."""
         return cls(conversations, train.batch_size, train.epochs, train.max_steps, train.seed)
 
@@ -48,11 +48,11 @@ class Steps:
         steps = self.epochs * self.per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
-    def drawn(self, step: int) -> list[int]:
+    def rows(self, step: int) -> list[int]:
         """The rows of the training split that step `step` learns from."""
         epoch, within = divmod(step, self.per_epoch)
         start = within * self.batch_size
-        return _order(self.conversations, self.seed, epoch)[
+        return _order(self.conversations, self.random_seed, epoch)[
             start : start + self.batch_size
         ].tolist()
 
@@ -60,13 +60,13 @@ class Steps:
         """How many epochs have passed after `done` steps."""
         return done / self.per_epoch
 
-    def set_random_state(self, step: int, rank: int) -> None:
+    def seed(self, step: int, rank: int) -> None:
         """Seed torch for one step of one process (dropout is all that draws).
 
         A random state that is a function of the step need not be kept: a resumed training drops
         what the uninterrupted one drops, whatever was drawn before.
         """
-        drawn = np.random.SeedSequence([self.seed, step, rank]).generate_state(1, np.uint64)
+        drawn = np.random.SeedSequence([self.random_seed, step, rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(drawn[0]))
 
 

@@ -1,0 +1,413 @@
+"""QLoRA as it is done here, top to bottom: set up, loop, step, evaluate, checkpoint, save.
+
+A frozen base model in 4 bits, an adapter (LoRA) in fp32 beside its linear layers, AdamW on the
+adapter alone. A step takes `train.batch_size` conversations, packed end to end into micro-batches.
+Its loss is the mean over the supervised tokens of all of them, whichever micro-batch or process
+computed it. Held-out conversations are scored before the first step and when an evaluation is due;
+the weights of the best evaluation are kept. Everything random is a function of the seed and the
+step, so that a training resumed from a checkpoint ends with the same bytes.
+
+Source: Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from stages.shared import heap, scoring
+from stages.shared.core import files, progress
+from stages.shared.core.errors import Stopped, UserError
+from stages.shared.core.machine import machine
+from stages.shared.examples import Example, read_examples
+from stages.shared.step import adapter, gradient, optim
+from stages.shared.step.config import Train
+from stages.shared.step.fused import liger
+from stages.shared.step.fused.patch import fuse
+from stages.train import computing, distributed
+from stages.train.checkpoints import Checkpoint, Checkpoints
+from stages.train.computing import Computing
+from stages.train.distributed import Group
+from stages.train.environment import environment
+from stages.train.history import History, TokenCounts
+from stages.train.interruption import Interrupted, Interruption
+from stages.train.schedule import Schedule
+from stages.train.settings import Params
+
+# Paths by role: `train` and `eval` conversations; `model`, the (quantized) weights; `original`,
+# those before quantization, for `lora.init` loftq.
+Inputs = Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The conversations of the training split, and those held out."""
+
+    train: list[Example]
+    held_out: list[Example]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`reports/train.json`, `reports/train/loss.csv` and `reports/environment.json`."""
+
+    metrics: dict[str, Any]
+    history: History
+    environment: dict[str, Any]
+
+
+def train(settings: Params, inputs: Inputs, checkpoints: Checkpoints) -> TrainResult:
+    """Train to the end, from the newest checkpoint if there is one; keep `checkpoints.best`.
+
+    Raises:
+        Stopped: by a signal; a checkpoint holds all that was done.
+        UserError: a parameter does not fit the model or the machine, or training diverged.
+    """
+    data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
+    checkpoint = checkpoints.latest()
+    before = checkpoint.manifest["computing"] if checkpoint else None
+    plan = computing.resolve(settings, inputs["model"], data.train, data.held_out, before)
+    if checkpoint is not None:
+        print(f"going on from {checkpoint.folder}", file=sys.stderr)
+    arguments = (settings, inputs, data, plan, checkpoints, checkpoint)
+    return distributed.launch(plan.processes, plan.device, _train_on, *arguments)
+
+
+def _train_on(
+    group: Group,
+    device: torch.device,
+    settings: Params,
+    inputs: Inputs,
+    data: Data,
+    plan: Computing,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None,
+) -> TrainResult:
+    """The training as one device runs it; `group` has all of them."""
+    with Interruption() as stop:
+        try:
+            with stop.at_once():
+                plan = replace(plan, device=device)
+                model = load_model(settings, inputs, device)
+                recipe = Recipe(model, data, settings.train, plan, checkpoints, group)
+                if checkpoint is not None:
+                    recipe.load_state(checkpoint.state())
+                elif group.is_main:
+                    recipe.require_disk_space()
+        except Interrupted:
+            raise _stopped(stop, "while it was set up; `dvc repro` begins where it began") from None
+        with distributed.forked(plan.workers, recipe.trainable, recipe.work) as workers:
+            recipe.run(stop, workers)
+            return TrainResult(recipe.metrics(), recipe.history, environment(device))
+
+
+def load_model(
+    settings: Params, inputs: Inputs, device: torch.device
+) -> PreTrainedModel | PeftModel:
+    """The frozen, quantized base with a fresh adapter; in full fine-tuning, fp32 masters."""
+    torch.manual_seed(settings.train.seed)  # before the adapter's random matrices are drawn
+    if settings.train.method == "full":
+        return adapter.load_for_full(inputs["model"], device)
+    return adapter.load_for_lora(inputs["model"], settings.lora, device, inputs.get("original"))
+
+
+class Recipe:
+    """A training, wherever it stands: the model, its optimizer, and what has been measured.
+
+    Where it stands is `step` and `history`, so that the loop may be entered anywhere: a training
+    resumed from a checkpoint is the same loop, begun later.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        data: Data,
+        params: Train,
+        plan: Computing,
+        checkpoints: Checkpoints,
+        group: Group,
+    ) -> None:
+        """Set up what is beside the weights: fused modules, optimizer, schedule."""
+        self.model, self.data, self.params, self.plan = model, data, params, plan
+        self.checkpoints, self.group, self.workers = checkpoints, group, Group()
+        if plan.fused:
+            fuse(model)
+        if plan.gradient_checkpointing:
+            model.config.use_cache = False
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+
+        self.schedule = Schedule.of(params, len(data.train))
+        self.optimizer = optim.make_optimizer(model, params, plan.device)
+        self.scheduler = optim.make_scheduler(self.optimizer, self.params, self.schedule.total)
+        # fp16 has too few exponents for small gradients: on a GPU the loss is scaled up.
+        fp16 = plan.device.type == "cuda" and plan.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(plan.device.type, enabled=fp16)
+
+        self.step = 0  # optimizer steps that are done
+        self.history = History()
+        self.counts = TokenCounts()
+        self.seconds = 0.0  # in steps; evaluations and checkpoints are left out
+        self.resumed_from: int | None = None
+        self.checkpointed: int | None = None
+
+    # ------------------------------------------------------------------------------------- loop
+
+    def run(self, stop: Interruption, workers: Group) -> None:
+        """Train to the end, or to a signal.
+
+        Args:
+            stop: heard between two pieces of work; by a process alone, at once.
+            workers: the processes of a CPU that share each step.
+
+        Raises:
+            Stopped: by a signal; a checkpoint holds all that was done.
+            UserError: a loss or a gradient is not finite; earlier checkpoints stay.
+        """
+        self.workers = workers
+        total = self.schedule.total
+        with progress.bar(total=total, desc="train", unit="step", initial=self.step) as bar:
+            while True:
+                try:
+                    if self._evaluation_is_due():
+                        self.evaluate(stop)
+                        self._write_history()
+                    if self.group.any(stop.heard is not None, self.plan.device):
+                        break
+                    if self._checkpoint_is_due():
+                        self.checkpoint()
+                    if self._is_finished():
+                        return
+                    loss = self.take_step(stop)
+                    self._write_history()
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    bar.update()
+                except Interrupted:
+                    break
+        if not self.history.rows:
+            raise _stopped(stop, "in its first evaluation; `dvc repro` starts it again")
+        self.checkpoint()
+        raise _stopped(
+            stop,
+            f"after step {self.step} of {total}; {self.checkpoints.folder} holds all of them; "
+            "`dvc repro` goes on from there",
+        )
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.params.eval_steps or self.schedule.per_epoch
+        due = self.step % every == 0 or self.step == self.schedule.total
+        return due and not self.history.evaluated(self.step)
+
+    def _checkpoint_is_due(self) -> bool:
+        return self._is_finished() or self.step % machine().checkpoint_steps == 0 < self.step
+
+    def _is_finished(self) -> bool:
+        out_of_patience = self.history.evaluations_since_best >= self.params.patience
+        return self.step == self.schedule.total or out_of_patience
+
+    # ------------------------------------------------------------------------------------- step
+
+    def take_step(self, stop: Interruption) -> float:
+        """Gradient, clipping, optimizer, schedule; returns the loss, nats a supervised token."""
+        started = time.perf_counter()
+        self.workers.wait()  # they see the weights of the step before
+        with self._repeatable(stop):
+            sharing = self.workers if self.workers.size > 1 else self.group
+            loss, counts = self.backward(self.step, sharing)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.params.max_grad_norm).item()
+        rate = self.optimizer.param_groups[0]["lr"]
+        self._refuse_nonfinite(loss, norm, rate)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)  # an evaluation needs the room
+
+        self.step += 1
+        self.history.record(
+            self.step,
+            epoch=self.schedule.epochs_after(self.step),
+            learning_rate=rate,
+            loss=loss,
+            gradient_norm=norm,
+        )
+        self.counts += counts
+        self.seconds += time.perf_counter() - started
+        return loss
+
+    def backward(self, step: int, group: Group) -> tuple[float, TokenCounts]:
+        """Gradient of a step's mean loss, summed over the group, in the parameters' `grad`."""
+        self._trim_heap(group)
+        self.model.train()
+        self.schedule.seed(step, group.rank)
+        examples = [self.data.train[row] for row in self.schedule.rows(step)]
+        limit = self.plan.micro_batch_tokens
+        parts = group.divide(examples, limit)
+        counts = TokenCounts.of(examples, list(chain(*parts)), limit)
+        with group.cores(len(parts)):
+            loss = gradient.accumulate(
+                self.model,
+                parts[group.rank] if group.rank < len(parts) else [],
+                counts.supervised_tokens,
+                dtype=self.plan.dtype,
+                fused=self.plan.fused,
+                scaler=self.scaler,
+                all_reduce=group.all_reduce,
+            )
+        return loss.item(), counts
+
+    def work(self, group: Group) -> None:
+        """A forked CPU worker's part of each step that is to come."""
+        for step in range(self.step, self.schedule.total):
+            group.wait()
+            self.backward(step, group)
+            self.model.zero_grad(set_to_none=True)
+
+    def _trim_heap(self, group: Group) -> None:
+        """On a CPU, keep what the process holds near what its tensors need."""
+        if self.plan.device.type == "cpu" and self.plan.predicted_bytes:
+            heap.trim_above(group.own_bytes(self.plan.predicted_bytes))
+
+    def _refuse_nonfinite(self, loss: float, norm: float, rate: float) -> None:
+        """Before the optimizer has touched a weight."""
+        overflow_is_expected = self.scaler.is_enabled()  # the scaler skips such a step
+        if math.isfinite(loss) and (math.isfinite(norm) or overflow_is_expected):
+            return
+        name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
+        rows = ", ".join(map(str, self.schedule.rows(self.step)))
+        raise UserError(
+            f"training stopped at step {self.step + 1}: the {name} is {value}, expected a finite "
+            f"number; learning rate {rate:.3g}, rows {rows} of data/prepared/train.parquet. "
+            "Lower train.learning_rate, or look at these rows."
+        )
+
+    # --------------------------------------------------------------------------------- evaluate
+
+    def evaluate(self, stop: Interruption) -> None:
+        """Score with the evaluator's scorer; keep the weights if they are the best so far."""
+        plan = self.plan
+        with adapter.as_saved(self.model, plan.kept, plan.dtype):
+            with self._repeatable(stop):
+                sums, tokens = scoring.score(
+                    self.model,
+                    self.data.held_out,
+                    plan.device,
+                    plan.dtype,
+                    "held-out loss",
+                    slice(self.group.rank, None, self.group.size),
+                )
+            scored = torch.from_numpy(sums).to(plan.device)
+            self.group.all_reduce([scored])
+        loss = scoring.mean_loss(scored.cpu().numpy(), tokens)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"training stopped after step {self.step}: the held-out loss is {loss}, expected a "
+                "finite number. Lower train.learning_rate, or at step 0 look at the base model."
+            )
+        if loss < self.history.best_loss and self.group.is_main:
+            with files.whole_folder(self.checkpoints.best) as partial:
+                adapter.save(self.model, partial, plan.kept)
+        self.history.record_evaluation(self.step, self.schedule.epochs_after(self.step), loss)
+
+    def _repeatable(self, stop: Interruption) -> AbstractContextManager[None]:
+        """Work that changes nothing that is kept; several devices wait for the others' part."""
+        return stop.at_once() if self.group.size == 1 else nullcontext()
+
+    # ------------------------------------------------------------------------------- checkpoint
+
+    def checkpoint(self) -> None:
+        """Write what is needed to go on, unless this very step has been written."""
+        if self.checkpointed != self.step and self.group.is_main:
+            self.checkpoints.write(self.step, self._state(), self.plan.noted)
+        self.checkpointed = self.step
+
+    def _state(self) -> dict[str, Any]:
+        named = self.model.named_parameters()
+        return {
+            "step": self.step,
+            "weights": {name: p.detach() for name, p in named if p.requires_grad},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": asdict(self.history),
+            "counts": asdict(self.counts),
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Stand where a checkpoint was written."""
+        weights = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                weights[name].copy_(weight)
+        optim.restore(self.optimizer, state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = self.resumed_from = self.checkpointed = state["step"]
+        self.history = History(**state["history"])
+        self.counts = TokenCounts(**state["counts"])
+        self.seconds = state["seconds"]
+
+    def require_disk_space(self) -> None:
+        """Refuse before the first step where the checkpoints would not fit."""
+        numbers = sum(p.numel() for p in self.trainable)
+        self.checkpoints.require_space(numbers, optim.STATE_BYTES[self.params.optimizer])
+
+    def _write_history(self) -> None:
+        """The curve so far, for whoever watches; the report's is written from it at the end."""
+        if self.group.is_main:
+            self.history.write(self.checkpoints.folder / "loss.csv")
+
+    # ------------------------------------------------------------------------------------- save
+
+    def metrics(self) -> dict[str, Any]:
+        """`reports/train.json`."""
+        history, plan, counts = self.history, self.plan, self.counts
+        loss = history.train_loss(history.best_step, self.schedule.per_epoch)
+        path = f"stock: {plan.unfused_because}"
+        if plan.fused:
+            path = "fused, liger-kernel" if liger.covers(plan.device) else "fused"
+        return {
+            "trainable_parameters": sum(p.numel() for p in self.trainable),
+            "steps": self.step,
+            "loss": loss,
+            "eval_loss": history.best_loss,
+            "generalization_gap": None if loss is None else history.best_loss - loss,
+            "best_step": history.best_step,
+            "best_epoch": history.rows[history.best_step]["epoch"],
+            "stopped_early": self.step < self.schedule.total,
+            "peak_memory_bytes": self.peak_memory_bytes(),
+            "predicted_memory_bytes": plan.predicted_bytes,
+            "tokens_per_second": round(counts.tokens / self.seconds, 1),
+            "supervised_tokens_per_second": round(counts.supervised_tokens / self.seconds, 1),
+            "padding_fraction": 1 - counts.input_tokens / counts.computed_tokens,
+            "packing_efficiency": round(counts.input_tokens / counts.capacity_tokens, 4),
+            "device": plan.device.type,
+            "devices": plan.processes,
+            "workers": plan.workers,
+            "optimizer": type(self.optimizer).__name__,
+            "micro_batch_tokens": plan.micro_batch_tokens,
+            "gradient_checkpointing": plan.gradient_checkpointing,
+            "path": path,
+            "checkpoint_bytes": self.checkpoints.newest_bytes(),
+            "resumed_from_step": self.resumed_from,
+        }
+
+    def peak_memory_bytes(self) -> int:
+        """The most that was held, by forked workers too."""
+        return computing.peak_memory_bytes(self.plan.device) + self.workers.workers_peak_bytes()
+
+
+def _stopped(stop: Interruption, when: str) -> Stopped:
+    heard = stop.heard or signal.SIGTERM  # another process's, whose kind is not known
+    return Stopped(f"training was ended by {heard.name} {when}", heard)
