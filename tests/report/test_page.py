@@ -1,8 +1,9 @@
-"""The page and the card, from made-up outputs of the other stages."""
+"""The page and the model card, from made-up outputs of the other stages."""
 
 import re
 import subprocess
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,26 @@ import yaml
 from stages.report import charts, formatting, page, provenance, sources
 from stages.shared.core.errors import UserError
 from tests.report import sources as made
-from tests.report.elements import Elements
 
 ATTACK = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+LOADING = ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text between them on one line."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._parts: list[str] = []
+        self.feed(html)
+        self.text = " ".join(" ".join(self._parts).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self._parts.append(data)
 
 
 def source_of(root: Path, **changes: Any) -> sources.Sources:
@@ -32,64 +50,48 @@ def parsed(source):
     return Elements(page.html(source))
 
 
-def test_the_headline_says_what_was_gained(parsed):
-    assert "from 2.000 to 1.062 nats a token" in parsed.flat
-    assert "2.000 → 1.000 → 1.062" in parsed.flat
-    assert "12.5 % → 75.0 %" in parsed.flat.replace("\xa0", " ")
-    assert "+62.5 points" in parsed.flat
-
-
-def test_nothing_is_missing_where_everything_is_there(parsed):
-    assert "–" not in parsed.flat.split("Training, data and merge")[0]
-
-
-def test_three_differences_stand_under_their_names(parsed):
-    for line in (
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from 2.000 to 1.062 nats a token",
+        "2.000 → 1.000 → 1.062",
+        "12.5 % → 75.0 % +62.5 points",
         "What quantization cost quantized − base +0.1250",
         "What training gained adapter − quantized −1.1250",
         "What merging cost merged − adapter +0.0625",
-    ):
-        assert line in parsed.flat
+        "English Model",
+        "Other languages Model",
+        "QLoRA on 16 of 1,500 conversations",
+        "of 64 generated replies, exact match of the 40 among them whose answer is known",
+        "Technique peak, MB T4 16 GiB qlora nf4 0.0 ✓",
+        "Report written 20",
+        "torch 2.13.0+cpu",
+    ],
+)
+def test_page_says(parsed, text):
+    assert text in parsed.text
 
 
-def test_languages_stand_apart(parsed):
-    assert "English" in parsed.flat
-    assert "Other languages" in parsed.flat
+def test_page_has_no_dash_where_every_value_is_there(parsed):
+    assert "–" not in parsed.text.split("Training, data and merge")[0]
 
 
-def test_every_parameter_is_shown(parsed, source):
+def test_page_shows_every_parameter(parsed, source):
     for section in source.parameters.values():
         for key in section:
             assert f" {key} " in parsed.text
 
 
-def test_parameters_are_read_as_dvc_reads_them(tmp_path):
-    """By YAML 1.2: the stages get 10 and 0.005, where YAML 1.1 has an octal 8 and a text."""
-    made.write(tmp_path)
-    path = tmp_path / "params.yaml"
-    text = path.read_text().replace("r: 16 ", "r: 010 ").replace("1.0e-3", "5e-3")
-    path.write_text(text)
-    found = sources.read(tmp_path).parameters
-    assert (found["lora"]["r"], found["train"]["learning_rate"]) == (10, 0.005)
-
-
-def test_the_page_loads_nothing(parsed):
+def test_page_loads_and_runs_nothing(parsed, source):
     assert not {tag for tag, _ in parsed.tags} & {"script", "iframe", "object", "embed", "base"}
-    loading = [
-        value
-        for _, attributes in parsed.tags
-        for name, value in attributes.items()
-        if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
-    ]
+    loading = [a[name] for _, a in parsed.tags for name in LOADING if name in a]
     assert all(value and value.startswith(("#", "data:,")) for value in loading)
+    assert not re.search(r"@import|url\((?!#)", page.html(source))
+    (policy,) = [a["content"] for _, a in parsed.tags if a.get("http-equiv")]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
 
 
-def test_the_style_loads_nothing(source):
-    assert "@import" not in page.html(source)
-    assert not re.search(r"url\((?!#)", page.html(source))
-
-
-def test_text_from_data_model_and_parameters_is_escaped(tmp_path):
+def test_page_and_card_escape_foreign_text(tmp_path):
     spoiled = made.answer("base", text=ATTACK) | {
         "prompt": [{"role": ATTACK, "content": ATTACK}],
         "reference": ATTACK,
@@ -110,56 +112,63 @@ def test_text_from_data_model_and_parameters_is_escaped(tmp_path):
     assert "<img" not in card
 
 
-def test_a_name_cannot_break_out_of_the_front_matter(source):
-    name = "a\n---\nlicense: mit"
-    source = replace(source, parameters=source.parameters | {"model": {"source": "hub"}})
-    source.parameters["model"]["name"] = name
-    _, head, _ = re.split(r"^---$", page.model_card(source), maxsplit=2, flags=re.M)
-    assert yaml.safe_load(head)["base_model"] == name
+def test_page_spells_out_control_characters(tmp_path):
+    spoiled = {"answers": [made.answer("base", text="\x1b[2J\u202e\x00")]}
+    html = page.html(source_of(tmp_path, answers_base=spoiled))
+    assert r"\x1b[2J\u202e\x00" in html
+    assert not formatting.CONTROL.search(html)
 
 
-def test_exact_match_of_data_without_answers_is_a_dash(tmp_path):
-    metrics = {f"evaluate_{v}": made.metrics(v) | {"exact_match": None} for v in made.LOSS}
-    answers = {
-        f"answers_{v}": {"answers": [made.answer(v) | {"correct": None, "expected": None}]}
-        for v in made.LOSS
-    }
-    source = source_of(tmp_path, **metrics, **answers)
+def test_page_and_card_are_the_same_bytes_again(source):
+    assert page.html(source) == page.html(source)
+    assert page.model_card(source) == page.model_card(source)
+
+
+def test_narrow_layout_has_a_heading_for_every_cell(source):
+    tables = re.findall(r'<table class="wide">.*?</table>', page.html(source), flags=re.S)
+    assert len(tables) == 6
+    for table in tables:
+        heads = re.findall(r"<th>([^<]*)</th>", table.partition("</thead>")[0])[1:]
+        assert heads == re.findall(r'data-label="([^"]*)"', table)[: len(heads)]
+        assert table.count("<td") == table.count("<td data-label=")
+
+
+def test_missing_answers_and_keys_are_dashes(tmp_path):
+    unanswered = {f"evaluate_{v}": made.metrics(v) | {"exact_match": None} for v in made.LOSS}
+    source = source_of(tmp_path / "unanswered", **unanswered)
     parsed = Elements(page.html(source))
-    assert "– → –" in parsed.flat
-    assert "exact answers" not in parsed.flat
-    assert "wrong" not in parsed.flat
+    assert "– → –" in parsed.text
+    assert "exact answers" not in parsed.text
     assert "exact match  – → – (– points)" in page.summary(source)
     assert "| merged | 1.0625 | 2.894 | 0.5312 | – |" in page.model_card(source)
-
-
-def test_keys_that_are_missing_are_dashes_and_no_error(tmp_path):
     empty: dict[str, Any] = {name: {} for name in ("prepare", "quantize", "train", "merge", "plan")}
     empty |= {f"evaluate_{v}": {} for v in made.LOSS} | {f"answers_{v}": {} for v in made.LOSS}
-    source = source_of(tmp_path, **empty)
+    source = source_of(tmp_path / "empty", **empty)
     assert "No prompts were answered." in page.html(source)
     assert "–" in page.model_card(source)
     assert "–" in page.summary(source)
 
 
-def test_the_same_sources_give_the_same_bytes(source):
-    assert page.html(source) == page.html(source)
-    assert page.model_card(source) == page.model_card(source)
-
-
-def test_a_missing_or_broken_file_is_named(tmp_path):
+def test_missing_or_broken_file_is_named(tmp_path):
     made.write(tmp_path)
     (tmp_path / "reports/merge.json").write_text("[]")
     with pytest.raises(UserError, match=r"merge\.json: cannot be read \(a list where"):
         sources.read(tmp_path)
     (tmp_path / "reports/merge.json").unlink()
-    with pytest.raises(UserError, match=r"merge\.json: not found. Run `dvc repro`"):
+    with pytest.raises(UserError, match=r"merge\.json: not found\. Run `dvc repro`"):
         sources.read(tmp_path)
 
 
-def test_the_card_names_the_base_model_and_its_limits(source):
-    card = page.model_card(source)
-    _, head, body = re.split(r"^---$", card, maxsplit=2, flags=re.M)
+def test_parameters_are_read_as_dvc_reads_them(tmp_path):
+    """By YAML 1.2: the stages get 10 and 0.005, where YAML 1.1 has an octal 8 and a text."""
+    path = made.write(tmp_path) / "params.yaml"
+    path.write_text(path.read_text().replace("r: 16 ", "r: 010 ").replace("1.0e-3", "5e-3"))
+    parameters = sources.read(tmp_path).parameters
+    assert (parameters["lora"]["r"], parameters["train"]["learning_rate"]) == (10, 0.005)
+
+
+def test_card_names_the_default_model_and_its_limits(source):
+    _, head, body = re.split(r"^---$", page.model_card(source), maxsplit=2, flags=re.M)
     assert yaml.safe_load(head) == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "license": "apache-2.0",
@@ -170,21 +179,23 @@ def test_the_card_names_the_base_model_and_its_limits(source):
     assert "| merged | 1.0625 | 2.894 | 0.5312 | 75.0\xa0% | 100.0\xa0% |" in body
 
 
-def test_the_licence_of_another_model_is_not_made_up(source):
-    model = {"source": "hub", "name": "somebody/some-model", "revision": "0" * 40}
+@pytest.mark.parametrize("name", ["somebody/some-model", "a\n---\nlicense: mit"])
+def test_card_invents_no_licence(source, name):
+    model = {"source": "hub", "name": name, "revision": "0" * 40}
     card = page.model_card(replace(source, parameters=source.parameters | {"model": model}))
-    assert 'base_model: "somebody/some-model"' in card
-    assert "license:" not in card
+    head = yaml.safe_load(re.split(r"^---$", card, maxsplit=2, flags=re.M)[1])
+    assert head["base_model"] == name
+    assert "license" not in head
     assert "Q4" not in card
 
 
-def test_two_pictures_share_no_id(source):
+def test_charts_share_no_id(source):
     ids = re.findall(r'\bid="([^"]+)"', page.html(source))
     assert len(ids) == len(set(ids))
 
 
 @pytest.mark.parametrize("content", ["", "<svg><script/></svg>", '<svg onload="x()"></svg>'])
-def test_a_picture_that_could_act_is_refused(content):
+def test_chart_that_could_act_is_refused(content):
     with pytest.raises(UserError, match=r"reports/plan\.svg: not a plain chart"):
         charts.inline(content, "plan", "label")
 
@@ -199,68 +210,20 @@ def test_history_has_points_where_it_was_measured(source):
 @pytest.mark.parametrize(("evaluations", "lines"), [(2, 0), (3, 1)])
 def test_few_held_out_points_are_not_joined(evaluations, lines):
     history = pd.DataFrame({"step": range(3), "eval_loss": [2.0, 1.0, 0.5]})[:evaluations]
-    assert charts.training_history(history, None).count("stroke-dasharray: 1.5,2.475") == 2 * lines
+    svg = charts.training_history(history, None)
+    assert svg.count("stroke-dasharray: 1.5,2.475") == 2 * lines  # in the chart and its legend
 
 
-def test_the_terminal_ends_with_five_lines(source):
+def test_summary_has_five_lines(source):
     lines = page.summary(source).splitlines()
     assert len(lines) == 5
     assert "reports/report.html" in lines[0]
     assert "2.0000 → 1.0625 nats a token, base → tuned (−0.9375)" in lines[1]
     assert "12.5\xa0% → 75.0\xa0% (+62.5 points)" in lines[2]
-    assert "99.76\xa0%" in lines[4]
-    assert "1.2\xa0×\xa010⁻⁵" in lines[4]
+    assert "99.76\xa0% of the most likely tokens, 1.2\xa0×\xa010⁻⁵ nats" in lines[4]
 
 
-@pytest.mark.parametrize(
-    ("best_step", "said"), [(2, "QLoRA on 16 of 1,500 conv"), (188, "QLoRA on 1,500 conv")]
-)
-def test_it_says_how_many_conversations_were_learnt(tmp_path, best_step, said):
-    train = made.contents()["reports/train.json"] | {"best_step": best_step}
-    source = source_of(tmp_path, train=train)
-    assert said in Elements(page.html(source)).flat
-    assert said in " ".join(page.model_card(source).split())
-
-
-@pytest.mark.parametrize("generated", [64, 0])
-def test_it_says_of_how_many_replies_a_share_is(tmp_path, generated):
-    changed = {"generated_rows": generated}
-    metrics = {f"evaluate_{v}": made.metrics(v) | changed for v in made.LOSS}
-    source = source_of(tmp_path, **metrics)
-    said = "of 64 generated replies, exact match of the 40 among them whose answer is known"
-    assert (said in Elements(page.html(source)).flat) == bool(generated)
-    card = " ".join(page.model_card(source).split())
-    assert ("64 generated replies, exact match on the 40 among them" in card) == bool(generated)
-    assert "0 generated replies" not in card
-
-
-def test_policy_forbids_scripts_and_loading(parsed):
-    (policy,) = [a["content"] for tag, a in parsed.tags if a.get("http-equiv")]
-    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
-
-
-def test_control_characters_are_spelled_out(tmp_path):
-    spoiled = {"answers": [made.answer("base", text="\x1b[2J\u202e\x00")]}
-    page_text = page.html(source_of(tmp_path, answers_base=spoiled))
-    assert r"\x1b[2J\u202e\x00" in page_text
-    assert not formatting.CONTROL.search(page_text)
-
-
-def test_narrow_layout_has_a_heading_for_every_cell(source):
-    tables = re.findall(r'<table class="wide">.*?</table>', page.html(source), flags=re.S)
-    assert len(tables) == 6
-    for table in tables:
-        heads = re.findall(r"<th>([^<]*)</th>", table.partition("</thead>")[0])[1:]
-        assert heads == re.findall(r'data-label="([^"]*)"', table)[: len(heads)]
-        assert table.count("<td") == table.count("<td data-label=")
-
-
-def test_provenance_names_commit_hashes_and_versions(parsed):
-    for text in ("Report written 20", "Commit ", "Base model, md5 ", "torch 2.13.0+cpu"):
-        assert text in parsed.flat
-
-
-def test_commit_tells_of_changes_but_for_those_of_a_run(tmp_path, monkeypatch):
+def test_commit_names_changed_files_but_for_those_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert provenance._commit() is None
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
@@ -286,7 +249,3 @@ def test_commit_tells_of_changes_but_for_those_of_a_run(tmp_path, monkeypatch):
 )
 def test_keys_have_labels(section, key, label):
     assert page.label(section, key) == (label, "")
-
-
-def test_memory_table_leads_with_the_peak_and_what_fits(parsed):
-    assert "Technique peak, MB T4 16 GiB qlora nf4 0.0 ✓" in parsed.flat
