@@ -29,14 +29,16 @@ from benchmarks.training_step import (
     micro_batch,
     random_base,
 )
-from stages.shared import packing, peak, precision
+from stages.shared import peak
 from stages.shared.architecture import model_of_config
 from stages.shared.core import progress
 from stages.shared.memory import Precision
+from stages.shared.model import packing
 from stages.shared.peak import Prediction
 from stages.shared.step.adapter_sizes import Adapter, adapter_of
 from stages.shared.tensors import Model
 from stages.shared.tuning import Device, Tuning
+from stages.shared.weights import precision
 from stages.shared.workspace import micro_batch_of
 
 BASE = Path("models/base")
@@ -130,14 +132,14 @@ def tuning_of(setting: Setting, adapter: Adapter | None, device: Device) -> Tuni
         dropout=setting.dropout > 0,
         fusing=setting.fusing,
         device=device,
-        bf16=precision.multiplies_bf16(device),
+        bf16=precision.has_bf16_matmuls(device),
     )
 
 
 def predict(model: Model, setting: Setting, device: Device = "cpu") -> Prediction:
     """What the planner says of a setting."""
     adapter = adapter_of(model.tensors, rank=setting.rank) if setting.rank else None
-    [together] = packing.split(micro_batch(setting, 2), setting.tokens)
+    [together] = packing.bins(micro_batch(setting, 2), setting.tokens)
     batch = micro_batch_of(together)
     return peak.predict(model, tuning_of(setting, adapter, device), batch)
 

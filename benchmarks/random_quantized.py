@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from stages.shared import attention, models
 from stages.shared.core import progress
+from stages.shared.model import attention
+from stages.shared.weights import bnb
 
 SPREAD = 0.02  # standard deviation of the weights: small enough for finite losses
 
@@ -43,7 +44,7 @@ def qlora_model(
             bar.update()
     base.tie_weights()
     base.is_loaded_in_4bit = True  # what peft chooses its layers by
-    models.guard_quantized_layers(base, device)
+    bnb.guard(base, device)
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear"
     )

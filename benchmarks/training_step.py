@@ -16,17 +16,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.live_memory import LiveMemory
+from stages.quantize.config import Quantize
 from stages.quantize.convert import convert
-from stages.quantize.settings import Quantize
-from stages.shared import models
 from stages.shared.architecture import KNOWN_BLOCKS
-from stages.shared.bnb import Linear8bitLt
-from stages.shared.examples import Example
 from stages.shared.memory import Optimizer, Precision
+from stages.shared.model import loading
+from stages.shared.model.packing import Example
 from stages.shared.step import adapter, gradient
 from stages.shared.step.config import Lora, Train
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.optim import make_optimizer
+from stages.shared.weights import bnb
+from stages.shared.weights.bnb import Linear8bitLt
 from stages.train.computing import Computing
 
 MAX_GRAD_NORM = 0.3
@@ -188,7 +189,7 @@ def held_tensors(
     """All tensors that live from one step to the next: weights, their constants, the states."""
     yield from model.parameters()
     yield from model.buffers()
-    for layer in models.quantized_layers(model).values():
+    for layer in bnb.quantized_layers(model).values():
         if isinstance(layer, Linear8bitLt):  # its scales are no buffers
             yield from (t for t in layer.state_dict(keep_vars=True).values() if torch.is_tensor(t))
         state = getattr(layer.weight, "quant_state", None)
@@ -215,7 +216,7 @@ def measure(
     A step has two micro-batches: the second's activations stand beside the first's gradients.
     """
     model = load(folder, setting, device)
-    dtype = models.compute_dtype(folder, device)
+    dtype = loading.compute_dtype(folder, device)
     adamw, take = prepared_step(model, setting, device, dtype)
     memory = LiveMemory(held_tensors(model, adamw), keep_storages=keep_storages)
     before = memory.live_bytes

@@ -27,11 +27,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks.live_memory import LiveMemory
 from benchmarks.training_step import Measured, Setting, held_tensors, micro_batch
-from stages.shared import attention, precision, varlen_attention
 from stages.shared.memory import BLOCK, NESTED_BLOCK
+from stages.shared.model import attention
 from stages.shared.step import gradient
 from stages.shared.step.fused import cross_entropy, gpu, liger
 from stages.shared.step.fused.patch import fuse
+from stages.shared.weights import precision
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16
@@ -71,8 +72,8 @@ class _Kernels:
 def standing_for_a_gpu() -> Iterator[None]:
     """While it is entered, meta tensors are computed on as a GPU's that has every kernel."""
     replaced: tuple[tuple[Any, str, Any], ...] = (
-        (varlen_attention, "covers", lambda *_: True),
-        (precision, "of_products", lambda _: DTYPE),
+        (attention, "has_kernel", lambda *_: True),
+        (precision, "matmul_dtype", lambda _: DTYPE),
         (gradient, "autocast", lambda *_: nullcontext()),
         (gpu, "on_gpu", lambda _: True),
         (gpu, "kernels", lambda: _Kernels),

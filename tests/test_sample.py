@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stages.evaluate.answers import is_right
+from stages.evaluate.generate import is_correct
 
 SAMPLE = Path(__file__).parents[1] / "data/sample"
 MARKER = re.compile(r"### (Human|Assistant): ")
@@ -54,7 +54,7 @@ def test_sample_has_the_described_rows(rows, replies):
 def test_sample_replies_are_working_and_an_answer(replies):
     for reply, answer in replies:
         *working, _ = reply.split("\n")
-        assert is_right(reply, answer)
+        assert is_correct(reply, answer)
         assert working
         assert all(line.startswith(("→ ", "### ")) for line in working)
 

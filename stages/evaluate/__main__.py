@@ -9,7 +9,7 @@ Run:    python -m stages.evaluate base | quantized | adapter | merged
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from stages.evaluate.settings import Params
+from stages.evaluate.config import Params
 from stages.shared.core import files, params, progress
 from stages.shared.core.errors import run
 
@@ -37,7 +37,7 @@ def main(options: Namespace) -> None:
     settings = params.load(Params, f"evaluate@{variant}")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
     with progress.quick_imports():
-        from stages.evaluate.evaluation import evaluate  # noqa: PLC0415
+        from stages.evaluate.evaluate import evaluate  # noqa: PLC0415
 
     metrics, answers = evaluate(
         variant, MODELS[variant], QUANTIZED, TOKENIZER, PREPARED, settings.evaluate

@@ -8,7 +8,7 @@ Run:    python -m stages.merge
 
 from pathlib import Path
 
-from stages.merge.settings import Params
+from stages.merge.config import Params
 from stages.shared.core import files, params, progress
 from stages.shared.core.errors import run
 
@@ -25,11 +25,10 @@ def main() -> None:
     settings = params.load(Params, "merge")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
     with progress.quick_imports():
-        import stages.shared.models  # noqa: F401, PLC0415  (before peft)
-        from stages.merge.proven import merge_and_prove  # noqa: PLC0415
+        from stages.merge.merge import merge  # noqa: PLC0415
 
     with files.whole_folder(MERGED) as partial:
-        metrics = merge_and_prove(settings.merge, ADAPTER, WEIGHTS, TOKENIZER, PREPARED, partial)
+        metrics = merge(settings.merge, ADAPTER, WEIGHTS, TOKENIZER, PREPARED, partial)
     files.write_json(METRICS, metrics)
 
 

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.plan import operations
 from stages.shared.architecture import model_of
-from stages.shared.precision import DTYPES, autocast
 from stages.shared.tuning import Tuning
+from stages.shared.weights.precision import DTYPES, autocast
 
 TOKENS = 256
 REPEATS = 3

@@ -31,7 +31,7 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
     """
     from stages.plan.calibration import operations_per_second  # noqa: PLC0415  (imports torch)
     from stages.shared.architecture import model_of_config  # noqa: PLC0415
-    from stages.shared.precision import multiplies_bf16  # noqa: PLC0415
+    from stages.shared.weights.precision import has_bf16_matmuls  # noqa: PLC0415
 
     where = device()
     kind: Device = "cuda" if where.type == "cuda" else "cpu"
@@ -40,7 +40,7 @@ def described(config: Path, model: Model, found: Data, values: Params, budget: f
         model, of_parameters(model.tensors, values.lora), values, found, total, kind
     )
     if kind == "cpu":
-        tuning = replace(asked.tuning, bf16=multiplies_bf16(kind))
+        tuning = replace(asked.tuning, bf16=has_bf16_matmuls(kind))
         workers = fitting.most_workers(values.train.batch_size, machine().workers)
         asked = replace(asked, tuning=tuning, workers=workers)
     choice = fitting.choose(asked)

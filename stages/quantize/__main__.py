@@ -1,4 +1,4 @@
-"""The base model in the chosen precision, once: quantized, measured, compared.
+"""The base model in the chosen precision, once: quantized, measured, measured.
 
 Reads:  models/base
 Writes: models/quantized, reports/quantize.json, reports/quantize.svg
@@ -8,7 +8,7 @@ Run:    python -m stages.quantize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.quantize.settings import Params, Quantize
+from stages.quantize.config import Params, Quantize
 from stages.shared.core import files, progress
 from stages.shared.core.errors import run
 from stages.shared.core.machine import device
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 BASE = Path("models/base")
 QUANTIZED = Path("models/quantized")
 REPORT = Path("reports/quantize.json")
-PICTURE = Path("reports/quantize.svg")
+CHART = Path("reports/quantize.svg")
 
 
 def quantize(
-    base: Path, target: Path, picture: Path, settings: Quantize, on: "torch.device"
+    base: Path, target: Path, chart_file: Path, settings: Quantize, on: "torch.device"
 ) -> dict[str, Any]:
-    """Write the model and the picture of its levels.
+    """Write the model and the chart of its codebooks.
 
     Args:
         base: the model's folder.
         target: becomes the folder of the model in the chosen precision, whole or not at all.
-        picture: becomes an SVG.
+        chart_file: becomes an SVG.
         settings: the precision.
         on: the device to quantize on.
 
@@ -40,43 +40,49 @@ def quantize(
         written, over all matrices that a linear layer or an expert multiplies with.
 
     Raises:
-        UserError: the device, the weights or the disk do not allow it, or the files are not what
-            the precision promises.
+        UserError: the device, the weights or the disk do not allow it, or the files do not have the
+            precision's bits.
     """
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
     with progress.quick_imports():
-        import stages.shared.models  # noqa: F401, PLC0415  (before transformers is loud)
-        from stages.quantize import chart, comparison, convert, promise  # noqa: PLC0415
-        from stages.quantize.stored import Weights  # noqa: PLC0415
+        from stages.shared.weights.checkpoint import Weights  # noqa: PLC0415
+
+        # isort: split
+        from stages.quantize import (  # noqa: PLC0415
+            chart,
+            convert,
+            expected_bits,
+            quantization_error,
+        )
 
     with files.whole_folder(target) as folder:
         layout = convert.convert(base, folder, settings, on)
         written = Weights(folder)
-        matrices = promise.linear_matrices(written.parameters, layout.looked_up)
-        promise.require_promise(matrices, settings)
-        original = comparison.Base(Weights(base), layout, on)
-        compared = comparison.compare(original, written, matrices, on)
+        matrices = expected_bits.linear_matrices(written.parameters, layout.looked_up)
+        expected_bits.require_expected_bits(matrices, settings)
+        original = quantization_error.Base(Weights(base), layout, on)
+        measured = quantization_error.measure(original, written, matrices, on)
         middle = matrices[len(matrices) // 2].name
-        chart.draw(picture, middle, original.matrix(middle), compared)
+        chart.draw(chart_file, middle, original.matrix(middle), measured)
         return {
             "precision": settings.precision,
             "double_quant": settings.quantizes_twice,
             "parameters": sum(p.parameters for p in written.parameters),
             "linear_parameters": sum(m.parameters for m in matrices),
-            "quantized_parameters": promise.quantized_parameters(matrices),
+            "quantized_parameters": expected_bits.quantized_parameters(matrices),
             "bytes": written.bytes,
-            "bits_per_parameter": round(promise.bits_per_parameter(matrices), 4),
-            "relative_error": compared.relative_error,
-            "errors": compared.errors,
-            "linear4_clip": compared.clip,
-            "compared_parameters": compared.compared_parameters,
+            "bits_per_parameter": round(expected_bits.bits_per_parameter(matrices), 4),
+            "relative_error": measured.relative_error,
+            "errors": measured.errors,
+            "linear4_clip": measured.clip,
+            "compared_parameters": measured.compared_parameters,
         }
 
 
 def main() -> None:
     """Run the stage."""
     settings = load(Params, "quantize").quantize
-    report = quantize(BASE, QUANTIZED, PICTURE, settings, device())
+    report = quantize(BASE, QUANTIZED, CHART, settings, device())
     files.write_json(REPORT, report)
 
 

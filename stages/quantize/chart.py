@@ -1,12 +1,11 @@
-"""The picture of the levels: where a layer's weights lie, and where each 4-bit type can say so."""
+"""Chart of the codebooks: a layer's histogram of weights over the levels of each 4-bit type."""
 
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from stages.quantize import levels
-from stages.quantize.comparison import Comparison
+from stages.quantize.quantization_error import QuantizationError, blocks, codebooks, normalized
 from stages.shared.core import files
 
 BINS = 120
@@ -18,21 +17,21 @@ LABELS = {
 }
 
 
-def draw(path: Path, name: str, weight: torch.Tensor, comparison: Comparison) -> None:
+def draw(path: Path, name: str, weight: torch.Tensor, measured: QuantizationError) -> None:
     """Draw one layer's histogram over the levels of the 4-bit types, the best at the top.
 
     Args:
         path: of the SVG.
         name: of the layer's weight.
         weight: fp32 [out, in].
-        comparison: the errors over the whole model, and the α of clipped linear 4-bit.
+        measured: the errors over the whole model, and the α of clipped linear 4-bit.
     """
-    fractions = levels.normalized(levels.blocks(weight)).flatten()
+    fractions = normalized(blocks(weight)).flatten()
     density = torch.histc(fractions.cpu(), bins=BINS, min=-1, max=1) / len(fractions) * BINS / 2
     edges = torch.linspace(-1, 1, BINS + 1)
     colors = {kind: f"C{index}" for index, kind in enumerate(LABELS)}
-    ranked = sorted(LABELS, key=lambda kind: comparison.errors[kind])
-    positions = levels.four_bit_levels(comparison.clip)
+    ranked = sorted(LABELS, key=lambda kind: measured.errors[kind])
+    levels = codebooks(measured.clip)
     figure = Figure(figsize=(9.0, 4.8))
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     top.stairs(density.numpy(), edges.numpy(), fill=True, color="C5", alpha=0.45)
@@ -42,12 +41,12 @@ def draw(path: Path, name: str, weight: torch.Tensor, comparison: Comparison) ->
     top.tick_params(labelbottom=False)
     for row, kind in enumerate(ranked):
         below.eventplot(
-            positions[kind],
+            levels[kind],
             lineoffsets=-row,
             linelengths=0.6,
             linewidths=2,
             color=colors[kind],
-            label=f"{LABELS[kind]}: {comparison.errors[kind]:.2%}",
+            label=f"{LABELS[kind]}: {measured.errors[kind]:.2%}",
         )
     below.set_yticks([-row for row in range(len(ranked))], [LABELS[kind] for kind in ranked])
     below.grid(visible=False, axis="y")

@@ -1,44 +1,38 @@
-"""The base model in the chosen precision, written as a folder that transformers loads."""
+"""The base model in the chosen precision, quantized as it is read, as a folder for transformers."""
 
 import gc
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import set_tqdm_hook
 
-from stages.quantize import loading
-from stages.quantize.settings import FOUR_BIT, Quantize
-from stages.quantize.stored import Weights
-from stages.shared import models
+from stages.quantize.config import FOUR_BIT, Quantize
+from stages.quantize.quantization_error import Layout
 from stages.shared.core import files, progress
 from stages.shared.core.errors import UserError
+from stages.shared.weights import heap
+from stages.shared.weights.checkpoint import Weights, load_strictly
+from stages.shared.weights.precision import DTYPES
 
 SHARD_BYTES = 5_000_000_000  # a larger model becomes several files and an index
-LOOKED_AT = 2**24  # elements at a time: little memory beside the model
 FP16_MAX = torch.finfo(torch.float16).max
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the files do not say of the parameters in them.
-
-    Attributes:
-        looked_up: names of the embeddings, and of the head; never quantized.
-        transposed: names of the matrices stored [in, out], as GPT-2's are.
-        prefix: what the names of all parameters but the head begin with.
-    """
-
-    looked_up: frozenset[str]
-    transposed: frozenset[str]
-    prefix: str
 
 
 def convert(base: Path, target: Path, settings: Quantize, device: torch.device) -> Layout:
@@ -51,26 +45,24 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
         device: where it is quantized.
 
     Raises:
-        UserError: the device cannot compute in the precision, a weight does not fit into it or
-            is not finite, or the disk has no room.
+        UserError: the device cannot compute in the precision, a weight does not fit into it, is
+            missing or not finite, or the disk has no room.
     """
-    models.require_safetensors(base)
     weights = Weights(base)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if problem := device_problem(settings, capability):
         raise UserError(problem)
     if settings.dense_dtype == "fp16" or settings.precision == "int8":
         require_fp16_range(weights, settings)
-    model = loading.load(weights, settings, device)
-    require_finite(model, base)
+    model = load(weights, settings, device)
     tensors = {t.data_ptr(): t for t in model.state_dict().values()}.values()  # tied ones once
     needed = sum(t.numel() * t.element_size() for t in tensors)
     files.require_space(target, needed, "the quantized model")
     save(model, base, target)
-    found = layout(model)
+    described = layout(model)
     del model
     gc.collect()  # its modules refer to one another: without this it stays for seconds
-    return found
+    return described
 
 
 def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> str | None:
@@ -82,17 +74,17 @@ def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> st
     """
     if capability is None:
         return None
-    found = f"this CUDA device has compute capability {capability[0]}.{capability[1]}"
+    here = f"this CUDA device has compute capability {capability[0]}.{capability[1]}"
     if settings.precision == "int8" and capability < (7, 5):
         return (
-            f"quantize.precision is int8; {found}, int8 products need 7.5; "
-            "set quantize.precision=nf4, or QLORA_DEVICE=cpu"
+            f"quantize.precision is int8, which needs 7.5, but {here}. "
+            "Set quantize.precision=nf4, or QLORA_DEVICE=cpu."
         )
     if settings.dense_dtype == "bf16" and capability < (8, 0):
         key = "precision" if settings.precision == "bf16" else "compute_dtype"
         return (
-            f"quantize.{key} is bf16; {found}, bf16 needs 8.0; "
-            f"set quantize.{key}=fp16, or QLORA_DEVICE=cpu"
+            f"quantize.{key} is bf16, which needs 8.0, but {here}. "
+            f"Set quantize.{key}=fp16, or QLORA_DEVICE=cpu."
         )
     return None
 
@@ -114,25 +106,78 @@ def require_fp16_range(base: Weights, settings: Quantize) -> None:
                 key = "compute_dtype" if settings.precision in FOUR_BIT else "precision"
                 raise UserError(
                     f"quantize.{key} is {getattr(settings, key)}; {base.folder}: {stored.name} "
-                    f"holds {largest:g}, fp16 (which int8 goes through) ends at {FP16_MAX:g}; "
-                    f"set quantize.{key}=bf16"
+                    f"holds {largest:g}, fp16 (which int8 goes through) ends at {FP16_MAX:g}. "
+                    f"Set quantize.{key}=bf16."
                 )
             bar.update()
 
 
-def require_finite(model: nn.Module, base: Path) -> None:
-    """Refuse NaN and infinity, in weights or in the constants of quantized ones.
+def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrainedModel:
+    """Quantize tensor by tensor, so that little but the result is ever in memory.
+
+    Not `load_model`, whose settings for this machine must not be written. And not
+    `from_pretrained(folder)`: it releases nothing of what it reads until all is read.
 
     Raises:
-        UserError: names the first such tensor.
+        UserError: as `load_strictly`, or config.json makes no model.
     """
-    for name, tensor in model.state_dict().items():
-        parts = tensor.flatten().split(LOOKED_AT) if tensor.is_floating_point() else ()
-        if not all(part.isfinite().all() for part in parts):
-            raise UserError(
-                f"{base}: {name} holds NaN or infinity; expected finite weights; choose another "
-                "model"
-            )
+    empty = _empty(weights.folder)
+    with loading_bar(f"into {settings.precision}"):
+        return load_strictly(
+            weights,
+            type(empty),
+            config=empty.config,
+            state_dict=weights.lazy_tensors(),
+            dtype=DTYPES[settings.dense_dtype],
+            device_map={"": device},
+            quantization_config=quantization_config(settings),
+        )
+
+
+def _empty(base: Path) -> PreTrainedModel:
+    """The model that the config describes, without weights."""
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{base}/config.json: transformers makes no causal language model of it "
+            f"({error!r:.200}). Mend it, or choose another model."
+        ) from None
+
+
+def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:
+    """The configuration of bitsandbytes; None for a dense precision."""
+    if settings.precision in FOUR_BIT:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.precision,
+            bnb_4bit_use_double_quant=settings.double_quant,
+            bnb_4bit_compute_dtype=DTYPES[settings.compute_dtype],
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if settings.precision == "int8" else None
+
+
+@contextmanager
+def loading_bar(desc: str) -> Iterator[None]:
+    """Our progress bar in the place of transformers'; trims the heap between tensors."""
+
+    def shown(
+        _factory: Any, args: tuple[Collection[Any]], _kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
+        trim = heap.Trimmer()
+        with progress.bar(total=len(args[0]), desc=desc, unit="tensor") as bar:
+            for item in args[0]:
+                yield item
+                trim()
+                bar.update()
+
+    previous = set_tqdm_hook(shown)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
 
 
 def save(model: PreTrainedModel, base: Path, target: Path) -> None:
@@ -142,7 +187,7 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
     among them.
 
     Raises:
-        OSError: the system did not take what was written.
+        OSError: the system did not take all bytes.
     """
     model.generation_config = GenerationConfig.from_model_config(model.config)
     try:
@@ -159,7 +204,7 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
 
 
 def layout(model: PreTrainedModel) -> Layout:
-    """Read from a model's modules what its files do not say."""
+    """Read from a model's modules what its files do not describe."""
     head = model.get_output_embeddings()
     looked_up, transposed = {}, set()
     for name, module in model.named_modules():

@@ -68,7 +68,7 @@ class Request:
         gradient_checkpointing: None to choose.
         instead_of_full: the adapter that could be trained instead of all weights.
         scored: the micro-batches that held-out conversations are scored in, between steps.
-        workers: the most processes of a CPU that compute parts of a step, see `packing.divide`.
+        workers: the most processes of a CPU that compute parts of a step, see `packing.partition`.
     """
 
     model: Model

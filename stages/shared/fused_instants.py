@@ -1,14 +1,14 @@
 """Memory by formula: the instants of a block whose functions are fused, and of attention.
 
 What stands at each is written down from stages/shared/step/fused and from
-`stages.shared.batched_attention`; names and letters are those of `stages.shared.blocks`.
+`stages.shared.model.cpu_attention`; names and letters are those of `stages.shared.blocks`.
 """
 
 from dataclasses import dataclass
 
-from stages.shared.batched_attention import queries_of_block
 from stages.shared.blocks import Block, Flow, Saved
 from stages.shared.instants import Instant
+from stages.shared.model.cpu_attention import block_queries
 
 
 def forward(saved: Saved, workspace: int) -> list[Instant]:
@@ -114,7 +114,7 @@ class Attention:
     @property
     def _queries(self) -> int:
         """n, of each conversation at a time."""
-        return queries_of_block(self._block.heads * self.conversations, self.length)
+        return block_queries(self._block.heads * self.conversations, self.length)
 
     @property
     def _scores(self) -> int:

@@ -29,7 +29,7 @@ class Tuning:
         paged: count what a paged optimizer may move to the host as being there.
         masters: full fine-tuning in bf16 keeps fp32 weights, as `train` does; False for pure bf16.
         fusing: use the functions of stages/shared/step/fused where they cover what is trained.
-        bf16: whether the device has products of bf16, see `precision.multiplies_bf16`.
+        bf16: whether the device has products of bf16, see `precision.has_bf16_matmuls`.
     """
 
     precision: Precision

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stages.shared import packing
-from stages.shared.examples import Example
+from stages.shared.model import packing
+from stages.shared.model.packing import Example
 from stages.shared.workspace import MicroBatch, micro_batch_of
 
 
@@ -39,7 +39,7 @@ class Workload:
             self._packed[tokens, workers] = {
                 micro_batch_of(batch)
                 for step in self.steps
-                for part in packing.divide(step, tokens, workers)
+                for part in packing.partition(step, tokens, workers)
                 for batch in part
             }
         return self._packed[tokens, workers]

@@ -7,9 +7,10 @@ those of which the loss is taken. Results are in bytes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.shared import batched_attention, memory
-from stages.shared.alike import alike
-from stages.shared.examples import Example
+from stages.shared import memory
+from stages.shared.model import cpu_attention
+from stages.shared.model.cpu_attention import length_groups
+from stages.shared.model.packing import Example
 from stages.shared.step.fused.cross_entropy import chunk_tokens, fp32_chunk_tokens
 from stages.shared.tensors import Model
 from stages.shared.tuning import Tuning
@@ -45,7 +46,7 @@ class MicroBatch:
         """What makes it need more memory than another, whatever is trained."""
         conversations, length = self.alike
         padded = conversations * length
-        scores = padded * min(length, batched_attention.MOST_QUERIES)
+        scores = padded * min(length, cpu_attention.MOST_QUERIES)
         return self.tokens, self.supervised, padded, scores, length
 
     def outdoes(self, other: "MicroBatch") -> bool:
@@ -57,7 +58,7 @@ def micro_batch_of(examples: Sequence[Example]) -> MicroBatch:
     """The sizes of conversations that go through the model together, in their order."""
     lengths = tuple(example.input_tokens for example in examples)
     supervised = sum(e.supervised_tokens for e in examples)
-    groups = ((group.conversations, group.length) for group in alike(lengths))
+    groups = ((group.conversations, group.length) for group in length_groups(lengths))
     found = (MicroBatch(sum(lengths), supervised, group) for group in groups)
     return max(found, key=lambda batch: batch.sizes[3:])
 

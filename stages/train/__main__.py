@@ -31,6 +31,9 @@ def main() -> None:
     settings = params.load(Params, "train")
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
     with progress.quick_imports():
+        import stages.shared.model.loading  # noqa: F401, PLC0415  (before peft)
+
+        # isort: split
         from stages.train.checkpoints import claim  # noqa: PLC0415
         from stages.train.fingerprint import fingerprint  # noqa: PLC0415
         from stages.train.recipe import train  # noqa: PLC0415

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from stages.shared import fitting, models
+from stages.shared import fitting
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import Machine, device, machine
-from stages.shared.examples import Example
+from stages.shared.model import loading
+from stages.shared.model.packing import Example
 from stages.shared.total_memory import total_memory_bytes
 from stages.shared.tuning import SWITCHED_OFF, Device
 from stages.train.fit import fit
@@ -102,14 +103,14 @@ def resolve(
     )
     return Computing(
         device=where,
-        dtype=models.compute_dtype(model_folder, where),
+        dtype=loading.compute_dtype(model_folder, where),
         micro_batch_tokens=found.micro_batch_tokens,
         gradient_checkpointing=found.gradient_checkpointing,
         processes=processes,
         predicted_bytes=found.predicted_bytes,
         unfused_because=found.unfused_because,
         workers=found.workers,
-        kept=models.stored_dtype(model_folder),
+        kept=loading.stored_dtype(model_folder),
     )
 
 

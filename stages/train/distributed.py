@@ -37,9 +37,10 @@ from torch.multiprocessing import (  # type: ignore[attr-defined]
     _prctl_pr_set_pdeathsig as die_with_parent,
 )
 
-from stages.shared import heap, packing
 from stages.shared.core.errors import Stopped, UserError
-from stages.shared.examples import Example
+from stages.shared.model import packing
+from stages.shared.model.packing import Example
+from stages.shared.weights import heap
 from stages.train.interruption import HEARD, Interruption
 
 PATIENCE = timedelta(days=7)  # of a process, for another that evaluates or writes a checkpoint
@@ -74,7 +75,7 @@ class Group:
     def divide(self, examples: Sequence[Example], max_tokens: int) -> list[list[list[Example]]]:
         """The micro-batches of each process; of too uneven ones on a CPU, for fewer."""
         uneven = math.inf if self.shared_bytes is None else packing.UNEVEN
-        return packing.divide(examples, max_tokens, self.size, uneven)
+        return packing.partition(examples, max_tokens, self.size, uneven)
 
     @contextmanager
     def cores(self, sharing: int) -> Iterator[None]:

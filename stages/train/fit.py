@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stages.shared import architecture, fitting, packing, precision, scoring
+from stages.shared import architecture, fitting
 from stages.shared.core.errors import UserError
-from stages.shared.examples import Example, require_vocabulary
 from stages.shared.fitting import Request
+from stages.shared.model import packing, scoring
+from stages.shared.model.packing import Example, require_vocabulary
 from stages.shared.refusal import refusal
 from stages.shared.step import adapter_sizes as adapter
 from stages.shared.tuning import Device, Tuning
+from stages.shared.weights import precision
 from stages.shared.workload import Workload
 from stages.shared.workspace import micro_batch_of
 from stages.train.schedule import Schedule
@@ -84,7 +86,7 @@ def fit(
         dropout=settings.lora.dropout > 0,
         device=device,
         fusing=fusing,
-        bf16=precision.multiplies_bf16(device),
+        bf16=precision.has_bf16_matmuls(device),
     )
     request = Request(
         model,
@@ -94,7 +96,7 @@ def fit(
         micro_batch_tokens,
         gradient_checkpointing,
         instead_of_full=lora,
-        scored=frozenset(map(micro_batch_of, packing.split(held_out, scoring.SCORING_TOKENS))),
+        scored=frozenset(map(micro_batch_of, packing.bins(held_out, scoring.SCORING_TOKENS))),
         workers=workers,
     )
     choice = fitting.choose(request)

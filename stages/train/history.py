@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
-from stages.shared import packing
 from stages.shared.core import files
-from stages.shared.examples import Example
+from stages.shared.model import packing
+from stages.shared.model.packing import Example
 
 COLUMNS = ("step", "epoch", "learning_rate", "loss", "eval_loss", "gradient_norm")
 

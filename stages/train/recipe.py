@@ -25,15 +25,16 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from stages.shared import heap, scoring
 from stages.shared.core import files, progress
 from stages.shared.core.errors import Stopped, UserError
 from stages.shared.core.machine import machine
-from stages.shared.examples import Example, read_examples
+from stages.shared.model import scoring
+from stages.shared.model.packing import Example, read_examples
 from stages.shared.step import adapter, gradient, optim
 from stages.shared.step.config import Train
 from stages.shared.step.fused import liger
 from stages.shared.step.fused.patch import fuse
+from stages.shared.weights import heap
 from stages.train import computing, distributed
 from stages.train.checkpoints import Checkpoint, Checkpoints
 from stages.train.computing import Computing

@@ -16,8 +16,9 @@ from benchmarks.training_step import (
     prepared_step,
     random_base,
 )
-from stages.shared import models, packing, peak, scoring
+from stages.shared import peak
 from stages.shared.architecture import model_of_config
+from stages.shared.model import loading, packing, scoring
 from stages.shared.step import masters
 from stages.shared.step.adapter_sizes import adapter_of
 from stages.shared.workspace import micro_batch_of
@@ -145,7 +146,7 @@ def test_scoring_between_steps_takes_no_more_than_predicted(bases, setting):
     base = bases["llama"]
     folder = in_precision(base, base.with_name(f"scored-{setting.precision}"), setting, CPU)
     model = load(folder, setting, CPU)
-    dtype = models.compute_dtype(folder, CPU)
+    dtype = loading.compute_dtype(folder, CPU)
     adamw, _ = prepared_step(model, setting, CPU, dtype)
     live = LiveMemory(list(held_tensors(model, adamw)))
     with live, masters.as_saved(model, torch.bfloat16, dtype):
@@ -153,7 +154,7 @@ def test_scoring_between_steps_takes_no_more_than_predicted(bases, setting):
     described = model_of_config(base / "config.json")
     adapter = adapter_of(described.tensors, rank=8) if setting.rank else None
     tuning = memory.tuning_of(setting, adapter, "cpu")
-    [together] = packing.split(micro_batch(setting, 2), setting.tokens)
+    [together] = packing.bins(micro_batch(setting, 2), setting.tokens)
     batch = micro_batch_of(together)
     predicted = peak.evaluation(described, tuning, batch).total_bytes
     assert live.peak_bytes <= 1.01 * predicted < 1.2 * live.peak_bytes

@@ -14,8 +14,8 @@ from benchmarks.live_memory import LiveMemory
 from benchmarks.random_quantized import qlora_model
 from benchmarks.training_step import Setting, held_tensors, prepared_step
 from stages.plan.named import CONFIGS
-from stages.shared import precision
 from stages.shared.architecture import model_of, model_of_config
+from stages.shared.weights import precision
 from tests.workspace import ROOT
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ SHAPE = {
 def test_a_random_model_made_layer_by_layer_takes_the_memory_of_a_loaded_one(
     kind, double_quant, monkeypatch
 ):
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: True)  # as on a GPU
+    monkeypatch.setattr(precision, "has_bf16_matmuls", lambda kind: True)  # as on a GPU
     config = kind(**SHAPE, tie_word_embeddings=kind is Qwen2Config)
     setting = Setting("nf4", 8, False, (40, 90, 50), double_quant=double_quant)
     model = qlora_model(config, 8, CPU, double_quant=double_quant)

@@ -14,9 +14,9 @@ from benchmarks import without_values
 from benchmarks.memory_cuda import predict
 from benchmarks.memory_without_values import LONG, PACKED, row_of
 from benchmarks.training_step import Setting
-from stages.shared import attention
 from stages.shared.architecture import model_of
 from stages.shared.fitting import GIB
+from stages.shared.model import attention
 from stages.shared.tensors import Model
 
 SHAPE = {

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,11 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, RwkvConfig
 
-from stages.evaluate import answers, metrics
-from stages.evaluate.evaluation import evaluate
-from stages.evaluate.settings import Evaluate
+from stages.evaluate import generate
+from stages.evaluate.config import Evaluate
+from stages.evaluate.evaluate import evaluate, metrics
 from stages.shared.core import files
-from stages.shared.row_sharing import answers_in_batches
 from tests import tiny
 from tests.architectures import BESIDES, OTHERS, SHAPE
 
@@ -41,23 +41,23 @@ CPU = torch.device("cpu")
 def test_exact_match_compares_the_normalized_last_line(
     reply: str, answer: str, right: bool
 ) -> None:
-    assert answers.is_right(reply, answer) is right
+    assert generate.is_correct(reply, answer) is right
 
 
 def test_rows_with_an_answer_are_asked_first_in_a_seeded_order() -> None:
     has_answer = [False, True, False, True, True]
-    chosen = answers.in_order(has_answer, seed=1)
+    chosen = generate.in_order(has_answer, seed=1)
     assert set(chosen[:3]) == {1, 3, 4}
-    assert chosen == answers.in_order(has_answer, seed=1)
+    assert chosen == generate.in_order(has_answer, seed=1)
     assert sorted(chosen) == [0, 1, 2, 3, 4]
 
 
 def test_batched_replies_equal_those_asked_one_by_one_and_say_whether_they_stopped() -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
     prompts = [tokenizer.encode(text) for text in ("two", "What is two plus two?", "is it")]
-    together = answers.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32)
+    together = generate.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32)
     for prompt, reply in zip(prompts, together, strict=True):
-        assert answers.generate(model, tokenizer, [prompt], [2], 8, CPU, torch.float32) == [reply]
+        assert generate.generate(model, tokenizer, [prompt], [2], 8, CPU, torch.float32) == [reply]
         ids = list(prompt)
         for _ in range(8):  # greedy, without a cache
             with torch.inference_mode():
@@ -72,29 +72,29 @@ def test_the_models_own_ways_to_generate_change_no_reply() -> None:
     """What we leave open, transformers takes from the model: a penalty, beams, several replies."""
     model, tokenizer = tiny.model(), tiny.tokenizer()
     prompts = [tokenizer.encode(text) for text in ("two", "What is two plus two?")]
-    expected = answers.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32)
+    expected = generate.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32)
     model.generation_config = GenerationConfig(
         repetition_penalty=1.5, num_beams=2, num_return_sequences=2, min_new_tokens=8
     )
-    assert answers.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32) == expected
+    assert generate.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32) == expected
     tuned = get_peft_model(tiny.model(), LoraConfig(task_type="CAUSAL_LM"))
     tuned.get_base_model().generation_config = GenerationConfig(repetition_penalty=1.5)
-    assert answers.generate(tuned, tokenizer, prompts, [2], 8, CPU, torch.float32) == expected
+    assert generate.generate(tuned, tokenizer, prompts, [2], 8, CPU, torch.float32) == expected
 
 
 def test_groups_are_of_about_one_length_and_bounded_by_tokens() -> None:
     prompts = [[0] * length for length in (4000, 10, 3000, 20, 30, 9000)]
-    assert answers.in_groups(prompts, 64, 2) == [[1, 3], [4, 2], [0], [5]]
-    assert answers.in_groups(prompts, 64, 32) == [[1, 3, 4], [2, 0], [5]]
-    assert answers.in_groups([], 64, 32) == []
+    assert generate.in_groups(prompts, 64, 2) == [[1, 3], [4, 2], [0], [5]]
+    assert generate.in_groups(prompts, 64, 32) == [[1, 3, 4], [2, 0], [5]]
+    assert generate.in_groups([], 64, 32) == []
 
 
 def test_models_whose_replies_depend_on_their_batch_answer_alone() -> None:
     config = tiny.model().config
-    assert answers_in_batches(config)
+    assert generate.may_batch(config)
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert not answers_in_batches(config)
-    assert not answers_in_batches(RwkvConfig())
+    assert not generate.may_batch(config)
+    assert not generate.may_batch(RwkvConfig())
 
 
 def test_a_prompt_that_was_cut_is_not_asked(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_reply_ends_where_a_model_has_no_more_positions(kind: str) -> None:
     config = CONFIG_MAPPING[kind](**SHAPE | (BESIDES | OTHERS)[kind] | limits)
     model = AutoModelForCausalLM.from_config(config).eval()
     prompts = [list(range(5, 25)), list(range(5, 35))]
-    replies = answers.generate(model, tiny.tokenizer(), prompts, [383], 64, CPU, torch.float32)
+    replies = generate.generate(model, tiny.tokenizer(), prompts, [383], 64, CPU, torch.float32)
     assert len(replies) == 2
     assert not replies[0].stopped
 
@@ -127,16 +127,22 @@ def test_a_stop_token_ends_a_reply() -> None:
     prompt = tokenizer.encode("two")
     with torch.inference_mode():
         first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
-    [reply] = answers.generate(model, tokenizer, [prompt], [first], 8, CPU, torch.float32)
-    assert reply == answers.Reply("", stopped=True)
+    [reply] = generate.generate(model, tokenizer, [prompt], [first], 8, CPU, torch.float32)
+    assert reply == generate.Reply("", stopped=True)
 
 
 def test_figures_are_weighted_by_token_and_english_stands_apart() -> None:
-    rows = [
-        metrics.Row(nats=2.0, tokens=1, text_bytes=4, english=True, stopped=True, right=True),
-        metrics.Row(nats=3.0, tokens=4, text_bytes=6, english=False, stopped=False, right=None),
-    ]
-    report = metrics.report(rows)
+    rows = pd.DataFrame(
+        {
+            "nats": [2.0, 3.0],
+            "tokens": [1, 4],
+            "text_bytes": [4, 6],
+            "language": ["en", None],
+            "stopped": pd.array([True, False], dtype="boolean"),
+            "correct": pd.array([True, None], dtype="boolean"),
+        }
+    )
+    report = metrics(rows)
     assert report["loss"] == 1.0
     assert report["perplexity"] == pytest.approx(math.e)
     assert report["bits_per_byte"] == pytest.approx(5 / math.log(2) / 10)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.merge import proof
-from stages.merge.proven import merge_and_prove, merged_in, trained_exactly
-from stages.merge.settings import Merge
-from stages.shared import models
+from stages.merge import merge as merging
+from stages.merge import verify
+from stages.merge.config import Merge
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
-from stages.shared.examples import read_examples
+from stages.shared.model import loading
+from stages.shared.model.packing import read_examples
 from tests import tiny
 from tests.train.running import settings, train_on
 
@@ -31,7 +31,7 @@ def trained(folder: Path, precision: str, **changes: Any) -> dict[str, Path]:
 def merge(folder: Path, onto: str = "quantized", dtype: str = "fp16") -> dict[str, Any]:
     wanted = Merge.model_validate({"onto": onto, "dtype": dtype})
     weights = {"quantized": folder / "quantized", "original": folder / "base"}
-    return merge_and_prove(
+    return merging.merge(
         wanted,
         folder / "adapter",
         weights,
@@ -64,18 +64,25 @@ def test_a_merge_is_what_was_trained(
 def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> None:
     """What the project does not do: peft quantizes the sum again. The gate must see it."""
     paths = trained(tmp_path, "nf4")
-    unloaded = models.load_adapted(paths["adapter"], paths["quantized"], torch.device("cpu"))
+    unloaded = loading.load_adapted(paths["adapter"], paths["quantized"], torch.device("cpu"))
     requantized = unloaded.merge_and_unload().dequantize(dtype=torch.float32)
     del requantized._weight_conversions
     requantized.save_pretrained(paths["merged"])
     examples = read_examples(paths["prepared"] / "eval.parquet")
     cpu = torch.device("cpu")
-    agreement = proof.compare(
-        trained_exactly(paths["adapter"], paths["quantized"], examples, cpu),
-        merged_in(torch.float32, paths["merged"], examples, cpu, "merged"),
+    requantized = loading.load_model(paths["merged"], cpu, torch.float32)
+    agreement = verify.compare(
+        verify.trained_exactly(paths["adapter"], paths["quantized"], examples, cpu),
+        verify.log_probabilities(
+            loading.load_model(paths["merged"], cpu, torch.float32),
+            examples,
+            cpu,
+            torch.float32,
+            "",
+        ),
     )
     with pytest.raises(UserError, match="nothing was written"):
-        proof.require(agreement, "bf16")
+        verify.require(agreement, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +92,12 @@ def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> 
 def test_one_token_may_differ_however_few_there_are(
     differ: int, positions: int, passes: bool
 ) -> None:
-    agreement = proof.Agreement(1e-9, 1 - differ / positions, positions)
+    agreement = verify.Agreement(1e-9, 1 - differ / positions, positions)
     if passes:
-        proof.require(agreement, "fp16")
+        verify.require(agreement, torch.float16)
         return
-    with pytest.raises(UserError, match=r"nothing was written; set merge\.dtype to fp32"):
-        proof.require(agreement, "fp16")
+    with pytest.raises(UserError, match=r"nothing was written\. Set merge\.dtype to fp32"):
+        verify.require(agreement, torch.float16)
 
 
 def test_a_padding_token_without_a_row_is_replaced_by_the_end_token(tmp_path: Path) -> None:
@@ -110,7 +117,7 @@ def test_a_merged_model_needs_no_other_package(tmp_path: Path) -> None:
     merge(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(paths["merged"])
     tokenizer = AutoTokenizer.from_pretrained(paths["merged"])
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == torch.float16
     assert model.config.eos_token_id == model.generation_config.eos_token_id == 2
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 3?"}],
@@ -145,19 +152,19 @@ def test_a_full_fine_tune_is_linked_and_has_nothing_to_merge(tmp_path: Path) -> 
 def test_models_that_give_no_numbers_do_not_agree() -> None:
     """The largest of 0 and NaN is 0, and the most likely of three NaN the first."""
     nothing = torch.full((2, 3), torch.nan)
-    with pytest.raises(UserError, match="gives no numbers"):
-        proof.compare([nothing], [nothing])
+    with pytest.raises(UserError, match="gives NaN"):
+        verify.compare([nothing], [nothing])
 
 
 def test_a_token_that_cannot_be_in_either_model_adds_nothing() -> None:
     shut = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    assert proof.compare([shut], [shut]).kl_divergence == 0.0
+    assert verify.compare([shut], [shut]).kl_divergence == 0.0
 
 
 def test_kl_and_agreement_by_hand() -> None:
     first = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]).log()
     second = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1]]).log()
-    agreement = proof.compare([first], [second])
+    agreement = verify.compare([first], [second])
     # 0.5 ln 2 - 0.25 ln 2 over two positions; the first position's most likely token differs.
     assert agreement.kl_divergence == pytest.approx(0.25 * 0.6931472 / 2)
     assert agreement.top1_agreement == 0.5

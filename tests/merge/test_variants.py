@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from stages.merge.proven import merge_and_prove
-from stages.merge.settings import Merge
-from stages.shared import models, scoring
+from stages.merge import merge as merging
+from stages.merge.config import Merge
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
-from stages.shared.examples import read_examples
+from stages.shared.model import loading, scoring
+from stages.shared.model.packing import read_examples
 from tests import tiny
 from tests.train.running import settings, train_on
 
@@ -89,7 +89,7 @@ def trained(folder: Path, variant: Variant) -> dict[str, Any]:
 
 def merge(folder: Path, onto: str = "quantized") -> dict[str, Any]:
     (folder / "merged").mkdir()
-    return merge_and_prove(
+    return merging.merge(
         Merge.model_validate({"onto": onto, "dtype": "fp32"}),  # no rounding hides a difference
         folder / "adapter",
         {"quantized": folder / "quantized", "original": folder / "base"},
@@ -104,9 +104,9 @@ def test_what_is_trained_is_what_is_scored_and_merged(tmp_path: Path, variant: V
     metrics = trained(tmp_path, variant)
     before = files.folder_sha256(tmp_path / "quantized")
 
-    loaded = models.load_adapted(tmp_path / "adapter", tmp_path / "quantized", CPU)
+    loaded = loading.load_adapted(tmp_path / "adapter", tmp_path / "quantized", CPU)
     held_out = read_examples(tmp_path / "prepared" / "eval.parquet")
-    dtype = models.compute_dtype(tmp_path / "quantized", CPU)
+    dtype = loading.compute_dtype(tmp_path / "quantized", CPU)
     score = scoring.mean_loss(*scoring.score(loaded, held_out, CPU, dtype, "test"))
     assert score == pytest.approx(metrics["eval_loss"], abs=1e-6)
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from stages.prepare.writing import SCHEMA
 from stages.shared.chat.conversation import conversation_id
-from stages.shared.examples import read_examples
+from stages.shared.model.packing import read_examples
 from tests.prepare.helpers import ROWS, Stage, row
 
 OUTS = ("train.parquet", "eval.parquet", "rejected.jsonl", "format.json")

@@ -5,12 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stages.quantize.convert import device_problem, layout, require_fp16_range
-from stages.quantize.loading import quantization_config
-from stages.quantize.settings import Params, Quantize
-from stages.quantize.stored import Weights
+from stages.quantize.config import Params, Quantize
+from stages.quantize.convert import device_problem, layout, quantization_config, require_fp16_range
 from stages.shared.core.errors import UserError
 from stages.shared.core.params import validate
+from stages.shared.weights.checkpoint import Weights
 from tests.architectures import saved
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stages.quantize import levels
+from stages.quantize import quantization_error as levels
 
 
 def block(*values: float) -> torch.Tensor:
@@ -47,7 +47,7 @@ def test_the_best_alpha_gives_up_one_outlier_for_all_the_others():
 @pytest.mark.parametrize(("kind", "levels_below_zero"), [("nf4", 7), ("fp4", 7)])
 def test_the_library_finds_the_nearest_level(kind: str, levels_below_zero: int):
     torch.manual_seed(0)
-    ladder = torch.tensor(levels.four_bit_levels(1.0)[kind])
+    ladder = torch.tensor(levels.codebooks(1.0)[kind])
     assert int((ladder < 0).sum()) == levels_below_zero
     weight = torch.randn(8, 64)
     fractions = levels.normalized(weight)

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.quantize import convert
-from stages.quantize.settings import Quantize
-from stages.quantize.stored import Weights
-from stages.shared import models
+from stages.quantize.config import Quantize
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
+from stages.shared.model import loading
+from stages.shared.weights.checkpoint import Weights
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_a_base_and_a_result_in_several_files(
     for stored in expected.parameters:
         assert torch.equal(found.values(stored, CPU), expected.values(stored, CPU))
     with torch.inference_mode():
-        one, other = (models.load_model(folder, CPU)(IDS).logits for folder in (whole, parts))
+        one, other = (loading.load_model(folder, CPU)(IDS).logits for folder in (whole, parts))
     assert torch.equal(one, other)
 
 
@@ -71,7 +71,7 @@ def test_a_base_that_lacks_a_weight_is_refused(base: Path, tmp_path: Path):
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is in none"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
         run(base, tmp_path / "out", "nf4")
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.live_memory import LiveMemory
-from stages.quantize import comparison, convert, promise
-from stages.quantize.settings import Quantize
-from stages.quantize.stored import Weights
-from stages.shared import heap
+from stages.quantize import convert, expected_bits, quantization_error
+from stages.quantize.config import Quantize
+from stages.shared.weights import heap
+from stages.shared.weights.checkpoint import Weights
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -60,12 +60,12 @@ def test_no_more_than_the_result_two_layers_and_the_embedding(
     assert sum(sizes(base).values()) + sum(sizes(tmp_path).values()) > bound
 
     # Of each matrix as small a part as of a real model's; here 256 blocks would be all of it.
-    monkeypatch.setattr(comparison, "BLOCKS_FOR_ALPHA", 4)
+    monkeypatch.setattr(quantization_error, "BLOCKS_FOR_ALPHA", 4)
     written = Weights(tmp_path)
-    matrices = promise.linear_matrices(written.parameters, layout.looked_up)
+    matrices = expected_bits.linear_matrices(written.parameters, layout.looked_up)
     with RealMemory() as memory:
-        original = comparison.Base(Weights(base), layout, CPU)
-        comparison.compare(original, written, matrices, CPU)
+        original = quantization_error.Base(Weights(base), layout, CPU)
+        quantization_error.measure(original, written, matrices, CPU)
     assert 0 < memory.peak_bytes <= bound
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from stages.quantize.__main__ import quantize
-from stages.quantize.settings import Quantize
-from stages.shared import models
+from stages.quantize.config import Quantize
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
+from stages.shared.model import loading
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_every_precision_is_what_it_promises(
     error: str,
 ):
     report = run(base, tmp_path, precision, compute_dtype, double_quant)
-    model = models.load_model(tmp_path / "quantized", CPU)
+    model = loading.load_model(tmp_path / "quantized", CPU)
     with torch.inference_mode():
         logits = model(IDS).logits
     assert logits.isfinite().all()
@@ -125,7 +125,7 @@ def test_matrices_that_are_stored_the_other_way_round(tmp_path: Path, precision:
     report = run(tmp_path / "base", tmp_path, precision)
     expected = report["errors"].get(precision, 0.0)
     assert report["relative_error"] == pytest.approx(expected, rel=0.01)
-    model = models.load_model(tmp_path / "quantized", CPU)
+    model = loading.load_model(tmp_path / "quantized", CPU)
     with torch.inference_mode():
         assert model(IDS).logits.isfinite().all()
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from stages.quantize.stored import Weights
+from stages.shared.weights.checkpoint import Weights
 
 
 def folder_with(folder: Path, **files: dict[str, torch.Tensor]) -> Weights:

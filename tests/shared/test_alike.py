@@ -2,11 +2,11 @@
 
 import torch
 
-from stages.shared.alike import PADDING_TOKENS, alike
+from stages.shared.model.cpu_attention import PADDING_TOKENS, length_groups
 
 
 def groups(*lengths: int) -> list[tuple[int, ...]]:
-    return [group.lengths for group in alike(lengths)]
+    return [group.lengths for group in length_groups(lengths)]
 
 
 def test_neighbours_go_together_while_what_pads_them_is_little():
@@ -19,31 +19,31 @@ def test_neighbours_go_together_while_what_pads_them_is_little():
 
 def test_padding_never_costs_more_than_a_conversation_of_its_own():
     lengths = tuple(range(300, 0, -7))
-    for group in alike(lengths):
+    for group in length_groups(lengths):
         longest = max(group.lengths)
         assert sum(longest**2 - n**2 for n in group.lengths) < PADDING_TOKENS**2
 
 
 def test_they_are_all_of_the_row_in_its_order():
     lengths = (300, 130, 128, 20, 20, 1, 90)
-    found = alike(lengths)
+    found = length_groups(lengths)
     assert tuple(n for group in found for n in group.lengths) == lengths
     assert [group.span.start for group in found][1:] == [group.span.stop for group in found][:-1]
 
 
 def test_what_is_taken_is_padded_with_zeros_and_comes_back():
     row = torch.arange(1.0, 31.0).view(10, 3)
-    [group] = alike((5, 3, 2))
-    taken = group.taken(row)
+    [group] = length_groups((5, 3, 2))
+    taken = group.gather(row)
     assert taken.shape == (3, 16, 3)  # as many as a CPU takes at once
     assert torch.equal(taken[1, :3], row[5:8])
     assert taken.sum() == row.sum()
     back = torch.zeros_like(row)
-    group.put(taken + (taken == 0) * 9, back)
+    group.scatter(taken + (taken == 0) * 9, back)
     assert torch.equal(back, row)
 
 
 def test_one_alone_is_not_copied():
     row = torch.zeros(10, 3)
-    [group] = alike((10,))
-    assert group.taken(row).data_ptr() == row.data_ptr()
+    [group] = length_groups((10,))
+    assert group.gather(row).data_ptr() == row.data_ptr()

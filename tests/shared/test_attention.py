@@ -10,8 +10,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from stages.shared import attention, packing, scoring, varlen_attention
-from stages.shared.examples import Example
+from stages.shared.model import attention, packing, scoring
+from stages.shared.model.packing import Example
 from tests import tiny
 from tests.shared import flash_kernel
 
@@ -40,7 +40,7 @@ class Calls(TorchFunctionMode):
 @pytest.fixture
 def covered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU that has the kernel, as a GPU does."""
-    monkeypatch.setattr(varlen_attention, "covers", lambda *_: True)
+    monkeypatch.setattr(attention, "has_kernel", lambda *_: True)
     with flash_kernel.on_a_cpu():
         yield
 
@@ -135,7 +135,7 @@ def test_on_a_gpu_a_packed_row_goes_through_a_model_without_a_wait() -> None:
     def step() -> None:
         rows = [Example(random.integers(3, 384, n), np.ones(n, bool), n) for n in LENGTHS]
         batch = packing.pack(rows, device)
-        varlen_attention.cumulative_lengths.cache_clear()
+        attention.cumulative_lengths.cache_clear()
         output = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -184,7 +184,7 @@ def test_a_mask_is_needed_where_a_layer_looks_back_less_far_and_no_kernel_knows(
         asked.append(of)
         return kernel
 
-    monkeypatch.setattr(varlen_attention, "covers", covers)
+    monkeypatch.setattr(attention, "has_kernel", covers)
     config = MistralConfig(
         hidden_size=64, num_attention_heads=4, sliding_window=window, attn_implementation=name
     )

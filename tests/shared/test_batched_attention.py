@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stages.shared import batched_attention
+from stages.shared.model import cpu_attention
 
 HEADS, SIZE, SCALE = 6, 8, 0.3
 LENGTHS = (70, 20, 20, 9, 1, 1, 33)
@@ -24,13 +24,13 @@ def inside_conversations() -> torch.Tensor:
 def test_results_and_gradients_are_those_of_torch(
     monkeypatch: pytest.MonkeyPatch, groups: int, most_queries: int, scores_bytes: int
 ) -> None:
-    monkeypatch.setattr(batched_attention, "MOST_QUERIES", most_queries)
-    monkeypatch.setattr(batched_attention, "SCORES_BYTES", scores_bytes)
+    monkeypatch.setattr(cpu_attention, "MOST_QUERIES", most_queries)
+    monkeypatch.setattr(cpu_attention, "SCORES_BYTES", scores_bytes)
     torch.manual_seed(0)
     tokens = sum(LENGTHS)
     inputs = [torch.randn(tokens, n, SIZE, requires_grad=True) for n in (HEADS, groups, groups)]
     q, k, v = inputs
-    result = batched_attention.attend(q, k, v, SCALE, LENGTHS)
+    result = cpu_attention.attend(q, k, v, SCALE, LENGTHS)
     gradient = torch.randn_like(result)
     found = torch.autograd.grad(result, inputs, gradient)
 
@@ -49,7 +49,7 @@ def test_scores_are_not_rounded_in_half_precision() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(100, 4, 64).mul(2).bfloat16() for _ in range(3))
     scale = 0.5
-    found = batched_attention.attend(query, key, value, scale, (100,))
+    found = cpu_attention.attend(query, key, value, scale, (100,))
     q, k, v = (x.double().transpose(0, 1)[None] for x in (query, key, value))
     exact = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
     assert (found - exact).norm() < 5e-3 * exact.norm()

@@ -87,7 +87,7 @@ def test_a_micro_batch_holds_no_more_than_its_step():
 
 
 def test_micro_batches_are_those_that_training_packs():
-    from stages.shared.examples import Example
+    from stages.shared.model.packing import Example
 
     def conversation(tokens: int, row: int) -> Example:
         """So many go through the model: the last of it is only predicted."""

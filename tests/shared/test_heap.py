@@ -5,12 +5,13 @@ import mmap
 import pytest
 import torch
 
-from stages.shared import heap, models
+from stages.shared.model import loading
+from stages.shared.weights import heap
 
 
 def test_products_of_many_shapes_leave_little_behind():
     """Two caches keep what was compiled for a shape; with either unbounded it is 140 MB."""
-    assert models  # which bounds them, before the first product
+    assert loading  # which bounds them, before the first product
     matrix = torch.ones(64, 96, dtype=torch.bfloat16)
     heap.trim()
     before = heap.resident_bytes()

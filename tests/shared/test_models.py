@@ -12,9 +12,10 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stages.quantize.__main__ import quantize
-from stages.quantize.settings import Quantize
-from stages.shared import models, precision
+from stages.quantize.config import Quantize
 from stages.shared.core.errors import UserError
+from stages.shared.model import loading
+from stages.shared.weights import bnb, precision
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def gradient_norm(model: PreTrainedModel) -> float:
 
 
 def weight_bytes(model: nn.Module) -> list[torch.Tensor]:
-    layers = models.quantized_layers(model).values()
+    layers = bnb.quantized_layers(model).values()
     return [cast(torch.Tensor, layer.weight.data).clone() for layer in layers]
 
 
@@ -53,7 +54,7 @@ def evaluate(model: PreTrainedModel) -> torch.Tensor:
 
 
 def test_an_evaluation_changes_neither_weights_nor_gradients(tmp_path: Path):
-    model = models.load_model(quantized(tmp_path, "nf4"), CPU)
+    model = loading.load_model(quantized(tmp_path, "nf4"), CPU)
     before, weights = gradient_norm(model), weight_bytes(model)
     logits = evaluate(model)
     assert gradient_norm(model) == before
@@ -81,10 +82,10 @@ def test_dequantized_weights_are_those_of_the_forward_pass(
     tmp_path: Path, precision: str, compute_dtype: str
 ):
     folder = quantized(tmp_path, precision, compute_dtype)
-    dense = models.load_dequantized(folder, CPU)
-    assert not models.quantized_layers(dense)
+    dense = loading.load_dequantized(folder, CPU)
+    assert not bnb.quantized_layers(dense)
     assert {p.dtype for p in dense.parameters()} == {torch.float32}
-    for name, layer in models.quantized_layers(models.load_model(folder, CPU)).items():
+    for name, layer in bnb.quantized_layers(loading.load_model(folder, CPU)).items():
         assert isinstance(layer, Linear4bit)
         weight = cast(nn.Linear, dense.get_submodule(name)).weight
         # Rows of the identity pick out the very weights that the layer multiplies with.
@@ -96,9 +97,9 @@ def test_dequantized_weights_are_those_of_the_forward_pass(
 
 def test_int8_is_its_integers_times_their_scales(tmp_path: Path):
     folder = quantized(tmp_path, "int8")
-    dense = models.load_dequantized(folder, CPU)
-    assert not models.quantized_layers(dense)
-    for name, layer in models.quantized_layers(models.load_model(folder, CPU)).items():
+    dense = loading.load_dequantized(folder, CPU)
+    assert not bnb.quantized_layers(dense)
+    for name, layer in bnb.quantized_layers(loading.load_model(folder, CPU)).items():
         weight = cast(Int8Params, layer.weight)
         expected = weight.data.float() * weight.SCB[:, None] / 127
         found = cast(nn.Linear, dense.get_submodule(name)).weight
@@ -109,13 +110,13 @@ def test_int8_is_its_integers_times_their_scales(tmp_path: Path):
 def test_what_a_cpu_has_no_products_of_is_computed_in_fp32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str, stored: torch.dtype
 ):
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: kind != "cpu")
+    monkeypatch.setattr(precision, "has_bf16_matmuls", lambda kind: kind != "cpu")
     folder = quantized(tmp_path, "nf4", compute)
-    assert models.compute_dtype(folder, CPU) == torch.float32
-    assert models.compute_dtype(folder, torch.device("cuda")) == stored
-    model = models.load_model(folder, CPU)
+    assert loading.compute_dtype(folder, CPU) == torch.float32
+    assert loading.compute_dtype(folder, torch.device("cuda")) == stored
+    model = loading.load_model(folder, CPU)
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8}
-    for layer in models.quantized_layers(model).values():
+    for layer in bnb.quantized_layers(model).values():
         assert layer.compute_dtype == torch.float32
         assert cast(Params4bit, layer.weight).quant_state.dtype == torch.float32
 
@@ -124,11 +125,11 @@ def test_what_a_gpu_rounded_is_dequantized_rounded_on_a_cpu_that_computes_in_fp3
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A merge adds to the weights that training saw, and most cards stand beside such a CPU."""
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: kind != "cpu")
+    monkeypatch.setattr(precision, "has_bf16_matmuls", lambda kind: kind != "cpu")
     folder = quantized(tmp_path, "nf4")
-    exact = models.load_dequantized(folder, CPU)
-    rounded = dict(models.load_dequantized(folder, torch.device("cuda")).named_modules())
-    for name in models.quantized_layers(models.load_model(folder, CPU)):
+    exact = loading.load_dequantized(folder, CPU)
+    rounded = dict(loading.load_dequantized(folder, torch.device("cuda")).named_modules())
+    for name in bnb.quantized_layers(loading.load_model(folder, CPU)):
         found = cast(nn.Linear, rounded[name]).weight
         expected = cast(nn.Linear, exact.get_submodule(name)).weight
         assert not torch.equal(found, expected)
@@ -137,7 +138,7 @@ def test_what_a_gpu_rounded_is_dequantized_rounded_on_a_cpu_that_computes_in_fp3
 
 @pytest.mark.parametrize("precision", ["nf4", "int8", "fp16"])
 def test_what_is_not_quantized_comes_in_the_dtype_asked_for(tmp_path: Path, precision: str):
-    model = models.load_model(quantized(tmp_path, precision), CPU, torch.float32)
+    model = loading.load_model(quantized(tmp_path, precision), CPU, torch.float32)
     dense = {p.dtype for p in model.parameters() if p.is_floating_point()}
     assert dense == {torch.float32}
     assert evaluate(model).isfinite().all()
@@ -148,13 +149,13 @@ def test_a_dense_model_is_only_cast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
 ):
     """To fp32 on a CPU without products of bf16, where torch has loops for them."""
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: has_bf16)
+    monkeypatch.setattr(precision, "has_bf16_matmuls", lambda kind: has_bf16)
     base = tiny.save(tmp_path)
-    loaded = models.load_model(base, CPU)
+    loaded = loading.load_model(base, CPU)
     assert loaded.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
     assert not loaded.training
     for one, other in zip(
-        loaded.parameters(), models.load_dequantized(base, CPU).parameters(), strict=True
+        loaded.parameters(), loading.load_dequantized(base, CPU).parameters(), strict=True
     ):
         assert other.dtype == torch.float32
         assert torch.equal(one.float(), other)
@@ -163,4 +164,4 @@ def test_a_dense_model_is_only_cast(
 def test_a_folder_of_pickles_is_refused(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"no \*\.safetensors"):
-        models.load_model(tmp_path, CPU)
+        loading.load_model(tmp_path, CPU)

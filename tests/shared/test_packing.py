@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from stages.shared import attention, packing, scoring
-from stages.shared.examples import Example
+from stages.shared.model import attention, packing, scoring
+from stages.shared.model.packing import Example
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def test_a_sliding_window_is_kept_to() -> None:
 @pytest.mark.parametrize("max_tokens", [1, 10, 20, 36])
 def test_split_loses_nothing_and_keeps_to_the_limit(max_tokens: int) -> None:
     examples = conversations()
-    groups = packing.split(examples, max_tokens)
+    groups = packing.bins(examples, max_tokens)
     assert sorted(e.row for group in groups for e in group) == [0, 1, 2, 3]
     for group in groups:
         assert sum(e.input_tokens for e in group) <= max_tokens or len(group) == 1
@@ -171,7 +171,7 @@ def test_score_is_the_mean_over_tokens_and_leaves_the_model_in_its_mode() -> Non
 
 def test_those_that_work_side_by_side_get_equal_parts() -> None:
     """The longest first to the emptier one would give 17 and 13."""
-    first, second = packing.divide(computed((8, 7, 6, 5, 4)), 11, 2)
+    first, second = packing.partition(computed((8, 7, 6, 5, 4)), 11, 2)
     lengths = [[[e.input_tokens for e in batch] for batch in part] for part in (first, second)]
     assert sorted(chain(*lengths[0], *lengths[1])) == [4, 5, 6, 7, 8]
     assert [sum(map(sum, part)) for part in lengths] == [15, 15]
@@ -183,7 +183,7 @@ def test_those_that_work_side_by_side_get_equal_parts() -> None:
     [((9,), 1), ((9, 4), 1), ((9, 9), 2), ((9, 9, 9), 3), ((30, 10, 10, 10), 2)],
 )
 def test_fewer_work_where_parts_would_be_uneven(lengths: tuple[int, ...], workers: int) -> None:
-    parts = packing.divide(computed(lengths), 100, 3)
+    parts = packing.partition(computed(lengths), 100, 3)
     assert len(parts) == workers
     rows = [e.row for part in parts for batch in part for e in batch]
     assert sorted(rows) == list(range(len(lengths)))
@@ -191,9 +191,9 @@ def test_fewer_work_where_parts_would_be_uneven(lengths: tuple[int, ...], worker
 
 def test_one_alone_has_all_micro_batches() -> None:
     examples = conversations()
-    assert packing.divide(examples, 20, 1) == [packing.split(examples, 20)]
+    assert packing.partition(examples, 20, 1) == [packing.bins(examples, 20)]
 
 
 def test_one_alone_needs_no_more_at_once_than_each_of_several_would() -> None:
-    [alone] = packing.divide(computed((30, 10, 10, 2)), 100, 2)
+    [alone] = packing.partition(computed((30, 10, 10, 2)), 100, 2)
     assert [[e.input_tokens for e in batch] for batch in alone] == [[30], [10, 10, 2]]

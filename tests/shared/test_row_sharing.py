@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.shared import models, packing, scoring
-from stages.shared.examples import Example
-from stages.shared.row_sharing import SHARING, shares_a_row
+from stages.shared.model import loading, packing, scoring
+from stages.shared.model.packing import PACKING, Example, may_pack
 from tests.architectures import BESIDES, OTHERS, saved
 
 CPU = torch.device("cpu")
@@ -36,21 +35,21 @@ def by_the_library(folder: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def packed(folder: Path) -> torch.Tensor:
-    model = models.load_model(folder, CPU, torch.float32)
+    model = loading.load_model(folder, CPU, torch.float32)
     return scoring.negative_log_likelihoods(model, packing.pack(examples(), CPU))
 
 
-@pytest.mark.parametrize("kind", sorted(SHARING))
+@pytest.mark.parametrize("kind", sorted(PACKING))
 def test_a_row_is_shared_by_conversations_that_do_not_see_each_other(
     tmp_path: Path, kind: str
 ) -> None:
     folder = saved(tmp_path, kind, BESIDES.get(kind, {}))
-    assert shares_a_row(models.load_model(folder, CPU).config)
+    assert may_pack(loading.load_model(folder, CPU).config)
     torch.testing.assert_close(packed(folder), by_the_library(folder), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_would_mix_them_gets_each_by_itself(tmp_path: Path, kind: str) -> None:
     folder = saved(tmp_path, kind, OTHERS[kind])
-    assert not shares_a_row(models.load_model(folder, CPU).config)
+    assert not may_pack(loading.load_model(folder, CPU).config)
     torch.testing.assert_close(packed(folder), by_the_library(folder), atol=5e-5, rtol=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stages.shared.varlen_attention import attend, covers, cumulative_lengths
+from stages.shared.model.attention import cumulative_lengths, flash_attend, has_kernel
 from tests.shared import flash_kernel
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def inputs(groups: int, device: torch.device, dtype: torch.dtype) -> list[torch.
 
 def attended(given: list[torch.Tensor], window: int | None = None) -> torch.Tensor:
     query, key, value = given
-    return attend(query, key, value, SCALE, LENGTHS, window)
+    return flash_attend(query, key, value, SCALE, LENGTHS, window)
 
 
 def compare(given: list[torch.Tensor], window: int | None, tolerance: float) -> None:
@@ -67,7 +67,7 @@ def test_results_and_gradients_are_those_of_torch_with_a_mask(groups: int, windo
 @pytest.mark.parametrize("groups", [4, 2])
 def test_on_a_gpu_too(groups: int, window: int | None, dtype: torch.dtype):
     given = inputs(groups, torch.device("cuda", 0), dtype)
-    if not covers(given[0].device, given[0].dtype, SIZE, SIZE):
+    if not has_kernel(given[0].device, given[0].dtype, SIZE, SIZE):
         pytest.skip("the kernel is not made for this GPU")
     compare(given, window, 5e-3 if dtype == torch.float16 else 2e-2)
 
@@ -75,7 +75,7 @@ def test_on_a_gpu_too(groups: int, window: int | None, dtype: torch.dtype):
 @needs_gpu
 def test_on_a_gpu_the_host_waits_for_nothing():
     given = inputs(2, torch.device("cuda", 0), torch.bfloat16)
-    if not covers(given[0].device, given[0].dtype, SIZE, SIZE):
+    if not has_kernel(given[0].device, given[0].dtype, SIZE, SIZE):
         pytest.skip("the kernel is not made for this GPU")
     attended(given).sum().backward()
     cumulative_lengths.cache_clear()
@@ -137,6 +137,6 @@ def test_what_the_kernel_is_made_for(
     covered: bool,
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert covers(torch.device("cuda", 0), dtype, size, value_size) is covered
+    assert has_kernel(torch.device("cuda", 0), dtype, size, value_size) is covered
     for other in ("cpu", "meta"):  # which are not asked what they can
-        assert not covers(torch.device(other), dtype, size, value_size)
+        assert not has_kernel(torch.device(other), dtype, size, value_size)

@@ -7,9 +7,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Starcoder2Config
 
-from stages.shared import models
-from stages.shared.precision import autocast
+from stages.shared.model import loading
 from stages.shared.step import adapter
+from stages.shared.weights.precision import autocast
 from tests import tiny
 from tests.train.running import settings
 
@@ -47,8 +47,8 @@ def logits(model: Any, dtype: torch.dtype) -> torch.Tensor:
 def exactly(folder: Path, model: Any, precision: str) -> torch.Tensor:
     """Logits of the adapter on dequantized weights, in fp32."""
     adapter.save(model, folder / "adapter", torch.bfloat16)
-    dequantized = models.load_dequantized(folder / precision, CPU)
-    return logits(models.attach(dequantized, folder / "adapter"), torch.float32)
+    dequantized = loading.load_dequantized(folder / precision, CPU)
+    return logits(loading.attach(dequantized, folder / "adapter"), torch.float32)
 
 
 def biased(folder: Path) -> Path:

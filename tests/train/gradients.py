@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from stages.shared.examples import Example, read_examples
+from stages.shared.model.packing import Example, read_examples
 from stages.shared.step import adapter, gradient
 from stages.shared.step.fused.patch import fuse
 from stages.train import distributed

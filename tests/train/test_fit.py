@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from stages.shared import fitting, heap
+from stages.shared import fitting
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
-from stages.shared.examples import read_examples
+from stages.shared.model.packing import read_examples
+from stages.shared.weights import heap
 from stages.train import computing
 from tests import tiny
 from tests.train.running import run, settings, train_on

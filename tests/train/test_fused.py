@@ -20,15 +20,16 @@ from transformers import (
 )
 
 from benchmarks.training_step import random_base
+from stages.quantize.config import Quantize
 from stages.quantize.convert import convert
-from stages.quantize.settings import Quantize
-from stages.shared import packing, precision, scoring, varlen_attention
 from stages.shared.core import machine
-from stages.shared.examples import Example
-from stages.shared.precision import autocast
+from stages.shared.model import attention, packing, scoring
+from stages.shared.model.packing import Example
 from stages.shared.step import adapter
 from stages.shared.step.fused import lora
 from stages.shared.step.fused import patch as fused
+from stages.shared.weights import precision
+from stages.shared.weights.precision import autocast
 from tests import tiny
 from tests.train.running import run, settings
 
@@ -151,7 +152,7 @@ def test_losses_and_gradients_are_those_of_the_modules(
 def test_in_half_precision_gradients_are_no_further_from_fp32_than_those_of_the_modules(
     bases: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: True)  # slowly, on some CPUs
+    monkeypatch.setattr(precision, "has_bf16_matmuls", lambda kind: True)  # slowly, on some CPUs
     folder = quantized(bases[kind], "nf4", "bf16")
     exact = adapted(folder).float()
     for module in exact.modules():
@@ -178,7 +179,7 @@ def test_a_mask_is_made_only_where_a_conversation_is_longer_than_the_window(
     causal = model.get_base_model()
     assert fused._attention_mask(causal, batch()) is None
     with monkeypatch.context() as kernel:
-        kernel.setattr(varlen_attention, "covers", lambda *_: True)
+        kernel.setattr(attention, "has_kernel", lambda *_: True)
         assert fused._attention_mask(causal, batch()) is not None
         kernel.setattr(causal.config, "attention_dropout", 0.1)  # the kernel is left out then
         assert fused._attention_mask(causal, batch()) is None

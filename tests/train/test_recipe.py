@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from stages.shared import packing
 from stages.shared.core import machine
 from stages.shared.core.errors import Stopped, UserError
-from stages.shared.examples import read_examples
+from stages.shared.model import packing
+from stages.shared.model.packing import read_examples
 from stages.shared.step import adapter, gradient
 from stages.train import distributed
 from stages.train import recipe as recipes

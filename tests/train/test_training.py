@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.shared import models, scoring
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
-from stages.shared.examples import read_examples
-from stages.shared.precision import DTYPES
+from stages.shared.model import loading, scoring
+from stages.shared.model.packing import read_examples
+from stages.shared.weights.precision import DTYPES
 from tests import tiny
 from tests.train.running import run
 
@@ -50,7 +50,7 @@ def test_full_fine_tuning_keeps_a_standalone_model(
 ) -> None:
     metrics, curve, keep = run(tmp_path, data, precision, train__method="full")
     assert metrics["eval_loss"] < curve.rows[0]["eval_loss"] - 0.5
-    assert models.stored_dtype(keep) == DTYPES[precision]
+    assert loading.stored_dtype(keep) == DTYPES[precision]
     assert {t.dtype for t in load_file(keep / "model.safetensors").values()} == {DTYPES[precision]}
 
 
@@ -59,8 +59,8 @@ def test_what_was_kept_scores_exactly_what_was_reported(
     tmp_path: Path, data: Path, method: str, precision: str
 ) -> None:
     metrics, _, keep = run(tmp_path, data, precision, train__method=method)
-    model = models.load_adapted(keep, tmp_path / "quantized", CPU)
-    dtype = models.compute_dtype(tmp_path / "quantized", CPU)
+    model = loading.load_adapted(keep, tmp_path / "quantized", CPU)
+    dtype = loading.compute_dtype(tmp_path / "quantized", CPU)
     sums, tokens = scoring.score(model, read_examples(data / "eval.parquet"), CPU, dtype, "test")
     assert scoring.mean_loss(sums, tokens) == pytest.approx(metrics["eval_loss"], abs=1e-6)
 
@@ -79,7 +79,7 @@ def test_the_best_evaluation_is_kept_and_patience_stops(tmp_path: Path, data: Pa
     assert metrics["stopped_early"]
     assert metrics["eval_loss"] == min(losses.values()) == losses[metrics["best_step"]]
     assert metrics["best_step"] < metrics["steps"]
-    model = models.load_adapted(keep, tmp_path / "quantized", CPU)
+    model = loading.load_adapted(keep, tmp_path / "quantized", CPU)
     sums, tokens = scoring.score(
         model, read_examples(data / "eval.parquet"), CPU, torch.float32, "test"
     )

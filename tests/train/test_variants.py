@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from stages.shared import models, precision
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
-from stages.shared.precision import autocast
+from stages.shared.model import loading
 from stages.shared.step import adapter, masters
+from stages.shared.weights import precision
+from stages.shared.weights.precision import autocast
 from stages.train.checkpoints import claim
 from stages.train.recipe import train
 from tests import tiny
@@ -43,7 +44,7 @@ def test_what_is_evaluated_is_what_the_file_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
 ) -> None:
     """On a CPU without products of bf16 too, where what a bf16 file holds is computed in fp32."""
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda kind: has_bf16)
+    monkeypatch.setattr(precision, "has_bf16_matmuls", lambda kind: has_bf16)
     dtype = torch.bfloat16 if has_bf16 else torch.float32
     model = load(biased(tmp_path), bias="all", modules_to_save=["lm_head", "embed_tokens"])
     own = masters.base_weights(model)
@@ -55,7 +56,7 @@ def test_what_is_evaluated_is_what_the_file_holds(
         adapter.save(model, tmp_path / "adapter", torch.bfloat16)
     assert all(w.dtype == torch.float32 for w in own)
     assert all(torch.equal(w, b) for w, b in zip(own, before, strict=True))
-    loaded = models.load_adapted(tmp_path / "adapter", tmp_path / "nf4", CPU)
+    loaded = loading.load_adapted(tmp_path / "adapter", tmp_path / "nf4", CPU)
     assert torch.equal(logits(loaded, dtype), scored)
 
 

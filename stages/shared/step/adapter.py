@@ -3,21 +3,25 @@
 import json
 import warnings
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from stages.shared import models
-from stages.shared.bnb import Linear8bitLt
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
+from stages.shared.model import loading
 from stages.shared.step import initialisation
 from stages.shared.step.config import Lora
 from stages.shared.step.masters import as_saved, make_masters
+from stages.shared.weights import bnb
+from stages.shared.weights.bnb import Linear8bitLt
 
 
 def load_for_lora(
@@ -34,7 +38,7 @@ def load_for_lora(
     Raises:
         UserError: `lora` does not fit the model.
     """
-    base = models.load_model(folder, device)
+    base = loading.load_model(folder, device)
     _refuse_for_precision(base, lora, device)
     rank, alpha = initialisation.rank_and_alpha(lora)
     saved = lora.modules_to_save or []
@@ -56,7 +60,7 @@ def load_for_lora(
     )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # see merging.py
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # see merge.py
             model = cast(PeftModel, get_peft_model(base, config))
     except ValueError as error:
         reason = " ".join(str(error).split())
@@ -65,6 +69,7 @@ def load_for_lora(
             f" Use all-linear, or names or a pattern of {', '.join(names)}."
         ) from None
     _refuse_missing(model, lora)
+    _refuse_embedding_with_mask(model)
     initialisation.initialise(model, lora, original)
     make_masters(model)
     return model
@@ -84,7 +89,7 @@ def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
             f"train.method: full cannot train {'quantized' if quantized else 'fp16'} weights, "
             f"which {reason}. Set quantize.precision to bf16 or fp32, or train.method to lora."
         )
-    model = models.load_model(folder, device, dtype=torch.float32)
+    model = loading.load_model(folder, device, dtype=torch.float32)
     return model.requires_grad_(True)
 
 
@@ -121,7 +126,7 @@ def _saves_both_ends_of_a_tie(base: PreTrainedModel, saved: Sequence[str]) -> bo
 
 
 def _refuse_for_precision(base: PreTrainedModel, lora: Lora, device: torch.device) -> None:
-    quantized = models.quantized_layers(base)
+    quantized = bnb.quantized_layers(base)
     if lora.init == "loftq" and not quantized:
         raise UserError(
             "lora.init: loftq needs quantized weights. Set quantize.precision to nf4, fp4 or int8, "
@@ -140,6 +145,17 @@ def _refuse_for_precision(base: PreTrainedModel, lora: Lora, device: torch.devic
                     f"lora.modules_to_save: {end!r} takes in {name}, whose quantized weights have "
                     "no gradient. Name dense modules, such as lm_head or embed_tokens."
                 )
+
+
+def _refuse_embedding_with_mask(model: PeftModel) -> None:
+    """Peft calls an embedding with token ids alone; OPT's positions are called with a mask."""
+    for name, layer in model.named_modules():
+        table = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
+        if isinstance(table, nn.Embedding) and len(signature(table.forward).parameters) > 1:
+            raise UserError(
+                f"lora.target_modules: {name} is a {type(table).__name__}, which peft "
+                "cannot adapt. Take it out of them."
+            )
 
 
 def _refuse_missing(model: PeftModel, lora: Lora) -> None:

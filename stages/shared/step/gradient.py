@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from stages.shared import packing, scoring
-from stages.shared.examples import Example
-from stages.shared.packing import Packed
-from stages.shared.precision import autocast
+from stages.shared.model import packing, scoring
+from stages.shared.model.packing import Example, Packed
 from stages.shared.step.fused import patch
 from stages.shared.step.fused.lora import cast_cache
+from stages.shared.weights.precision import autocast
 
 AllReduce = Callable[[Sequence[torch.Tensor]], None]  # sums each over all processes, in place
 

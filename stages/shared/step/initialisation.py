@@ -21,11 +21,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from transformers.pytorch_utils import Conv1D
 
-from stages.shared import models
-from stages.shared.bnb import Linear4bit, Linear8bitLt
 from stages.shared.core import progress
 from stages.shared.core.errors import UserError
+from stages.shared.model import loading
 from stages.shared.step.config import Lora
+from stages.shared.weights.bnb import Linear4bit, Linear8bitLt
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, in] and B [out, r], fp32
 
@@ -102,7 +102,7 @@ def _decompose(layers: dict[str, LoraLayer], lora: Lora, original: Path | None) 
                 f"lora.init: {name} ({type(base).__name__}{shape}) has no {lora.init} decomposition"
                 f" of rank lora.r ({lora.r}). Lower lora.r, or change lora.target_modules."
             )
-    whole: Any = models.load_model(original, CPU) if original and lora.init == "loftq" else None
+    whole: Any = loading.load_model(original, CPU) if original and lora.init == "loftq" else None
     with progress.bar(total=len(layers), desc=lora.init, unit="matrix") as bar:
         for name, layer in layers.items():
             base, scale = layer.get_base_layer(), layer.scaling[ADAPTER]

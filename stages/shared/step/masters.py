@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from stages.shared.bnb import Linear4bit, Linear8bitLt
+from stages.shared.weights.bnb import Linear4bit, Linear8bitLt
 
 
 def make_masters(model: nn.Module) -> None:

@@ -11,8 +11,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from stages.shared import bnb
 from stages.shared.step.config import Train
+from stages.shared.weights import bnb
 
 
 class _SynchronizedOnce(bnb.Optimizer8bit):

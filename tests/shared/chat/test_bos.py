@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from stages.merge.merging import make_standalone
+from stages.merge.merge import make_standalone
 from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
 from stages.shared.chat import templates
 from stages.shared.chat.encode import Encoder

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stages.evaluate.settings import Params as EvaluateParams
-from stages.merge.settings import Params as MergeParams
+from stages.evaluate.config import Params as EvaluateParams
+from stages.merge.config import Params as MergeParams
 from stages.shared.core import params
 from stages.shared.core.errors import UserError
 from stages.train.settings import Params as TrainParams

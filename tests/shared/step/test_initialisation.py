@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.shared import models
 from stages.shared.core import files
+from stages.shared.model import loading
 from stages.shared.step import initialisation
+from stages.shared.weights import bnb
 from tests import tiny
 from tests.train.adapters import CPU, exactly, layers, load, logits, update
 from tests.train.running import settings, train_on
@@ -50,22 +51,22 @@ def test_frozen_initialisation_starts_at_the_base(
 ) -> None:
     """And leaves the base's weights alone."""
     model = load(tmp_path, precision, r=8, **lora)
-    base = models.load_model(tmp_path / precision, CPU)
+    base = loading.load_model(tmp_path / precision, CPU)
     state = model.get_base_model().state_dict()
     for name, before in base.state_dict().items():
         now = state.get(name, state.get(".base_layer.".join(name.rsplit(".", 1))))
         if isinstance(before, torch.Tensor) and now is not None:
             assert torch.equal(now, before), name
-    assert len(models.quantized_layers(base)) == len(models.quantized_layers(model))
+    assert len(bnb.quantized_layers(base)) == len(bnb.quantized_layers(model))
 
     assert torch.equal(logits(model, torch.bfloat16), logits(base, torch.bfloat16))
-    expected = logits(models.load_dequantized(tmp_path / precision, CPU), torch.float32)
+    expected = logits(loading.load_dequantized(tmp_path / precision, CPU), torch.float32)
     assert torch.allclose(exactly(tmp_path, model, precision), expected, atol=1e-4)
 
 
 def test_pissa_starts_at_the_principal_part(tmp_path: Path) -> None:
     model = load(tmp_path, r=8, alpha=8, init="pissa")
-    dense = models.load_dequantized(tmp_path / "nf4", CPU)
+    dense = loading.load_dequantized(tmp_path / "nf4", CPU)
     for name, layer in layers(model).items():
         a, b = (m["default"].parametrizations.weight.original for m in (layer.lora_A, layer.lora_B))
         matrix = dense.get_submodule(name).weight
@@ -87,7 +88,7 @@ def test_frozen_half_is_not_trained(tmp_path: Path, rslora: bool) -> None:
     trainable = sum(p.numel() for p in ordinary.parameters() if p.requires_grad)
     assert outcome.metrics["trainable_parameters"] == trainable
     assert files.read_json(tmp_path / "adapter" / "adapter_config.json")["r"] == 8
-    loaded = models.load_adapted(tmp_path / "adapter", tmp_path / "nf4", CPU)
+    loaded = loading.load_adapted(tmp_path / "adapter", tmp_path / "nf4", CPU)
     scales = [next(iter(layers(m).values())).scaling["default"] for m in (loaded, ordinary)]
     assert scales[0] == pytest.approx(scales[1])
     for name, now in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
@@ -113,8 +114,8 @@ def test_loftq_starts_closer_to_the_original(
     tmp_path: Path, precision: str, lora: dict[str, Any]
 ) -> None:
     model = load(tmp_path, precision, r=8, init="loftq", **lora)
-    original = models.load_model(tmp_path / "base", CPU, torch.float32)
-    dequantized = models.load_dequantized(tmp_path / precision, CPU)
+    original = loading.load_model(tmp_path / "base", CPU, torch.float32)
+    dequantized = loading.load_dequantized(tmp_path / precision, CPU)
     for name, layer in layers(model).items():
         lost = original.get_submodule(name).weight - dequantized.get_submodule(name).weight
         assert torch.linalg.norm(lost - update(layer)) < 0.95 * torch.linalg.norm(lost), name
@@ -133,5 +134,5 @@ def test_loftq_starts_closer_to_the_original(
 def test_dora_starts_at_the_base(tmp_path: Path, init: str) -> None:
     """Peft rounds the magnitudes to the base's bf16: logits then begin 0.09 away from it."""
     model = load(tmp_path, dora=True, init=init)
-    expected = logits(models.load_dequantized(tmp_path / "nf4", CPU), torch.float32)
+    expected = logits(loading.load_dequantized(tmp_path / "nf4", CPU), torch.float32)
     assert torch.allclose(exactly(tmp_path, model, "nf4"), expected, atol=1e-4)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, silu
 
-from stages.shared.bnb import dequantize_4bit, quantize_4bit
 from stages.shared.step.fused import gpu, liger, mlp, qkv, rms_norm
+from stages.shared.weights.bnb import dequantize_4bit, quantize_4bit
 
 pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
 EMULATED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -24,8 +24,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from stages.shared.bnb import Linear4bit, Params4bit, dequantize_4bit, dequantize_blockwise
 from stages.shared.step.fused import gpu
+from stages.shared.weights.bnb import Linear4bit, Params4bit, dequantize_4bit, dequantize_blockwise
 
 ADAPTER = "default"  # peft's name of the only adapter
 CastWeights = tuple[torch.Tensor, list[torch.Tensor]]

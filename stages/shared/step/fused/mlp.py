@@ -14,7 +14,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import silu
 
-from stages.shared import precision
 from stages.shared.step.fused import gpu, liger
 from stages.shared.step.fused.lora import LoraLinears, lora_weights
 from stages.shared.step.fused.rms_norm import (
@@ -22,12 +21,13 @@ from stages.shared.step.fused.rms_norm import (
     rms_norm_backward,
     rms_norm_forward,
 )
+from stages.shared.weights import precision
 
 
 def swiglu_mlp(norm: nn.Module, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The MLP of the normed residual stream x [tokens, width], added to x."""
     layers: Any = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    dtype = precision.of_products(x)
+    dtype = precision.matmul_dtype(x)
     return _MLP.apply(x, norm.weight, norm.variance_epsilon, layers, dtype, *lora_weights(*layers))
 
 

@@ -14,14 +14,14 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stages.shared import attention, packing, precision
-from stages.shared.packing import Packed
-from stages.shared.row_sharing import shares_a_row
+from stages.shared.model import attention, packing
+from stages.shared.model.packing import Packed, may_pack
 from stages.shared.step.fused.cross_entropy import linear_cross_entropy
 from stages.shared.step.fused.lora import dequantize_absmax
 from stages.shared.step.fused.mlp import swiglu_mlp
 from stages.shared.step.fused.qkv import apply_rope, o_proj, qkv
 from stages.shared.step.fused.rms_norm import rms_norm
+from stages.shared.weights import precision
 
 
 def fuse(model: nn.Module) -> None:
@@ -35,9 +35,9 @@ def fuse(model: nn.Module) -> None:
 
 def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
     """Per supervised token, in nats, fp32 [supervised]; `scoring`'s, without whole logits."""
-    if shares_a_row(model.config):
+    if may_pack(model.config):
         return _of_row(model, batch)
-    return torch.cat([_of_row(model, one) for one in packing.apart(batch)])
+    return torch.cat([_of_row(model, one) for one in packing.unpack(batch)])
 
 
 def _of_row(model: nn.Module, batch: Packed) -> torch.Tensor:
@@ -50,7 +50,7 @@ def _of_row(model: nn.Module, batch: Packed) -> torch.Tensor:
         conversation_lengths=batch.lengths,
     ).last_hidden_state.squeeze(0)[batch.predictors]
     head = causal.get_output_embeddings().weight
-    return linear_cross_entropy(hidden.to(precision.of_products(hidden)), head, batch.targets)
+    return linear_cross_entropy(hidden.to(precision.matmul_dtype(hidden)), head, batch.targets)
 
 
 def _attention_mask(causal: Any, batch: Packed) -> torch.Tensor | None:

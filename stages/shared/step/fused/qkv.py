@@ -10,7 +10,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from stages.shared import precision
 from stages.shared.step.fused import liger
 from stages.shared.step.fused.lora import LoraLinears, lora_weights
 from stages.shared.step.fused.rms_norm import (
@@ -18,6 +17,7 @@ from stages.shared.step.fused.rms_norm import (
     rms_norm_backward,
     rms_norm_forward,
 )
+from stages.shared.weights import precision
 
 
 def qkv(
@@ -34,7 +34,7 @@ def qkv(
         x: residual stream [tokens, width].
         rope: cosines and sines [tokens, head size] for queries and keys; None for no RoPE.
     """
-    dtype = precision.of_products(x)
+    dtype = precision.matmul_dtype(x)
     cos, sin = rope or (None, None)
     return _QKV.apply(
         x, norm.weight, norm.variance_epsilon, cos, sin, layers, dtype, *lora_weights(*layers)
@@ -43,7 +43,7 @@ def qkv(
 
 def o_proj(residual: torch.Tensor, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
     """The output projection of attention's result x [tokens, in], added to the residual stream."""
-    return _OProj.apply(residual, x, layer, precision.of_products(x), *lora_weights(layer))
+    return _OProj.apply(residual, x, layer, precision.matmul_dtype(x), *lora_weights(layer))
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What may be tuned: the section `quantize` of params.yaml."""
+"""The section `quantize` of params.yaml."""
 
 from typing import Literal
 
@@ -15,8 +15,8 @@ class Quantize(Section):
         precision: of every matrix that a linear layer multiplies with; embedding, head and norms
             stay dense.
         double_quant: whether the block constants of fp4 and nf4 are quantized too.
-        compute_dtype: what int8, fp4 and nf4 layers compute in, and their dense parts are stored
-            in; a dense precision computes in itself.
+        compute_dtype: of int8, fp4 and nf4 layers, and of their model's dense parts; a dense
+            precision computes in itself.
     """
 
     precision: Literal["fp32", "bf16", "fp16", "int8", "fp4", "nf4"]
@@ -25,7 +25,7 @@ class Quantize(Section):
 
     @property
     def dense_dtype(self) -> str:
-        """What everything that is not quantized is stored in."""
+        """The dtype of everything that is not quantized."""
         return self.precision if self.precision in DENSE else self.compute_dtype
 
     @property
@@ -35,6 +35,6 @@ class Quantize(Section):
 
 
 class Params(Section):
-    """What dvc.yaml declares for the stage."""
+    """The sections that dvc.yaml declares for the stage."""
 
     quantize: Quantize

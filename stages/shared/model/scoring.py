@@ -1,4 +1,4 @@
-"""The one scorer: how likely a model finds the supervised tokens of held-out conversations.
+"""The scorer: negative log-likelihoods of the supervised tokens of held-out conversations.
 
 Training's evaluations, `evaluate` and the proof of a merge call it with the same batching, so that
 their numbers are one number.
@@ -13,13 +13,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from stages.shared import packing
 from stages.shared.core import progress
-from stages.shared.examples import Example
-from stages.shared.models import without_adapter
-from stages.shared.packing import Packed
-from stages.shared.precision import autocast
-from stages.shared.row_sharing import shares_a_row
+from stages.shared.model import packing
+from stages.shared.model.loading import without_adapter
+from stages.shared.model.packing import Example, Packed
+from stages.shared.weights.precision import autocast
 
 # Fixed, and no setting of the machine: in bf16 the same rows in other batches score a little
 # differently (3.27070 and 3.27108 nats were seen). Small, so that conversations packed together
@@ -33,8 +31,8 @@ def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
     No other position reaches the head: most of a chat's tokens are not supervised, and the logits
     are the largest tensor of a step.
     """
-    if not shares_a_row(model.config):
-        return torch.cat([_alone(model, one) for one in packing.apart(batch)])
+    if not packing.may_pack(model.config):
+        return torch.cat([_unpacked_logits(model, one) for one in packing.unpack(batch)])
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -45,8 +43,8 @@ def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
     return output.logits[0]
 
 
-def _alone(model: Any, batch: Packed) -> torch.Tensor:
-    """The same of one conversation, by nothing but what every causal model is given."""
+def _unpacked_logits(model: Any, batch: Packed) -> torch.Tensor:
+    """The same of one conversation, from arguments that every causal model takes."""
     if "logits_to_keep" not in inspect.signature(without_adapter(model).forward).parameters:
         return model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.predictors]
     output = model(input_ids=batch.input_ids, logits_to_keep=batch.predictors, use_cache=False)
@@ -62,11 +60,8 @@ def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
 def batches(
     examples: Sequence[Example], device: torch.device, desc: str, share: slice = slice(None)
 ) -> Iterator[Packed]:
-    """The scorer's micro-batches, or the share of one of several processes, under a progress bar.
-
-    The batches are the same, whoever computes them.
-    """
-    micro_batches = packing.split(examples, SCORING_TOKENS)[share]
+    """The scorer's micro-batches, or one process's share of them, under a progress bar."""
+    micro_batches = packing.bins(examples, SCORING_TOKENS)[share]
     with progress.bar(total=sum(map(len, micro_batches)), desc=desc, unit="row") as bar:
         for micro_batch in micro_batches:
             yield packing.pack(micro_batch, device)
@@ -85,11 +80,11 @@ def score(
     """Sum the negative log-likelihood of each conversation's supervised tokens.
 
     Args:
-        model: a causal language model, with or without an adapter; left in the mode it came in.
+        model: a causal language model, with or without an adapter; its mode is left as it was.
         examples: `row` numbers them from 0 to len(examples) - 1.
         device: where the model is.
-        dtype: what it computes in, see `models.compute_dtype`.
-        desc: what the progress bar says.
+        dtype: it computes in, see `loading.compute_dtype`.
+        desc: of the progress bar.
         share: of the micro-batches, where several processes score together and add up their sums.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Answers: which rows are asked, how a reply is generated, and when it is right."""
+"""Generated replies: which rows are prompted, how they are generated, and when one is correct."""
 
 import sys
 import unicodedata
@@ -17,40 +17,42 @@ from transformers import (
 )
 
 from stages.shared.core import progress
-from stages.shared.models import without_adapter
-from stages.shared.precision import autocast
-from stages.shared.row_sharing import answers_in_batches
+from stages.shared.model.loading import without_adapter
+from stages.shared.model.packing import has_length_dependent_rope
+from stages.shared.weights.precision import autocast
 
-# Fixed, since the other prompts of a batch change a bf16 reply in rare cases. Of keys and values a
-# model of 7B without shared heads keeps half a MB a token.
+# Fixed, since the other prompts of a batch change a bf16 reply in rare cases. A model of 7B without
+# shared heads caches half a MB of keys and values a token.
 BATCH = 32
-BATCH_TOKENS = 8192  # of prompts and replies, with what is padded
+BATCH_TOKENS = 8192  # of prompts and replies, with their padding
+# Replies of these depend on the padding of the batch, on the left.
+UNBATCHED = frozenset({"rwkv"})
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A generated reply, and whether it ended by itself within the tokens it was given."""
+    """A generated reply, and whether it ended by itself within its limit of tokens."""
 
     text: str
     stopped: bool
 
 
 def in_order(has_answer: Sequence[bool], seed: int) -> list[int]:
-    """The rows as they are asked: those with a checkable answer first, in a seeded order."""
+    """The rows in the order of prompting: those with a checkable answer first, else seeded."""
     order = np.random.default_rng(seed).permutation(len(has_answer))
     return sorted(order.tolist(), key=lambda row: not has_answer[row])
 
 
 def normalize(text: str) -> str:
-    """What two equal answers share: NFKC, single spaces, no full stop at the end."""
+    """NFKC, single spaces, no full stop at the end."""
     return " ".join(unicodedata.normalize("NFKC", text).split()).rstrip(".").rstrip()
 
 
-def is_right(reply: str, answer: str) -> bool:
+def is_correct(reply: str, answer: str) -> bool:
     """Whether the reply's last line, normalized, equals the normalized answer.
 
     As many last lines as the answer has. In any case (Monday, MONDAY), unless the answer is all
-    capitals: where they are what was asked for, the words alone are no answer.
+    capitals: then they were asked for.
     """
     lines = reply.strip().split("\n")
     last = normalize("\n".join(lines[-len(answer.strip().split("\n")) :]))
@@ -83,23 +85,23 @@ def generate(
 ) -> list[Reply]:
     """Reply to each prompt, always the most likely token (greedy), in batches with a cache.
 
-    A reply ends where a model that has learnt its positions has no more of them.
+    A reply ends where a model with learned positions has no more of them.
 
     Args:
         model: a causal language model of transformers, with or without an adapter.
         tokenizer: decodes the replies.
-        prompts: token ids, up to and including what a reply follows.
+        prompts: token ids, up to and including the generation prompt.
         stop_ids: tokens that end a reply.
         max_new_tokens: where a reply that does not end is cut.
         device: where the model is.
-        dtype: what it computes in.
+        dtype: it computes in.
     """
-    # What is left open is taken from the model's own: penalties, beams, a least number of tokens.
+    # Options that are left open are taken from the model's own: penalties, beams, minimum lengths.
     plain: Any = without_adapter(model)
     plain.generation_config = GenerationConfig()
-    positions = _learnt_positions(plain)
+    positions = _learned_positions(plain)
     replies: dict[int, Reply] = {}
-    groups = in_groups(prompts, max_new_tokens, BATCH if answers_in_batches(plain.config) else 1)
+    groups = in_groups(prompts, max_new_tokens, BATCH if may_batch(plain.config) else 1)
     with progress.bar(
         total=len(groups) * max_new_tokens, desc="answers", unit="batch-token"
     ) as bar:
@@ -129,6 +131,11 @@ def generate(
     return [replies[i] for i in range(len(prompts))]
 
 
+def may_batch(config: Any) -> bool:
+    """Whether prompts of several lengths, padded on the left, leave each other's replies alone."""
+    return config.model_type not in UNBATCHED and not has_length_dependent_rope(config)
+
+
 def in_groups(prompts: Sequence[list[int]], new_tokens: int, most: int) -> list[list[int]]:
     """Indices of prompts of about one length, at most `most` and `BATCH_TOKENS` a group."""
     groups: list[list[int]] = [[]]
@@ -140,8 +147,8 @@ def in_groups(prompts: Sequence[list[int]], new_tokens: int, most: int) -> list[
     return [group for group in groups if group]
 
 
-def _learnt_positions(model: PreTrainedModel) -> int:
-    """How many positions a model has a table of; without end where it has none (rotary)."""
+def _learned_positions(model: PreTrainedModel) -> int:
+    """The size of a model's table of positions; without end where it has none (rotary)."""
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     tables.discard(model.get_input_embeddings().weight)

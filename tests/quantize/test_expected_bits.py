@@ -1,9 +1,9 @@
 import pytest
 
-from stages.quantize import promise
-from stages.quantize.settings import Quantize
-from stages.quantize.stored import Stored
+from stages.quantize import expected_bits
+from stages.quantize.config import Quantize
 from stages.shared.core.errors import UserError
+from stages.shared.weights.checkpoint import Stored
 
 SHAPE = (64, 256)  # 16,384 parameters, 256 blocks: one constant of constants
 
@@ -15,7 +15,7 @@ def settings(precision: str, double_quant: bool = True) -> Quantize:
 
 
 def matrix(name: str, kind: str, size: int) -> Stored:
-    parts = {} if kind in promise.DENSE_BYTES else {"constants": f"{name}.constants"}
+    parts = {} if kind in expected_bits.DENSE_BYTES else {"constants": f"{name}.constants"}
     return Stored(name, SHAPE, kind, size, parts)
 
 
@@ -32,29 +32,29 @@ def matrix(name: str, kind: str, size: int) -> Stored:
     ],
 )
 def test_what_a_precision_takes(precision: str, double_quant: bool, size: int, bits: float):
-    assert promise.promised_bytes(SHAPE, precision, double_quant) == size
+    assert expected_bits.expected_bytes(SHAPE, precision, double_quant) == size
     assert 8 * size / 16_384 == pytest.approx(bits, abs=5e-4)
 
 
 def test_a_kept_promise_with_tables():
-    size = promise.promised_bytes(SHAPE, "nf4", double_quant=True) + 64 + 1024 + 190
+    size = expected_bits.expected_bytes(SHAPE, "nf4", double_quant=True) + 64 + 1024 + 190
     matrices = [matrix("a", "nf4", size), matrix("b", "nf4", size)]
-    promise.require_promise(matrices, settings("nf4"))
-    assert promise.bits_per_parameter(matrices) == 8 * size / 16_384
-    assert promise.quantized_parameters(matrices) == 2 * 16_384
+    expected_bits.require_expected_bits(matrices, settings("nf4"))
+    assert expected_bits.bits_per_parameter(matrices) == 8 * size / 16_384
+    assert expected_bits.quantized_parameters(matrices) == 2 * 16_384
 
 
 def test_one_dense_matrix_among_many_breaks_it():
-    good = promise.promised_bytes(SHAPE, "int8", double_quant=False)
+    good = expected_bits.expected_bytes(SHAPE, "int8", double_quant=False)
     matrices = [matrix(f"layer.{i}", "int8", good) for i in range(60)]
     matrices.append(matrix("layer.60.experts", "bf16", 32_768))
     with pytest.raises(UserError, match=r"int8, 8\.12 bits.*layer\.60\.experts is bf16.*2%"):
-        promise.require_promise(matrices, settings("int8"))
+        expected_bits.require_expected_bits(matrices, settings("int8"))
 
 
 def test_less_than_promised_is_as_wrong():
     with pytest.raises(UserError, match="bf16"):
-        promise.require_promise([matrix("a", "nf4", 8_452)], settings("bf16"))
+        expected_bits.require_expected_bits([matrix("a", "nf4", 8_452)], settings("bf16"))
 
 
 def test_embeddings_head_and_vectors_do_not_count():
@@ -64,5 +64,5 @@ def test_embeddings_head_and_vectors_do_not_count():
         matrix("linear", "bf16", 32_768),
         Stored("norm", (64,), "bf16", 128, {}),
     ]
-    found = promise.linear_matrices(parameters, frozenset({"embed", "head"}))
+    found = expected_bits.linear_matrices(parameters, frozenset({"embed", "head"}))
     assert [m.name for m in found] == ["linear"]

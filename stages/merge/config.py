@@ -1,4 +1,4 @@
-"""The parameters of a merge."""
+"""The section `merge` of params.yaml."""
 
 from typing import Literal
 
@@ -6,13 +6,13 @@ from stages.shared.core.params import Section
 
 
 class Merge(Section):
-    """`merge`: what the adapter is merged onto, and what the sum is stored in."""
+    """The weights that the adapter is merged onto, and the dtype of the merged file."""
 
     onto: Literal["quantized", "original"]
     dtype: Literal["fp16", "bf16", "fp32"]
 
 
 class Params(Section):
-    """What dvc.yaml declares for `merge`."""
+    """The sections that dvc.yaml declares for the stage."""
 
     merge: Merge

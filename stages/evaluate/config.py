@@ -1,4 +1,4 @@
-"""The parameters of an evaluation."""
+"""The section `evaluate` of params.yaml."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from stages.shared.core.params import Section
 
 
 class Evaluate(Section):
-    """`evaluate`: what is asked of each of the four models."""
+    """Generated replies, of each of the four models."""
 
     generate_rows: Annotated[int, Field(ge=0)]
     max_new_tokens: Annotated[int, Field(ge=1)]
@@ -17,6 +17,6 @@ class Evaluate(Section):
 
 
 class Params(Section):
-    """What dvc.yaml declares for `evaluate`."""
+    """The sections that dvc.yaml declares for the stage."""
 
     evaluate: Evaluate

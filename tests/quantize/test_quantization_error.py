@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages.quantize import comparison
-from stages.quantize.convert import Layout
-from stages.quantize.stored import Stored, Weights
+from stages.quantize import quantization_error
+from stages.quantize.quantization_error import Layout
 from stages.shared.core.errors import UserError
+from stages.shared.weights.checkpoint import Stored, Weights
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(frozenset(), frozenset(), "model")
@@ -25,28 +25,34 @@ def test_relative_error_by_hand(tmp_path: Path):
         tmp_path / "written", a=torch.tensor([[3.0, 0.3]]), b=torch.tensor([[3.6, 0.0]])
     )
     # ‖W − Ŵ‖ = √(0.3² + 0.4²) = 0.5 and ‖W‖ = √(3² + 4²) = 5.
-    original = comparison.Base(base, LAYOUT, CPU)
-    found = comparison.compare(original, written, written.parameters, CPU)
+    original = quantization_error.Base(base, LAYOUT, CPU)
+    found = quantization_error.measure(original, written, written.parameters, CPU)
     assert found.relative_error == pytest.approx(0.1, abs=1e-6)
     assert found.compared_parameters == 4
 
 
 def test_large_models_are_sampled():
     matrices = [Stored(str(i), (10, 10), "bf16", 200, {}) for i in range(10)]
-    assert comparison.every_nth(matrices, 1000) == matrices
-    assert [m.name for m in comparison.every_nth(matrices, 999)] == ["0", "2", "4", "6", "8"]
+    assert quantization_error.every_nth(matrices, 1000) == matrices
+    assert [m.name for m in quantization_error.every_nth(matrices, 999)] == [
+        "0",
+        "2",
+        "4",
+        "6",
+        "8",
+    ]
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
     base = weights(tmp_path / "base", a=torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(UserError, match="a holds NaN"):
-        comparison.Base(base, LAYOUT, CPU).matrix("a")
+        quantization_error.Base(base, LAYOUT, CPU).matrix("a")
 
 
 def test_a_base_with_other_names_is_refused(tmp_path: Path):
     base = weights(tmp_path / "base", a=torch.zeros(1, 1))
     with pytest.raises(UserError, match="b is not in the files"):
-        comparison.Base(base, LAYOUT, CPU).matrix("b")
+        quantization_error.Base(base, LAYOUT, CPU).matrix("b")
 
 
 def test_a_matrix_in_parts_has_the_blocks_of_the_whole(
@@ -54,9 +60,9 @@ def test_a_matrix_in_parts_has_the_blocks_of_the_whole(
 ):
     torch.manual_seed(0)
     base = weights(tmp_path / "base", a=torch.randn(150, 50))
-    original = comparison.Base(base, LAYOUT, CPU)
-    whole = comparison.compare(original, base, base.parameters, CPU)
-    monkeypatch.setattr(comparison, "PART_PARAMETERS", 1)
-    assert [len(part) for part in comparison.in_parts(original.matrix("a"))] == [64, 64, 22]
-    parts = comparison.compare(original, base, base.parameters, CPU)
+    original = quantization_error.Base(base, LAYOUT, CPU)
+    whole = quantization_error.measure(original, base, base.parameters, CPU)
+    monkeypatch.setattr(quantization_error, "PART_PARAMETERS", 1)
+    assert [len(part) for part in quantization_error.in_parts(original.matrix("a"))] == [64, 64, 22]
+    parts = quantization_error.measure(original, base, base.parameters, CPU)
     assert parts.errors == pytest.approx(whole.errors, rel=1e-5)

@@ -1,23 +1,23 @@
-"""What a precision promises in bits a parameter, held against the bytes that were written.
+"""Expected bits a parameter of a precision, held against the bytes that were written.
 
 transformers 5 fuses the experts of a mixture into one three-dimensional parameter, and bitsandbytes
 quantizes linear layers only: it leaves such experts in bf16 without a word. So every matrix counts
-here, not only those that happen to be quantized.
+here, not only the quantized ones.
 """
 
 from collections.abc import Iterable, Sequence
 from math import ceil, prod
 
-from stages.quantize.levels import BLOCK
-from stages.quantize.settings import FOUR_BIT, Quantize
-from stages.quantize.stored import Stored
+from stages.quantize.config import FOUR_BIT, Quantize
+from stages.quantize.quantization_error import BLOCK
 from stages.shared.core.errors import UserError
+from stages.shared.weights.checkpoint import Stored
 
-NESTED_BLOCK = 256  # constants that share one, where they are quantized too
+NESTED_BLOCK = 256  # block constants that share one, where they are quantized too
 DENSE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-# What a matrix brings along whatever its size: the 16 levels in fp32 and a description in JSON of
-# under 256 bytes; with double quantization, the 256 levels of the constants.
+# Tables of each matrix, whatever its size: the 16 levels in fp32 and a description in JSON of under
+# 256 bytes; with double quantization, the 256 levels of the constants.
 TABLE_BYTES = 16 * 4 + 256
 NESTED_TABLE_BYTES = 256 * 4
 # Small matrices that are rightly dense, a router among experts; one linear layer forgotten in
@@ -26,12 +26,7 @@ TOLERANCE = 0.01
 
 
 def linear_matrices(parameters: Iterable[Stored], looked_up: frozenset[str]) -> list[Stored]:
-    """The parameters that a linear layer or an expert multiplies with.
-
-    Args:
-        parameters: all of the model's.
-        looked_up: the names of embeddings and head.
-    """
+    """The parameters that a linear layer or an expert multiplies with; no embedding, no head."""
     return [p for p in parameters if len(p.shape) > 1 and p.name not in looked_up]
 
 
@@ -45,8 +40,8 @@ def quantized_parameters(matrices: Iterable[Stored]) -> int:
     return sum(m.parameters for m in matrices if m.parts)
 
 
-def promised_bytes(shape: tuple[int, ...], precision: str, double_quant: bool) -> int:
-    """What a matrix takes, without the tables that do not grow with it.
+def expected_bytes(shape: tuple[int, ...], precision: str, double_quant: bool) -> int:
+    """Bytes of a matrix, without the tables that do not grow with it.
 
     int8 has one fp32 constant a row (LLM.int8(), https://arxiv.org/abs/2208.07339); 4-bit types one
     a block, or one byte a block and one fp32 constant for 256 of those (QLoRA,
@@ -62,29 +57,28 @@ def promised_bytes(shape: tuple[int, ...], precision: str, double_quant: bool) -
     return ceil(count / 2) + constants
 
 
-def require_promise(matrices: Sequence[Stored], settings: Quantize) -> None:
-    """Hold the files to the precision's promise.
+def require_expected_bits(matrices: Sequence[Stored], settings: Quantize) -> None:
+    """Hold the files to the precision's bits.
 
     Raises:
-        UserError: they take more, or less; the matrix that is furthest off is named.
+        UserError: they take more, or less; names the matrix that is furthest off.
     """
 
-    def promised(matrix: Stored) -> int:
-        return promised_bytes(matrix.shape, settings.precision, settings.double_quant)
+    def expected(matrix: Stored) -> int:
+        return expected_bytes(matrix.shape, settings.precision, settings.double_quant)
 
     tables = TABLE_BYTES + NESTED_TABLE_BYTES * settings.double_quant
-    expected, found = sum(map(promised, matrices)), sum(m.bytes for m in matrices)
-    allowed = tables * len(matrices) * (settings.precision in FOUR_BIT) + TOLERANCE * expected
-    if abs(found - expected) <= allowed:
+    due, written = sum(map(expected, matrices)), sum(m.bytes for m in matrices)
+    allowed = tables * len(matrices) * (settings.precision in FOUR_BIT) + TOLERANCE * due
+    if abs(written - due) <= allowed:
         return
-    worst = max(matrices, key=lambda m: abs(m.bytes - promised(m)))
+    worst = max(matrices, key=lambda m: abs(m.bytes - expected(m)))
     others = [m for m in matrices if m.kind != settings.precision]
     count = sum(m.parameters for m in matrices)
     share = sum(m.parameters for m in others) / count
     raise UserError(
-        f"quantize.precision is {settings.precision}, {8 * expected / count:.2f} bits a parameter; "
-        f"{8 * found / count:.2f} were written: {worst.name} is {worst.kind}, as are {share:.0%} "
-        f"of the parameters that layers multiply with ({len(others)} tensors); bitsandbytes "
-        "quantizes plain linear layers, and no experts that transformers fuses into one parameter; "
-        "set quantize.precision=bf16, or choose another model"
+        f"quantize.precision is {settings.precision}, {8 * due / count:.2f} bits a parameter, but "
+        f"{8 * written / count:.2f} were written: {worst.name} is {worst.kind}, as are {share:.0%} "
+        "of the linear parameters (bitsandbytes quantizes plain linear layers, no fused experts). "
+        "Set quantize.precision=bf16, or choose another model."
     )

@@ -1,8 +1,8 @@
-"""The C library's heap, which keeps what is freed: here it is told to give it back.
+"""Freed pages of the C library's heap, given back to the system.
 
 A matrix that has been quantized leaves its temporaries, many times its size, as holes between the
-results that stay. Reused badly, they grew a process of 1.2 GB of weights to 1.7 GB. The steps of a
-training, each of another length, grew one that holds 0.5 GB of tensors to 4.3 GB.
+results that stay: a process of 1.2 GB of weights grew to 1.7 GB. The steps of a training, each of
+another length, grew one that holds 0.5 GB of tensors to 4.3 GB.
 """
 
 import ctypes
@@ -15,20 +15,20 @@ GROWTH_BYTES = 32_000_000  # more often is not worth it: pages given back are cl
 
 
 class Trimmer:
-    """Trims the heap whenever the process has grown: called after each piece of a long work."""
+    """Trims the heap after each piece of a long work, if the process has grown by 32 MB."""
 
     def __init__(self) -> None:
         self._before = resident_bytes()
 
     def __call__(self) -> None:
-        """Trim, if there is more in memory than 32 MB above what the last trim left."""
+        """Trim, unless little was added since the last trim."""
         if resident_bytes() > self._before + GROWTH_BYTES:
             trim()
             self._before = resident_bytes()
 
 
 def trim_above(limit: int) -> None:
-    """Give freed pages back, if there is more in memory than `limit` bytes."""
+    """Give freed pages back where the process holds more than `limit` bytes."""
     if resident_bytes() > limit:
         trim()
 
@@ -40,7 +40,7 @@ def trim() -> None:
 
 
 def resident_bytes() -> int:
-    """What this process has in memory, the pages of mapped files included."""
+    """Resident memory of this process, the pages of mapped files included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 

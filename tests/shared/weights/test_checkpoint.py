@@ -1,0 +1,206 @@
+"""Safetensors files: what is stored, and that a damaged one is loaded by no stage."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.evaluate.config import Evaluate
+from stages.evaluate.evaluate import evaluate
+from stages.merge.config import Merge
+from stages.merge.merge import merge
+from stages.quantize.config import Quantize
+from stages.quantize.convert import convert
+from stages.shared.core.errors import UserError
+from stages.shared.model import loading
+from stages.shared.step import adapter as adapters
+from stages.shared.weights.checkpoint import read_header
+from tests import tiny
+from tests.architectures import BESIDES, saved
+from tests.train.running import settings, train_on
+
+CPU = torch.device("cpu")
+UP = "model.layers.1.mlp.up_proj.weight"
+LORA = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+STATE = f"{UP}.quant_state.bitsandbytes__nf4"
+Tensors = dict[str, torch.Tensor]
+
+
+def missing(tensors: Tensors, name: str) -> None:
+    del tensors[name]
+
+
+def renamed(tensors: Tensors, name: str) -> None:
+    tensors[name.replace("up_proj", "upward").replace("lm_head", "head")] = tensors.pop(name)
+
+
+def misshapen(tensors: Tensors, name: str) -> None:
+    tensors[name] = tensors[name].flatten()[:-1].clone()
+
+
+def cut(tensors: Tensors, name: str) -> None:
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def not_finite(tensors: Tensors, name: str) -> None:
+    tensors[name].view(-1)[-1] = torch.inf
+
+
+def added(tensors: Tensors, name: str) -> None:
+    tensors[f"{name}.gate"] = torch.zeros(3)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, quantized in two ways, an adapter, a full fine-tune, and their data."""
+    folder = tmp_path_factory.mktemp("made")
+    for precision in ("bf16", "nf4", "int8"):
+        tiny.quantize(folder / precision, precision)
+    data = tiny.prepared(folder / "prepared", 8, 8)
+    tiny.tokenizer().save_pretrained(folder / "tokenizer")
+    once = {"train__epochs": 1, "lora__modules_to_save": ["lm_head"]}
+    train_on(settings(**once), data, folder / "nf4", folder / "adapter")
+    full = settings(train__epochs=1, train__method="full")
+    train_on(full, data, folder / "bf16", folder / "full")
+    return folder
+
+
+def damage(folder: Path, change: Callable[[Tensors, str], None], name: str) -> Path:
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    change(tensors, name)
+    path.unlink()  # it may be linked
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("load", [loading.load_model, loading.load_dequantized])
+@pytest.mark.parametrize(
+    ("precision", "change", "name", "fault"),
+    [
+        ("bf16", missing, UP, f"{UP} is missing"),
+        ("bf16", missing, "model.embed_tokens.weight", "model.embed_tokens.weight is missing"),
+        ("bf16", renamed, UP, f"{UP} is missing"),
+        ("bf16", added, "model.norm", "model.norm.gate is no weight of this model"),
+        ("bf16", cut, UP, f"{UP} has shape [127, 64], but config.json makes it [128, 64]"),
+        ("bf16", not_finite, UP, f"{UP} holds NaN or infinity"),
+        ("nf4", missing, "model.norm.weight", "model.norm.weight is missing"),
+        ("nf4", missing, UP, f"{UP} is missing, but its constants are there"),
+        ("nf4", missing, f"{UP}.absmax", f"{UP} lacks its absmax"),
+        ("nf4", missing, f"{UP}.nested_absmax", f"{UP} lacks its nested_absmax"),
+        ("nf4", missing, STATE, f"{UP} lacks its quant_state"),
+        ("nf4", misshapen, STATE, f"{STATE} is damaged"),
+        ("nf4", renamed, f"{UP}.quant_map", f"{UP} lacks its quant_map"),
+        ("nf4", added, "model.norm", "model.norm.gate is no weight of this model"),
+        ("nf4", misshapen, UP, f"{UP} has the wrong shape"),
+        ("nf4", misshapen, f"{UP}.absmax", f"{UP}.absmax has the wrong shape"),
+        ("nf4", misshapen, f"{UP}.nested_quant_map", "nested_quant_map has the wrong shape"),
+        ("nf4", not_finite, f"{UP}.nested_absmax", "nested_absmax holds NaN or infinity"),
+        ("nf4", not_finite, f"{UP}.quant_map", "quant_map holds NaN or infinity"),
+        ("int8", missing, UP.replace("weight", "SCB"), f"{UP} lacks its SCB"),
+        ("int8", cut, UP, "SCB has the wrong shape"),
+        ("int8", not_finite, UP.replace("weight", "SCB"), "SCB holds NaN or infinity"),
+    ],
+)
+def test_load_refuses_damaged_weights(
+    made: Path,
+    tmp_path: Path,
+    load: Callable[..., Any],
+    precision: str,
+    change: Callable[[Tensors, str], None],
+    name: str,
+    fault: str,
+) -> None:
+    path = damage(shutil.copytree(made / precision, tmp_path / precision), change, name)
+    with pytest.raises(UserError) as raised:
+        load(tmp_path / precision, CPU)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert fault in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def merged(root: Path, adapter: str) -> dict[str, Any]:
+    weights = {"quantized": root / "nf4", "original": root / "base"}
+    onto, out = Merge(onto="quantized", dtype="fp16"), root / "out"
+    return merge(onto, root / adapter, weights, root / "tokenizer", root / "prepared", out)
+
+
+def evaluated(root: Path, folder: str) -> Any:
+    few = Evaluate(generate_rows=1, max_new_tokens=1, prompts=1, seed=0)
+    tokenizer, data = root / "tokenizer", root / "prepared"
+    return evaluate(folder, root / folder, root / "nf4", tokenizer, data, few)
+
+
+def quantized(root: Path) -> Any:
+    nf4 = Quantize(precision="nf4", double_quant=True, compute_dtype="bf16")
+    return convert(root / "base", root / "out", nf4, CPU)
+
+
+def trained(root: Path, init: str = "default") -> Any:
+    lora = settings(lora__init=init).lora
+    return adapters.load_for_lora(root / "nf4", lora, CPU, root / "base")
+
+
+HEAD = "base_model.model.lm_head.weight"
+# A stage, the folder that is damaged, and a tensor of it.
+LOADS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "quantize": (quantized, "base", UP),
+    "evaluate base": (lambda root: evaluated(root, "base"), "base", UP),
+    "train": (trained, "nf4", f"{UP}.nested_absmax"),
+    "train loftq": (lambda root: trained(root, "loftq"), "base", UP),
+    "train full": (lambda root: adapters.load_for_full(root / "bf16", CPU), "bf16", UP),
+    "merge": (lambda root: merged(root, "adapter"), "adapter", LORA),
+    "merge head": (lambda root: merged(root, "adapter"), "adapter", HEAD),
+    "merge full": (lambda root: merged(root, "full"), "full", UP),
+    "evaluate adapter": (lambda root: evaluated(root, "adapter"), "adapter", LORA),
+    "evaluate head": (lambda root: evaluated(root, "adapter"), "adapter", HEAD),
+    "evaluate full": (lambda root: evaluated(root, "full"), "full", UP),
+}
+
+
+ADAPTED = ("merge", "merge head", "evaluate adapter", "evaluate head")
+CASES = [(load, change) for load in LOADS for change in (missing, not_finite)]
+CASES += [(load, change) for load in ADAPTED for change in (renamed, cut, added)]
+
+
+@pytest.mark.parametrize(("load", "change"), CASES)
+def test_stage_refuses_damaged_weights(
+    made: Path, tmp_path: Path, load: str, change: Callable[[Tensors, str], None]
+) -> None:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "out").mkdir()
+    run, folder, name = LOADS[load]
+    path = damage(tmp_path / folder, change, name)
+    with pytest.raises(UserError) as raised:
+        run(tmp_path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert re.search(r"upward|up_proj|lm_head|head", str(raised.value))
+
+
+def test_load_accepts_what_models_rightly_lack_or_ignore(tmp_path: Path) -> None:
+    """A tied head; masks and rotary frequencies that checkpoints of older versions hold."""
+    llama = tiny.save(tmp_path / "llama")
+    assert "lm_head.weight" not in load_file(llama / "model.safetensors")
+    damage(llama, lambda t, name: t.update({name: torch.zeros(8)}), "model.rotary_emb.inv_freq")
+    loading.load_model(llama, CPU)
+    gpt2 = saved(tmp_path / "gpt2", "gpt2", BESIDES["gpt2"])
+    masks = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    damage(gpt2, lambda t, _: t.update(masks), "")
+    loading.load_model(gpt2, CPU)
+
+
+@pytest.mark.parametrize("size", [4, 60, -1])
+def test_cut_file_is_refused(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(9)}, path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match="is no whole safetensors file"):
+        read_header(path)
