@@ -18,7 +18,7 @@ import gc
 import importlib.util
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.common import ROOT, Workspace, machine, publish, workspace
 from stages.shared.core import progress
@@ -39,15 +47,6 @@ NO_ROOM = ("OutOfMemoryError", "out of memory", "needs", "fits")
 
 def write_model(name: str, folder: Path, device: str) -> None:
     """Write a model with random weights in NF4 with double quantization, and a tokenizer."""
-    import torch  # noqa: PLC0415
-    from tokenizers import Tokenizer, models  # noqa: PLC0415
-    from transformers import (  # noqa: PLC0415
-        AutoConfig,
-        AutoModelForCausalLM,
-        BitsAndBytesConfig,
-        PreTrainedTokenizerFast,
-    )
-
     config = AutoConfig.from_pretrained(CONFIGS / f"{name}.json")
     with torch.device(device):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
@@ -163,7 +162,8 @@ def row_of(
 def plan(work: Workspace, options: Namespace) -> pd.DataFrame:
     """Planned against allocated bytes of real steps, a row a setting."""
     rows = []
-    for length, rank, checkpointed in settings_of_plan(options.length):
+    lengths = options.length // 4, options.length
+    for length, rank, checkpointed in product(lengths, (8, 64), (True, False)):
         write_conversations(work.root / "data/prepared", BATCH, length)
         work.set_params({"lora.r": rank, "lora.alpha": 2 * rank, "prepare.max_length": length})
         got = ours(
@@ -189,14 +189,6 @@ def plan(work: Workspace, options: Namespace) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def settings_of_plan(length: int) -> Iterator[tuple[int, int, bool]]:
-    """Length, rank, checkpointing."""
-    for tokens in (length // 4, length):
-        for rank in (8, 64):
-            for checkpointed in (True, False):
-                yield tokens, rank, checkpointed
-
-
 def add_options(parser: ArgumentParser) -> None:
     """Arguments of the command line."""
     names = sorted(path.stem for path in CONFIGS.glob("*.json"))
@@ -209,8 +201,6 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(options: Namespace) -> None:
     """Make the model, measure, write."""
-    import torch  # noqa: PLC0415
-
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device that torch can use")
     peers = {"trl": sys.executable} if importlib.util.find_spec("trl") else {}

@@ -16,6 +16,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+if sys.argv[1:2] == ["unsloth"]:  # it patches the others, so it comes first
+    import unsloth
+
+import datasets
+import pyarrow.parquet as pq
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 IGNORED = -100  # the label of a token that is not supervised
 # Rows, inner, columns of the probe: a small model's matrices; on a GPU, enough to fill it.
@@ -24,15 +33,11 @@ PROBE = {"cpu": (2048, 1024, 1024), "cuda": (8192, 8192, 8192)}
 
 def has_bf16(device: str) -> bool:
     """Whether a device has matmuls of bf16; else training and peers compute in fp32."""
-    import torch  # noqa: PLC0415
-
     return device == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def probe(job: dict[str, Any]) -> dict[str, Any]:
     """Matrix rate of the machine now: operations per second of a dense product in its dtype."""
-    import torch  # noqa: PLC0415
-
     device = job["device"]
     rows, inner, columns = PROBE[device]
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
@@ -48,10 +53,6 @@ def probe(job: dict[str, Any]) -> dict[str, Any]:
 
 def load_trl(job: dict[str, Any]) -> Any:
     """The quantized model as transformers loads it; in fp32 on a CPU without bf16."""
-    import torch  # noqa: PLC0415
-    from bitsandbytes.nn import Linear4bit  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
     device = job["device"]
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, device_map={"": device})
@@ -67,12 +68,10 @@ def load_trl(job: dict[str, Any]) -> Any:
 
 def load_unsloth(job: dict[str, Any]) -> Any:
     """The model with Unsloth's own kernels, adapter included."""
-    from unsloth import FastLanguageModel  # noqa: PLC0415
-
-    model, _ = FastLanguageModel.from_pretrained(
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
         job["model"], max_seq_length=job["length"], load_in_4bit=True, local_files_only=True
     )
-    return FastLanguageModel.get_peft_model(
+    return unsloth.FastLanguageModel.get_peft_model(
         model,
         r=job["lora"]["r"],
         lora_alpha=job["lora"]["alpha"],
@@ -100,14 +99,9 @@ def train(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `tokens`, `seconds`, `loss` (mean over supervised tokens), `peak_memory_bytes`.
     """
-    import pyarrow.parquet as pq  # noqa: PLC0415
-    import torch  # noqa: PLC0415
-    from datasets import Dataset, disable_progress_bars  # noqa: PLC0415
-    from peft import LoraConfig, PeftModel  # noqa: PLC0415
-    from transformers import AutoTokenizer, TrainerCallback  # noqa: PLC0415
-    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
+    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415  (the job `prepare` has no trl)
 
-    disable_progress_bars()
+    datasets.disable_progress_bars()
     counts = {"tokens": 0, "supervised": 0, "loss": 0.0, "seconds": 0.0}
 
     class CountingTrainer(SFTTrainer):
@@ -164,7 +158,7 @@ def train(model: Any, job: dict[str, Any]) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(labelled),
+        train_dataset=datasets.Dataset.from_list(labelled),
         processing_class=AutoTokenizer.from_pretrained(job["tokenizer"]),
         callbacks=[Clock()],
         peft_config=None
@@ -197,9 +191,6 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     It does less than `prepare`: no search for duplicates and leaks, no split, no guard against
     forged turns, no cut between turns, no list of rejected rows.
     """
-    import datasets  # noqa: PLC0415
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
 
@@ -236,8 +227,6 @@ def main() -> None:
     """Do the job, print its figures as the last line."""
     name, job = sys.argv[1], json.loads(sys.argv[2])
     if job.get("cap_gib"):
-        import torch  # noqa: PLC0415
-
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(job["cap_gib"] * 2**30 / total)
     work = {
