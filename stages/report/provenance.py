@@ -55,7 +55,7 @@ def provenance(environment: Mapping[str, Any]) -> dict[str, str | None]:
     equal inputs. Hashes are those that DVC has in dvc.lock.
     """
     versions = environment.get("versions") or {}
-    machine = filter(None, (environment.get("device"), environment.get("system")))
+    machine = filter(None, map(environment.get, ("device", "cpu_capability", "system")))
     return {
         "Report written": f"{datetime.now(UTC):%Y-%m-%d}",
         "Commit": _commit(),

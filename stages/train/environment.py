@@ -1,4 +1,4 @@
-"""Where a training ran: written beside its metrics, and no dependency of anything."""
+"""Machine and versions of a training, for the report; no result depends on them."""
 
 import os
 import platform
