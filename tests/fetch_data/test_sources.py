@@ -178,12 +178,12 @@ def test_splits_are_made_out_by_name(
         (["a.txt"], "", "cannot read a.txt"),
         (["test.json"], "", "no one split train, but test"),
         (["train-00000-of-00002.csv"], "", "has 1 shards of train of 00002"),
-        (["train_test.json"], "", "by its name in train and test"),
+        (["train_test.json"], "", "by name in train and test"),
         (["a.json"], "---\nx: [\n---\n", "its splits cannot be made out"),
         (
             ["a.json"],
             "---\nconfigs: [{config_name: a, data_files: OUT}]\n---\n",
-            "elsewhere",
+            "would leave its folder",
         ),
     ],
 )

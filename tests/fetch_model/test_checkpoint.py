@@ -73,7 +73,7 @@ def test_how_it_was_run_elsewhere_is_dropped(mine: Path, tmp_path: Path) -> None
         ("a\\..\\outside.safetensors", "beside the index"),
         ("pytorch_model.bin", "beside the index"),
         (7, "beside the index"),
-        ("model-00002-of-00002.safetensors", "which is not there"),
+        ("model-00002-of-00002.safetensors", "beside the index"),
     ],
 )
 def test_a_hostile_index_is_refused(

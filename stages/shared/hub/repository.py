@@ -1,30 +1,35 @@
-"""A repository of the Hugging Face hub at a full commit: its files, and its errors in one line.
+"""Repositories of the Hugging Face hub at a full commit: listed, downloaded and verified.
 
 `huggingface_hub` knows the user's token, proxy, cache and offline switch (`HF_HUB_OFFLINE`);
 `HF_ENDPOINT` names another hub.
 """
 
+import glob
+import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import logging
+from tqdm import tqdm
+
+from stages.shared.core import files, machine, progress
 from stages.shared.core.errors import UserError
+from stages.shared.hub.responses import one_line_errors
 
-if TYPE_CHECKING:
-    import httpx2
-    from huggingface_hub.hf_api import RepoSibling
-
-# Usage statistics would be one more request before each download, to a hub that may be down.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-def endpoint() -> str:
-    """The hub's address, without a slash at its end."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+constants.HF_HUB_DISABLE_TELEMETRY = True
+logging.set_verbosity_error()  # retries; what fails in the end is told in one line
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,14 @@ class Repository:
     commit: str
 
     @property
+    def endpoint(self) -> str:
+        """The hub's address, without a slash at its end."""
+        return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+    @property
     def host(self) -> str:
         """The hub's address, without the password that it may hold."""
-        return re.sub(r"//[^/@]*@", "//", endpoint())
+        return re.sub(r"//[^/@]*@", "//", self.endpoint)
 
     @property
     def url(self) -> str:
@@ -54,36 +64,27 @@ class Repository:
     @cached_property
     def paths(self) -> list[str]:
         """The paths of all its files, from the user's cache or from the hub; errors as `files`."""
-        from huggingface_hub import get_cached_repo_tree  # noqa: PLC0415  (half a second)
-        from huggingface_hub.errors import CachedRepoTreeNotFoundError  # noqa: PLC0415
-
         try:
             tree = get_cached_repo_tree(self.name, repo_type=self.kind, revision=self.commit)
+            paths = [file.path for file in tree]
         except CachedRepoTreeNotFoundError:
-            return list(self.files)
-        return [file.path for file in tree]
+            paths = list(self.files)
+        for path in paths:
+            require_inside(path, self.url)
+        return paths
 
     @cached_property
-    def files(self) -> "dict[str, RepoSibling]":
+    def files(self) -> dict[str, RepoSibling]:
         """Size and hash of each file by its path, as the hub states them.
 
         Raises:
             UserError: no network, no such repository or commit, no access, or a hub in trouble.
         """
-        from huggingface_hub import HfApi  # noqa: PLC0415
-
+        hub = HfApi(self.endpoint)
+        ask = hub.model_info if self.kind == "model" else hub.dataset_info
         with one_line_errors(self):
-            hub = HfApi(endpoint=endpoint())
-            ask = hub.model_info if self.kind == "model" else hub.dataset_info
             info = ask(self.name, revision=self.commit, files_metadata=True, timeout=10)
-            files = {file.rfilename: file for file in info.siblings or ()}
-        for path in files:
-            if path.startswith("/") or ".." in path.split("/") or "\\" in path or "\0" in path:
-                raise UserError(
-                    f"{self.url}: names a file {path!r}, which would leave its folder. Do not use "
-                    f"this {self.kind}."
-                )
-        return files
+            return {file.rfilename: file for file in info.siblings or ()}
 
 
 def pin(kind: Literal["dataset", "model"], name: str, revision: str | None) -> Repository:
@@ -106,65 +107,112 @@ def pin(kind: Literal["dataset", "model"], name: str, revision: str | None) -> R
     return repository
 
 
-@contextmanager
-def one_line_errors(repository: Repository) -> Iterator[None]:
-    """Turn what goes wrong between us and the hub into a `UserError`; faults of the disk stay."""
-    import httpx2  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled  # noqa: PLC0415
-
-    from stages.shared.hub.bounds import bound_answers  # noqa: PLC0415
-
-    name, host = repository.name, repository.host
-    try:
-        bound_answers()
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:  # datasets and snapshot_download wrap what happened
-            if isinstance(cause, HfHubHTTPError):
-                raise _status_error(repository, cause.response) from None
-            if isinstance(cause, OfflineModeIsEnabled):
-                raise UserError(
-                    f"{repository.keys[0]}: HF_HUB_OFFLINE is set, and your cache lacks files of "
-                    f"{name} at {repository.commit:.7}. Unset it, or use a local source."
-                ) from None
-            if isinstance(cause, httpx2.HTTPError | httpx2.InvalidURL):
-                raise UserError(
-                    f"{host}: cannot be reached for {name} ({cause or type(cause)}). "
-                    "Check the network, your proxy and HF_ENDPOINT, or use a local source."
-                ) from None
-            cause = cause.__cause__ or cause.__context__
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = " ".join(str(error).split())
+def require_inside(path: str, where: str) -> None:
+    """Refuse the path of a file that a listing, an index or an archive places elsewhere."""
+    if path.startswith("/") or ".." in path.split("/") or "\\" in path or "\0" in path:
         raise UserError(
-            f"{host}: does not answer as the hub does ({reason:.90}). Check HF_ENDPOINT and your "
-            "proxy, and run `dvc repro` again."
-        ) from None
+            f"{where}: names a file {path!r}, which would leave its folder. Do not use it."
+        )
 
 
-def _status_error(repository: Repository, response: "httpx2.Response") -> UserError:
-    """What an HTTP status of 400 or more means here."""
-    name, host, status = repository.name, repository.host, response.status_code
-    name_key, revision_key = repository.keys
-    if status in (401, 403):
-        return UserError(
-            f"{name_key}: {host} answered {status} for {name}: private, gated or misspelt. Accept "
-            f"its terms on {repository.url}, and set HF_TOKEN or run `hf auth login`."
-        )
-    if response.headers.get("X-Error-Code") == "RevisionNotFound":
-        return UserError(
-            f"{revision_key}: {name} has no commit {repository.commit}. Take one from "
-            f"{repository.url}/commits."
-        )
-    if status == 404:
-        return UserError(
-            f"{name_key}: {host} has no {repository.kind} {name}, or no such file at "
-            f"{repository.commit:.7} (404). Correct {name_key} or {revision_key}."
-        )
-    return UserError(
-        f"{host}: answered {status} {response.reason_phrase} for {name}. It is in trouble or too "
-        "busy: run `dvc repro` again later."
-    )
+@contextmanager
+def download_folder(repository: Repository) -> Iterator[Path]:
+    """A folder outside of every out, so that whole files survive an interruption.
+
+    It is removed when the block ends without an error. One process at a time has it.
+    """
+    downloads = machine.root() / ".downloads"
+    downloads.mkdir(exist_ok=True)
+    lock = FileLock(downloads / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("waiting for another download of this project", file=sys.stderr)
+        lock.acquire()
+    try:
+        folder = downloads / f"{repository.name.replace('/', '--')}@{repository.commit}"
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder)
+    finally:
+        lock.release()
+
+
+def download(repository: Repository, names: Sequence[str], folder: Path) -> Path:
+    """The folder below which the files lie: of the user's cache where it has all, else `folder`.
+
+    Args:
+        repository: what the files belong to.
+        names: some of its `paths`.
+        folder: what `download_folder` gave; whole files that it has already are kept.
+
+    Raises:
+        UserError: as `Repository.files`; the disk is too full; a file has not its stated hash.
+    """
+    options: dict[str, Any] = {
+        "repo_id": repository.name,
+        "repo_type": repository.kind,
+        "revision": repository.commit,
+        "allow_patterns": [glob.escape(name) for name in names],
+    }
+    with suppress(LocalEntryNotFoundError):
+        cached = Path(snapshot_download(**options, local_files_only=True))
+        if all((cached / name).is_file() for name in names):
+            for blob in [(cached / name).resolve() for name in names]:
+                named = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)  # by its hash
+                if named and _hash(blob, len(blob.name)) != blob.name:
+                    raise UserError(
+                        f"{blob}: this file of your Hugging Face cache is damaged. Delete it."
+                    )
+            return cached
+    requested = {name: repository.files[name] for name in names}
+    missing = [file for name, file in requested.items() if not (folder / name).is_file()]
+    sizes = [file.size for file in missing if file.size is not None]
+    limit = sum(sizes) if len(sizes) == len(missing) else None
+    files.require_space(folder, sum(sizes), f"the download of {repository.name}")
+    if missing:
+        with (
+            one_line_errors(repository),
+            progress.bar(total=limit, desc=repository.name, unit="B") as bar,
+        ):
+            snapshot_download(
+                **options, local_dir=folder, endpoint=repository.endpoint, tqdm_class=_meter(bar)
+            )
+    for name, file in requested.items():
+        path, stated = folder / name, file.lfs.sha256 if file.lfs else file.blob_id
+        if stated and (hashed := _hash(path, len(stated))) != stated:
+            path.unlink()
+            raise UserError(
+                f"{repository.url}: {name} arrived with the hash {hashed:.12}…; the hub states "
+                f"{stated:.12}…. Run `dvc repro` again."
+            )
+    return folder
+
+
+def _hash(path: Path, length: int) -> str:
+    """SHA-256 (64 digits), which the hub states of large files, or git's hash (40), of others."""
+    if length == 64:
+        return files.sha256(path)
+    sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: sha1).hexdigest()
+
+
+def _meter(bar: "tqdm[Any]") -> type["tqdm[Any]"]:
+    """A silent bar for `snapshot_download`, which makes three, that forwards its bytes to ours."""
+
+    class Meter(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts = str(kwargs.get("desc")).startswith("Reconstructing")
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            if self.counts:
+                bar.update(n)
+            if bar.total is not None and bar.n > bar.total:
+                raise UserError(
+                    f"{bar.desc}: the hub sends more than the {bar.total} bytes that it lists. "
+                    "Check HF_ENDPOINT and your proxy, and run `dvc repro` again."
+                )
+
+    return Meter

@@ -8,7 +8,8 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from stages.shared.core.errors import UserError
-from stages.shared.hub import bounds, download
+from stages.shared.hub import repository as hub_repository
+from stages.shared.hub import responses
 from stages.shared.hub.repository import Repository, pin
 from tests import hub as hubs
 
@@ -30,8 +31,8 @@ def repository(name: str = "me/tiny", commit: str = hubs.COMMIT) -> Repository:
 def fetch(*names: str) -> dict[str, bytes]:
     """Download some files and read them; the download folder is gone then."""
     pinned = repository()
-    with download.download_folder(pinned) as folder:
-        where = download.download(pinned, names or list(FILES)[:3], folder)
+    with hub_repository.download_folder(pinned) as folder:
+        where = hub_repository.download(pinned, names or list(FILES)[:3], folder)
         return {
             path.relative_to(where).as_posix(): path.read_bytes()
             for path in where.rglob("*")
@@ -65,12 +66,12 @@ def test_the_users_cache_comes_first(server: hubs.Hub, tmp_path: Path) -> None:
     server.requests.clear()
     pinned = repository()
     assert set(pinned.paths) == set(FILES)
-    where = download.download(pinned, list(FILES), tmp_path / "none")
+    where = hub_repository.download(pinned, list(FILES), tmp_path / "none")
     assert (where / "a.safetensors").read_bytes() == CONTENT
     assert server.requests == []
     (where / "a.safetensors").resolve().write_bytes(b"rotten")
     with pytest.raises(UserError, match=r"of your Hugging Face cache is damaged\. Delete it"):
-        download.download(pinned, list(FILES), tmp_path / "none")
+        hub_repository.download(pinned, list(FILES), tmp_path / "none")
 
 
 @pytest.mark.parametrize("path", ["a.safetensors", "sub/b.json"])
@@ -92,8 +93,10 @@ def test_a_name_that_leaves_the_folder_is_refused(path: str, server: hubs.Hub) -
 
 def test_the_hash_of_a_small_file_is_that_of_git(tmp_path: Path) -> None:
     (tmp_path / "hello").write_bytes(b"hello\n")  # `echo hello | git hash-object --stdin`
-    assert download._hash(tmp_path / "hello", 40) == "ce013625030ba8dba906f756967f9e9ca394464a"
-    assert download._hash(tmp_path / "hello", 64) == hashlib.sha256(b"hello\n").hexdigest()
+    assert (
+        hub_repository._hash(tmp_path / "hello", 40) == "ce013625030ba8dba906f756967f9e9ca394464a"
+    )
+    assert hub_repository._hash(tmp_path / "hello", 64) == hashlib.sha256(b"hello\n").hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_a_download_is_bounded_by_its_listed_size(server: hubs.Hub) -> None:
 def test_a_byte_now_and_then_is_no_download(
     server: hubs.Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bounds, "MINUTE", 0.2)
+    monkeypatch.setattr(responses, "MINUTE", 0.2)
     server.drip = 0.01
     with pytest.raises(UserError, match=r"127\.0\.0\.1: sent \d+ bytes in 0 seconds"):
         fetch("a.safetensors")
