@@ -186,13 +186,19 @@ def _v4_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters under the names of transformers 4, which else takes its defaults."""
     parameters = config.get("rope_parameters") or {}
     local = parameters.get("sliding_attention", {})
-    parameters = parameters.get("full_attention", parameters)
-    named = {
-        "rope_theta": parameters.get("rope_theta"),
-        "partial_rotary_factor": parameters.get("partial_rotary_factor"),
-        "rope_local_base_freq": local.get("rope_theta"),
-        "rope_scaling": parameters if parameters.get("rope_type", "default") != "default" else None,
-    }
+    scaling = dict(parameters.get("full_attention", parameters))
+    named = {key: scaling.pop(key, None) for key in ("rope_theta", "partial_rotary_factor")}
+    named["rope_local_base_freq"] = local.get("rope_theta")
+    if config["model_type"] == "gpt_neox":
+        named["rotary_emb_base"] = named["rope_theta"]
+        named["rotary_pct"] = named["partial_rotary_factor"]
+    kind, original = scaling.get("rope_type", "default"), "original_max_position_embeddings"
+    if kind == "longrope" and "factor" not in scaling:  # Phi takes three keys and no others
+        named[original] = scaling.get(original)
+        factors = {key: scaling[key] for key in ("short_factor", "long_factor")}
+        named["rope_scaling"] = {"type": kind, **factors}
+    elif kind != "default":
+        named["rope_scaling"] = scaling
     return {key: value for key, value in named.items() if value is not None}
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages.merge import merge as merging
 from stages.merge import verify
@@ -14,7 +15,9 @@ from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.shared.model.packing import read_examples
+from stages.shared.weights.precision import DTYPES
 from tests import tiny
+from tests.architectures import BESIDES, OTHERS, saved
 from tests.train.running import settings, train_on
 
 
@@ -41,24 +44,73 @@ def merge(folder: Path, onto: str = "quantized", dtype: str = "fp16") -> dict[st
     )
 
 
-@pytest.mark.parametrize(
-    ("precision", "changes"),
-    [
-        ("nf4", {}),
-        ("fp4", {}),
-        ("int8", {}),
-        ("fp16", {}),
-        ("bf16", {}),
-        ("fp32", {}),
-    ],
-)
-def test_a_merge_is_what_was_trained(
-    tmp_path: Path, precision: str, changes: dict[str, Any]
-) -> None:
-    trained(tmp_path, precision, **changes)
+@pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "fp16", "bf16", "fp32"])
+def test_merge_is_what_was_trained(tmp_path: Path, precision: str) -> None:
+    trained(tmp_path, precision)
     metrics = merge(tmp_path)
     assert metrics["top1_agreement"] >= 0.99
     assert metrics["kl_divergence"] <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_default_load_computes_with_the_verified_numbers(tmp_path: Path, dtype: str) -> None:
+    paths = trained(tmp_path, "nf4")
+    metrics = merge(tmp_path, dtype=dtype)
+    stored = {t.dtype for t in load_file(paths["merged"] / "model.safetensors").values()}
+    loaded = AutoModelForCausalLM.from_pretrained(paths["merged"])
+    assert stored == {loaded.dtype} == {DTYPES[dtype]}
+    assert metrics["dtype"] == files.read_json(paths["merged"] / "config.json")["dtype"]
+    assert metrics["dtype"] == str(loaded.dtype).removeprefix("torch.")
+
+
+def test_activations_beyond_fp16_are_refused(tmp_path: Path) -> None:
+    """Between the two matrices of an MLP; weights and results are in range."""
+    model = tiny.model()
+    model.model.layers[0].mlp.up_proj.weight.data *= 6e4
+    model.model.layers[0].mlp.down_proj.weight.data /= 6e4
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    trained(tmp_path, "bf16")
+    with pytest.raises(UserError, match=r"merge\.dtype is fp16, .* activations reach \d"):
+        merge(tmp_path)
+    assert merge(tmp_path, dtype="fp32")["dtype"] == "float32"
+
+
+def test_merged_folder_is_read_by_transformers_4(tmp_path: Path) -> None:
+    """By its class of tokenizer and its names of rotary parameters; seen with 4.57.6."""
+    paths, tokenizer = trained(tmp_path, "nf4"), tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    merge(tmp_path)
+    written = files.read_json(paths["merged"] / "tokenizer_config.json")
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<|tool|>"]
+    assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & set(written)
+    text = "<|im_start|>user\n two<|tool|>¿二?"
+    assert AutoTokenizer.from_pretrained(paths["merged"]).encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "names"),
+    [
+        ("llama", {"rope_theta": 5e5}, {"rope_theta": 5e5}),
+        ("llama", {"rope_type": "linear", "factor": 2.0}, {"rope_scaling": 2.0}),
+        ("gpt_neox", {"partial_rotary_factor": 0.5}, {"rotary_pct": 0.5}),
+        ("gemma3_text", {}, {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+        ("phi3", OTHERS["phi3"]["rope_parameters"], {"rope_scaling": 4.0}),
+    ],
+)
+def test_rope_is_named_as_transformers_4_does(
+    tmp_path: Path, kind: str, rope: dict[str, Any], names: dict[str, Any]
+) -> None:
+    parameters = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | rope}
+    base = saved(tmp_path, kind, BESIDES.get(kind, {}) | (parameters if rope else {}))
+    before, path = AutoConfig.from_pretrained(base), base / "config.json"
+    config = files.read_json(path)
+    files.write_json(path, config | merging._v4_rope(config))
+    written = files.read_json(path)
+    for name, value in names.items():
+        assert value in (written[name], written[name]["factor"] if "scaling" in name else None)
+    assert AutoConfig.from_pretrained(base).rope_parameters == before.rope_parameters
 
 
 def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> None:
