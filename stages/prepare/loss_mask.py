@@ -16,27 +16,16 @@ TrainOn = Literal["assistant", "last", "all"]
 
 
 class Example(NamedTuple):
-    """A conversation as it is trained on.
+    """A conversation as it is trained on."""
 
-    Attributes:
-        messages: whole exchanges; of a single one that is too long, all of it.
-        text: what the tokens stand for.
-        input_ids: int32 [tokens], at most `max_length`.
-        loss_mask: bool [tokens], whether a token is supervised; never the first, nor BOS.
-        supervised_tokens: how many are.
-        text_bytes: UTF-8 bytes of the supervised text; a control token counts none.
-        truncated: it was too long.
-        answered: its original last reply is complete.
-    """
-
-    messages: list[Message]
-    text: str
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
+    messages: list[Message]  # whole exchanges; of a single one that is too long, all of it
+    text: str  # of the tokens
+    input_ids: np.ndarray  # int32 [tokens], at most max_length
+    loss_mask: np.ndarray  # bool [tokens], which are supervised; never the first, nor BOS
     supervised_tokens: int
-    text_bytes: int
+    text_bytes: int  # UTF-8 bytes of the supervised text; a control token counts none
     truncated: bool
-    answered: bool
+    answered: bool  # its original last reply is complete
 
 
 class ExampleEncoder:
@@ -128,15 +117,8 @@ def messages_that_fit(
 
     The white space that a template puts after a reply's end may be left out.
     """
-    if len(tokens) <= max_length:
-        return len(messages)
-    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    fit = [
-        i
-        for i, (_, end) in zip(replies, rendered.replies, strict=True)
-        if _tokens_until(tokens, end) <= max_length
-    ]
-    return (fit or replies[:1])[-1] + 1
+    fit = sum(_tokens_until(tokens, end) <= max_length for _, end in rendered.replies)
+    return len(messages) - 2 * (len(rendered.replies) - max(fit, 1))
 
 
 def _tokens_until(tokens: Tokens, character: int) -> int:

@@ -1,23 +1,29 @@
-"""The mask on many random conversations, and on real ones: every end is learnt, no prompt is."""
+"""The mask on random and on real conversations: every end is supervised, no prompt is."""
 
+import json
 import random
 import re
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import get_args
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stages.prepare.loss_mask import ExampleEncoder, TrainOn
+from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
+from stages.prepare.parsing import parse
+from stages.prepare.rows import Row
 from stages.shared.chat import templates
-from stages.shared.chat.conversation import RejectedRow
+from stages.shared.chat.conversation import Message
 from tests import tiny, vocabularies
 from tests.conversations import random_conversation
 from tests.prepare.checks import check
 from tests.prepare.reading import PATTERNS, Reader
 from tests.prepare.test_golden import OWN
 
+TEMPLATES = ("chatml", "guanaco", "llama2", "tokenizer")
 TOKENIZERS = {
     "tiny": (tiny.tokenizer, OWN),
     "plain": (
@@ -35,6 +41,8 @@ TOKENIZERS = {
         "{% endif %}{% endfor %}",
     ),
 }
+REAL = Path("../shared/data/conversations")
+REAL_STEP = {"eval": 1, "train": 12}  # every row with a 1; that takes minutes
 
 
 @cache
@@ -45,44 +53,95 @@ def made(name: str) -> tuple[PreTrainedTokenizerFast, Reader]:
     return tokenizer, Reader(tokenizer, byte_level=name != "spaced")
 
 
+def pattern_of(name: str, template: str) -> re.Pattern[bytes]:
+    return PATTERNS[template + (f" ({name})" if template == "tokenizer" else "")]
+
+
+def draw(name: str, *seed: str, count: int) -> list[list[Message]]:
+    rng = random.Random(" ".join([name, *seed]))
+    return [random_conversation(rng, ascii_only=name == "spaced") for _ in range(count)]
+
+
 @pytest.mark.parametrize("train_on", get_args(TrainOn))
-@pytest.mark.parametrize("template", ["chatml", "guanaco", "llama2", "tokenizer"])
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_end_is_learnt_and_no_prompt(name: str, template: str, train_on: TrainOn) -> None:
+def test_mask_holds_every_end_and_no_prompt(name: str, template: str, train_on: TrainOn) -> None:
     tokenizer, reader = made(name)
-    own = f" ({name})" if template == "tokenizer" else ""
-    rng = random.Random(f"{name} {template} {train_on}")
     made_template = templates.make(template, tokenizer)
     count = Counter[str]()
     for max_length in (12, 20, 30, 40, 60, 80, 120, 10_000):
-        batch = [random_conversation(rng, ascii_only=name == "spaced") for _ in range(40)]
+        batch = draw(name, template, train_on, str(max_length), count=40)
         encoder = ExampleEncoder(tokenizer, made_template, train_on, max_length)
-        for given, one in zip(batch, encoder.encode(batch), strict=True):
-            if isinstance(one, RejectedRow):
+        for messages, one in zip(batch, encoder.encode(batch), strict=True):
+            if not isinstance(one, Example):
                 assert re.match("a message holds|no supervised token", str(one))
                 continue
-            ends = check(one, given, reader, PATTERNS[template + own], train_on, max_length)
+            pattern = pattern_of(name, template)
+            ends = check(one, messages, reader, pattern, train_on, max_length)
             count.update(accepted=1, ends=ends, cut=one.truncated)
-    print(f"{name} {template} {train_on}: {dict(count)}")
     assert min(count["accepted"], count["ends"]) > 80
     assert count["cut"] > 30
 
 
-@pytest.mark.parametrize("template", ["chatml", "guanaco", "llama2", "tokenizer"])
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_as_many_exchanges_are_kept_as_fit(name: str, template: str) -> None:
+def test_truncation_keeps_as_many_exchanges_as_fit(name: str, template: str) -> None:
     tokenizer, reader = made(name)
-    pattern = PATTERNS[template + (f" ({name})" if template == "tokenizer" else "")]
-    rng = random.Random(f"{name} {template}")
-    batch = [random_conversation(rng, ascii_only=name == "spaced") for _ in range(30)]
+    batch = draw(name, template, count=30)
     made_template = templates.make(template, tokenizer)
     whole = ExampleEncoder(tokenizer, made_template, "all", 10_000).encode(batch)
     for max_length in (20, 40, 60, 80):
-        found = ExampleEncoder(tokenizer, made_template, "all", max_length).encode(batch)
-        for one, all_of_it in zip(found, whole, strict=True):
-            if isinstance(one, RejectedRow) or isinstance(all_of_it, RejectedRow):
-                continue
-            turns = reader.turns(all_of_it, pattern)
-            ends = [turn.end for turn in turns if turn.role == "assistant"]
-            fit = sum(end is not None and end < max_length for end in ends)
-            assert sum(m["role"] == "assistant" for m in one.messages) == max(1, fit)
+        cut = ExampleEncoder(tokenizer, made_template, "all", max_length).encode(batch)
+        for one, uncut in zip(cut, whole, strict=True):
+            if isinstance(one, Example) and isinstance(uncut, Example):
+                turns = reader.turns(uncut, pattern_of(name, template))
+                ends = [turn.end for turn in turns if turn.role == "assistant"]
+                fit = sum(end is not None and end < max_length for end in ends)
+                assert sum(m["role"] == "assistant" for m in one.messages) == max(1, fit)
+
+
+@cache
+def real() -> tuple[list[list[Message]], PreTrainedTokenizerFast]:
+    """Conversations, and a tokenizer trained on them."""
+    rows: list[Row] = []
+    for split, step in REAL_STEP.items():
+        lines = (REAL / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[::step]
+        rows += [Row(number, json.loads(line), None, 0) for number, line in enumerate(lines)]
+    conversations = [parse(row, "guanaco").messages for row in rows]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((m["content"] for c in conversations[:259] for m in c), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=OWN
+    )
+    return conversations, tokenizer
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not there")
+@pytest.mark.parametrize(("train_on", "max_length"), [("assistant", 8192), ("last", 512)])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_mask_of_real_conversations(template: str, train_on: TrainOn, max_length: int) -> None:
+    conversations, tokenizer = real()
+    assert len(conversations) > 700
+    reader = Reader(tokenizer, byte_level=True)
+    made_template = templates.make(template, tokenizer)
+    encoder = ExampleEncoder(tokenizer, made_template, train_on, max_length)
+    count = Counter[str]()
+    for messages, one in zip(conversations, encoder.encode(conversations), strict=True):
+        if not isinstance(one, Example):
+            assert str(one) == f"no supervised token within prepare.max_length = {max_length}"
+            continue
+        ends = check(one, messages, reader, pattern_of("tiny", template), train_on, max_length)
+        replies = sum(message["role"] == "assistant" for message in one.messages)
+        count.update(accepted=1, replies=replies, ends=ends, cut=one.truncated)
+    assert count["accepted"] >= 0.99 * len(conversations)
+    if train_on == "assistant":  # nothing is cut: as many ends are supervised as there are replies
+        assert count["cut"] == 0
+        assert count["ends"] == count["replies"] > len(conversations)

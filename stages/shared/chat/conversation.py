@@ -13,10 +13,10 @@ class RejectedRow(ValueError):  # noqa: N818  (a finding about somebody's row, n
 
 
 class Message(TypedDict):
-    """One turn. `content` is normalized: see `normalize`."""
+    """One turn."""
 
     role: Role
-    content: str
+    content: str  # normalized
     weight: NotRequired[Literal[0]]  # it stays in the context, and no token of it is supervised
 
 
@@ -30,11 +30,10 @@ def normalize(content: str) -> str:
 
 
 def conversation_id(messages: list[Message]) -> str:
-    """SHA-256 (64 hex digits) of the normalized messages.
+    """SHA-256 (64 hex digits) of the messages as compact JSON: `[[role, content], ...]`.
 
-    Of the JSON `[[role, content], ...]`, or `[role, content, 0]` for a message of weight 0, without
-    white space and with no more escapes than it needs; put together here, since an encoder made for
-    each costs more than all the rest.
+    `[role, content, 0]` for a message of weight 0. Put together here: `json.dumps` takes longer
+    than all the rest.
     """
     turns = ",".join(
         f'["{m["role"]}",{encode_basestring(m["content"])}{",0" if "weight" in m else ""}]'
@@ -46,9 +45,8 @@ def conversation_id(messages: list[Message]) -> str:
 def problem_with(messages: list[Message]) -> str | None:
     """Why these messages are no conversation that can be trained on, or None.
 
-    Roles alternate user, assistant, user, …; a system message may stand first, and only there; the
-    last turn is a reply. An empty reply is allowed (the model then learns to end its turn); an
-    empty user turn is not.
+    Roles alternate, user first and a reply last; only a system message may precede them. An empty
+    reply is allowed (the model then learns to end its turn); an empty user turn is not.
     """
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if not turns:
@@ -77,12 +75,11 @@ _ENGLISH = frozenset(
 
 
 def language_of(messages: list[Message]) -> Literal["en", "other"]:
-    """The rule for sources that state no language.
+    """Language of a conversation whose source states none, system messages aside.
 
     `en` where at most one character in fifty is outside the Latin script, punctuation and symbols,
-    and at least one word in sixteen, and one at all, is among eighteen of the commonest English
-    function words; `other` everywhere else. System messages are not looked at. Crude, but stated,
-    and the same for every variant that is compared.
+    and at least one word in sixteen, and one at all, is a common English function word. Crude, but
+    the same for every variant that is compared.
     """
     text = " ".join(m["content"] for m in messages if m["role"] != "system")
     words = _WORD.findall(text.lower())

@@ -6,7 +6,7 @@ plain text. A message that holds a plain-text marker of a turn (`### Human:`) is
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -24,13 +24,9 @@ _PLACEHOLDERS = 0xF0000  # a plane of Unicode for private use
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of a text.
+    """Tokens and the characters [start, end) that each stands for, without gaps; int32 [tokens].
 
-    Attributes:
-        input_ids: int32 [tokens].
-        starts: int32 [tokens], the first character that each token stands for.
-        ends: int32 [tokens], the character after its last. There is no gap between tokens; where
-            several share the bytes of one character, each of them stands for it.
+    Where several tokens share the bytes of one character, each of them stands for it.
     """
 
     input_ids: np.ndarray
@@ -57,24 +53,15 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
         self._template = template
-        self._added = {
-            added.content: added
-            for added in tokenizer.added_tokens_decoder.values()
-            if added.content in template.control_tokens
-        }
-        self._unknown = tokenizer.unk_token
         self._backend: Tokenizer = tokenizer.backend_tokenizer
-        self._is_control = self._flags(self._added)
-        # The token for what is unknown may stand for a character of any text.
-        certain = self._added.keys() - ({self._unknown} - {tokenizer.eos_token})
-        self._is_certain_control = self._flags(certain)
-        self._markers = {
-            seen: marker
-            for marker, seen in zip(
-                template.markers, self._read_back(template.markers), strict=True
-            )
-            if seen
-        }
+        added, control = tokenizer.added_tokens_decoder, template.control_tokens
+        self._control = {i: token for i, token in added.items() if token.content in control}
+        self._is_control = np.zeros(max(self._backend.get_vocab().values()) + 1, dtype=bool)
+        self._is_control[[*self._control]] = True
+        self._unknown = (tokenizer.unk_token_id, tokenizer.unk_token)
+        # Keyed by how the model reads them; what it does not read at all is no marker.
+        markers = zip(self._read_back(template.markers), template.markers, strict=True)
+        self._markers = {seen: marker for seen, marker in markers if seen}
 
     def encode(self, batch: Sequence[Rendered]) -> list[Tokens | RejectedRow]:
         """Encode rendered conversations; of each its tokens, or why it is rejected."""
@@ -92,16 +79,12 @@ class Encoder:
                 )
                 continue
             tokens = _tokens(encoding)
-            control = tokens[self.control_mask(tokens, rendered.text)]
-            forged = control.overlap(rendered.contents).any()
+            forged = self._is_forged(tokens, rendered)
             results.append(self._encode_as_text(rendered) if forged else tokens)
         return results
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens up to and including the generation prompt.
-
-        Args:
-            messages: a conversation that ends with a user's turn.
+        """The tokens of a conversation that ends with a user's turn, and the generation prompt.
 
         Raises:
             RejectedRow: it cannot be rendered or encoded; `prepare` accepts no such conversation.
@@ -117,10 +100,9 @@ class Encoder:
         The one for what is unknown is none where it stands for other characters than its own.
         """
         control = self._is_control[tokens.input_ids]
-        if self._unknown in self._added:
-            unknown = self._backend.token_to_id(self._unknown)
-            for at in (tokens.input_ids == unknown).nonzero()[0]:
-                control[at] = text[tokens.starts[at] : tokens.ends[at]] == self._unknown
+        token, name = self._unknown
+        for at in (control & (tokens.input_ids == token)).nonzero()[0]:
+            control[at] = text[tokens.starts[at] : tokens.ends[at]] == name
         return control
 
     def _encode(self, texts: Sequence[str]) -> list[Encoding]:
@@ -152,33 +134,28 @@ class Encoder:
                 return marker
         return None
 
-    def _flags(self, tokens: Iterable[str]) -> np.ndarray:
-        """Which tokens of the vocabulary these are, bool [vocabulary]."""
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        flags = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
-        flags[[vocabulary[token] for token in tokens]] = True
-        return flags
-
     @cached_property
     def _plain(self) -> tuple[Tokenizer, dict[str, str], np.ndarray]:
         """A tokenizer to which control tokens are plain text, but placeholders of them are not.
 
         Returns:
             It; the placeholder of each control token, as long as its string, so that every
-            character keeps its place; and of each of its tokens the original, int32 [vocabulary].
+            character keeps its place; and the original of each of its tokens, int32 [vocabulary].
         """
         plain = copy.deepcopy(self._backend)
         plain.encode_special_tokens = True
-        plain.add_special_tokens([AddedToken(token, special=True) for token in self._added])
+        plain.add_special_tokens(
+            [AddedToken(t.content, special=True) for t in self._control.values()]
+        )
         placeholders = {}
-        for i, (token, added) in enumerate(self._added.items()):
-            placeholders[token] = chr(_PLACEHOLDERS + i) * len(token)
-            changed = {"content": placeholders[token], "special": False}
-            plain.add_tokens([AddedToken(**(added.__getstate__() | changed))])
-        vocabulary = plain.get_vocab(with_added_tokens=True)
+        for number, token in enumerate(self._control.values()):
+            placeholders[token.content] = chr(_PLACEHOLDERS + number) * len(token.content)
+            changed = {"content": placeholders[token.content], "special": False}
+            plain.add_tokens([AddedToken(**(token.__getstate__() | changed))])
+        vocabulary = plain.get_vocab()
         ids = np.arange(max(vocabulary.values()) + 1, dtype=np.int32)
-        for token, placeholder in placeholders.items():
-            ids[vocabulary[placeholder]] = vocabulary[token]
+        for i, token in self._control.items():
+            ids[vocabulary[placeholders[token.content]]] = i
         return plain, placeholders, ids
 
     def _encode_as_text(self, rendered: Rendered) -> Tokens | RejectedRow:
@@ -190,10 +167,14 @@ class Encoder:
         pieces[::2] = [pattern.sub(lambda m: placeholders[m[0]], piece) for piece in pieces[::2]]
         tokens = _tokens(plain.encode("".join(pieces), add_special_tokens=False))
         tokens = Tokens(ids[tokens.input_ids], tokens.starts, tokens.ends)
-        control = tokens[self._is_certain_control[tokens.input_ids]]
-        if control.overlap(rendered.contents).any():
+        if self._is_forged(tokens, rendered):
             return RejectedRow("the tokenizer makes a control token of a message's plain text")
         return tokens
+
+    def _is_forged(self, tokens: Tokens, rendered: Rendered) -> bool:
+        """Whether a control token holds a character of a message."""
+        control = tokens[self.control_mask(tokens, rendered.text)]
+        return bool(control.overlap(rendered.contents).any())
 
 
 def _tokens(encoding: Encoding) -> Tokens:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import jinja2
 from pydantic import BaseModel, ConfigDict
@@ -23,7 +22,6 @@ from stages.shared.chat.tokenizer import added_tokens, pattern_of, special_prefi
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 
-Name = Literal["guanaco", "llama2", "chatml", "tokenizer"]
 Span = tuple[int, int]
 SCHEMA_VERSION = 1
 
@@ -65,23 +63,20 @@ _JINJA = {
 _DATE = '{% set date_string = "26 Jul 2024" %}'
 _TURNS: tuple[Role, ...] = ("user", "assistant") * 2
 _PROBES: tuple[tuple[Role, ...], ...] = (_TURNS, ("system", *_TURNS))
+_TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError),
+    *(LookupError, RecursionError, ValueError),
+)
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text. Spans are (start, end) in its characters.
-
-    Attributes:
-        text: the rendering.
-        contents: of each message its own characters, in order.
-        replies: of each reply the characters that the model has to write: from the end of its
-            prompt to the end of the token that ends the turn.
-    """
+    """A conversation as text. Spans are (start, end) in its characters."""
 
     text: str
-    contents: tuple[Span, ...]
-    replies: tuple[Span, ...]
+    contents: tuple[Span, ...]  # of each message its own characters, in order
+    replies: tuple[Span, ...]  # of each reply: from its prompt's end to its end token's end
 
 
 class Format(BaseModel):
@@ -103,17 +98,11 @@ def read_format(path: Path) -> Format:
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A rendering without its messages.
+    """A rendering without its messages."""
 
-    Attributes:
-        literals: before, between and after the messages.
-        leads: of each reply how many characters before its message the model has to write.
-        tails: likewise after its message.
-    """
-
-    literals: tuple[str, ...]
-    leads: dict[int, int]
-    tails: dict[int, int]
+    literals: tuple[str, ...]  # before, between and after the messages
+    # Of each reply its index, and how many characters before and after it the model has to write.
+    replies: tuple[tuple[int, int, int], ...]
 
 
 class Template:
@@ -136,22 +125,14 @@ class Template:
         chat_template: str,
         markers: Sequence[str] | None = None,
     ) -> None:
-        """Probe a template.
-
-        Args:
-            name: as in `prepare.template`.
-            tokenizer: that it is for.
-            chat_template: Jinja; what the tokenizer puts before every text is added to it, unless
-                it writes that itself: `apply_chat_template` has the tokenizer add nothing.
-            markers: of a template of the project; None for the model's own.
+        """Probe a Jinja template, the model's own where no markers are given.
 
         Raises:
             RejectedRow: the template renders no conversation.
             UserError: it cannot be trained on.
         """
         self.name, self.chat_template = name, chat_template
-        self._tokenizer = tokenizer
-        self._own = markers is None
+        self._tokenizer, self._own = tokenizer, markers is None
         self._literals = functools.cache(self._render_literals)
         self._skeleton = functools.cache(self._split)
         bos = special_prefix(tokenizer)
@@ -159,7 +140,7 @@ class Template:
         self.control_tokens = self._find_control_tokens()
         self._control = pattern_of(self.control_tokens)
         skeleton = self._skeleton(_TURNS, False)
-        self.eos_token = skeleton.literals[-1][: skeleton.tails[3]].strip()
+        self.eos_token = skeleton.literals[-1][: skeleton.replies[-1][2]].strip()
         ids = [tokenizer.convert_tokens_to_ids(self.eos_token), tokenizer.eos_token_id]
         self.stop_ids: list[int] = list(dict.fromkeys(ids))
         bos_ids = tokenizer.encode(bos, add_special_tokens=False)
@@ -178,46 +159,33 @@ class Template:
         )
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> Rendered:
-        """Render a conversation.
-
-        Args:
-            messages: normalized, in the order that `conversation.problem_with` accepts.
-            prompt: the messages end with a user's turn, and the text with the generation prompt.
+        """Render normalized messages; a prompt ends with the generation prompt.
 
         Raises:
             RejectedRow: the model's own chat template refuses the messages, or alters one.
         """
         skeleton = self._skeleton(tuple(m["role"] for m in messages), prompt)
-        parts, contents, at = [skeleton.literals[0]], [], len(skeleton.literals[0])
+        text, contents = skeleton.literals[0], list[Span]()
         for message, literal in zip(messages, skeleton.literals[1:], strict=True):
-            content = message["content"]
-            contents.append((at, at + len(content)))
-            parts += [content, literal]
-            at += len(content) + len(literal)
-        text = "".join(parts)
+            contents.append((len(text), len(text) + len(message["content"])))
+            text += message["content"] + literal
         if self._own:
             pairs = [(m["role"], m["content"]) for m in messages]
             if self._apply(pairs, prompt) != text:
                 raise RejectedRow("the model's own chat template alters the text of a message")
         replies = tuple(
-            (contents[i][0] - lead, contents[i][1] + skeleton.tails[i])
-            for i, lead in skeleton.leads.items()
+            (contents[i][0] - lead, contents[i][1] + tail) for i, lead, tail in skeleton.replies
         )
         return Rendered(text, tuple(contents), replies)
 
     def _split(self, roles: tuple[Role, ...], prompt: bool) -> _Skeleton:
-        """Render placeholders, and find where each reply begins and ends.
-
-        Raises:
-            RejectedRow: two messages cannot be told from one.
-            UserError: a reply cannot be told from its prompt, or no control token ends it.
-        """
+        """Render placeholders, and find where each reply begins and ends."""
         literals = self._literals(roles, prompt)
         if not all(text.strip() for text in literals[1:-1]):
             raise RejectedRow(
                 "the model's own chat template puts nothing but white space between two messages"
             )
-        leads, tails = {}, {}
+        replies = []
         for i in (i for i, role in enumerate(roles) if role == "assistant"):
             before = self._literals(roles[:i], True)
             after = self._literals(roles[: i + 1], False)
@@ -229,8 +197,8 @@ class Template:
             lead = literals[i][len(before[-1]) :]
             if lead.strip() and before == self._literals(roles[:i], False):
                 raise self._unfit(f"has no generation prompt: the model would write {lead!r}")
-            leads[i], tails[i] = len(lead), end.end()
-        return _Skeleton(literals, leads, tails)
+            replies.append((i, len(lead), end.end()))
+        return _Skeleton(literals, tuple(replies))
 
     def _render_literals(self, roles: tuple[Role, ...], prompt: bool) -> tuple[str, ...]:
         parts = re.split("\ue000([0-9]+)\ue001", self._apply(_placeholders(roles), prompt))
@@ -253,10 +221,7 @@ class Template:
         except TypeError as error:
             today = "strftime_now" in self.chat_template
             raise self._unfit("prints today's date" if today else f"fails: {error}") from None
-        except (
-            *(jinja2.TemplateError, ArithmeticError, LookupError),
-            *(ValueError, AttributeError, RecursionError),
-        ) as error:
+        except _TEMPLATE_ERRORS as error:
             raise RejectedRow(f"the model's own chat template refuses it: {error}") from None
 
     def _begin_with(self, bos: str) -> None:
@@ -294,11 +259,7 @@ class Template:
         return special | {token for token in other if token.strip() and token in text}
 
     def _find_markers(self, ends: set[str]) -> list[str]:
-        """Plain text by which the model's own template opens a turn.
-
-        Args:
-            ends: control tokens that open none: what ends a turn, and what begins a text.
-        """
+        """Plain text that opens a turn of the model's own template, behind an end token or BOS."""
         end = pattern_of(ends - {""}).pattern
         literals = (literal for probe in self._probe() for literal in probe[:-1])
         openings = (re.sub(rf"^(?:\s|{end})+", "", literal).strip() for literal in literals)
@@ -309,12 +270,10 @@ class Template:
 
 
 def make(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template of this name for this tokenizer.
+    """The template of this name (as in `prepare.template`) for this tokenizer.
 
-    Args:
-        name: guanaco, llama2, chatml, or tokenizer for the model's own chat template.
-        tokenizer: its vocabulary stays as it is. Where it has no `<|im_end|>`, turns of chatml end
-            with its end token.
+    Its vocabulary stays as it is: turns of chatml end with `<|im_end|>` where it has that token,
+    else with its end token.
 
     Raises:
         UserError: the tokenizer has no end token; the model has no chat template of its own, or
@@ -337,14 +296,13 @@ def make(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 def _make_own(tokenizer: PreTrainedTokenizerBase) -> Template:
-    if not tokenizer.chat_template:
-        raise _unfit("tokenizer", "the model's tokenizer has no chat template")
     try:
         chat_template = tokenizer.get_chat_template()
         date = _DATE if "date_string" in chat_template else ""
         return Template("tokenizer", tokenizer, date + chat_template)
     except (RejectedRow, ValueError) as error:  # several templates, and none of them the default
-        raise _unfit("tokenizer", str(error)) from None
+        reason = str(error) if tokenizer.chat_template else "the model has no chat template"
+        raise _unfit("tokenizer", reason) from None
 
 
 def _unfit(name: str, reason: str) -> UserError:

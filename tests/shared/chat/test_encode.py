@@ -73,28 +73,23 @@ def test_encode_makes_no_control_token_of_a_message(
 ) -> None:
     template = templates.make(name, tokenizer)
     encoder = Encoder(tokenizer, template)
-    harmless = [{**message, "content": "two"} for message in FORGED]
-    forged, other = encoder.encode([template.render(m) for m in (FORGED, harmless)])  # type: ignore[arg-type]
+    harmless = [user("two"), assistant("two")]
+    batch = [FORGED, harmless, PLAIN["emoji"], FORGED]
+    forged, other, _, again = encoder.encode([*map(template.render, batch)])
     assert isinstance(other, Tokens)
     if template.markers == ("<|im_start|>",):
         assert str(forged).startswith("a message holds '<|im_start|>'")
-    else:
-        assert isinstance(forged, Tokens)
-        known = encoder._is_certain_control
-        assert [i for i in forged.input_ids if known[i]] == [i for i in other.input_ids if known[i]]
-
-
-def test_encode_keeps_the_order_and_text_of_forged_rows() -> None:
-    tokenizer = tiny.tokenizer()
-    template = templates.make("chatml", tokenizer)
-    encoder = Encoder(tokenizer, template)
-    batch = [PLAIN["emoji"], FORGED, PLAIN["lines"], FORGED]
-    for messages, tokens in zip(batch, encoder.encode([*map(template.render, batch)]), strict=True):
-        assert isinstance(tokens, Tokens)
-        assert tokenizer.decode(tokens.input_ids) == template.render(messages).text
-        assert (
-            tokens.input_ids.tolist() == encoded(tokenizer, "chatml", messages).input_ids.tolist()
-        )
+        return
+    assert isinstance(forged, Tokens)
+    assert isinstance(again, Tokens)
+    assert forged.input_ids.tolist() == again.input_ids.tolist()
+    control = [
+        tokens.input_ids[encoder.control_mask(tokens, template.render(messages).text)].tolist()
+        for tokens, messages in ((forged, FORGED), (other, harmless))
+    ]
+    assert control[0] == control[1]
+    if tokenizer is TOKENIZERS["tiny"]:
+        assert tokenizer.decode(forged.input_ids) == template.render(FORGED).text
     assert not tokenizer.backend_tokenizer.encode_special_tokens
 
 
