@@ -46,7 +46,7 @@ _DROPPED = re.compile(
     r"|(use_)?return_dict(_in_generate)?|torchscript|use_bfloat16|gradient_checkpointing"
     r"|device_map|use_kernels|kernel_config|compile_config"
 )
-_PROBE = "Two plus two is 4.\n\n\tДва и два — 四。 <|im_end|></s> def f(x): return x  # 🙂"
+_PROBE = "Two plus two is 4.\n\n\tДва и два — 四。 <|im_end|></s> def f(x): return</s>x  # 🙂"
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,10 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
         )
     original.save_pretrained(target)
     config = target / TOKENIZER_CONFIG
-    files.write_json(config, _kept(_read(config, name)))
+    stated = _kept(_read(config, name))
+    if (legacy := getattr(original, "legacy", None)) is not None:
+        stated["legacy"] = legacy  # which is not saved, and decides on spaces after control tokens
+    files.write_json(config, stated)
     if _fingerprint(_load_tokenizer(target, name)) != _fingerprint(original):
         raise UserError(
             f"{name}: its tokenizer encodes text in another way without the model beside it. "

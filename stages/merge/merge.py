@@ -161,8 +161,10 @@ def make_standalone(folder: Path, trained_on: Path, tokenizer_folder: Path, form
         tokenizer.pad_token = form.eos_token
     tokenizer.save_pretrained(folder)
     # transformers before 5 goes by these, llama.cpp too.
-    silent = {"add_bos_token": False, "add_eos_token": False} if silenced else {}
-    _update(folder / "tokenizer_config.json", lambda config: _readable_by_v4(config) | silent)
+    stated = {"add_bos_token": False, "add_eos_token": False} if silenced else {}
+    if (legacy := getattr(tokenizer, "legacy", None)) is not None:
+        stated["legacy"] = legacy  # which is not saved, and decides on spaces after control tokens
+    _update(folder / "tokenizer_config.json", lambda config: _readable_by_v4(config) | stated)
     ends = {
         "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,
         "pad_token_id": tokenizer.pad_token_id,

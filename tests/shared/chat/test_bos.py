@@ -6,11 +6,14 @@ from typing import Any, cast
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from stages.fetch_model.checkpoint import install_tokenizer
 from stages.merge.merge import make_standalone
 from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
 from stages.shared.chat import templates
 from stages.shared.chat.encode import Encoder
 from stages.shared.chat.templates import Template
+from stages.shared.chat.tokenizer import load_tokenizer
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from tests import vocabularies
 from tests.conversations import PLAIN, assistant, system, user
@@ -24,6 +27,15 @@ CONVERSATIONS = (
     *PLAIN.values(),
     [system("the"), user("two"), assistant("dos"), user("is"), assistant("it")],
 )
+
+
+def merge(tokenizer_folder: Path, template: Template, folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a merged model."""
+    config = LlamaConfig(vocab_size=400, dtype="float32")
+    for model in (folder, folder / "model"):
+        config.save_pretrained(model)
+    make_standalone(folder, folder / "model", tokenizer_folder, template.format())
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def made(family: str, template: str, own: str = OWN) -> tuple[PreTrainedTokenizerFast, Template]:
@@ -101,13 +113,7 @@ def test_the_merged_tokenizer_writes_bos_once(
     tokenizer, template = made(family, template_name)
     bos = vocabularies.FAMILIES[family][1]
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    size = len(tokenizer)
-    config = LlamaConfig(vocab_size=size, dtype="float32")
-    for folder in (tmp_path, tmp_path / "model"):
-        config.save_pretrained(folder)
-    form = template.format()
-    make_standalone(tmp_path, tmp_path / "model", tmp_path / "tokenizer", form)
-    merged = AutoTokenizer.from_pretrained(tmp_path)
+    merged = merge(tmp_path / "tokenizer", template, tmp_path / "merged")
     for messages in CONVERSATIONS:
         chat = cast(list[dict[str, str]], messages[:-1])
         options: dict[str, Any] = {"add_generation_prompt": True}
@@ -116,3 +122,22 @@ def test_the_merged_tokenizer_writes_bos_once(
         assert ids == Encoder(tokenizer, template).encode_prompt(messages[:-1])
         assert merged(text).input_ids == ids
         assert begins_once(ids, merged, bos)
+
+
+def test_saved_tokenizers_keep_spaces_after_control_tokens(tmp_path: Path) -> None:
+    """Transformers drops `legacy` as it saves a LlamaTokenizer."""
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    vocabularies.llama2().save_pretrained(source)
+    LlamaConfig().save_pretrained(source)
+    config = files.read_json(source / "tokenizer_config.json")
+    config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    files.write_json(source / "tokenizer_config.json", config)
+    install_tokenizer(source, installed, "llama2")
+    template = templates.make("guanaco", load_tokenizer(installed))
+    merged = merge(installed, template, tmp_path / "merged")
+    ids = [
+        one.encode("<s>two</s>four", add_special_tokens=False)
+        for one in (AutoTokenizer.from_pretrained(source), load_tokenizer(installed), merged)
+    ]
+    assert ids[0] == ids[1] == ids[2]
+    assert merged.convert_ids_to_tokens(ids[0])[1].startswith("▁")
