@@ -7,7 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CORPUS = [
     "### Human: What is two plus two?### Assistant: Two plus two is four.\n4",
@@ -83,7 +89,7 @@ def quantize(folder: Path, precision: str, seed: int = 0) -> Path:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
-    LlamaForCausalLM.from_pretrained(
+    AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, quantization_config=quantization, device_map={"": "cpu"}
     ).save_pretrained(folder)
     return folder

@@ -12,7 +12,7 @@ from stages.shared.model import loading
 from stages.shared.step import initialisation
 from stages.shared.weights import bnb
 from tests import tiny
-from tests.train.adapters import CPU, exactly, layers, load, logits, update
+from tests.shared.step.adapters import CPU, exactly, layers, load, logits, update
 from tests.train.running import settings, train_on
 
 

@@ -1,6 +1,6 @@
 """RMSNorm, query, key and value projections and RoPE as one function; and the output projection.
 
-The backward pass is written by hand; `tests/train/test_fused.py` holds it to fp64.
+The backward pass is written by hand; `tests/shared/step/test_fused.py` holds it to fp64.
 """
 
 from collections.abc import Sequence

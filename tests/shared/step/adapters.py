@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Starcoder2Config
+from transformers import AutoModelForCausalLM, Starcoder2Config
 
 from stages.shared.model import loading
 from stages.shared.step import adapter
@@ -15,6 +16,7 @@ from tests.train.running import settings
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 60)[None]
+Gradients = dict[str, torch.Tensor]
 
 
 def load(folder: Path, precision: str = "nf4", **lora: Any) -> Any:
@@ -22,9 +24,30 @@ def load(folder: Path, precision: str = "nf4", **lora: Any) -> Any:
     quantized = folder / precision
     if not quantized.exists():
         tiny.quantize(quantized, precision)
-    wanted = settings(**{f"lora__{key}": value for key, value in lora.items()}).lora
-    torch.manual_seed(settings().train.seed)
-    return adapter.load_for_lora(quantized, wanted, CPU, folder / "base")
+    params = settings(**{f"lora__{key}": value for key, value in lora.items()})
+    torch.manual_seed(params.train.seed)
+    return adapter.load_for_lora(quantized, params.lora, CPU, folder / "base")
+
+
+def moved(folder: Path, device: torch.device = CPU) -> PeftModel:
+    """An adapter whose B is not zero, or no gradient would reach A; in training mode."""
+    torch.manual_seed(1)
+    model = adapter.load_for_lora(folder, settings().lora, device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+def gradients_of(model: torch.nn.Module) -> Gradients:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(one: Gradients, other: Gradients) -> float:
+    """The largest relative distance of a gradient, by Frobenius norm."""
+    assert one.keys() == other.keys()
+    return max(float((one[n] - other[n]).norm() / other[n].norm()) for n in other)
 
 
 def layers(model: Any) -> dict[str, LoraLayer]:
@@ -69,10 +92,5 @@ def biased(folder: Path) -> Path:
         if name.endswith(".bias"):
             torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(folder / "base")
-    four_bit = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    AutoModelForCausalLM.from_pretrained(
-        folder / "base", quantization_config=four_bit, dtype=torch.bfloat16, device_map={"": "cpu"}
-    ).save_pretrained(folder / "nf4")
+    tiny.quantize(folder / "nf4", "nf4")
     return folder

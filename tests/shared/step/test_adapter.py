@@ -1,4 +1,4 @@
-"""What learns beside an adapter, what cannot be tuned, and variants that are resumed."""
+"""Trained base weights, refused adapters, and variants that are resumed."""
 
 import shutil
 from pathlib import Path
@@ -17,11 +17,11 @@ from stages.shared.weights.precision import autocast
 from stages.train.checkpoints import claim
 from stages.train.recipe import train
 from tests import tiny
-from tests.train.adapters import CPU, IDS, biased, load, logits
+from tests.shared.step.adapters import CPU, IDS, biased, load, logits
 from tests.train.running import settings
 
 
-def test_trained_biases_are_masters_that_a_forward_pass_leaves_alone(tmp_path: Path) -> None:
+def test_trained_biases_stay_fp32_through_a_forward_pass(tmp_path: Path) -> None:
     """Bitsandbytes rounds a bias to its compute dtype in place, a norm takes one dtype only."""
     model = load(biased(tmp_path), bias="all")
     biases = {n: p for n, p in model.named_parameters() if n.endswith(".bias")}
@@ -40,10 +40,10 @@ def test_trained_biases_are_masters_that_a_forward_pass_leaves_alone(tmp_path: P
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_what_is_evaluated_is_what_the_file_holds(
+def test_evaluation_computes_with_the_saved_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
 ) -> None:
-    """On a CPU without products of bf16 too, where what a bf16 file holds is computed in fp32."""
+    """On a CPU without bf16 matmuls too, where the values of a bf16 file are computed in fp32."""
     monkeypatch.setattr(precision, "has_bf16_matmuls", lambda kind: has_bf16)
     dtype = torch.bfloat16 if has_bf16 else torch.float32
     model = load(biased(tmp_path), bias="all", modules_to_save=["lm_head", "embed_tokens"])
@@ -69,7 +69,7 @@ def test_what_is_evaluated_is_what_the_file_holds(
         (["lm_head", "embed_tokens"], False, 2),
     ],
 )
-def test_a_tie_of_which_both_ends_are_trained_stays_one_matrix(
+def test_tied_weights_trained_at_both_ends_stay_tied(
     tmp_path: Path, saved: list[str], tied: bool, copies: int
 ) -> None:
     config = tiny.model().config
@@ -117,7 +117,7 @@ def test_a_tie_of_which_both_ends_are_trained_stays_one_matrix(
         ("nf4", {"bias": "lora_only"}, "lora.bias: there is no bias in the layers"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(
+def test_impossible_adapter_is_refused_in_one_line(
     tmp_path: Path, precision: str, lora: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -127,18 +127,18 @@ def test_what_cannot_work_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("value", ["", [], "(q_proj"])
-def test_a_target_that_can_match_nothing_is_refused_before_any_weight(value: Any) -> None:
+def test_target_that_matches_nothing_is_refused_at_once(value: Any) -> None:
     with pytest.raises(ValueError, match="all-linear"):
         settings(lora__target_modules=value)
 
 
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
-def test_an_empty_name_is_refused_before_any_weight(key: str) -> None:
+def test_empty_module_name_is_refused_at_once(key: str) -> None:
     with pytest.raises(ValueError, match="names that are not empty"):
         settings(**{f"lora__{key}": ["lm_head", ""]})
 
 
-def test_a_pattern_that_takes_in_what_can_have_no_adapter_is_told_in_short(tmp_path: Path) -> None:
+def test_pattern_that_does_not_fit_is_refused_in_short(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"target_modules: '\.\*' does not fit .* q_proj") as error:
         load(tmp_path, "nf4", target_modules=".*")
     assert len(str(error.value)) < 400
@@ -153,7 +153,7 @@ def test_a_pattern_that_takes_in_what_can_have_no_adapter_is_told_in_short(tmp_p
         {"lora__modules_to_save": ["embed_tokens"]},  # an fp32 one, before norms in bf16
     ],
 )
-def test_a_variant_that_goes_on_from_a_checkpoint_ends_in_the_same_bytes(
+def test_resumed_variant_ends_in_the_same_bytes(
     tmp_path: Path, lora: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_CHECKPOINT_STEPS", "2")

@@ -1,0 +1,236 @@
+"""The fused step against the modules of transformers and peft, and what it leaves to them.
+
+On a GPU, with its kernels, where one is asked for: TEST_GPU=1 pytest.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import Linear
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from stages.quantize.config import Quantize
+from stages.quantize.convert import convert
+from stages.shared.core import machine
+from stages.shared.model import attention, packing, scoring
+from stages.shared.model.packing import Example
+from stages.shared.step.fused import gpu, lora, patch
+from stages.shared.weights import precision
+from stages.shared.weights.precision import autocast
+from tests import tiny
+from tests.shared.step.adapters import Gradients, distance, gradients_of, moved
+from tests.train.running import run
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "initializer_range": 0.2,
+}
+LONGROPE = {  # two scales, of which the longest conversation of a row chooses
+    "rope_type": "longrope",
+    "attention_factor": 1.0,
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+}
+KINDS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama with biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SHAPE, sliding_window=32),
+    "qwen2": Qwen2Config(**SHAPE),  # q, k and v have biases
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),  # queries and keys have norms
+    "longrope": LlamaConfig(**SHAPE, rope_parameters=LONGROPE),
+}
+LENGTHS = (40, 30, 9, 5)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("fused")
+    for kind, config in KINDS.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for name, weight in model.named_parameters():
+            if name.endswith(".bias"):  # zero in a fresh model: nobody would see it left out
+                torch.nn.init.normal_(weight, std=0.5)
+        model.save_pretrained(root / kind)
+    return {kind: root / kind for kind in KINDS}
+
+
+def quantized(base: Path, precision: Any, compute_dtype: Any) -> Path:
+    folder = base.with_name(f"{base.name}-{precision}-{compute_dtype}")
+    if not folder.exists():
+        folder.mkdir()
+        params = Quantize(precision=precision, double_quant=True, compute_dtype=compute_dtype)
+        convert(base, folder, params, DEVICE)
+    return folder
+
+
+def batch(seed: int = 0) -> packing.Packed:
+    random = np.random.default_rng(seed)
+    examples = [
+        Example(random.integers(3, 300, n), random.random(n) < 0.6, i)
+        for i, n in enumerate(LENGTHS)
+    ]
+    return packing.pack(examples, DEVICE)
+
+
+def step(
+    model: PeftModel, module: Any, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, Gradients]:
+    """Losses and gradients, by the fused step (`patch`) or the modules (`scoring`)."""
+    model.zero_grad()
+    with lora.cast_cache():
+        with autocast(DEVICE, dtype):
+            losses = module.negative_log_likelihoods(model, batch(seed))
+        losses.mean().backward()
+    return losses.detach(), gradients_of(model)
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp4", "fp32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_step_equals_the_modules(bases: dict[str, Path], kind: str, precision: str) -> None:
+    folder = quantized(bases[kind], precision, "fp32")
+    losses, gradients = step(moved(folder, DEVICE), scoring, torch.float32)
+    model = moved(folder, DEVICE)
+    patch.fuse(model)
+    fused_losses, fused_gradients = step(model, patch, torch.float32)
+    assert torch.allclose(fused_losses, losses, atol=2e-5)
+    assert distance(fused_gradients, gradients) < 1e-5
+
+
+def error(gradients: Gradients, truth: Gradients) -> float:
+    """Of all gradients together, squared and relative."""
+    squares = sum(float((gradients[n] - truth[n]).square().sum()) for n in truth)
+    return squares / sum(float(g.square().sum()) for g in truth.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_step_rounds_no_more_than_the_modules(
+    bases: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distance of gradients in bf16 from those in fp32."""
+    monkeypatch.setattr(precision, "has_bf16_matmuls", lambda kind: True)  # slowly, on some CPUs
+    folder = quantized(bases[kind], "nf4", "bf16")
+    exact = moved(folder, DEVICE).float()
+    for module in exact.modules():
+        if hasattr(module, "quant_state") or hasattr(module, "compute_dtype"):
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+    modules, fused = moved(folder, DEVICE), moved(folder, DEVICE)
+    patch.fuse(fused)
+    ours = theirs = 0.0
+    for seed in range(8):  # of one step alone, either may be a quarter nearer by chance
+        _, truth = step(exact, scoring, torch.float32, seed)
+        theirs += error(step(modules, scoring, torch.bfloat16, seed)[1], truth)
+        ours += error(step(fused, patch, torch.bfloat16, seed)[1], truth)
+    assert 1e-4 < (theirs / 8) ** 0.5 < 0.1
+    assert ours < 1.2 * theirs
+
+
+def test_attention_mask_is_made_only_beyond_the_window(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison above has a conversation of 40 tokens, and Mistral's window here is 32."""
+    model = moved(quantized(bases["mistral"], "fp32", "fp32"), DEVICE)
+    causal = model.get_base_model()
+    assert patch._attention_mask(causal, batch()) is None
+    with monkeypatch.context() as kernel:
+        kernel.setattr(attention, "has_kernel", lambda *_: True)
+        assert patch._attention_mask(causal, batch()) is not None
+        kernel.setattr(causal.config, "attention_dropout", 0.1)  # which the kernel lacks
+        assert patch._attention_mask(causal, batch()) is None
+    causal.config.sliding_window = 40
+    assert patch._attention_mask(causal, batch()) is not None
+    model.set_attn_implementation("sdpa")
+    assert patch._attention_mask(causal, batch()) is None
+
+
+def test_scoring_does_not_use_the_fused_step(bases: dict[str, Path]) -> None:
+    model = moved(quantized(bases["llama"], "nf4", "bf16"), DEVICE)
+    with torch.no_grad(), autocast(DEVICE, torch.bfloat16):
+        before = scoring.supervised_logits(model, batch())
+        patch.fuse(model)
+        after = scoring.supervised_logits(model, batch())
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_cast_cache_holds_for_a_step_on_a_gpu(
+    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "on_gpu", lambda device: on_gpu)
+    layer = Linear(torch.nn.Linear(3, 4), lora.ADAPTER, LoraConfig(), r=2)
+
+    def cast() -> torch.Tensor:
+        return lora.LoraLinears([layer], lora.lora_weights(layer), torch.bfloat16).a
+
+    with lora.cast_cache():
+        first = cast()
+        assert (cast() is first) == on_gpu
+    with pytest.raises(KeyError), lora.cast_cache():
+        second = cast()
+        assert second is not first
+        raise KeyError
+    assert cast() is not second
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.prepared(tmp_path_factory.mktemp("data") / "prepared")
+
+
+LEAVE_OUT = "stock: lora.target_modules leave out a linear layer"
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "path"),
+    [
+        ("nf4", {}, "fused"),
+        ("nf4", {"lora__dropout": 0.1}, "stock: lora.dropout is not 0"),
+        ("nf4", {"lora__dora": True}, "stock: lora.dora is true"),
+        ("nf4", {"lora__init": "pissa"}, "stock: lora.init is pissa or olora"),
+        ("nf4", {"lora__modules_to_save": ["lm_head"]}, "stock: lora.modules_to_save are trained"),
+        ("nf4", {"lora__target_modules": ["q_proj", "v_proj"]}, LEAVE_OUT),
+        ("nf4", {"lora__target_modules": r".*layers\.1\..*proj"}, LEAVE_OUT),
+        (
+            "nf4",
+            {"lora__target_modules": r".*(proj|lm_head)"},
+            "stock: lora.target_modules take in the head",
+        ),
+        ("int8", {}, "stock: quantize.precision is int8"),
+        ("bf16", {"train__method": "full"}, "stock: train.method is full"),
+    ],
+)
+def test_metrics_say_why_a_step_is_not_fused(
+    tmp_path: Path, data: Path, precision: str, changes: dict[str, Any], path: str
+) -> None:
+    metrics, _, _ = run(tmp_path, data, precision, train__max_steps=1, **changes)
+    assert metrics["path"].startswith(path)
+
+
+def test_fused_step_can_be_switched_off(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_FUSED", "false")
+    machine.machine.cache_clear()
+    metrics, _, _ = run(tmp_path, data, "nf4", train__max_steps=1)
+    machine.machine.cache_clear()
+    assert metrics["path"] == "stock: QLORA_FUSED is false"

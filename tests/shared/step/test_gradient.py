@@ -1,0 +1,158 @@
+"""The gradient of a step equals that of its conversations one at a time, however it is divided."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+
+from stages.shared.model.packing import Example, read_examples
+from stages.shared.step import gradient
+from stages.shared.step.fused.patch import fuse
+from stages.train import distributed
+from stages.train.distributed import Group
+from tests import tiny
+from tests.shared.step.adapters import CPU, Gradients, distance, gradients_of, moved
+
+ROWS = {"whole": [5, 0, 9, 3, 11, 7], "short": [2, 8], "one": [4]}
+rows_of_a_step = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+fused_or_stock = pytest.mark.parametrize("fused", [True, False], ids=["fused", "stock"])
+Folders = tuple[Path, Path]  # of the model, and of the data
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    root = tmp_path_factory.mktemp("gradient")
+    return tiny.quantize(root / "quantized", "fp32"), tiny.prepared(root / "prepared")
+
+
+def chosen(folders: Folders, rows: list[int]) -> list[Example]:
+    examples = read_examples(folders[1] / "train.parquet")
+    return [examples[row] for row in rows]
+
+
+def by_the_book(folders: Folders, rows: list[int]) -> Gradients:
+    """Each conversation alone, all logits, the loss written out: no code of the project."""
+    model = moved(folders[0])
+    examples = chosen(folders, rows)
+    supervised = sum(int(example.loss_mask[1:].sum()) for example in examples)
+    for example in examples:
+        ids = torch.tensor(example.input_ids)[None]
+        logits = model(input_ids=ids).logits[0, :-1]
+        mask = torch.tensor(example.loss_mask[1:])
+        loss = cross_entropy(logits[mask], ids[0, 1:][mask], reduction="sum") / supervised
+        loss.backward()
+    return gradients_of(model)
+
+
+def accumulate(
+    model: PeftModel, examples: list[Example], tokens: int, fused: bool, group: Group
+) -> float:
+    """This process's part of a step, and the sum over the group."""
+    parts = group.divide(examples, tokens)
+    model.zero_grad()
+    loss = gradient.accumulate(
+        model,
+        parts[group.rank] if group.rank < len(parts) else [],
+        sum(example.supervised_tokens for example in examples),
+        dtype=torch.float32,
+        fused=fused,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        all_reduce=group.all_reduce,
+    )
+    return loss.item()
+
+
+def step(
+    folders: Folders,
+    rows: list[int],
+    tokens: int,
+    checkpointing: bool = False,
+    attention: str | None = None,
+    fused: bool = True,
+    group: Group | None = None,
+) -> tuple[float, Gradients]:
+    model = moved(folders[0])
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if attention:
+        model.set_attn_implementation(attention)
+    if fused:
+        fuse(model)
+    loss = accumulate(model, chosen(folders, rows), tokens, fused, group or Group())
+    return loss, gradients_of(model)
+
+
+@fused_or_stock
+@rows_of_a_step
+@pytest.mark.parametrize(
+    ("tokens", "checkpointing", "attention"),
+    [
+        pytest.param(4096, False, None, id="all at once"),
+        pytest.param(1, False, None, id="one at a time"),
+        pytest.param(70, False, None, id="some at a time"),
+        pytest.param(4096, True, None, id="checkpointed"),
+        pytest.param(4096, False, "sdpa", id="by the mask"),
+    ],
+)
+def test_gradient_is_that_of_each_conversation(
+    folders: Folders,
+    rows: list[int],
+    tokens: int,
+    checkpointing: bool,
+    attention: str | None,
+    fused: bool,
+) -> None:
+    assert len({len(example) for example in chosen(folders, ROWS["whole"])}) > 1
+    _, gradients = step(folders, rows, tokens, checkpointing, attention, fused)
+    assert distance(gradients, by_the_book(folders, rows)) < 1e-5
+
+
+def steps(group: Group, device: torch.device, *each: tuple) -> list[tuple[float, Gradients]]:
+    """Several in one start of the processes, which costs more than all of them."""
+    return [step(*arguments, group=group) for arguments in each]
+
+
+def test_gradient_is_the_same_on_two_devices(folders: Folders) -> None:
+    """Whole steps, a short one, and one that leaves a process without work."""
+    each = [
+        (folders, rows, tokens, checkpointing)
+        for rows in ROWS.values()
+        for tokens, checkpointing in ((4096, False), (1, True))
+    ]
+    shared = distributed.launch(2, CPU, steps, *each)
+    for (_, rows, *how), (loss, gradients) in zip(each, shared, strict=True):
+        assert distance(gradients, by_the_book(folders, rows)) < 1e-5, (rows, how)
+        assert loss == pytest.approx(step(folders, rows, 1)[0], rel=1e-6)
+
+
+@fused_or_stock
+@rows_of_a_step
+@pytest.mark.parametrize("workers", [2, 3])
+def test_gradient_is_the_same_with_cpu_workers(
+    folders: Folders, rows: list[int], workers: int, fused: bool
+) -> None:
+    """In a second step too, which holds nothing of the first."""
+    model, examples = moved(folders[0]), chosen(folders, rows)
+    if fused:
+        fuse(model)
+
+    def work(group: Group) -> None:
+        for _ in range(2):
+            accumulate(model, examples, 70, fused, group)
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with distributed.forked(workers, trainable, work) as group:
+        for _ in range(2):
+            loss = accumulate(model, examples, 70, fused, group)
+    assert distance(gradients_of(model), by_the_book(folders, rows)) < 1e-5
+    assert loss == pytest.approx(step(folders, rows, 70, fused=fused)[0], rel=1e-6)
+
+
+def test_gradient_differs_if_averaged_by_micro_batch(folders: Folders) -> None:
+    """Trainers that divide by the tokens of each micro-batch would not pass these tests."""
+    rows = ROWS["whole"]
+    each = [by_the_book(folders, [row]) for row in rows]
+    averaged = {name: sum(one[name] for one in each) / len(rows) for name in each[0]}
+    assert distance(averaged, by_the_book(folders, rows)) > 1e-3
