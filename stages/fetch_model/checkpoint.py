@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -51,19 +51,17 @@ _PROBE = "Two plus two is 4.\n\n\tДва и два — 四。 <|im_end|></s> def
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json, safetensors and a tokenizer.
-
-    Attributes:
-        folder: where its files lie.
-        name: what a message calls it.
-        config: config.json, without what belongs to another machine.
-        weights: the names of its safetensors.
-    """
+    """A folder with config.json, safetensors and a tokenizer; a message calls it `name`."""
 
     folder: Path
     name: str
     config: dict[str, Any]
-    weights: list[str]
+    weight_map: dict[str, str]  # file of each tensor; empty where there is one file
+
+    @property
+    def weights(self) -> list[str]:
+        """The names of its safetensors."""
+        return sorted(set(self.weight_map.values())) or [WEIGHTS]
 
 
 def gather(
@@ -81,8 +79,9 @@ def gather(
     """
     small = [name for name in SMALL_FILES if name in names]
     folder = bring(small)
-    config, weights = _read_config(folder, where), _weight_files(folder, names, where)
-    return Checkpoint(bring([*small, *weights]), where, config, weights)
+    config, weight_map = _read_config(folder, where), _read_weight_map(folder, names, where)
+    checkpoint = Checkpoint(folder, where, config, weight_map)
+    return replace(checkpoint, folder=bring([*small, *checkpoint.weights]))
 
 
 def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move: bool) -> None:
@@ -91,7 +90,7 @@ def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move:
     The weights are moved there, or copied: those of the user's cache stay.
     """
     source, name, weights = checkpoint.folder, checkpoint.name, checkpoint.weights
-    index = _index(source, weights, name)
+    index = _index(checkpoint)
     _install_tokenizer(checkpoint, tokenizer_folder)
     files.write_json(base / CONFIG, checkpoint.config)
     if (source / GENERATION_CONFIG).is_file():
@@ -108,11 +107,7 @@ def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move:
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The model's config, without what belongs to another machine.
-
-    Raises:
-        UserError: it is not there, or describes a model that cannot be tuned here.
-    """
+    """The model's config, without what belongs to another machine."""
     from transformers.models.auto.modeling_auto import (  # noqa: PLC0415  (takes seconds)
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     )
@@ -144,14 +139,14 @@ def _kept(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weight_files(folder: Path, names: Collection[str], where: str) -> list[str]:
-    """The safetensors that transformers would load, in order of name.
+def _read_weight_map(folder: Path, names: Collection[str], where: str) -> dict[str, str]:
+    """The file of each tensor by the index, or nothing where one file holds all.
 
     transformers follows a name like `../outside.safetensors` in an index out of the folder: a file
     that the model does not have beside the index is refused.
     """
     if WEIGHTS in names:
-        return [WEIGHTS]
+        return {}
     if INDEX not in names:
         pickles = [name for name in names if name.endswith(_PICKLES)]
         found = f", only {pickles[0]}, a pickle, which runs code as it loads" if pickles else ""
@@ -159,7 +154,9 @@ def _weight_files(folder: Path, names: Collection[str], where: str) -> list[str]
             f"{where}: has no {WEIGHTS} and no {INDEX}{found}. Choose a revision that has "
             "safetensors, or convert it."
         )
-    weight_map = _weight_map(folder, where)
+    weight_map = _read(folder / INDEX, where).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{where}/{INDEX}: has no weight_map. Choose another revision.")
     beside = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     for tensor, file in weight_map.items():
         if file not in beside:
@@ -167,57 +164,41 @@ def _weight_files(folder: Path, names: Collection[str], where: str) -> list[str]
                 f"{where}/{INDEX}: puts {tensor} into {file!r}, no .safetensors file beside the "
                 "index. Complete the model, or choose another."
             )
-    return sorted(set(weight_map.values()))
-
-
-def _weight_map(folder: Path, where: str) -> dict[str, Any]:
-    weight_map = _read(folder / INDEX, where).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{where}/{INDEX}: has no weight_map. Choose another revision.")
     return weight_map
 
 
-def _index(folder: Path, weights: list[str], name: str) -> dict[str, Any]:
+def _index(checkpoint: Checkpoint) -> dict[str, Any]:
     """The index of shards, made of the shards themselves: file of each tensor, bytes of all."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
     found: dict[str, str] = {}
     size = 0
-    for file in weights:
+    for file in checkpoint.weights:
+        path, where = checkpoint.folder / file, f"{checkpoint.name}/{file}"
         try:
-            with safe_open(folder / file, framework="numpy") as opened:
+            with safe_open(path, framework="numpy") as opened:
                 tensors = sorted(opened.keys())
         except SafetensorError as error:
-            raise UserError(
-                f"{name}/{file}: is not whole ({error}). Fetch or copy the model again."
-            ) from None
+            raise UserError(f"{where}: is not whole ({error}). Fetch or copy it again.") from None
         for tensor in tensors:
-            if tensor in found:
-                raise UserError(
-                    f"{name}/{file}: holds {tensor} as {found[tensor]} does. Choose another model."
-                )
+            if other := found.get(tensor):
+                raise UserError(f"{where}: holds {tensor} as {other} does. Choose another model.")
             found[tensor] = file
-        with (folder / file).open("rb") as opened:
-            header = int.from_bytes(opened.read(8), "little")
-        size += (folder / file).stat().st_size - 8 - header
-    expected = {} if weights == [WEIGHTS] else _weight_map(folder, name)
-    for tensor, file in expected.items():
+        with path.open("rb") as opened:
+            size += path.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+    for tensor, file in checkpoint.weight_map.items():
         if found.get(tensor) != file:
             raise UserError(
-                f"{name}/{INDEX}: puts {tensor} into {file}, which lacks it. Fetch or copy the "
-                "model again."
+                f"{checkpoint.name}/{INDEX}: puts {tensor} into {file}, which lacks it. Fetch or "
+                "copy the model again."
             )
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(found.items()))}
 
 
 def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
-    """Load the tokenizer of a model and save it into `target`, where it needs no model.
+    """Save the tokenizer of a model so that it needs no model beside it; loaded and compared.
 
-    Which class a tokenizer has, transformers may read from the model's config; saved again, it says
-    so itself. What was saved is loaded and compared.
-
-    Raises:
-        UserError: it cannot be loaded, needs code of its own, or has no end token.
+    transformers may read its class from the model's config; once saved, it says so itself.
     """
     source, name = checkpoint.folder, checkpoint.name
     present = [file for file in TOKENIZER_FILES if (source / file).is_file()]
