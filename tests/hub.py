@@ -19,31 +19,18 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What the server knows; a test may change it while the server runs.
-
-    Attributes:
-        url: what `HF_ENDPOINT` is set to.
-        repositories: `{"datasets/owner/name": {path: content}}`, all at `COMMIT`.
-        status: answered instead of a file (or, `only=""`, of everything), unless it is 200.
-        only: the part of a path that `status` is answered to.
-        headers: sent with it, as the hub's own name of an error.
-        cut_after: bytes after which the connection of the next download breaks.
-        drip: seconds after each byte of a file.
-        listed: replaces the listing that is made from `repositories`.
-        elsewhere: the address of another host that files are sent from.
-        requests: `GET path`, and the token that came with it.
-    """
+    """What the server knows; a test may change it while the server runs."""
 
     url: str = ""
-    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    status: int = 200
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)  # "datasets/me/set"
+    status: int = 200  # any other is answered to paths that contain `only`, with `headers`
     only: str = ""
     headers: dict[str, str] = field(default_factory=dict)
-    cut_after: int | None = None
-    drip: float = 0.0
-    listed: Any = None
-    elsewhere: str = ""
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
+    cut_after: int | None = None  # bytes after which the connection of the next download breaks
+    drip: float = 0.0  # seconds after each byte
+    listed: Any = None  # instead of the listing that is made from `repositories`
+    elsewhere: str = ""  # the address of another host that files are sent from
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # and their tokens
 
     @property
     def env(self) -> dict[str, str]:
@@ -112,7 +99,6 @@ def serve_here(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
     before it tries again waits no time here.
     """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "cache"))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     monkeypatch.setenv("DVC_ROOT", str(home))

@@ -1,4 +1,4 @@
-"""What tests of fetch_data share: small files, and the stage into a folder of theirs."""
+"""Small files of every format, and the stage into a folder of the test's own."""
 
 import json
 from pathlib import Path
@@ -29,22 +29,16 @@ def arrow(rows: list[dict[str, Any]], stream: bool) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def from_file(path: Path, raw: Path, config: str | None = None) -> dict[str, Any]:
-    data = Data(source="file", path=str(path), repo="a/b", config=config, revision=None)
-    return fetch_into(raw, data)
-
-
-def from_hub(
-    raw: Path, revision: str | None = hubs.COMMIT, repo: str = "me/set", config: str | None = None
-) -> dict[str, Any]:
-    data = Data(source="hub", path="", repo=repo, config=config, revision=revision)
-    return fetch_into(raw, data)
-
-
-def fetch_into(raw: Path, data: Data) -> dict[str, Any]:
+def from_file(path: Path, raw: Path, **changes: Any) -> dict[str, Any]:
+    """Run the stage; its source.json."""
+    values = {"source": "file", "path": str(path), "repo": "me/set", "revision": hubs.COMMIT}
     with files.whole_folder(raw) as partial:
-        fetch(data, partial)
+        fetch(Data(**{**values, "config": None, **changes}), partial)
     return json.loads((raw / "source.json").read_text())
+
+
+def from_hub(raw: Path, **changes: Any) -> dict[str, Any]:
+    return from_file(Path(), raw, **{"source": "hub", **changes})
 
 
 def rows(path: Path) -> list[Any]:

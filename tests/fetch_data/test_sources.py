@@ -1,7 +1,9 @@
 """Sources: the splits of a file, of a folder and of a data set on the hub."""
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,10 +11,11 @@ from stages.fetch_data.sources import choose
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from tests import hub as hubs
+from tests import workspace
 from tests.fetch_data.helpers import CSV, JSONL, ROWS, from_file, from_hub, parquet, rows
 
 REAL = Path("../shared/data/conversations")
-CARD = """---
+CARD = b"""---
 configs:
 - {config_name: a, data_files: [{split: train, path: a/*.json}, {split: test, path: t/*}]}
 - {config_name: b, data_files: b.json}
@@ -20,138 +23,105 @@ configs:
 """
 
 
-def folder(tmp_path: Path, **contents: bytes) -> Path:
-    made = tmp_path / "mine"
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hubs.Hub]:
+    with hubs.serve_here(monkeypatch, tmp_path) as hub:
+        yield hub
+
+
+def listed(tmp_path: Path, contents: dict[str, bytes]) -> list[tuple[str, str, int, str]]:
+    """The split, name, first line and unit of each file that is taken from a folder."""
     for name, content in contents.items():
-        path = made / name.replace("__", "/").replace("_", ".")
+        path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    made.mkdir(exist_ok=True)
-    return made
+    taken = from_file(tmp_path / "mine", tmp_path / "raw")["files"]
+    root = f"{tmp_path}/mine/"
+    return [
+        (f["split"], f["name"].removeprefix(root), f["first_line"], f["counted_in"]) for f in taken
+    ]
 
 
-def test_a_file_is_copied_and_described(tmp_path: Path) -> None:
+def test_file_is_copied_and_described(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_bytes(JSONL)
     source = from_file(path, tmp_path / "raw")
     copy = tmp_path / "raw/train.jsonl"
     assert copy.read_bytes() == JSONL
     assert copy.stat().st_ino != path.stat().st_ino
-    assert source == {
-        "source": "file",
-        "files": [
-            {
-                "split": "train",
-                "name": str(path),
-                "sha256": files.sha256(path),
-                "bytes": len(JSONL),
-                "first_line": 1,
-                "counted_in": "line",
-            }
-        ],
-    }
-
-
-def test_a_folder_has_a_train_and_may_have_an_eval_file(tmp_path: Path) -> None:
-    mine = folder(tmp_path, train_jsonl=JSONL, README_md=b"mine")
-    assert [f["split"] for f in from_file(mine, tmp_path / "raw")["files"]] == ["train"]
-    (mine / "test.csv").write_bytes(CSV)
-    (mine / "validation.jsonl.gz").write_bytes(gzip.compress(JSONL))
-    listed = from_file(mine, tmp_path / "raw")["files"]
-    assert [Path(f["name"]).name for f in listed] == ["train.jsonl", "validation.jsonl.gz"]
-    written = {p.name for p in (tmp_path / "raw").iterdir()}
-    assert written == {"train.jsonl", "eval.jsonl", "source.json"}
+    described: dict[str, Any] = {"split": "train", "name": str(path), "sha256": files.sha256(path)}
+    described |= {"bytes": len(JSONL), "first_line": 1, "counted_in": "line"}
+    assert source == {"source": "file", "files": [described]}
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "dev", "validation", "eval", "test"])
 def test_held_out_rows_go_by_many_names(name: str, tmp_path: Path) -> None:
     """A file that was passed over in silence would be replaced by a part of the training split."""
-    mine = folder(tmp_path, train_jsonl=JSONL, **{f"{name}_jsonl": JSONL})
-    assert [f["split"] for f in from_file(mine, tmp_path / "raw")["files"]] == ["train", "eval"]
+    contents = {"train.csv": CSV, f"{name}.jsonl.gz": gzip.compress(JSONL), "README.md": b"mine"}
+    expected = [("train", "train.csv", 1, "row"), ("eval", f"{name}.jsonl.gz", 1, "line")]
+    assert listed(tmp_path, contents) == expected
 
 
-def test_a_folder_laid_out_as_on_the_hub_is_read(tmp_path: Path) -> None:
+def test_shards_are_joined_in_order(tmp_path: Path) -> None:
     names = ["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001-0a1b"]
-    parts = dict(zip(names, (ROWS[:1], ROWS[1:], ROWS), strict=True))
-    mine = folder(tmp_path, **{f"data__{n}_parquet": parquet(r) for n, r in parts.items()})
-    listed = from_file(mine, tmp_path / "raw")["files"]
-    assert [(f["split"], f["first_line"], f["counted_in"]) for f in listed] == [
-        ("train", 1, "row"),
-        ("train", 2, "row"),
-        ("eval", 1, "row"),
-    ]
+    names = [f"data/{name}.parquet" for name in names]
+    contents = dict(zip(names, map(parquet, (ROWS[:1], ROWS[1:], ROWS)), strict=True))
+    lines = [("train", names[0], 1, "row"), ("train", names[1], 2, "row")]
+    assert listed(tmp_path, contents) == [*lines, ("eval", names[2], 1, "row")]
     assert rows(tmp_path / "raw/train.jsonl") == ROWS == rows(tmp_path / "raw/eval.jsonl")
 
 
-def test_line_numbers_of_shards_begin_anew(tmp_path: Path) -> None:
-    mine = folder(tmp_path, **{"train-0_jsonl": JSONL.rstrip(), "train-1_jsonl": JSONL.rstrip()})
-    listed = from_file(mine, tmp_path / "raw")["files"]
-    assert [f["first_line"] for f in listed] == [1, 5]
+def test_shards_of_lines_are_joined_at_a_newline(tmp_path: Path) -> None:
+    taken = listed(tmp_path, {f"train-{n}.jsonl": JSONL.rstrip() for n in (0, 1)})
+    assert [first for _, _, first, _ in taken] == [1, 5]
     assert (tmp_path / "raw/train.jsonl").read_bytes() == JSONL + JSONL.rstrip()
 
 
-@pytest.mark.parametrize("names", [["train_jsonl", "train_csv"], ["eval_jsonl"], []])
-def test_a_folder_without_one_train_split_is_refused(names: list[str], tmp_path: Path) -> None:
-    mine = folder(tmp_path, **dict.fromkeys(names, JSONL))
+@pytest.mark.parametrize("names", [["train.jsonl", "train.csv"], ["eval.jsonl"], []])
+def test_folder_without_one_train_split_is_refused(names: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match=r"mine: (train.* could be one|has no|its splits)"):
-        from_file(mine, tmp_path / "raw")
+        listed(tmp_path, dict.fromkeys(names, JSONL))
 
 
-def test_a_path_without_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.path: .*is no file or folder"):
-        from_file(tmp_path / "none.jsonl", tmp_path / "raw")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("none.jsonl", "is no file or folder"), ("a.txt", r"cannot read .*\.jsonl \.json \.csv")],
+)
+def test_path_without_data_is_refused(name: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match=r"data\.path: cannot read .*\.jsonl \.json \.csv"):
-        from_file(tmp_path / "a.txt", tmp_path / "raw")
+    with pytest.raises(UserError, match=rf"data\.path: .*{reason}"):
+        from_file(tmp_path / name, tmp_path / "raw")
 
 
-def test_the_hub_gives_its_splits(hub: hubs.Hub, tmp_path: Path) -> None:
+def test_hub_gives_its_splits(
+    hub: hubs.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["openassistant_best_replies_train.jsonl", "openassistant_best_replies_eval.jsonl"]
     hub.repositories["datasets/me/set"] = {
+        **dict.fromkeys(names, JSONL),
         "README.md": b"a set",
-        "openassistant_best_replies_train.jsonl": JSONL,
-        "openassistant_best_replies_eval.jsonl": JSONL,
         "image.png": b"",
     }
+    (tmp_path / "me/set").mkdir(parents=True)  # does not stand in for the hub
+    (tmp_path / "me/set/train.jsonl").write_bytes(b'{"text": "local"}\n')
+    monkeypatch.chdir(tmp_path)
     source = from_hub(tmp_path / "raw")
     assert (tmp_path / "raw/train.jsonl").read_bytes() == JSONL
     assert (source["repo"], source["revision"]) == ("me/set", hubs.COMMIT)
-    assert [f["name"] for f in source["files"]] == [
-        "openassistant_best_replies_train.jsonl",
-        "openassistant_best_replies_eval.jsonl",
-    ]
+    assert [f["name"] for f in source["files"]] == names
     assert "image.png" not in hub.fetched()
 
 
-def test_a_configuration_is_chosen_by_name(hub: hubs.Hub, tmp_path: Path) -> None:
-    one, other = JSONL[: len(JSONL) // 2], JSONL
-    hub.repositories["datasets/me/set"] = {
-        "README.md": CARD.encode(),
-        "a/x.json": one,
-        "t/x.json": one,
-        "b.json": other,
-    }
-    with pytest.raises(UserError, match=r"data\.config: is None; .*me/set has a, b\. Choose"):
-        from_hub(tmp_path / "raw")
-    with pytest.raises(UserError, match=r"data\.config: is 'c'; .*me/set has a, b\. Choose"):
-        from_hub(tmp_path / "raw", config="c")
-    listed = from_hub(tmp_path / "raw", config="a")["files"]
-    assert [(f["split"], f["name"]) for f in listed] == [
-        ("train", "a/x.json"),
-        ("eval", "t/x.json"),
-    ]
-    from_hub(tmp_path / "raw", config="b")
-    assert (tmp_path / "raw/train.jsonl").read_bytes() == other
-
-
-def test_a_local_folder_does_not_stand_in_for_the_hub(
-    hub: hubs.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.repositories["datasets/me/set"] = {"train.jsonl": JSONL}
-    (tmp_path / "me/set").mkdir(parents=True)
-    (tmp_path / "me/set/train.jsonl").write_bytes(b'{"text": "local"}\n')
-    monkeypatch.chdir(tmp_path)
-    from_hub(tmp_path / "raw")
-    assert (tmp_path / "raw/train.jsonl").read_bytes() == JSONL
+def test_configuration_is_chosen_by_name(hub: hubs.Hub, tmp_path: Path) -> None:
+    names = ["a/x.json", "t/x.json", "b.json"]
+    hub.repositories["datasets/me/set"] = {"README.md": CARD, **dict.fromkeys(names, JSONL)}
+    for config in (None, "c"):
+        with pytest.raises(UserError, match=rf"data\.config: is {config!r}; .* has a, b\. Choose"):
+            from_hub(tmp_path / "raw", config=config)
+    for config, expected in {"a": names[:2], "b": names[2:]}.items():
+        source = from_hub(tmp_path / "raw", config=config)
+        assert [f["name"] for f in source["files"]] == expected
 
 
 @pytest.mark.parametrize(
@@ -162,52 +132,51 @@ def test_a_local_folder_does_not_stand_in_for_the_hub(
         (["train/a.jsonl", "test/a.jsonl"], {"train": ["train/a.jsonl"], "eval": ["test/a.jsonl"]}),
         (["restrained.json"], {"train": ["restrained.json"]}),
         (["train-train.json"], {"train": ["train-train.json"]}),
-        (["a-00001-of-00002.csv", "a-00000-of-00002.csv"], None),
+        (["a-1-of-2.csv", "a-0-of-2.csv"], {"train": ["a-0-of-2.csv", "a-1-of-2.csv"]}),
     ],
 )
-def test_splits_are_made_out_by_name(
-    names: list[str], expected: dict[str, list[str]] | None
-) -> None:
-    assert choose(names, Path("none"), None, "here") == (expected or {"train": sorted(names)})
+def test_splits_are_made_out_by_name(names: list[str], expected: dict[str, list[str]]) -> None:
+    assert choose(names, Path("none"), None, "here") == expected
 
 
 @pytest.mark.parametrize(
-    ("names", "card", "reason"),
+    ("name", "card", "reason"),
     [
-        (["README.md"], "", "its splits cannot be made out"),
-        (["a.txt"], "", "cannot read a.txt"),
-        (["test.json"], "", "no one split train, but test"),
-        (["train-00000-of-00002.csv"], "", "has 1 shards of train of 00002"),
-        (["train_test.json"], "", "by name in train and test"),
-        (["a.json"], "---\nx: [\n---\n", "its splits cannot be made out"),
-        (
-            ["a.json"],
-            "---\nconfigs: [{config_name: a, data_files: OUT}]\n---\n",
-            "would leave its folder",
-        ),
+        ("README.md", "", "its splits cannot be made out"),
+        ("a.txt", "", "cannot read a.txt"),
+        ("test.json", "", "no one split train, but test"),
+        ("train-00000-of-00002.csv", "", "has 1 shards of train of 00002"),
+        ("train_test.json", "", "by name in train and test"),
+        ("a.json", "---\nx: [\n---\n", "its splits cannot be made out"),
+        ("a.json", "---\nconfigs: [{config_name: a, data_files: OUT}]\n---\n", "would leave its"),
     ],
 )
-def test_unclear_data_sets_are_refused(
-    names: list[str], card: str, reason: str, tmp_path: Path
-) -> None:
+def test_unclear_data_sets_are_refused(name: str, card: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "out.json").touch()
     (tmp_path / "README.md").write_text(card.replace("OUT", str(tmp_path / "out.json")))
     with pytest.raises(UserError, match=reason) as caught:
-        choose(names, tmp_path / "README.md", None, "here")
+        choose([name], tmp_path / "README.md", None, "here")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("revision", [None, "main", "0123456", hubs.COMMIT.upper()])
-def test_only_a_full_commit_is_a_revision(revision: str | None, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.revision.*40 hex digits.*git ls-remote"):
-        from_hub(tmp_path / "raw", revision)
+def test_failed_stage_leaves_the_last_data_alone(tmp_path: Path) -> None:
+    space = workspace.make(tmp_path / "space", {"data.path": "mine.jsonl"})
+    (space.root / "mine.jsonl").write_bytes(JSONL)
+    assert space.stage("fetch_data").returncode == 0
+    space.set_params({"data.source": "hub", "data.revision": hubs.COMMIT})
+    with hubs.serve() as hub:
+        hub.status = 500
+        failed = space.stage("fetch_data", env=hub.env)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"error: {hub.url}: answered 500 Internal Server Error")
+    assert failed.stderr.count("\n") == 1
+    assert (space.root / "data/raw/train.jsonl").read_bytes() == JSONL
+    assert [p.name for p in (space.root / "data").iterdir()] == ["raw"]
 
 
-def test_the_real_conversations(tmp_path: Path) -> None:
+def test_real_conversations_are_read(tmp_path: Path) -> None:
     if not REAL.is_dir():
         pytest.skip(f"{REAL} is not there: real conversations are not part of the project")
     source = from_file(REAL, tmp_path / "raw")
-    assert [(f["split"], f["bytes"]) for f in source["files"]] == [
-        ("train", 7160609),
-        ("eval", 530546),
-    ]
+    sizes = [(f["split"], f["bytes"]) for f in source["files"]]
+    assert sizes == [("train", 7160609), ("eval", 530546)]

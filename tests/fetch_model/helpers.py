@@ -1,7 +1,6 @@
-"""What tests of fetch_model share: the stage into a folder of theirs, and changes to a model."""
+"""The stage into a folder of the test's own, and changes to a model."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,13 @@ import pytest
 
 from stages.fetch_model.__main__ import Model, fetch
 from stages.fetch_model.checkpoint import INDEX
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from tests import hub as hubs
 
 
 def fetched(model: Model, out: Path) -> tuple[Path, Path]:
-    """What the stage does, into another folder than `models`."""
+    """Run the stage; the folders of the model and of the tokenizer."""
     base, tokenizer = out / "base", out / "tokenizer"
     base.mkdir(parents=True)
     tokenizer.mkdir()
@@ -22,21 +22,14 @@ def fetched(model: Model, out: Path) -> tuple[Path, Path]:
     return base, tokenizer
 
 
-def from_path(folder: Path, revision: str | None = None) -> Model:
-    """The model of a folder, pinned by the hash that the stage asks for."""
-    if revision is None:
-        revision = "0" * 64
-        folder.with_name("probe").mkdir(exist_ok=True)
-        try:
-            fetch(from_path(folder, revision), *[folder.with_name("probe")] * 2)
-        except UserError as error:
-            found = re.search(r"hash to ([0-9a-f]{64})", str(error))
-            revision = found[1] if found else revision
+def from_path(folder: Path, revision: str = "") -> Model:
+    """The model of a folder that holds nothing else, pinned by its hash."""
+    revision = revision or files.folder_sha256(folder)
     return Model(source="path", name=str(folder), revision=revision, file=None, sha256=None)
 
 
-def from_hub(revision: str | None = hubs.COMMIT) -> Model:
-    return Model(source="hub", name="me/tiny", revision=revision, file=None, sha256=None)
+def from_hub() -> Model:
+    return Model(source="hub", name="me/tiny", revision=hubs.COMMIT, file=None, sha256=None)
 
 
 def refused(model: Model, reason: str, out: Path) -> None:

@@ -90,7 +90,7 @@ def test_gguf_becomes_the_same_safetensors_each_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_damaged_gguf_ends_in_one_line(seed: int, tmp_path: Path) -> None:
+def test_damaged_gguf_ends_in_one_line(seed: int, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
     content, choose = bytearray(path.read_bytes()), random.Random(seed)

