@@ -143,7 +143,7 @@ def _refuse_for_precision(base: PreTrainedModel, lora: Lora, device: torch.devic
             if f"{end}." in f"{name}.":
                 raise UserError(
                     f"lora.modules_to_save: {end!r} takes in {name}, whose quantized weights have "
-                    "no gradient. Name dense modules, such as lm_head or embed_tokens."
+                    "no gradient. Name dense modules, such as lm_head."
                 )
 
 

@@ -27,12 +27,8 @@ class _SynchronizedOnce(bnb.Optimizer8bit):
     initialized: bool
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure:
-            with torch.enable_grad():
-                loss = closure()
         if not self.initialized:
             self.check_overrides()
             self.to_gpu()
@@ -47,7 +43,6 @@ class _SynchronizedOnce(bnb.Optimizer8bit):
                 self.update_step(group, parameter, group_index, index)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return loss
 
 
 class PagedAdamW32bit(_SynchronizedOnce, bnb.PagedAdamW32bit):

@@ -2,15 +2,15 @@
 
     y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ                  x [tokens, in], W [out, in], A [r, in], B [out, r]
 
-y is linear in x, in A and in B, so the chain rule transposes the other factors. W has no gradient:
+Backward, with ∂y for the gradient of the loss L in y, and W frozen: y is a sum of products, so the
+gradient in a factor is ∂y times the transposes of the others, as dL = ⟨∂y, dy⟩ shows (for A,
+⟨∂y, s·x·dAᵀ·Bᵀ⟩ = ⟨s·(∂y·B)ᵀ·x, dA⟩):
 
-    ∂x = ∂y·W + s·(∂y·B)·A
-    ∂A = s·(∂y·B)ᵀ·x            ∂B = s·∂yᵀ·(x·Aᵀ)
+    ∂x = ∂y·W + s·(∂y·B)·A            ∂A = s·(∂y·B)ᵀ·x            ∂B = s·∂yᵀ·(x·Aᵀ)
 
-The backward pass needs x and x·Aᵀ (`x_a`, r numbers a token) and ∂y·B (`dy_b`). W is dequantized
-for one matmul at a time, in the forward and in the backward pass, and never saved. The adapter's
-small product comes first, so that the large matmul accumulates onto it: the sum is rounded once,
-and no further pass over y adds it.
+Saved are x and x·Aᵀ (`x_a`, r numbers a token); ∂y·B (`dy_b`) serves twice. W is dequantized for
+one matmul at a time, in both passes, and never saved. The adapter's small product comes first, and
+the large matmul accumulates onto it: the sum is rounded once, without another pass over y.
 
 Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6; Hu et al. 2021, LoRA,
 arXiv:2106.09685, equation 3.
