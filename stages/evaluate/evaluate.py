@@ -29,18 +29,9 @@ def evaluate(
     data: Path,
     settings: Evaluate,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Evaluate one of the four variants.
+    """The metrics and all replies of a model, or of an adapter `onto` one.
 
-    Args:
-        variant: its name, for the files.
-        model_folder: its weights, or an adapter.
-        onto: the model below an adapter.
-        tokenizer_folder: the tokenizer.
-        data: holds eval.parquet and format.json.
-        settings: the parameters.
-
-    Returns:
-        The metrics, and all replies (the report shows `evaluate.prompts` of them).
+    `data` holds eval.parquet and format.json; the report shows `evaluate.prompts` of the replies.
     """
     on = device()
     tokenizer = load_tokenizer(tokenizer_folder)

@@ -85,16 +85,7 @@ def generate(
 ) -> list[Reply]:
     """Reply to each prompt, always the most likely token (greedy), in batches with a cache.
 
-    A reply ends where a model with learned positions has no more of them.
-
-    Args:
-        model: a causal language model of transformers, with or without an adapter.
-        tokenizer: decodes the replies.
-        prompts: token ids, up to and including the generation prompt.
-        stop_ids: tokens that end a reply.
-        max_new_tokens: where a reply that does not end is cut.
-        device: where the model is.
-        dtype: it computes in.
+    A reply ends with a token of `stop_ids`, or where a model with learned positions has no more.
     """
     # Options that are left open are taken from the model's own: penalties, beams, minimum lengths.
     plain: Any = without_adapter(model)

@@ -41,16 +41,8 @@ def verify(
 ) -> dict[str, Any]:
     """Compare the file of a merged model with the trained one: exactly, and as this device runs it.
 
-    Args:
-        merged: the folder that was written.
-        adapter: a PEFT adapter, or a standalone model after a full fine-tune.
-        quantized: the weights below the adapter.
-        examples: held-out conversations.
-        device: that trained.
-        required: whether disagreement is an error.
-
     Raises:
-        UserError: the models disagree, or a default load of the merged one overflows.
+        UserError: they disagree though it is `required`, or a default load of the file overflows.
     """
     trained = trained_exactly(adapter, quantized, examples, device)
     model = loading.load_model(merged, CPU, torch.float32)
@@ -178,10 +170,6 @@ def require(agreement: Agreement, dtype: torch.dtype) -> None:
     """Refuse a merged model that is not the trained one.
 
     One token may differ however few there are: two that are equally likely change places.
-
-    Raises:
-        UserError: the agreement is below `MIN_TOP1_AGREEMENT`, or the divergence is not below
-            `MAX_KL_DIVERGENCE`.
     """
     differ = round((1 - agreement.top1_agreement) * agreement.positions)
     allowed = max(1, int((1 - MIN_TOP1_AGREEMENT) * agreement.positions))

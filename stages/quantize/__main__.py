@@ -26,22 +26,10 @@ CHART = Path("reports/quantize.svg")
 def quantize(
     base: Path, target: Path, chart_file: Path, settings: Quantize, on: "torch.device"
 ) -> dict[str, Any]:
-    """Write the model and the chart of its codebooks.
+    """Write the model, whole or not at all, and the chart of its codebooks; returns the report.
 
-    Args:
-        base: the model's folder.
-        target: becomes the folder of the model in the chosen precision, whole or not at all.
-        chart_file: becomes an SVG.
-        settings: the precision.
-        on: the device to quantize on.
-
-    Returns:
-        The report. `bits_per_parameter` and `relative_error` are those of the files that were
-        written, over all matrices that a linear layer or an expert multiplies with.
-
-    Raises:
-        UserError: the device, the weights or the disk do not allow it, or the files do not have the
-            precision's bits.
+    `bits_per_parameter` and `relative_error` are those of the files that were written, over all
+    matrices that a linear layer or an expert multiplies with.
     """
     # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
     with progress.quick_imports():

@@ -18,14 +18,7 @@ LABELS = {
 
 
 def draw(path: Path, name: str, weight: torch.Tensor, measured: QuantizationError) -> None:
-    """Draw one layer's histogram over the levels of the 4-bit types, the best at the top.
-
-    Args:
-        path: of the SVG.
-        name: of the layer's weight.
-        weight: fp32 [out, in].
-        measured: the errors over the whole model, and the α of clipped linear 4-bit.
-    """
+    """Draw the histogram of one weight, fp32 [out, in], over the codebooks, the best at the top."""
     fractions = normalized(blocks(weight)).flatten()
     density = torch.histc(fractions.cpu(), bins=BINS, min=-1, max=1) / len(fractions) * BINS / 2
     edges = torch.linspace(-1, 1, BINS + 1)

@@ -38,12 +38,6 @@ FP16_MAX = torch.finfo(torch.float16).max
 def convert(base: Path, target: Path, settings: Quantize, device: torch.device) -> Layout:
     """Write the base in the chosen precision into a folder that exists.
 
-    Args:
-        base: config.json and *.safetensors.
-        target: becomes config.json, generation_config.json and *.safetensors.
-        settings: the precision.
-        device: where it is quantized.
-
     Raises:
         UserError: the device cannot compute in the precision, a weight does not fit into it, is
             missing or not finite, or the disk has no room.
@@ -66,11 +60,9 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
 
 
 def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> str | None:
-    """Why the device cannot compute in this precision, or None.
+    """Why a CUDA device of this compute capability cannot compute in the precision, or None.
 
-    Args:
-        settings: the precision.
-        capability: of the CUDA device; None for a CPU, which can do all of them.
+    A CPU, whose capability is None, can.
     """
     if capability is None:
         return None
@@ -115,11 +107,8 @@ def require_fp16_range(base: Weights, settings: Quantize) -> None:
 def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrainedModel:
     """Quantize tensor by tensor, so that little but the result is ever in memory.
 
-    Not `load_model`, whose settings for this machine must not be written. And not
-    `from_pretrained(folder)`: it releases nothing of what it reads until all is read.
-
-    Raises:
-        UserError: as `load_strictly`, or config.json makes no model.
+    Not `load_model`, whose settings for this machine must not be written; and not
+    `from_pretrained(folder)`, which releases nothing that it reads until all is read.
     """
     empty = _empty(weights.folder)
     with loading_bar(f"into {settings.precision}"):
@@ -183,11 +172,7 @@ def loading_bar(desc: str) -> Iterator[None]:
 def save(model: PreTrainedModel, base: Path, target: Path) -> None:
     """Write config and weights; the base's generation config is copied as it is.
 
-    transformers refuses to write some generation configs that it reads, those of well-known models
-    among them.
-
-    Raises:
-        OSError: the system did not take all bytes.
+    transformers refuses to write some that it reads, those of well-known models among them.
     """
     model.generation_config = GenerationConfig.from_model_config(model.config)
     try:

@@ -27,33 +27,20 @@ BLOCKS_FOR_ALPHA = 256  # of each matrix, evenly spread
 
 @dataclass(frozen=True)
 class Layout:
-    """A model's parameters, as far as its files do not describe them.
+    """Names of a model's parameters by what its files do not say of them."""
 
-    Attributes:
-        looked_up: names of the embeddings, and of the head; never quantized.
-        transposed: names of the matrices stored [in, out], as GPT-2's are.
-        prefix: of the names of all parameters but the head.
-    """
-
-    looked_up: frozenset[str]
-    transposed: frozenset[str]
-    prefix: str
+    looked_up: frozenset[str]  # embeddings and head; never quantized
+    transposed: frozenset[str]  # stored [in, out], as GPT-2's are
+    prefix: str  # of all but the head
 
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """Relative errors, as fractions.
+    """Relative errors, as fractions."""
 
-    Attributes:
-        relative_error: of the written weights, over all matrices.
-        errors: of each codebook, over the matrices compared.
-        clip: the α of clipped linear 4-bit, one for the whole model.
-        compared_parameters: how many parameters `errors` is over.
-    """
-
-    relative_error: float
-    errors: dict[str, float]
-    clip: float
+    relative_error: float  # of the written weights, over all matrices
+    errors: dict[str, float]  # of each codebook, over the matrices compared
+    clip: float  # the α of clipped linear 4-bit, one for the whole model
     compared_parameters: int
 
 
@@ -88,14 +75,7 @@ class Base:
 def measure(
     base: Base, written: Weights, matrices: Sequence[Stored], device: torch.device
 ) -> QuantizationError:
-    """Measure the written weights, and each codebook on the same matrices.
-
-    Args:
-        base: the original weights.
-        written: the quantized ones.
-        matrices: those of `written` that layers multiply with.
-        device: where it is computed.
-    """
+    """Measure the written weights, and each codebook on the same matrices."""
     compared = {m.name for m in every_nth(matrices, COMPARED_PARAMETERS)}
     alpha = best_alpha(sample(base, sorted(compared)))
     own = norm = compared_norm = 0.0
@@ -174,15 +154,7 @@ def normalized(weight_blocks: torch.Tensor) -> torch.Tensor:
 
 
 def linear4(weight_blocks: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
-    """The nearest of 15 evenly spaced levels, up to α times the block's largest magnitude.
-
-    Args:
-        weight_blocks: fp32 [blocks, 64].
-        alpha: where it is clipped, as a fraction of the largest magnitude.
-
-    Returns:
-        The dequantized blocks, in the same shape.
-    """
+    """Blocks rounded to 15 evenly spaced levels, up to α times the largest magnitude of each."""
     step = _absmax(weight_blocks) * (alpha / STEPS)
     return (weight_blocks / step).round_().clamp_(-STEPS, STEPS).mul_(step)
 

@@ -41,7 +41,7 @@ def attend(
     conversation_lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers.
+    """An attention function of transformers: [batch, tokens, heads, head size], and no weights.
 
     Args:
         module: the attention layer.
@@ -51,9 +51,6 @@ def attend(
         attention_mask: bool [batch, 1, tokens, tokens], or None for plain causal attention.
         conversation_lengths: of a packed row (batch 1), in tokens.
         kwargs: for `sdpa_attention_forward`.
-
-    Returns:
-        [batch, tokens, heads, head size], and no attention weights.
     """
     lengths, window = conversation_lengths, kwargs.get("sliding_window")
     windowed = bool(lengths and window and max(lengths) > window)
@@ -80,12 +77,7 @@ def needs_mask(config: Any, lengths: Sequence[int], weight: torch.Tensor) -> boo
     """Whether attention to a packed row goes by its mask.
 
     transformers makes a mask unless it is told not to, used or not: a byte for each pair of tokens,
-    a GiB at 32,768; and it waits for the device first.
-
-    Args:
-        config: of the decoder.
-        lengths: of the row's conversations, in tokens.
-        weight: one of the model's.
+    a GiB at 32,768; and it waits for the device first. `weight` is any of the model's.
     """
     if config._attn_implementation != NAME:
         return True
@@ -99,16 +91,10 @@ def needs_mask(config: Any, lengths: Sequence[int], weight: torch.Tensor) -> boo
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> bool:
-    """Whether torch's flash-attention kernel computes this, without dropout.
+    """Whether torch's flash-attention kernel takes heads of these sizes, without dropout.
 
     Source: torch 2.13, aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp,
     `mha_varlen_fwd`; sdp_utils.cpp, `check_flash_attention_hardware_support`.
-
-    Args:
-        device: of queries, keys and values.
-        dtype: of them.
-        size: of a query's head, in elements.
-        value_size: of a value's.
     """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
@@ -129,15 +115,12 @@ def flash_attend(
     """Causal attention inside each conversation: one kernel call for all of a row.
 
     Args:
-        query: fp16 or bf16 [tokens, heads, head size].
+        query: fp16 or bf16 [tokens, heads, head size], as the result.
         key: [tokens, key-value heads, head size]; heads that follow each other share one.
         value: as `key`.
         scaling: the factor on the scores.
-        lengths: of conversations, one behind the other, in tokens.
+        lengths: of conversations, in tokens.
         window: how many tokens, itself included, a token may look at; None for all before it.
-
-    Returns:
-        [tokens, heads, head size], in the dtype of the inputs.
     """
     offsets = cumulative_lengths(tuple(lengths), query.device)
     longest = max(lengths)

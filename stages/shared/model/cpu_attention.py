@@ -41,41 +41,28 @@ def attend(
     scaling: float,
     lengths: Sequence[int],
 ) -> torch.Tensor:
-    """Attention of every token to itself and those of its conversation before it.
+    """Causal attention inside each conversation: [tokens, heads, head size].
 
     Args:
         query: [tokens, heads, head size].
         key: [tokens, key-value heads, head size]; heads that follow each other share one.
         value: as `key`.
         scaling: s.
-        lengths: of conversations, one behind the other, in tokens.
-
-    Returns:
-        [tokens, heads, head size], in the dtype of `value`.
+        lengths: of conversations, in tokens.
     """
     return _Attention.apply(query, key, value, scaling, tuple(lengths))
 
 
 def block_queries(heads: int, length: int) -> int:
-    """How many queries of each conversation one block takes.
-
-    Args:
-        heads: of all conversations together.
-        length: of each, in tokens.
-    """
+    """Queries of each conversation in one block, for the heads of all conversations together."""
     return min(length, MOST_QUERIES, max(1, SCORES_BYTES // (4 * heads * length)))
 
 
 @dataclass(frozen=True)
 class LengthGroup:
-    """Neighbours in a packed row that are about equally long, padded to one length.
+    """Neighbours in a packed row that are about equally long, padded to one length."""
 
-    Attributes:
-        start: where the first begins, in tokens.
-        lengths: of each, in tokens.
-    """
-
-    start: int
+    start: int  # of the first, in tokens
     lengths: tuple[int, ...]
 
     @property

@@ -28,11 +28,7 @@ from stages.shared.model import attention
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a model's weights that are not quantized, as its config says.
-
-    Raises:
-        FileNotFoundError: there is no config.
-    """
+    """The dtype of a model's weights that are not quantized, as its config says."""
     (folder / "config.json").open().close()  # transformers would ask the hub
     return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
 
@@ -45,7 +41,7 @@ def compute_dtype(folder: Path, device: torch.device) -> torch.dtype:
 def load_model(
     folder: Path, device: torch.device, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load base, quantized or merged weights from safetensors, in evaluation mode.
+    """A base, quantized or merged model, in evaluation mode.
 
     Args:
         folder: holds config.json and *.safetensors.
@@ -96,11 +92,8 @@ def load_dequantized(folder: Path, device: torch.device) -> PreTrainedModel:
     is not quantized is only cast, which loses nothing.
 
     Args:
-        folder: holds config.json and *.safetensors.
+        folder: as of `load_model`.
         device: whose forward pass is meant: a GPU rounds to bf16 what a CPU may multiply in fp32.
-
-    Raises:
-        UserError: as `load_model`.
     """
     model = _load(Weights(folder), torch.device("cpu"), torch.float32)
     bnb.guard(model, device)
@@ -111,23 +104,14 @@ def load_dequantized(folder: Path, device: torch.device) -> PreTrainedModel:
 
 
 def load_adapted(adapter: Path, onto: Path, device: torch.device) -> PreTrainedModel | PeftModel:
-    """The tuned model: the adapter on the weights it was trained on, or a fully tuned model itself.
-
-    Args:
-        adapter: a PEFT adapter, or a standalone model after a full fine-tune.
-        onto: the (quantized) model below the adapter; not read after a full fine-tune.
-        device: where the weights go.
-
-    Raises:
-        UserError: as `load_model` and `attach`.
-    """
+    """The tuned model: an adapter on the weights below it, or a fully tuned model itself."""
     if not is_adapter(adapter):
         return load_model(adapter, device)
     return attach(load_model(onto, device), adapter)
 
 
 def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Put a trained adapter on a model, frozen, without merging it.
+    """Put a trained adapter on a model, frozen and not merged.
 
     Raises:
         UserError: a tensor of the adapter is missing, unexpected, of a wrong shape or not finite.

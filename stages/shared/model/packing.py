@@ -54,15 +54,14 @@ class Example:
 
     @cached_property
     def supervised_tokens(self) -> int:
-        """How many of its tokens are predicted."""
+        """The number of its tokens that are predicted."""
         return len(self.predictors)
 
     @cached_property
     def input_tokens(self) -> int:
-        """How many of its tokens go through a model: those up to the last that predicts.
+        """The number of its tokens that go through a model: those up to the last that predicts.
 
-        Nothing supervised sees those after it: the last token, and what a template writes behind
-        the last reply's end. All of them where none is supervised.
+        Nothing supervised sees those after it. All where none is supervised.
         """
         return int(self.predictors[-1]) + 1 if len(self.predictors) else len(self)
 
@@ -77,11 +76,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def require_vocabulary(examples: Sequence[Example], size: int) -> None:
-    """Refuse tokens that the model has no embedding of.
-
-    Args:
-        examples: of which all tokens are looked at; a tokenizer may have more than occur.
-        size: rows of the embedding.
+    """Refuse tokens beyond the rows of an embedding; a tokenizer may have more than occur.
 
     Raises:
         UserError: names the largest.
@@ -96,24 +91,14 @@ def require_vocabulary(examples: Sequence[Example], size: int) -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch.
+    """A micro-batch: all int64, on the device but for `rows`."""
 
-    Attributes:
-        input_ids: int64 [1, tokens].
-        position_ids: int64 [1, tokens], from 0 in each conversation.
-        predictors: int64 [supervised], the positions whose logits predict a supervised token.
-        targets: int64 [supervised], the tokens they should predict.
-        rows: int64 [supervised], the row of each one's conversation; on the host, where losses are
-            added up.
-        lengths: tokens of each conversation, in order.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    predictors: torch.Tensor
-    targets: torch.Tensor
-    rows: torch.Tensor
-    lengths: tuple[int, ...]
+    input_ids: torch.Tensor  # [1, tokens]
+    position_ids: torch.Tensor  # [1, tokens], from 0 in each conversation
+    predictors: torch.Tensor  # [supervised], positions whose logits predict a supervised token
+    targets: torch.Tensor  # [supervised], the tokens they should predict
+    rows: torch.Tensor  # [supervised], of their conversations; on the host, where losses are summed
+    lengths: tuple[int, ...]  # of the conversations, in tokens
 
 
 def pack(examples: Sequence[Example], device: torch.device) -> Packed:
@@ -137,10 +122,9 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A tensor of an array of the host, copied without waiting for the device.
+    """An array as a tensor, without waiting for the device; on a CPU they share memory.
 
-    On a CPU it shares the array's memory. CUDA copies from pinned memory while the host goes on;
-    from any other the host would wait until the device has done all its work.
+    CUDA copies from pinned memory while the host goes on; for any other the host waits.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
@@ -197,17 +181,11 @@ def bins(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
 def partition(
     examples: Sequence[Example], max_tokens: int, workers: int, uneven: float = UNEVEN
 ) -> list[list[list[Example]]]:
-    """The micro-batches of each of several workers, with about as many tokens for each.
+    """The micro-batches of at most so many workers, with about as many tokens for each.
 
-    Where these differ too much fewer work, with more cores for each: one that is done early waits
-    for the others. One alone has micro-batches as small as theirs would have been, so that it needs
-    no more memory.
-
-    Args:
-        examples: the conversations of a step.
-        max_tokens: in a micro-batch, as of `bins`.
-        workers: at most so many.
-        uneven: the most tokens of one, over an even share.
+    Where the fullest has more than `uneven` times an even share, fewer work, with more cores for
+    each: one that is done early waits for the others. One alone has micro-batches as small as
+    theirs would have been, so that it needs no more memory.
     """
     for count in range(workers, 1, -1):
         parts = _even_parts(examples, count)
@@ -218,10 +196,7 @@ def partition(
 
 
 def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
-    """Parts with about as many tokens each.
-
-    The longest conversation first, each to the part with the fewest tokens. Then one of the fullest
-    part is exchanged for one of another, or for none, for as long as that evens out the two.
+    """The longest first, each to the part with the fewest tokens; then exchanges to even them out.
 
     Source: Graham 1969, Bounds on Multiprocessing Timing Anomalies, for the first.
     """
@@ -239,11 +214,7 @@ def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
 def _best_exchange(
     parts: Sequence[list[Example]],
 ) -> tuple[list[Example], list[Example], int, int | None] | None:
-    """The exchange that leaves the fullest part and another closest; None if none evens them out.
-
-    Returns:
-        Both parts, the index in the first, and that in the second, which is None for nothing.
-    """
+    """The fullest part, another, and an index in each (None: nothing back) that evens them most."""
     fullest = max(parts, key=input_tokens)
     exchanges = [
         (abs(gap - 2 * moved), fullest, other, mine, theirs)
@@ -265,5 +236,5 @@ def _longest_first(example: Example) -> tuple[int, int]:
 
 
 def input_tokens(examples: Sequence[Example]) -> int:
-    """How many tokens of these conversations go through a model."""
+    """The number of tokens of these conversations that go through a model."""
     return sum(example.input_tokens for example in examples)

@@ -83,13 +83,12 @@ def score(
         model: a causal language model, with or without an adapter; its mode is left as it was.
         examples: `row` numbers them from 0 to len(examples) - 1.
         device: where the model is.
-        dtype: it computes in, see `loading.compute_dtype`.
+        dtype: see `loading.compute_dtype`.
         desc: of the progress bar.
         share: of the micro-batches, where several processes score together and add up their sums.
 
     Returns:
-        The sums in nats, float64 [rows], 0 for a row that is not in the share; and the number of
-        supervised tokens, int64 [rows].
+        The sums in nats, float64 [rows]; and the number of supervised tokens, int64 [rows].
     """
     sums = np.zeros(len(examples))
     was_training = model.training

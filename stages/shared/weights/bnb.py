@@ -48,7 +48,7 @@ def _compiling_late() -> Iterator[None]:
 
 
 with _compiling_late():
-    from bitsandbytes.functional import (
+    from bitsandbytes.functional import (  # noqa: F401  (for the other modules)
         QuantState,
         dequantize_4bit,
         dequantize_blockwise,
@@ -58,8 +58,8 @@ with _compiling_late():
         quantize_4bit,
     )
     from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
-    from bitsandbytes.optim.optimizer import Optimizer8bit
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit  # noqa: F401
+    from bitsandbytes.optim.optimizer import Optimizer8bit  # noqa: F401
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit | Linear8bitLt]:
@@ -82,23 +82,3 @@ def guard(model: nn.Module, device: torch.device) -> None:
             layer.support_avx512bf16_for_cpu = False
             layer.compute_dtype = compute_dtype(layer.compute_dtype, device.type)
             cast(Params4bit, layer.weight).quant_state.dtype = layer.compute_dtype
-
-
-__all__ = [
-    "AdamW8bit",
-    "Linear4bit",
-    "Linear8bitLt",
-    "Optimizer8bit",
-    "PagedAdamW8bit",
-    "PagedAdamW32bit",
-    "Params4bit",
-    "QuantState",
-    "dequantize_4bit",
-    "dequantize_blockwise",
-    "get_4bit_type",
-    "guard",
-    "int8_vectorwise_dequant",
-    "int8_vectorwise_quant",
-    "quantize_4bit",
-    "quantized_layers",
-]

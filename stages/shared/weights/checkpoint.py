@@ -23,6 +23,7 @@ from stages.shared.weights import bnb  # before transformers and peft import bit
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -31,20 +32,6 @@ from stages.shared.core.errors import UserError
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _STATE = "quant_state.bitsandbytes__"
 _PART_OF_4BIT = re.compile(
@@ -58,25 +45,17 @@ REMEDY = "Write the folder again (dvc repro), or mend the model it came from."
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter of the model.
-
-    Attributes:
-        name: of its weight in the file.
-        shape: of the numbers it stands for, packed or not.
-        kind: fp32, bf16, fp16, int8, fp4, nf4; or another dtype of safetensors.
-        bytes: in the file, all its tensors together.
-        parts: tensor names of a quantized matrix's constants, by kind (`absmax`, `SCB`, …).
-    """
+    """A parameter of the model, as a file holds it."""
 
     name: str
-    shape: tuple[int, ...]
-    kind: str
-    bytes: int
-    parts: dict[str, str]
+    shape: tuple[int, ...]  # of its numbers, packed or not
+    kind: str  # fp32, bf16, fp16, int8, fp4, nf4, or another dtype of safetensors
+    bytes: int  # all its tensors together
+    parts: dict[str, str]  # tensor names of a quantized matrix's constants, by `absmax`, `SCB`, …
 
     @property
     def parameters(self) -> int:
-        """How many numbers it stands for."""
+        """The number of its numbers."""
         return prod(self.shape)
 
 
@@ -114,33 +93,29 @@ class Weights:
         return {name: tuple(header["shape"]) for name, header in self._headers.items()}
 
     def place(self, name: str) -> Path:
-        """The file that holds a tensor, or would hold it: their folder where there are several."""
+        """The file of a tensor, or of a missing one; the folder where there are several."""
         alone = self.files[0] if len(self.files) == 1 else self.folder
         return self._paths.get(name, alone)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, as it is stored: a view of the file, out of memory when it is released.
+        """One tensor as it is stored: a view of the file, out of memory when it is released.
 
-        Not read by safetensors, whose views keep all that was read of a file in memory until the
-        last of them is gone.
+        safetensors' own views keep a file's pages in memory until the last of them is gone.
         """
         header, path = self._headers[name], self._paths[name]
-        begin, end = header["data_offsets"]
+        dtype, (begin, end) = str_to_torch_dtype[header["dtype"]], header["data_offsets"]
         if begin == end:
-            return torch.empty(header["shape"], dtype=_DTYPES[header["dtype"]])
+            return torch.empty(header["shape"], dtype=dtype)
         # "c", copy on write: nothing reaches the file, and torch does not warn of read-only memory.
         view = np.memmap(path, np.uint8, "c", self._starts[path] + begin, (end - begin,))
-        return torch.from_numpy(view).view(_DTYPES[header["dtype"]]).view(header["shape"])
+        return torch.from_numpy(view).view(dtype).view(header["shape"])
 
     def lazy_tensors(self) -> dict[str, "LazyTensor"]:
         """All tensors, each to be read when its turn comes."""
         return {name: LazyTensor(self, name) for name in self._headers}
 
     def find(self, name: str, prefix: str) -> str | None:
-        """The name under which a parameter lies here.
-
-        A checkpoint of a model without its head leaves out the prefix that all but the head share.
-        """
+        """A parameter's name here: without its prefix if the model was saved without its head."""
         names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
         return next((n for n in names if n in self._headers), None)
 
@@ -179,7 +154,7 @@ class Weights:
     def _quantized(
         self, name: str, parts: Mapping[str, str]
     ) -> tuple[str, tuple[int, ...], dict[str, int]]:
-        """Kind and shape of a quantized matrix, and how many numbers each part must have."""
+        """Kind and shape of a quantized matrix, and the size of each of its parts."""
         stored = tuple(self._headers[name]["shape"])
         if "SCB" in parts or "weight_format" in parts:
             return "int8", stored, {"SCB": prod(stored[:-1]), "weight_format": 1}
@@ -201,7 +176,7 @@ class Weights:
         return key.removeprefix(_STATE), shape, sizes
 
     def refusal(self, name: str, fault: str) -> UserError:
-        """An error that names the file and the tensor."""
+        """An error that names file and tensor."""
         return UserError(f"{self.place(name)}: {name} {fault}. {REMEDY}")
 
     def _bytes(self, name: str) -> int:
@@ -209,7 +184,7 @@ class Weights:
         return end - begin
 
     def values(self, stored: Stored, device: torch.device) -> torch.Tensor:
-        """The numbers that a forward pass multiplies with: fp32 of `stored.shape`."""
+        """The dequantized weight: fp32 of `stored.shape`."""
         weight = self.tensor(stored.name).to(device)
         parts = {part: self.tensor(name).to(device) for part, name in stored.parts.items()}
         if stored.kind == "int8":
@@ -231,14 +206,9 @@ class LazyTensor:
 
 
 def load_strictly(weights: Weights, loader: Any, **options: Any) -> PreTrainedModel:
-    """`from_pretrained`, where every weight comes from the files and is finite.
+    """`loader.from_pretrained`, where every weight comes from the files and is finite.
 
     transformers draws a missing weight at random, and passes over one that it does not know.
-
-    Args:
-        weights: the folder's.
-        loader: a model's class, or an `AutoModel`; reads the folder unless `options` say otherwise.
-        options: of `from_pretrained`.
 
     Raises:
         UserError: a weight is missing, unexpected, of a wrong shape or not finite.
@@ -306,13 +276,10 @@ def require_finite(tensors: Mapping[str, torch.Tensor], weights: Weights) -> Non
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """The header of a safetensors file, and the byte at which the data begins.
+    """`dtype`, `shape` and `data_offsets` of a file's tensors, and the byte they count from.
 
-    The format is eight bytes, the header's length, little-endian; then the header, JSON; then the
-    data (https://huggingface.co/docs/safetensors#format).
-
-    Returns:
-        `dtype`, `shape` and `data_offsets` (bytes, from where the data begins) of each tensor.
+    Eight bytes, the header's length, little-endian; the header, JSON; the data
+    (https://huggingface.co/docs/safetensors#format).
 
     Raises:
         UserError: the file is cut, or is no such file.
@@ -333,11 +300,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _owner(name: str) -> tuple[str, str | None]:
-    """The weight that a tensor belongs to, and which part it is; of a weight itself, None.
-
-    The constants of int8 lie beside the weight (`q_proj.SCB`), those of 4-bit types below it
-    (`q_proj.weight.absmax`).
-    """
+    """The weight that a tensor belongs to, and which part: `q_proj.SCB`, `q_proj.weight.absmax`."""
     if match := _PART_OF_4BIT.fullmatch(name):
         return match[1], match[2]
     if match := _PART_OF_INT8.fullmatch(name):

@@ -19,7 +19,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def has_bf16_matmuls(device_type: str) -> bool:
-    """Whether torch has fast bf16 matmuls for a device type, `cpu` or `cuda`.
+    """Whether a device type, `cpu` or `cuda`, has fast bf16 matmuls.
 
     A CPU without AVX512 (or ARM's equivalent) has loops: 13 against 100 to 135 GFLOP/s in fp32.
     """
