@@ -45,13 +45,12 @@ def read(path: Path, name: str, copy: Path) -> tuple[Literal["line", "row"], Ite
     """Lines of JSON, and whether they count as the file's lines or as its rows.
 
     Args:
-        path: the file, as the user may convert it.
-        name: how the user knows it; its extension says the format.
-        copy: what is read.
+        path: the user's file, named in the command that converts it.
+        name: what a message calls it; its extension says the format.
+        copy: the file that is read.
 
     Raises:
-        UserError: here or while iterating: the file is empty, damaged, cut off, not UTF-8, or not
-            of its format.
+        UserError: here or while iterating: it is empty, damaged, cut off, or not of its format.
     """
     extension, packed = _extension(name)
     reader = _READERS[extension]

@@ -58,17 +58,20 @@ def find(path: Path, config: str | None) -> list[Part]:
     return [Part("train", path, str(path))]
 
 
-def _by_stem(names: Iterable[str], folder: Path) -> dict[Split, list[str]]:
+def _by_stem(names: Collection[str], folder: Path) -> dict[Split, list[str]]:
     """The files train.* and eval.*; none where a folder is laid out in another way."""
-    own = sorted(name for name in names if "/" not in name and is_readable(name))
-    stems = {name: name.partition(".")[0].lower() for name in own}
-    train = [name for name in own if stems[name] in _TRAIN]
-    held_out = [found for e in _EVAL if (found := [name for name in own if stems[name] == e])]
-    splits: dict[Split, list[str]] = {"train": train, **({"eval": held_out[0]} if held_out else {})}
-    for found in splits.values() if train else ():
+
+    def named(*stems: str) -> list[str]:
+        own = [name for name in sorted(names) if "/" not in name and is_readable(name)]
+        return [name for name in own if name.partition(".")[0].lower() in stems]
+
+    train, held_out = named(*_TRAIN), next(filter(None, map(named, _EVAL)), [])
+    if not train:
+        return {}
+    for found in (train, held_out):
         if len(found) > 1:
             raise UserError(f"{folder}: {found[0]} and {found[1]} could be one split. Remove one.")
-    return splits if train else {}
+    return {"train": train, "eval": held_out}
 
 
 def fetch(repository: Repository, config: str | None, folder: Path) -> list[Part]:
@@ -84,7 +87,7 @@ def fetch(repository: Repository, config: str | None, folder: Path) -> list[Part
 def choose(
     names: Iterable[str], card: Path, config: str | None, where: str
 ) -> dict[Split, list[str]]:
-    """The shards of the training split and, where there is one, of the held-out one.
+    """The shards of the training and of the held-out split; of the latter there may be none.
 
     Args:
         names: the paths of all files of a data set, below its folder.
@@ -96,15 +99,14 @@ def choose(
         UserError: no file is readable, a shard is missing, or several splits could be meant.
     """
     splits = _splits(names, card, config, where)
-    held_out = next((found for name in _EVAL if (found := _one_of(splits, [name]))), None)
+    held_out = next((found for name in _EVAL if (found := _one_of(splits, [name]))), "")
     train = _one_of(splits, _TRAIN)
-    if train is None and len(splits) == 1 and held_out is None:
+    if train is None and len(splits) == 1 and not held_out:
         [train] = splits
     if train is None:
         found = ", ".join(splits)
         raise UserError(f"{where}: has no one split train, but {found:.60}. {_INSTEAD}")
-    chosen: dict[Split, list[str]] = {"train": splits[train]}
-    chosen |= {"eval": splits[held_out]} if held_out else {}
+    chosen: dict[Split, list[str]] = {"train": splits[train], "eval": splits.get(held_out, [])}
     for shards in chosen.values():
         tables = Counter(re.sub(r"-\d{5}-of-(\d{5})", r" of \1", name) for name in shards)
         for table, count in tables.items():
@@ -113,7 +115,7 @@ def choose(
         for name in shards:
             if not is_readable(name):
                 raise UserError(f"{where}: cannot read {name}. Convert it to {SUPPORTED}.")
-            if name in chosen["train"] and name in chosen.get("eval", ()):
+            if name in chosen["train"] and name in chosen["eval"]:
                 raise UserError(f"{where}: {name} is by name in train and {held_out}. Rename it.")
     return chosen
 
@@ -147,20 +149,19 @@ def _splits(
         try:
             known = datasets.get_dataset_config_names(str(folder))
             chosen = config or datasets.get_dataset_default_config_name(str(folder))
-            if chosen not in known:
-                raise UserError(
-                    f"data.config: is {config!r}; {where} has {', '.join(known):.80}. Choose one."
+            if chosen in known:
+                builder = datasets.load_dataset_builder(
+                    str(folder), name=chosen, cache_dir=str(Path(scratch, "cache"))
                 )
-            builder = datasets.load_dataset_builder(
-                str(folder), name=chosen, cache_dir=str(Path(scratch, "cache"))
-            )
-        except UserError:
-            raise
         except Exception as error:  # of YAML, of patterns, of formats: datasets has many
             reason = " ".join(str(error).replace(str(folder), where).split())
             raise UserError(
                 f"{where}: its splits cannot be made out ({reason:.120}). {_INSTEAD}"
             ) from None
+        if chosen not in known:
+            raise UserError(
+                f"data.config: is {config!r}; {where} has {', '.join(known):.80}. Choose one."
+            )
         splits: dict[str, list[str]] = {}
         for split, files in (builder.config.data_files or {}).items():
             paths = [Path(file).resolve() for file in dict.fromkeys(files)]

@@ -136,7 +136,7 @@ def test_configuration_is_chosen_by_name(hub: hubs.Hub, tmp_path: Path) -> None:
     ],
 )
 def test_splits_are_made_out_by_name(names: list[str], expected: dict[str, list[str]]) -> None:
-    assert choose(names, Path("none"), None, "here") == expected
+    assert choose(names, Path("none"), None, "here") == {"eval": [], **expected}
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def require_inside(path: str, where: str) -> None:
 def download_folder(repository: Repository) -> Iterator[Path]:
     """A folder outside of every out, so that whole files survive an interruption.
 
-    It is removed when the block ends without an error. One process at a time has it.
+    It is removed when the block ends without an error; one of a download that nobody resumes stays
+    until `.downloads` is deleted by hand. One process at a time has it.
     """
     downloads = machine.root() / ".downloads"
     downloads.mkdir(exist_ok=True)
