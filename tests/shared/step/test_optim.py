@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers")
 
 
-def model() -> nn.Module:
+def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128))  # above 4096: 8-bit states
 
