@@ -1,6 +1,6 @@
 """Turn raw conversations into text, tokens and the mask of what is learnt.
 
-Reads:  data/raw, models/tokenizer
+Reads:  data/raw, models/tokenizer, models/base/config.json
 Writes: data/prepared/train.parquet, data/prepared/eval.parquet, data/prepared/rejected.jsonl,
         data/prepared/format.json, reports/prepare.json
 Run:    python -m stages.prepare
@@ -8,12 +8,13 @@ Run:    python -m stages.prepare
 
 from pathlib import Path
 
-from stages.prepare.settings import Params
+from stages.prepare.config import Params
 from stages.shared.core import files, params
 from stages.shared.core.errors import run
 
 RAW = Path("data/raw")
 TOKENIZER = Path("models/tokenizer")
+MODEL = Path("models/base/config.json")
 PREPARED = Path("data/prepared")
 METRICS = Path("reports/prepare.json")
 
@@ -22,9 +23,9 @@ def main() -> None:
     """Read, prepare, write."""
     settings = params.load(Params, "prepare")
     # Imported late: a mistake in params.yaml is told before the seconds that transformers takes.
-    from stages.prepare.preparing import prepare  # noqa: PLC0415
+    from stages.prepare.dataset import prepare  # noqa: PLC0415
 
-    files.write_json(METRICS, prepare(RAW, TOKENIZER, PREPARED, settings.prepare))
+    files.write_json(METRICS, prepare(RAW, TOKENIZER, MODEL, PREPARED, settings.prepare))
 
 
 if __name__ == "__main__":

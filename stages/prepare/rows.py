@@ -1,36 +1,105 @@
-"""A row of the user's file, and how a file that has none is told."""
+"""The reader of JSON Lines: which files there are, their lines, and a line's fields."""
 
-from typing import Any, NamedTuple
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from stages.shared.chat.conversation import RejectedRow
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
 
-class Row(NamedTuple):
-    """One row of a file.
+
+@dataclass(frozen=True)
+class Source:
+    """A file of data/raw, and the user's files that it was made of.
 
     Attributes:
-        line: where it begins, from 1; of a parquet file, which has no lines, the row.
-        fields: what it says; null values are left out.
-        problem: why it is no row, or None.
-        position: how far the file is read, in bytes.
+        split: which split its rows belong to.
+        path: where it lies.
+        parts: of each file its `name`, the `first_line` here, and whether it is `counted_in` lines
+            or rows.
     """
 
-    line: int
-    fields: dict[str, Any]
-    problem: str | None
-    position: int
+    split: Split
+    path: Path
+    parts: list[dict[str, Any]]
+
+    def place(self, line: int) -> tuple[str, str, int]:
+        """The user's file that a line comes from, "line" or "row", and its number there."""
+        part = [part for part in self.parts if part["first_line"] <= line][-1]
+        return part["name"], part["counted_in"], line - part["first_line"] + 1
 
 
-def row_of(line: int, value: Any, position: int) -> Row:
-    """The row that a value of JSON or parquet is."""
+def find_sources(folder: Path) -> dict[Split, Source]:
+    """The files that `fetch_data` wrote, by split: `train`, and `eval` where there is one.
+
+    Raises:
+        UserError: the folder is not as `fetch_data` leaves it.
+    """
+    try:
+        listed = files.read_json(folder / "source.json")["files"]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: has no source.json. Run `dvc repro fetch_data`.") from None
+    parts: dict[Split, list[dict[str, Any]]] = {}
+    for entry in listed:
+        parts.setdefault(entry["split"], []).append(entry)
+    return {split: Source(split, folder / f"{split}.jsonl", some) for split, some in parts.items()}
+
+
+def read_lines(path: str, position: int, line: int, max_bytes: int) -> Iterator[dict[str, Any]]:
+    """The lines from byte `position` to the first that reaches `max_bytes` more.
+
+    Yields:
+        `line`, the number of each, that of the first being given; `row`, its bytes; `position`,
+        the byte after it.
+    """
+    end = position + max_bytes
+    with Path(path).open("rb") as file:
+        file.seek(position)
+        for number, row in enumerate(file, start=line):
+            position += len(row)
+            yield {"line": number, "row": row, "position": position}
+            if position >= end:
+                return
+
+
+def parse_line(row: bytes) -> dict[str, Any]:
+    """The fields of a line, without those that are null or NaN, which Parquet makes of null.
+
+    Raises:
+        RejectedRow: it is no JSON object, not UTF-8, or says one thing twice.
+    """
+    try:
+        value = _DECODER.decode(row.decode().rstrip().removeprefix("\ufeff"))
+    except RejectedRow:
+        raise
+    except UnicodeDecodeError as error:
+        encoding = files.encoding_of(row)
+        like = f", but looks like {encoding}" if encoding else ""
+        raise RejectedRow(f"not UTF-8 in byte {error.start + 1}{like}") from None
+    except json.JSONDecodeError as error:
+        raise RejectedRow(_fault(error)) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
+        raise RejectedRow(f"not JSON that can be read ({error})") from None
     if not isinstance(value, dict):
-        return Row(line, {}, f"not an object but {kind_of(value)}: {value!r:.60}", position)
-    return Row(line, {k: v for k, v in value.items() if v is not None}, None, position)
+        raise RejectedRow(f"not an object but {kind_of(value)}: {value!r:.80}")
+    return present(value)
 
 
-def fault(name: str, line: int, found: str, advice: str) -> UserError:
-    """What is wrong with a file as a whole, in one line."""
-    return UserError(f"{name}, line {line}: {found}; {advice}")
+def present(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are neither null nor NaN."""
+    return {k: value for k, value in fields.items() if value is not None and not is_nan(value)}
+
+
+def is_nan(value: Any) -> bool:
+    """Whether a value is NaN, which pandas and Parquet put where nothing is."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def kind_of(value: Any) -> str:
@@ -38,3 +107,28 @@ def kind_of(value: Any) -> str:
     names = {list: "a list", dict: "an object", str: "a text", bool: "a truth value"}
     names |= {type(None): "null", int: "a number", float: "a number"}
     return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RejectedRow(f"the key `{twice}` stands twice in one object")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _fault(error: json.JSONDecodeError) -> str:
+    """What is wrong with a line, and in which column."""
+    rest = error.doc[error.pos :].lstrip()
+    if error.msg == "Extra data":
+        what = {",": "a comma", "{": "a second object"}.get(rest[:1], "more text")
+        return f"not JSON: {what} after the object, column {error.colno}"
+    if error.msg.startswith("Unterminated string"):
+        return f"not JSON: the line ends inside the text that begins in column {error.colno}"
+    if not rest:
+        return f"not JSON: the line ends too early, column {error.colno}"
+    return f"not JSON: {error.msg}, column {error.colno}"

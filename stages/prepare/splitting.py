@@ -1,55 +1,92 @@
-"""Which split a conversation belongs to, and which conversations are there already."""
+"""Train and eval: where a conversation goes, and why it may be in neither."""
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal
 
-from stages.prepare.digests import DigestSet
+import numpy as np
 
-Split = Literal["train", "eval"]
-SPLITS: tuple[Split, ...] = ("train", "eval")
+OUTCOMES = ("rejected", "leaked", "duplicates", "beyond_max_rows", "eval", "train")
+_NONE = np.empty(0, "S32")
 
 
 @dataclass
 class Splitter:
-    """Holds out by the first message, so that no prompt stands in both splits.
+    """Splits by the first message of the user, so that no prompt is in both splits.
 
-    Only digests are kept, whatever the conversations weigh.
+    Of all conversations before, it keeps digests alone.
 
     Attributes:
-        fraction: of the first messages that are held out; None where the source has its own split
-            for that.
-        seed: which ones.
+        own_eval: the source has an eval split of its own, whose first messages leak into no train.
+        max_rows: at most so many conversations of train, the first ones.
     """
 
-    fraction: float | None
-    seed: int
-    _seen: DigestSet = field(default_factory=DigestSet)
-    _held_out: DigestSet = field(default_factory=DigestSet)
+    own_eval: bool
+    max_rows: int | None
+    _train_rows: int = 0
+    _questions: np.ndarray = field(default_factory=_NONE.copy)  # at most two
+    _seen: np.ndarray = field(default_factory=_NONE.copy)  # sorted, as is the next
+    _held_out: np.ndarray = field(default_factory=_NONE.copy)
 
-    def split_of(self, source: Split, question: str) -> Split:
-        """Where a conversation goes, by the file it comes from and its first message."""
-        if self.fraction is None:
-            return source
-        draw = int.from_bytes(_hash(f"{self.seed}\0{question}")[:8]) / 2**64
-        return "eval" if draw < self.fraction else "train"
+    @property
+    def begins_alike(self) -> bool:
+        """Whether all conversations have one first message."""
+        return len(self._questions) == 1
 
-    def is_duplicate(self, conversation_id: str) -> bool:
-        """Whether this very conversation was seen before; it is from now on."""
-        return not self._seen.add(bytes.fromhex(conversation_id))
+    @property
+    def is_full(self) -> bool:
+        """Whether train has as many conversations as it may."""
+        return self.max_rows is not None and self._train_rows >= self.max_rows
 
-    def hold_out(self, question: str) -> None:
-        """Remember the first message of a held-out conversation.
+    def assign(
+        self, usable: np.ndarray, is_eval: np.ndarray, ids: np.ndarray, questions: np.ndarray
+    ) -> np.ndarray:
+        """What becomes of some rows, in their order.
 
-        Where the first message decides the split, no other split can hold it.
+        Args:
+            usable: bool [rows]; the others are rejected.
+            is_eval: bool [rows], whether it goes to eval.
+            ids: S32 [rows], digests of the conversations.
+            questions: S32 [rows], digests of their first messages.
+
+        Returns:
+            str [rows], of `OUTCOMES`.
         """
-        if self.fraction is None:
-            self._held_out.add(_hash(question))
+        leaked = usable & ~is_eval & _contains(self._held_out, questions)
+        candidates = (usable & ~leaked).nonzero()[0]
+        _, first = np.unique(ids[candidates], return_index=True)
+        first = candidates[first[~_contains(self._seen, ids[candidates][first])]]
+        new = np.zeros(len(ids), bool)
+        new[first] = True
+        self._seen = _insert(self._seen, ids[first])
+        if self.own_eval:  # else no other split can have the same first message
+            self._held_out = _insert(self._held_out, questions[new & is_eval])
+        self._questions = np.unique([*self._questions, *np.unique(questions[new])[:2]])[:2]
+        train = new & ~is_eval
+        limit = len(ids) if self.max_rows is None else self.max_rows - self._train_rows
+        beyond = train & (np.cumsum(train) > limit)
+        self._train_rows += int((train & ~beyond).sum())
+        return np.select([~usable, leaked, ~new, beyond, is_eval], OUTCOMES[:-1], OUTCOMES[-1])
 
-    def leaks(self, question: str) -> bool:
-        """Whether a held-out conversation begins with this message too."""
-        return len(self._held_out) > 0 and _hash(question) in self._held_out
+
+def is_held_out(question: str, fraction: float, seed: int) -> bool:
+    """Whether a conversation that begins with this message is held out."""
+    digest = hashlib.sha256(f"{seed}\0{question}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64 < fraction
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def digest_of(question: str) -> str:
+    """32 hex digits."""
+    return hashlib.sha256(question.encode()).hexdigest()[:32]
+
+
+def _contains(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    if not len(known):
+        return np.zeros(len(values), bool)
+    at = np.searchsorted(known, values)
+    return known[np.minimum(at, len(known) - 1)] == values
+
+
+def _insert(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    values = np.unique(values)
+    values = values[~_contains(known, values)]
+    return np.insert(known, np.searchsorted(known, values), values)

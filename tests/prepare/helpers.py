@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from stages.prepare import preparing
-from stages.prepare.settings import Prepare
+from stages.prepare import dataset
+from stages.prepare.config import Prepare
 
 DEFAULTS: dict[str, Any] = {
     "format": "auto",
@@ -33,6 +33,8 @@ class Stage:
 
     def __init__(self, folder: Path, tokenizer: Path) -> None:
         self.raw, self.out, self.tokenizer = folder / "raw", folder / "prepared", tokenizer
+        self.model: Path | None = None  # its config.json
+        self.processes = 1
 
     def prepare(
         self,
@@ -45,10 +47,15 @@ class Stage:
         for split, rows in given.items():
             text = rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows)
             (self.raw / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        listed = [{"split": split, "name": f"my/{split}.jsonl"} for split in given]
+        listed = [
+            {"split": split, "name": f"my/{split}.jsonl", "first_line": 1, "counted_in": "line"}
+            for split in given
+        ]
         (self.raw / "source.json").write_text(json.dumps({"files": listed}), encoding="utf-8")
         wanted = Prepare(**(DEFAULTS | changed))
-        return preparing.prepare(self.raw, self.tokenizer, self.out, wanted)
+        return dataset.prepare(
+            self.raw, self.tokenizer, self.model, self.out, wanted, self.processes
+        )
 
     def rows(self, split: str) -> list[dict[str, Any]]:
         return pq.read_table(self.out / f"{split}.parquet").to_pylist()

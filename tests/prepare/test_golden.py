@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.prepare.forms import parse
 from stages.prepare.loss_mask import ExampleEncoder, TrainOn
-from stages.prepare.parsing import form_of, parse
-from stages.prepare.rows import Row
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import RejectedRow
 from tests import tiny
@@ -33,7 +32,7 @@ def shown(input_ids: list[int], loss_mask: list[bool]) -> list[tuple[str, bool]]
 @pytest.mark.parametrize("template", golden.TEMPLATES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_token_is_learnt_or_not(case: Case, template: str, train_on: TrainOn) -> None:
-    messages = parse(Row(1, case.row, None, 0), form_of(case.row)).messages
+    messages = parse(case.row).messages
     made = templates.make(template, TINY)
     [one] = ExampleEncoder(TINY, made, train_on, case.max_length).encode([messages])
     if isinstance(one, RejectedRow):

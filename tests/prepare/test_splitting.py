@@ -1,45 +1,62 @@
 """Splits: by the first message, the same every time, with nothing in both."""
 
-from stages.prepare.splitting import Splitter
-from stages.shared.chat.conversation import conversation_id
-from tests.conversations import assistant, user
+import random
+
+import numpy as np
+
+from stages.prepare.splitting import Splitter, digest_of, is_held_out
 
 QUESTIONS = [f"question {i}" for i in range(2000)]
 
 
 def held_out(fraction: float, seed: int) -> set[str]:
-    splitter = Splitter(fraction, seed)
-    return {q for q in QUESTIONS if splitter.split_of("train", q) == "eval"}
+    return {question for question in QUESTIONS if is_held_out(question, fraction, seed)}
 
 
-def test_about_the_fraction_is_held_out() -> None:
+def test_a_fraction_is_held_out_by_the_seed() -> None:
     assert 160 < len(held_out(0.1, 42)) < 240
-
-
-def test_the_seed_decides_which() -> None:
-    assert held_out(0.1, 42) == held_out(0.1, 42)
     assert held_out(0.1, 42) != held_out(0.1, 43)
-
-
-def test_a_larger_fraction_holds_out_more_of_the_same() -> None:
     assert held_out(0.1, 42) < held_out(0.2, 42)
 
 
-def test_the_sources_own_split_is_kept() -> None:
-    splitter = Splitter(None, 42)
-    assert splitter.split_of("eval", "question") == "eval"
-    assert splitter.split_of("train", "question") == "train"
+def assign(splitter: Splitter, rows: list[tuple[str, str, str]]) -> list[str]:
+    """Rows of `rejected`, `eval` or `train`, a conversation and its first message."""
+    where, ids, questions = zip(*rows, strict=True)
+    return splitter.assign(
+        np.array(where) != "rejected",
+        np.array(where) == "eval",
+        np.array([*map(digest_of, ids)], "S32"),
+        np.array([*map(digest_of, questions)], "S32"),
+    ).tolist()
 
 
-def test_duplicates_are_those_with_the_same_messages() -> None:
-    splitter = Splitter(0.1, 42)
-    one = conversation_id([user("two"), assistant("four")])
-    other = conversation_id([user("two"), assistant("4")])
-    assert [splitter.is_duplicate(i) for i in (one, other, one)] == [False, False, True]
+def test_each_outcome() -> None:
+    splitter = Splitter(own_eval=True, max_rows=2)
+    assert assign(splitter, [("eval", "a", "p"), ("rejected", "", ""), ("eval", "a", "p")]) == [
+        *("eval", "rejected", "duplicates")
+    ]
+    rows = [("train", "b", "p"), ("train", "c", "q"), ("train", "c", "q"), ("train", "d", "q")]
+    assert assign(splitter, rows) == ["leaked", "train", "duplicates", "train"]
+    assert splitter.is_full
+    assert assign(splitter, [("train", "e", "r"), ("train", "c", "q")]) == [
+        *("beyond_max_rows", "duplicates")
+    ]
 
 
-def test_a_held_out_question_leaks() -> None:
-    splitter = Splitter(None, 42)
-    splitter.hold_out("two")
-    assert splitter.leaks("two")
-    assert not splitter.leaks("three")
+def test_all_begin_alike() -> None:
+    splitter = Splitter(own_eval=False, max_rows=None)
+    assert assign(splitter, [("train", "a", "p"), ("train", "b", "p")]) == ["train"] * 2
+    assert splitter.begins_alike
+    assign(splitter, [("train", "c", "q")])
+    assert not splitter.begins_alike
+
+
+def test_digests_of_earlier_rows_are_a_set() -> None:
+    """Against Python's own set, in batches of any size."""
+    draw, splitter, seen = random.Random(0), Splitter(own_eval=False, max_rows=None), set[str]()
+    for _ in range(50):
+        drawn = [str(draw.randrange(3000)) for _ in range(draw.randrange(200))]
+        outcomes = assign(splitter, [("train", one, "q") for one in drawn]) if drawn else []
+        for one, outcome in zip(drawn, outcomes, strict=True):
+            assert outcome == ("duplicates" if one in seen else "train")
+            seen.add(one)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from stages.prepare.settings import Params
+from stages.prepare.config import Params
 from stages.shared.core import params
 from stages.shared.core.errors import UserError
 from tests.prepare.helpers import DEFAULTS
@@ -13,16 +13,9 @@ from tests.prepare.helpers import DEFAULTS
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("format", "sharegpt"),
-        ("template", "vicuna"),
-        ("train_on", "user"),
-        ("max_length", 1),
-        ("max_length", "512"),
-        ("max_rows", 0),
-        ("max_rejected", 1.5),
-        ("eval_fraction", 0.0),
-        ("eval_fraction", 1.0),
-        ("seed", -1),
+        *(("format", "sharegpt"), ("template", "vicuna"), ("train_on", "user")),
+        *(("max_length", 1), ("max_length", "512"), ("max_rows", 0), ("max_rejected", 1.5)),
+        *(("eval_fraction", 0.0), ("eval_fraction", 1.0), ("seed", -1)),
     ],
 )
 def test_a_parameter_out_of_range(key: str, value: Any) -> None:

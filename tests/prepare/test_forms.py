@@ -1,0 +1,218 @@
+"""Rows of each form as conversations; what is read, what is told, and what rejects a row."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.prepare import guanaco
+from stages.prepare.forms import Form, parse
+from stages.shared.chat.conversation import Message, RejectedRow, conversation_id, language_of
+from tests.conversations import assistant, system, user
+
+TWO = [user("two"), assistant("four")]
+GUANACO = "### Human: two### Assistant: four"
+
+
+def without_weight(content: str) -> Message:
+    return {"role": "assistant", "content": content, "weight": 0}
+
+
+def messages(*turns: dict[str, Any], **row: Any) -> dict[str, Any]:
+    """A row of the messages form: `two`, and a reply with more fields."""
+    return {"messages": [user("two"), *turns], **row}
+
+
+def reply(**fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "four", **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"text": GUANACO}, TWO),
+        ({"text": f"{GUANACO}### Human: why"}, TWO),
+        ({"messages": TWO}, TWO),
+        ({"messages": [*TWO, user("why")]}, TWO),
+        ({"messages": [system(""), *TWO]}, TWO),
+        ({"messages": [system(" S "), *TWO]}, [system("S"), *TWO]),
+        ({"messages": [{"role": "developer", "content": "S"}, *TWO]}, [system("S"), *TWO]),
+        ({"messages": json.dumps(TWO)}, TWO),
+        ({"messages": [m | {"from": None, "value": float("nan")} for m in TWO]}, TWO),
+        ({"conversations": [{"from": "human", "value": "two"}, {"from": "gpt", "value": "four"}]},
+         TWO),
+        ({"instruction": "two", "output": "four"}, TWO),
+        ({"instruction": "two", "input": "", "output": "four"}, TWO),
+        (
+            {"instruction": "add", "input": "2, 2", "output": "4"},
+            [user("add\n\n2, 2"), assistant("4")],
+        ),
+        (
+            {"instruction": "two", "output": "four", "history": [["a", "b"]], "system": "S"},
+            [system("S"), user("a"), assistant("b"), *TWO],
+        ),
+        ({"instruction": "two", "output": "four", "history": '[["a", "b"]]'},
+         [user("a"), assistant("b"), *TWO]),
+        ({"prompt": "two", "completion": "four"}, TWO),
+        (
+            {"prompt": [user("a"), assistant("b"), user("two")], "completion": [assistant("four")]},
+            [user("a"), without_weight("b"), *TWO],
+        ),
+        ({"messages": TWO, "system": "S"}, [system("S"), *TWO]),
+        ({"text": GUANACO, "system_prompt": "S"}, [system("S"), *TWO]),
+        ({"messages": [system("S"), *TWO], "system": "S\n"}, [system("S"), *TWO]),
+        (
+            messages({"role": "assistant", "content": [{"type": "text", "text": "fo"}, "ur"]}),
+            TWO,
+        ),
+        (messages(reply(weight=0)), [user("two"), without_weight("four")]),
+        (messages(reply(train=False)), [user("two"), without_weight("four")]),
+        (messages(reply(weight=0.0, train=False)), [user("two"), without_weight("four")]),
+        (messages(reply(weight=1, train=True, loss=True, trainable=1)), TWO),
+        # One thing said twice.
+        ({"messages": TWO, "conversations": TWO}, TWO),
+        ({"messages": TWO, "prompt": "two", "text": "user: two\nassistant: four"}, TWO),
+        ({"instruction": "two", "output": "four", "text": "Below: two ### Response: four"}, TWO),
+        ({"messages": [m | {"from": m["role"]} for m in TWO]}, TWO),
+    ],
+)  # fmt: skip
+def test_rows_of_each_form(fields: dict[str, Any], expected: list[Message]) -> None:
+    found = parse(fields)
+    assert found.messages == expected
+    assert found.unknown == []
+
+
+@pytest.mark.parametrize("name", ["tools", "tool_calls", "reasoning", "images", "label", "context"])
+@pytest.mark.parametrize("value", [None, float("nan"), "", " ", [], {}, "[]", {"a": [None, ""]}])
+def test_empty_fields_are_harmless(name: str, value: Any) -> None:
+    assert parse({"messages": TWO, name: value}).messages == TWO
+    assert parse(messages(reply(**{name: value}))).messages == TWO
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "no known form in an empty row"),
+        ({"question": "two", "response": "four"}, "rename `question` to `instruction` and `resp"),
+        (
+            {"instruction": "two", "context": "c", "response": "four"},
+            "rename `context` to `input` and `response` to `output`",
+        ),
+        ({"instruction": "two", "context": "c", "output": "four"}, "rename it to `input`"),
+        ({"text": "an article"}, "`text` has no `### Human:`; plain text is not read"),
+        ({"text": "### Human: two"}, "no reply"),
+        ({"text": "### Human: ### Assistant: four"}, "turn 1 of the user is empty"),
+        ({"text": "### Human: two ### Assistant: four"}, "after a space"),
+        ({"text": "### Assistant: four"}, "turn 1 is of role assistant"),
+        ({"messages": []}, "no `messages`"),
+        ({"messages": "not json"}, "not JSON"),
+        ({"messages": {"role": ["user"]}}, "an object, expected a list"),
+        ({"messages": ["two"]}, "message 1 is a text, expected an object"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "of role 'tool'"),
+        ({"messages": [{"role": "user", "content": None}]}, "holds null"),
+        ({"messages": [*TWO, *TWO, system("S")]}, "turn 5 is of role system"),
+        ({"messages": [*TWO, user("a"), user("b")]}, "no reply after the last turn"),
+        ({"messages": [user("a"), user("b"), assistant("c")]}, "turn 2 is of role user"),
+        ({"instruction": "two"}, "`output` is missing"),
+        ({"instruction": ["two"], "output": "four"}, "`instruction` is a list"),
+        ({"instruction": "", "output": "four"}, "turn 1 of the user is empty"),
+        ({"instruction": "two", "output": "four", "history": ["a"]}, "`history` is no list of"),
+        ({"prompt": "two", "chosen": "a", "rejected": "b"}, "`chosen` holds preference data"),
+        ({"prompt": "two", "completion": "four", "label": False}, "`label` holds preference data"),
+        (messages(reply(), images=["a.png"]), "`images` holds images"),
+        (messages(reply(), tools=[{"name": "add"}]), "`tools` holds tool calls"),
+        (messages(reply(), history=[["a", "b"]]), "`history` holds earlier turns"),
+        (messages(reply(), weight=0.5), "`weight` holds a weight"),
+        (messages(reply(tool_calls=[{"id": "1"}])), "`tool_calls` of message 2 holds tool calls"),
+        (messages({"role": "assistant", "content": None, "function_call": {"name": "add"}}),
+         "`function_call` of message 2"),
+        (messages(reply(reasoning_content="a")), "`reasoning_content` of message 2 holds thoughts"),
+        (messages(reply(weight=0.5)), "`weight` of message 2 is 0.5; only 0 and 1 are read"),
+        (messages(reply(loss=False)), "`loss` of message 2 holds a weight"),
+        (messages(reply(trainable=False)), "`trainable` of message 2 holds a weight"),
+        (messages(reply(weight=0, train=True)), "`weight` and `train` of message 2 differ"),
+        (messages(reply(value="5")), "`content` and `value` of message 2 differ"),
+        (messages(reply() | {"from": "human"}), "`role` and `from` of message 2 differ"),
+        (messages({"role": "assistant", "content": [{"type": "image"}]}), "a part of type 'image'"),
+        (messages({"role": "assistant", "content": [4]}), "a part that is a number"),
+        ({"messages": TWO, "conversations": TWO[:1]}, "`messages` and `conversations` differ"),
+        ({"messages": [system("S"), *TWO], "system": "T"}, "two system messages that differ"),
+        ({"messages": TWO, "system": "S", "system_prompt": "T"}, "two system messages that differ"),
+        ({"instruction": "two", "output": "four", "text": GUANACO + "!"}, "differs from the rest"),
+        ({"messages": TWO, "prompt": "three"}, "`prompt` differs from the rest"),
+        ({"messages": [user("\ud800"), assistant("x")]}, "half a surrogate pair"),
+        ({"messages": TWO, "answer": "\ud83d"}, "half a surrogate pair"),
+        ({"messages": TWO, "language": "\ud83d"}, "half a surrogate pair"),
+        ({"messages": [user("\x80"), assistant("x")]}, "U+0080, as Windows-1252 does"),
+        ({"messages": [user("a\0b"), assistant("x")]}, "U+0000, as UTF-16 does"),
+    ],
+)  # fmt: skip
+def test_rows_are_rejected_with_the_reason(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RejectedRow) as error:
+        parse(fields)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [("guanaco", "`text` is missing"), ("messages", "no `messages`"), ("alpaca", None)],
+)
+def test_a_form_that_is_insisted_on(form: Form, reason: str | None) -> None:
+    row = {"instruction": "two", "output": "four"}
+    if reason is None:
+        found = parse(row | {"text": "another thing"}, form)
+        assert (found.messages, found.unknown) == (TWO, ["text"])
+        return
+    with pytest.raises(RejectedRow, match=reason):
+        parse(row, form)
+
+
+def test_unknown_fields_are_told() -> None:
+    row = messages(reply(name="bob", id=""), id=7, category=None)
+    assert parse(row).unknown == ["id", "messages.name"]
+
+
+def test_conversations_differ_in_system_and_weight() -> None:
+    rows = [{"messages": TWO}, {"messages": TWO, "system": "S"}, messages(reply(weight=0))]
+    assert len({conversation_id(parse(row).messages) for row in rows}) == 3
+    assert conversation_id(parse(messages(reply(weight=1))).messages) == conversation_id(TWO)
+
+
+def test_the_forms_that_the_documentation_shows() -> None:
+    page = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    shown = [json.loads(line) for line in page.splitlines() if line.startswith("{")]
+    found = [parse(fields).messages for fields in shown]
+    exchange = [user("What is 2 + 2?"), assistant("It is 4.")]
+    assert found == [exchange] * 3 + [[user("Add the numbers.\n\n2, 2"), assistant("4")]]
+    [text] = [line for line in page.splitlines() if line.startswith("### Human: How is")]
+    assert len(guanaco.parse(text)) == 3
+
+
+@pytest.mark.parametrize(
+    ("question", "answered", "language"),
+    [
+        ("What is the capital of France?", "The capital of France is Paris.", "en"),
+        ("¿Cuál es la capital de Francia?", "La capital de Francia es París.", "other"),
+        ("Wie heißt die Hauptstadt?", "Sie heißt Paris.", "other"),
+        ("What is the Russian for yes?", "да, да, да, да, да", "other"),
+        ("2 + 2", "4", "other"),
+        ("Is the sky blue? 😀", "It is — on most days.", "en"),
+    ],
+)
+def test_language_where_the_source_says_none(question: str, answered: str, language: str) -> None:
+    turns = [user(question), assistant(answered)]
+    assert language_of([system("You are the best."), *turns]) == language
+    assert parse({"messages": turns}).language == language
+    assert parse({"messages": turns, "language": "nl"}).language == "nl"
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        *(("4", "4"), (4, "4"), (" 4 ", "4"), ("", None), (" ", None), (float("nan"), None)),
+        *((True, None), ([], None), ({"a": 1}, None), (None, None)),
+    ],
+)
+def test_an_answer_that_says_nothing_is_none(given: Any, answer: str | None) -> None:
+    assert parse({"messages": TWO, "answer": given}).answer == answer

@@ -1,0 +1,77 @@
+"""The whole stage: one line that names the cause, and a remedy that helps."""
+
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, LlamaConfig
+
+from stages.shared.core.errors import UserError
+from tests.prepare.helpers import ROWS, Stage, row
+
+LONG = [row("two plus " * 99 + str(i)) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "changed", "message"),
+    [
+        (
+            [*ROWS, {"text": "x"}],
+            None,
+            {},
+            "params.yaml: prepare.max_rejected is 0.0; 1 of 21 rows are rejected: `text` has no "
+            "`### Human:`; plain text is not read (1, first my/train.jsonl:21). Mend these rows, "
+            "or raise prepare.max_rejected.",
+        ),
+        (ROWS, None, {"format": "alpaca"}, "(20, first my/train.jsonl:1). Mend the file"),
+        (LONG, None, {}, "within prepare.max_length = 64 (20, first my/train.jsonl:1). Change "
+         "prepare.max_length."),
+        ([*ROWS[:3], *LONG], None, {}, "Change prepare.max_length."),
+        ([{"prompt": "two"}], None, {}, "no known form in prompt"),
+        (LONG, None, {"max_rejected": 1.0}, "split is empty: of 20 rows 20 rejected (no superv"),
+        (ROWS[:1], None, {}, "Add conversations or change prepare.eval_fraction."),
+        ([row("same", str(i)) for i in range(9)], None, {}, "All begin with one message, by which "
+         "they are split. Let data.path be a folder with train.jsonl and eval.jsonl."),
+        (ROWS[:4], ROWS, {}, "train split is empty: of 24 rows 0 rejected, 0 duplicates, 4 of "
+         "train begin like one of eval. Add conversations to the train file."),
+        (ROWS, None, {"template": "tokenizer"}, "has no chat template"),
+    ],
+)  # fmt: skip
+def test_too_little_that_can_be_used(
+    stage: Stage,
+    train: list[Any],
+    held_out: list[Any] | None,
+    changed: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(UserError) as error:
+        stage.prepare(train, held_out, **changed)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not any(stage.out.iterdir()) if stage.out.exists() else True
+
+
+@pytest.mark.parametrize("vocab_size", [384, 100])
+def test_ids_beyond_the_embedding_are_refused(stage: Stage, vocab_size: int) -> None:
+    LlamaConfig(vocab_size=vocab_size).save_pretrained(stage.raw.parent)
+    stage.model = stage.raw.parent / "config.json"
+    if vocab_size == 384:
+        stage.prepare(ROWS)
+        return
+    with pytest.raises(UserError, match=r"models/tokenizer: token \d+ .* embeds 100 .*vocab_size"):
+        stage.prepare(ROWS)
+
+
+@pytest.mark.parametrize("longest", [64, 12])
+def test_positions_that_the_model_lacks(
+    stage: Stage, longest: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.model = stage.raw.parent / "config.json"
+    LlamaConfig(vocab_size=384, max_position_embeddings=longest).save_pretrained(stage.model.parent)
+    stage.prepare(ROWS)
+    assert ("beyond which it was not trained" in capsys.readouterr().err) == (longest == 12)
+    GPT2Config(vocab_size=384, n_positions=longest).save_pretrained(stage.model.parent)
+    if longest == 64:
+        stage.prepare(ROWS)
+        return
+    with pytest.raises(UserError, match=r"Lower prepare.max_length to 12\."):
+        stage.prepare(ROWS)
