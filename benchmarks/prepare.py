@@ -90,7 +90,8 @@ def main(options: Namespace) -> None:
     used = []
     for rows in options.rows:
         with workspace({"data.path": "conversations.jsonl"}) as work:
-            work.link("models/tokenizer", options.tokenizer)
+            for name in ("tokenizer", "base"):
+                work.link(f"models/{name}", options.tokenizer.with_name(name))
             used.append(measure(work, rows, options.tokenizer))
     few, many = used
     added = options.rows[1] - options.rows[0]

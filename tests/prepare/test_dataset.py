@@ -16,8 +16,8 @@ import pytest
 from stages.prepare import dataset
 from stages.prepare.config import Prepare
 from stages.prepare.dataset import SCHEMA
-from stages.shared.chat import format as chat_format
 from stages.shared.chat.conversation import conversation_id
+from stages.shared.chat.templates import read_format
 from tests import tiny, workspace
 from tests.prepare.helpers import DEFAULTS, ROWS, Stage, row
 
@@ -52,7 +52,7 @@ def test_the_data_contract(stage: Stage) -> None:
 
 def test_the_format_is_what_the_merged_model_needs(stage: Stage) -> None:
     stage.prepare(ROWS)
-    form = chat_format.read_format(stage.out / "format.json")
+    form = read_format(stage.out / "format.json")
     assert (form.template, form.eos_token, form.stop_ids) == ("chatml", "<|im_end|>", [2])
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = form.chat_template
