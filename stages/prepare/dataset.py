@@ -65,6 +65,7 @@ CHUNK_BYTES = 4 << 20
 BATCH_ROWS = 1000
 ROWS_PER_PROCESS = 2000  # at least
 _GROUP_ROWS = 1000
+_COUNTS = ("rejected", "duplicates", "leaked", "truncated", "dropped_turns", "beyond_max_rows")
 _LANGUAGES = _FIELDS = 20  # that are counted by name
 _NAMES = 1000  # reasons and fields that are counted at all; a file may have as many as rows
 
@@ -230,15 +231,17 @@ class SplitFile:
 
     def add(self, rows: pa.Table) -> None:
         """Add rows of `ENCODED`."""
+        if not len(rows):
+            return
         table = rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks()  # else pages follow them
         self.writer.write_table(table, row_group_size=_GROUP_ROWS)
         lengths = pc.list_value_length(rows["input_ids"])
         self.count["conversations"] += len(rows)
-        self.count["tokens"] += pc.sum(lengths).as_py() or 0
-        self.count["supervised_tokens"] += pc.sum(rows["supervised_tokens"]).as_py() or 0
-        longest = pc.max(lengths).as_py() or 0
+        self.count["tokens"] += pc.sum(lengths).as_py()
+        self.count["supervised_tokens"] += pc.sum(rows["supervised_tokens"]).as_py()
+        longest = pc.max(lengths).as_py()
         self.count["longest_tokens"] = max(self.count["longest_tokens"], longest)
-        last_id = pc.max(pc.list_flatten(rows["input_ids"])).as_py() or 0
+        last_id = pc.max(pc.list_flatten(rows["input_ids"])).as_py()
         self.last_id = max(self.last_id, last_id)
         self.languages.update(rows["language"].to_pylist())
 
@@ -311,8 +314,8 @@ def prepare(
         for split in sorted(sources):  # eval first: it decides what leaks
             for rows in encode_chunks(sources[split], cache, bar, processes, **arguments):
                 outcomes = splitter.assign(*_keys(rows, split if own_eval else None))
-                for name, file in splits.items():
-                    file.add(rows.filter(outcomes == name))
+                for target, file in splits.items():
+                    file.add(rows.filter(outcomes == target))
                 rejections.add(sources[split], rows.filter(outcomes == "rejected"))
                 kept = rows.filter(np.isin(outcomes, SPLITS))
                 for name in ("truncated", "dropped_turns"):
@@ -322,14 +325,11 @@ def prepare(
                     _add(unknown, name)
                 if own_eval and splitter.is_full:
                     break
-        names = ("rejected", "duplicates", "leaked", "truncated", "dropped_turns")
-        metrics = {
-            "rows_in": sum(count[outcome] for outcome in OUTCOMES),
-            **{name: count[name] for name in (*names, "beyond_max_rows")},
-            "unknown_fields": _most_common(unknown, _FIELDS),
-            **{split: file.figures() for split, file in splits.items()},
-            "template": parameters.template,
-        }
+        metrics: dict[str, Any] = {"rows_in": sum(count[outcome] for outcome in OUTCOMES)}
+        metrics |= {name: count[name] for name in _COUNTS}
+        metrics["unknown_fields"] = _most_common(unknown, _FIELDS)
+        metrics |= {split: file.figures() for split, file in splits.items()}
+        metrics["template"] = parameters.template
         told = limits.told(rejections.reasons, rejections.first)
         limits.require_rows(parameters, metrics, rejections.reasons, told)
         limits.require_splits(metrics, own_eval, splitter.begins_alike, told)
@@ -338,8 +338,8 @@ def prepare(
             limits.require_fit(model, parameters, longest, max(f.last_id for f in splits.values()))
     files.write_json(folder / "format.json", template.format().model_dump())
     if unknown:
-        names = ", ".join(f"{name} ({rows} rows)" for name, rows in unknown.most_common(5))
-        print(f"prepare: {len(unknown)} fields are not read: {names}", file=sys.stderr)
+        told = ", ".join(f"{name} ({number} rows)" for name, number in unknown.most_common(5))
+        print(f"prepare: {len(unknown)} fields are not read: {told}", file=sys.stderr)
     return metrics
 
 

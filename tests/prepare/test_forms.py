@@ -159,7 +159,7 @@ def test_rows_are_rejected_with_the_reason(fields: dict[str, Any], reason: str) 
     [("guanaco", "`text` is missing"), ("messages", "no `messages`"), ("alpaca", None)],
 )
 def test_a_form_that_is_insisted_on(form: Form, reason: str | None) -> None:
-    row = {"instruction": "two", "output": "four"}
+    row: dict[str, Any] = {"instruction": "two", "output": "four"}
     if reason is None:
         found = parse(row | {"text": "another thing"}, form)
         assert (found.messages, found.unknown) == (TWO, ["text"])
@@ -174,7 +174,11 @@ def test_unknown_fields_are_told() -> None:
 
 
 def test_conversations_differ_in_system_and_weight() -> None:
-    rows = [{"messages": TWO}, {"messages": TWO, "system": "S"}, messages(reply(weight=0))]
+    rows: list[dict[str, Any]] = [
+        {"messages": TWO},
+        {"messages": TWO, "system": "S"},
+        messages(reply(weight=0)),
+    ]
     assert len({conversation_id(parse(row).messages) for row in rows}) == 3
     assert conversation_id(parse(messages(reply(weight=1))).messages) == conversation_id(TWO)
 

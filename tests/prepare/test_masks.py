@@ -12,9 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from stages.prepare.forms import parse
 from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
-from stages.prepare.parsing import parse
-from stages.prepare.rows import Row
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import Message
 from tests import tiny, vocabularies
@@ -103,10 +102,10 @@ def test_truncation_keeps_as_many_exchanges_as_fit(name: str, template: str) -> 
 @cache
 def real() -> tuple[list[list[Message]], PreTrainedTokenizerFast]:
     """Conversations, and a tokenizer trained on them."""
-    rows: list[Row] = []
+    rows: list[dict[str, str]] = []
     for split, step in REAL_STEP.items():
         lines = (REAL / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[::step]
-        rows += [Row(number, json.loads(line), None, 0) for number, line in enumerate(lines)]
+        rows += map(json.loads, lines)
     conversations = [parse(row, "guanaco").messages for row in rows]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -54,7 +54,8 @@ def test_lines_are_read_from_any_of_them_on(tmp_path: Path) -> None:
     assert [(row["line"], row["row"]) for row in whole] == [
         *((1, b"one\n"), (2, b"\n"), (3, b"three\n"), (4, b"four"))
     ]
-    parts, at, line = [], 0, 1
+    parts: list[dict[str, Any]] = []
+    at, line = 0, 1
     while at < path.stat().st_size:
         parts += rows.read_lines(str(path), at, line, max_bytes=5)
         at, line = parts[-1]["position"], parts[-1]["line"] + 1
