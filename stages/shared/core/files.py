@@ -156,6 +156,21 @@ def encoding_of(sample: bytes) -> str | None:
     return likely if scores[likely] > 0 else None
 
 
+def encoding_advice(path: Path, offset: int) -> str:
+    """The likely encoding of a file whose byte `offset` is not UTF-8, and how to convert it."""
+    with path.open("rb") as file:
+        sample = file.read(4096)
+        if b"\0" not in sample:
+            file.seek(max(0, offset - 1))
+            sample = file.read(64 * 1024)
+            sample = sample[: sample.rfind(b"\n") + 1] or sample  # ends between two characters
+    name = encoding_of(sample)
+    if name is None:
+        return "Save it as UTF-8."
+    target = f"{path.stem}.utf8{path.suffix}"
+    return f"It looks like {name}. Convert it: iconv -f {name} -t UTF-8 {path} > {target}"
+
+
 def _is_double_byte(sample: bytes) -> bool:
     """Whether it looks like Shift-JIS or Big5, where an ASCII byte may end a character."""
     kana = len(re.findall(rb"\x82[\x9f-\xf1]|\x83[\x40-\x96]", sample))

@@ -1,10 +1,12 @@
 """Encodings other than UTF-8, told from the bytes alone."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from stages.shared.core.files import encoding_of
+from stages.shared.core.files import encoding_advice, encoding_of
 
 FRENCH = "Prix 0 €? «oui» – ça va"
 CASES = [
@@ -40,3 +42,16 @@ def test_encoding_of_a_conversation(expected: str, text: str, python_name: str) 
 
 def test_encoding_of_bytes_that_fit_nothing() -> None:
     assert encoding_of(bytes(range(0x80, 0x100)) * 3) is None
+
+
+@pytest.mark.parametrize("python_name", ["utf-16", "utf-16-be", "cp1252"])
+def test_the_advised_command_restores_the_text(tmp_path: Path, python_name: str) -> None:
+    path = tmp_path / "train.jsonl"
+    text = '{"text": "plain"}\n' * 500 + json.dumps({"text": FRENCH}, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode(python_name))
+    with pytest.raises(UnicodeDecodeError) as fault:
+        path.read_text(encoding="utf-8")
+    advice = encoding_advice(path, fault.value.start)
+    command = advice.partition("Convert it: ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "train.utf8.jsonl").read_text(encoding="utf-8") == text
