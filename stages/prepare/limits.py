@@ -35,7 +35,7 @@ def require_rows(
     if named := re.search(r"prepare\.(?!max_rejected)\w+", reasons.most_common(1)[0][0]):
         remedy = f"Change {named[0]}."
     elif rejected == rows:
-        remedy = "Mend the file: docs/formats.md shows what is read."
+        remedy = "Mend the file: docs/data.md shows what is read."
     raise UserError(
         f"params.yaml: prepare.max_rejected is {parameters.max_rejected}; {rejected} of {rows} "
         f"rows are rejected: {why}. {remedy}"

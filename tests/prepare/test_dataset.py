@@ -249,6 +249,6 @@ def test_as_a_user_runs_it(stage: Stage, tmp_path: Path) -> None:
     last = bad.stderr.strip().splitlines()[-1]
     assert last == (
         "error: params.yaml: prepare.max_rejected is 0.0; 1 of 1 rows are rejected: no reply (1, "
-        "first my/train.jsonl:1). Mend the file: docs/formats.md shows what is read."
+        "first my/train.jsonl:1). Mend the file: docs/data.md shows what is read."
     )
     assert "Traceback" not in bad.stderr

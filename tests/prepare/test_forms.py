@@ -184,7 +184,7 @@ def test_conversations_differ_in_system_and_weight() -> None:
 
 
 def test_the_forms_that_the_documentation_shows() -> None:
-    page = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
     shown = [json.loads(line) for line in page.splitlines() if line.startswith("{")]
     found = [parse(fields).messages for fields in shown]
     exchange = [user("What is 2 + 2?"), assistant("It is 4.")]
