@@ -1,11 +1,11 @@
-"""docs/performance.md: what a benchmark measured stands between two marks of its own."""
+"""docs/benchmarks.md: what a benchmark measured stands between two marks of its own."""
 
 import re
 from pathlib import Path
 
 from stages.shared.core import files
 
-PAGE = Path("docs/performance.md")
+PAGE = Path("docs/benchmarks.md")
 
 
 def put(name: str, text: str, page: Path = PAGE) -> None:

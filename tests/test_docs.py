@@ -1,0 +1,42 @@
+"""Documents hold against the repository: tests, files and commands that they name are there."""
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*/*.md")])
+TEST = re.compile(r"`(tests/[\w/]+(?:\.py)?)(?:::(\w+))?`")
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#[^)]*)?\)")
+
+
+def test_named_tests_exist():
+    stale = []
+    for page in PAGES:
+        for path, name in TEST.findall(page.read_text(encoding="utf-8")):
+            file = ROOT / path
+            known = re.findall(r"def (test_\w+)", file.read_text()) if file.is_file() else []
+            if not file.exists() or (name and name not in known):
+                stale.append((page.name, path, name, get_close_matches(name, known, 1, 0.4)))
+    assert not stale
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path):
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert not [link for link in links if link and not (page.parent / link).exists()]
+
+
+def test_readme_names_files_and_targets_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = re.findall(r"`((?:stages|docs|tests)/[\w/.]+)`", text)
+    assert not [name for name in files if not (ROOT / name).exists()]
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"make ([a-z]+)", text)) <= targets
+
+
+def test_pages_keep_to_their_length():
+    words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in PAGES}
+    assert words["README.md"] <= 1000
