@@ -19,11 +19,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from stages.shared.core import files, progress
 from stages.shared.core.errors import Stopped, UserError
@@ -44,6 +42,10 @@ from stages.train.history import History, TokenCounts
 from stages.train.interruption import Interrupted, Interruption
 from stages.train.schedule import Schedule
 from stages.train.settings import Params
+
+if TYPE_CHECKING:  # stages.shared.models is imported before these
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 # Paths by role: `train` and `eval` conversations; `model`, the (quantized) weights; `original`,
 # those before quantization, for `lora.init` loftq.
@@ -114,7 +116,7 @@ def _train_on(
 
 def load_model(
     settings: Params, inputs: Inputs, device: torch.device
-) -> PreTrainedModel | PeftModel:
+) -> "PreTrainedModel | PeftModel":
     """The frozen, quantized base with a fresh adapter; in full fine-tuning, fp32 masters."""
     torch.manual_seed(settings.train.seed)  # before the adapter's random matrices are drawn
     if settings.train.method == "full":
@@ -131,7 +133,7 @@ class Recipe:
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: "PreTrainedModel | PeftModel",
         data: Data,
         params: Train,
         plan: Computing,
