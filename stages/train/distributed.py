@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -143,7 +144,8 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
     """
     if size == 1:
         return work(Group(), device, *args)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a line of ours says it
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with TemporaryDirectory() as scratch, Interruption() as stop:
         config = LaunchConfig(
@@ -194,6 +196,7 @@ def _ended(failed: ChildFailedError, size: int) -> UserError:
 
 
 def _block_signals() -> None:
+    resource_tracker.ensure_running()  # to start it later would unblock them
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
 
 
@@ -221,6 +224,8 @@ def _on_device(
 ) -> Any:
     """The life of each process that the launcher starts."""
     die_with_parent(signal.SIGKILL)
+    for number in HEARD:  # once the training has ended, which may be before its processes do
+        signal.signal(number, lambda *_: None)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank > 0:  # one progress bar, one warning
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

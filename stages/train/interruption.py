@@ -24,7 +24,7 @@ class Interruption:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._hear) for number in HEARD}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # see distributed.launch
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # see distributed.launch
         return self
 
     def __exit__(
@@ -33,6 +33,7 @@ class Interruption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -153,6 +153,35 @@ def test_a_signal_leaves_a_checkpoint_of_that_very_step(
     assert outcome(space) == uninterrupted
 
 
+def test_two_devices_stop_in_their_first_evaluation(tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of the group; nothing is left of them but the checkpoint."""
+    devices = EVERY_FIVE | {"QLORA_DEVICES": "2"}
+    space = make(tmp_path / "space")
+    space.set_params({"train.max_steps": 6})
+    assert space.run(*TRAIN, env=devices).returncode == 0
+    uninterrupted = outcome(space)
+    running = subprocess.Popen(
+        TRAIN,
+        cwd=space.root,
+        env=space.environment(devices),
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert running.stderr is not None
+    said = b""
+    while b"held-out" not in said:
+        said += os.read(running.stderr.fileno(), 1000)
+    os.killpg(running.pid, signal.SIGINT)
+    said += running.stderr.read()
+    assert running.wait(timeout=60) == 130
+    *_, line = said.decode().splitlines()
+    assert line.startswith("stopped: training was ended by SIGINT after step 0 of 6; .checkpoints/")
+    assert b"Traceback" not in said and b"resource_tracker" not in said
+    done = space.run(*TRAIN, env=devices)
+    assert "going on from" in done.stderr
+    assert outcome(space) == uninterrupted
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     space: Workspace, uninterrupted: dict[str, str]
 ) -> None:

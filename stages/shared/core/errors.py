@@ -72,10 +72,10 @@ def run(
             raise
         _exit_with(_of_the_disk(OSError(errno.ENOSPC, None)))
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped: by SIGINT", file=sys.stderr)
         sys.exit(130)
     except _Terminated:
-        print("stopped by SIGTERM", file=sys.stderr)
+        print("stopped: by SIGTERM", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,7 @@
 """Progress bars, quiet where nobody is watching; and imports of large libraries, made quickly."""
 
 import gc
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,15 +30,19 @@ def bar(*, total: int | None, desc: str, unit: str, initial: int = 0) -> "tqdm[A
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Garbage collection off while large libraries are imported, which takes 1.2 of 4 seconds.
+    """Import large libraries: without garbage collection, and without a signal in the middle.
 
-    The hundred thousands of objects that torch and transformers define are there to stay.
+    The hundred thousands of objects that torch and transformers define are there to stay; looking
+    for garbage among them takes 1.2 of 4 seconds. Half imported, a library reports a signal as a
+    module that it lacks: one that comes meanwhile is delivered after the block.
     """
     enabled = gc.isenabled()
     gc.disable()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
     finally:
         gc.freeze()
         if enabled:
             gc.enable()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -139,7 +139,7 @@ def test_sigterm_removes_what_is_half_written(
     with pytest.raises(SystemExit) as stop:
         errors.run(write)
     assert stop.value.code == 143
-    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+    assert capsys.readouterr().err == "stopped: by SIGTERM\n"
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == before
 
