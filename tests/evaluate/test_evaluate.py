@@ -1,4 +1,4 @@
-"""Answers and figures: chosen, generated, compared and summed up as stated."""
+"""Replies and metrics."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("reply", "answer", "right"),
+    ("reply", "answer", "correct"),
     [
         ("48 + 17 = 65.\n65", "65", True),
         ("It is Monday.\nMONDAY. ", "Monday", True),
@@ -38,13 +38,11 @@ CPU = torch.device("cpu")
         ("b", "a\nb", False),
     ],
 )
-def test_exact_match_compares_the_normalized_last_line(
-    reply: str, answer: str, right: bool
-) -> None:
-    assert generate.is_correct(reply, answer) is right
+def test_exact_match_compares_the_last_line(reply: str, answer: str, correct: bool) -> None:
+    assert generate.is_correct(reply, answer) is correct
 
 
-def test_rows_with_an_answer_are_asked_first_in_a_seeded_order() -> None:
+def test_order_puts_rows_with_an_answer_first() -> None:
     has_answer = [False, True, False, True, True]
     chosen = generate.in_order(has_answer, seed=1)
     assert set(chosen[:3]) == {1, 3, 4}
@@ -52,7 +50,7 @@ def test_rows_with_an_answer_are_asked_first_in_a_seeded_order() -> None:
     assert sorted(chosen) == [0, 1, 2, 3, 4]
 
 
-def test_batched_replies_equal_those_asked_one_by_one_and_say_whether_they_stopped() -> None:
+def test_batched_replies_equal_greedy_ones_by_one() -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
     prompts = [tokenizer.encode(text) for text in ("two", "What is two plus two?", "is it")]
     together = generate.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32)
@@ -68,7 +66,7 @@ def test_batched_replies_equal_those_asked_one_by_one_and_say_whether_they_stopp
         assert reply.text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
 
 
-def test_the_models_own_ways_to_generate_change_no_reply() -> None:
+def test_own_generation_config_changes_no_reply() -> None:
     """What we leave open, transformers takes from the model: a penalty, beams, several replies."""
     model, tokenizer = tiny.model(), tiny.tokenizer()
     prompts = [tokenizer.encode(text) for text in ("two", "What is two plus two?")]
@@ -82,14 +80,14 @@ def test_the_models_own_ways_to_generate_change_no_reply() -> None:
     assert generate.generate(tuned, tokenizer, prompts, [2], 8, CPU, torch.float32) == expected
 
 
-def test_groups_are_of_about_one_length_and_bounded_by_tokens() -> None:
+def test_groups_have_one_length_and_bounded_tokens() -> None:
     prompts = [[0] * length for length in (4000, 10, 3000, 20, 30, 9000)]
     assert generate.in_groups(prompts, 64, 2) == [[1, 3], [4, 2], [0], [5]]
     assert generate.in_groups(prompts, 64, 32) == [[1, 3, 4], [2, 0], [5]]
     assert generate.in_groups([], 64, 32) == []
 
 
-def test_models_whose_replies_depend_on_their_batch_answer_alone() -> None:
+def test_length_dependent_models_are_not_batched() -> None:
     config = tiny.model().config
     assert generate.may_batch(config)
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -97,7 +95,7 @@ def test_models_whose_replies_depend_on_their_batch_answer_alone() -> None:
     assert not generate.may_batch(RwkvConfig())
 
 
-def test_a_prompt_that_was_cut_is_not_asked(tmp_path: Path) -> None:
+def test_cut_prompt_is_not_generated_from(tmp_path: Path) -> None:
     """It would be longer than anything that the model was trained and scored on."""
     base, data = tiny.save(tmp_path / "base"), tiny.prepared(tmp_path / "prepared")
     table = pq.read_table(data / "eval.parquet").to_pylist()
@@ -111,7 +109,7 @@ def test_a_prompt_that_was_cut_is_not_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj"])
-def test_a_reply_ends_where_a_model_has_no_more_positions(kind: str) -> None:
+def test_reply_ends_with_the_learned_positions(kind: str) -> None:
     torch.manual_seed(0)
     limits = {"max_position_embeddings": 32}
     config = CONFIG_MAPPING[kind](**SHAPE | (BESIDES | OTHERS)[kind] | limits)
@@ -122,7 +120,7 @@ def test_a_reply_ends_where_a_model_has_no_more_positions(kind: str) -> None:
     assert not replies[0].stopped
 
 
-def test_a_stop_token_ends_a_reply() -> None:
+def test_stop_token_ends_a_reply() -> None:
     model, tokenizer = tiny.model(), tiny.tokenizer()
     prompt = tokenizer.encode("two")
     with torch.inference_mode():
@@ -131,7 +129,7 @@ def test_a_stop_token_ends_a_reply() -> None:
     assert reply == generate.Reply("", stopped=True)
 
 
-def test_figures_are_weighted_by_token_and_english_stands_apart() -> None:
+def test_metrics_are_weighted_by_token_and_by_language() -> None:
     rows = pd.DataFrame(
         {
             "nats": [2.0, 3.0],
@@ -153,7 +151,7 @@ def test_figures_are_weighted_by_token_and_english_stands_apart() -> None:
     assert sum(part["tokens"] for part in report["by_language"].values()) == report["tokens"]
 
 
-def test_an_evaluation_repeats_itself_to_the_byte(tmp_path: Path) -> None:
+def test_evaluation_repeats_to_the_byte(tmp_path: Path) -> None:
     base, data = tiny.save(tmp_path / "base"), tiny.prepared(tmp_path / "prepared")
     wanted = Evaluate(generate_rows=4, max_new_tokens=4, prompts=6, seed=0)
     for name in ("one", "two"):

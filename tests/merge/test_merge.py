@@ -1,4 +1,4 @@
-"""A merged model is what was trained, or it is not written."""
+"""A merged model is what was trained, in a default load too, or it is not written."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from stages.merge import merge as merging
 from stages.merge import verify
@@ -20,47 +20,69 @@ from tests import tiny
 from tests.architectures import BESIDES, OTHERS, saved
 from tests.train.running import settings, train_on
 
+CPU = torch.device("cpu")
 
-def trained(folder: Path, precision: str, **changes: Any) -> dict[str, Path]:
-    """A trained tiny model and all that its merge reads."""
+
+def trained(folder: Path, precision: str, **changes: Any) -> Path:
+    """A trained tiny model, and everything else that its merge reads."""
     data = tiny.prepared(folder / "prepared")
     quantized = tiny.quantize(folder / "quantized", precision)
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
     train_on(settings(**changes), data, quantized, folder / "adapter")
-    (folder / "merged").mkdir()
-    return {name: folder / name for name in ("prepared", "quantized", "base", "adapter", "merged")}
+    return folder
 
 
-def merge(folder: Path, onto: str = "quantized", dtype: str = "fp16") -> dict[str, Any]:
-    wanted = Merge.model_validate({"onto": onto, "dtype": dtype})
-    weights = {"quantized": folder / "quantized", "original": folder / "base"}
+@pytest.fixture(scope="module")
+def nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("nf4"), "nf4")
+
+
+def merge(
+    folder: Path, out: Path, tokenizer: PreTrainedTokenizerFast | None = None, **changes: str
+) -> dict[str, Any]:
+    """Merge into `out / "merged"`, with the folder's tokenizer or another."""
+    (out / "merged").mkdir()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out / "tokenizer")
     return merging.merge(
-        wanted,
+        Merge.model_validate({"onto": "quantized", "dtype": "fp16"} | changes),
         folder / "adapter",
-        weights,
-        folder / "tokenizer",
+        {"quantized": folder / "quantized", "original": folder / "base"},
+        (folder if tokenizer is None else out) / "tokenizer",
         folder / "prepared",
-        folder / "merged",
+        out / "merged",
     )
 
 
 @pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "fp16", "bf16", "fp32"])
 def test_merge_is_what_was_trained(tmp_path: Path, precision: str) -> None:
-    trained(tmp_path, precision)
-    metrics = merge(tmp_path)
+    metrics = merge(trained(tmp_path, precision), tmp_path)
     assert metrics["top1_agreement"] >= 0.99
     assert metrics["kl_divergence"] <= 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_default_load_computes_with_the_verified_numbers(tmp_path: Path, dtype: str) -> None:
-    paths = trained(tmp_path, "nf4")
-    metrics = merge(tmp_path, dtype=dtype)
-    stored = {t.dtype for t in load_file(paths["merged"] / "model.safetensors").values()}
-    loaded = AutoModelForCausalLM.from_pretrained(paths["merged"])
-    assert stored == {loaded.dtype} == {DTYPES[dtype]}
-    assert metrics["dtype"] == files.read_json(paths["merged"] / "config.json")["dtype"]
-    assert metrics["dtype"] == str(loaded.dtype).removeprefix("torch.")
+def test_default_load_computes_with_the_verified_numbers(
+    nf4: Path, tmp_path: Path, dtype: str
+) -> None:
+    metrics = merge(nf4, tmp_path, dtype=dtype)
+    merged = tmp_path / "merged"
+    stored = {t.dtype for t in load_file(merged / "model.safetensors").values()}
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert stored == {model.dtype} == {DTYPES[dtype]}
+    assert metrics["dtype"] == files.read_json(merged / "config.json")["dtype"]
+    assert metrics["dtype"] == str(model.dtype).removeprefix("torch.")
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 2
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 3?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**ids, max_new_tokens=12)
+    assert tokenizer.decode(output[0]).startswith("<|im_start|>user\nWhat is 3?<|im_end|>\n")
 
 
 def test_activations_beyond_fp16_are_refused(tmp_path: Path) -> None:
@@ -71,22 +93,25 @@ def test_activations_beyond_fp16_are_refused(tmp_path: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     trained(tmp_path, "bf16")
     with pytest.raises(UserError, match=r"merge\.dtype is fp16, .* activations reach \d"):
-        merge(tmp_path)
-    assert merge(tmp_path, dtype="fp32")["dtype"] == "float32"
+        merge(tmp_path, tmp_path)
+    (tmp_path / "fp32").mkdir()
+    assert merge(tmp_path, tmp_path / "fp32", dtype="fp32")["dtype"] == "float32"
 
 
-def test_merged_folder_is_read_by_transformers_4(tmp_path: Path) -> None:
-    """By its class of tokenizer and its names of rotary parameters; seen with 4.57.6."""
-    paths, tokenizer = trained(tmp_path, "nf4"), tiny.tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    merge(tmp_path)
-    written = files.read_json(paths["merged"] / "tokenizer_config.json")
+def test_merged_tokenizer_is_read_by_transformers_4(nf4: Path, tmp_path: Path) -> None:
+    """For the same ids; seen with 4.57.6. A padding token without a row becomes the end token."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"], "pad_token": "[PAD]"})
+    merge(nf4, tmp_path, tokenizer)
+    merged = tmp_path / "merged"
+    written = files.read_json(merged / "tokenizer_config.json")
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert written["additional_special_tokens"] == ["<|tool|>"]
+    assert written["additional_special_tokens"] == ["<|end|>"]
     assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & set(written)
-    text = "<|im_start|>user\n two<|tool|>¿二?"
-    assert AutoTokenizer.from_pretrained(paths["merged"]).encode(text) == tokenizer.encode(text)
+    text = "<|im_start|>user\n two<|end|>¿二?"
+    assert AutoTokenizer.from_pretrained(merged).encode(text) == tokenizer.encode(text)
+    assert AutoTokenizer.from_pretrained(merged).pad_token_id == 2
+    assert AutoModelForCausalLM.from_pretrained(merged).config.pad_token_id == 2
 
 
 @pytest.mark.parametrize(
@@ -113,25 +138,17 @@ def test_rope_is_named_as_transformers_4_does(
     assert AutoConfig.from_pretrained(base).rope_parameters == before.rope_parameters
 
 
-def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> None:
-    """What the project does not do: peft quantizes the sum again. The gate must see it."""
-    paths = trained(tmp_path, "nf4")
-    unloaded = loading.load_adapted(paths["adapter"], paths["quantized"], torch.device("cpu"))
+def test_merge_and_unload_would_not_pass(nf4: Path, tmp_path: Path) -> None:
+    """On quantized layers, peft quantizes the sum again."""
+    unloaded = loading.load_adapted(nf4 / "adapter", nf4 / "quantized", CPU)
     requantized = unloaded.merge_and_unload().dequantize(dtype=torch.float32)
     del requantized._weight_conversions
-    requantized.save_pretrained(paths["merged"])
-    examples = read_examples(paths["prepared"] / "eval.parquet")
-    cpu = torch.device("cpu")
-    requantized = loading.load_model(paths["merged"], cpu, torch.float32)
+    requantized.save_pretrained(tmp_path)
+    examples = read_examples(nf4 / "prepared/eval.parquet")
+    model = loading.load_model(tmp_path, CPU, torch.float32)
     agreement = verify.compare(
-        verify.trained_exactly(paths["adapter"], paths["quantized"], examples, cpu),
-        verify.log_probabilities(
-            loading.load_model(paths["merged"], cpu, torch.float32),
-            examples,
-            cpu,
-            torch.float32,
-            "",
-        ),
+        verify.trained_exactly(nf4 / "adapter", nf4 / "quantized", examples, CPU),
+        verify.log_probabilities(model, examples, CPU, torch.float32, "merged"),
     )
     with pytest.raises(UserError, match="nothing was written"):
         verify.require(agreement, torch.bfloat16)
@@ -141,9 +158,7 @@ def test_merge_and_unload_on_quantized_layers_would_not_pass(tmp_path: Path) -> 
     ("differ", "positions", "passes"),
     [(1, 11, True), (2, 11, False), (2, 150, False), (4, 400, True), (5, 400, False)],
 )
-def test_one_token_may_differ_however_few_there_are(
-    differ: int, positions: int, passes: bool
-) -> None:
+def test_one_token_may_differ_however_few(differ: int, positions: int, passes: bool) -> None:
     agreement = verify.Agreement(1e-9, 1 - differ / positions, positions)
     if passes:
         verify.require(agreement, torch.float16)
@@ -152,71 +167,35 @@ def test_one_token_may_differ_however_few_there_are(
         verify.require(agreement, torch.float16)
 
 
-def test_a_padding_token_without_a_row_is_replaced_by_the_end_token(tmp_path: Path) -> None:
-    """As fine-tuners add it to a tokenizer; a model with such an id cannot be loaded."""
-    paths = trained(tmp_path, "nf4")
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert tokenizer.pad_token_id == 384
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    merge(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(paths["merged"]).config.pad_token_id == 2
-    assert AutoTokenizer.from_pretrained(paths["merged"]).pad_token_id == 2
-
-
-def test_a_merged_model_needs_no_other_package(tmp_path: Path) -> None:
-    paths = trained(tmp_path, "nf4")
-    merge(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(paths["merged"])
-    tokenizer = AutoTokenizer.from_pretrained(paths["merged"])
-    assert model.dtype == torch.float16
-    assert model.config.eos_token_id == model.generation_config.eos_token_id == 2
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 3?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    output = model.generate(**ids, max_new_tokens=12)
-    assert tokenizer.decode(output[0]).startswith("<|im_start|>user\nWhat is 3?<|im_end|>\n")
-
-
-def test_onto_the_original_weights_is_reported_without_a_gate(tmp_path: Path) -> None:
-    trained(tmp_path, "nf4")
-    metrics = merge(tmp_path, onto="original")
+def test_original_weights_are_reported_without_a_gate(nf4: Path, tmp_path: Path) -> None:
+    metrics = merge(nf4, tmp_path, onto="original")
     assert metrics["onto"] == "original"
     assert metrics["kl_divergence"] > 1e-3
 
 
-def test_a_full_fine_tune_is_linked_and_has_nothing_to_merge(tmp_path: Path) -> None:
-    paths = trained(tmp_path, "bf16", train__method="full")
-    before = files.folder_sha256(paths["adapter"])
+def test_full_fine_tune_is_linked(tmp_path: Path) -> None:
+    adapter = trained(tmp_path, "bf16", train__method="full") / "adapter"
+    before = files.folder_sha256(adapter)
     with pytest.raises(UserError, match=r"merge\.onto is 'original'"):
-        merge(tmp_path, onto="original")
-    metrics = merge(tmp_path)
-    assert metrics["top1_agreement"] == 1.0
-    assert metrics["kl_divergence"] == 0.0
+        merging.refuse_original(adapter, "original")
+    metrics = merge(tmp_path, tmp_path)
+    assert (metrics["top1_agreement"], metrics["kl_divergence"]) == (1.0, 0.0)
+    assert metrics["dtype"] == "bfloat16"
     weights = "model.safetensors"
-    assert (paths["merged"] / weights).samefile(paths["adapter"] / weights)
-    assert files.folder_sha256(paths["adapter"]) == before
+    assert (tmp_path / "merged" / weights).samefile(adapter / weights)
+    assert files.folder_sha256(adapter) == before
 
 
-def test_models_that_give_no_numbers_do_not_agree() -> None:
-    """The largest of 0 and NaN is 0, and the most likely of three NaN the first."""
-    nothing = torch.full((2, 3), torch.nan)
-    with pytest.raises(UserError, match="gives NaN"):
-        verify.compare([nothing], [nothing])
-
-
-def test_a_token_that_cannot_be_in_either_model_adds_nothing() -> None:
-    shut = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    assert verify.compare([shut], [shut]).kl_divergence == 0.0
-
-
-def test_kl_and_agreement_by_hand() -> None:
+def test_agreement_by_hand() -> None:
     first = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]).log()
     second = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1]]).log()
     agreement = verify.compare([first], [second])
     # 0.5 ln 2 - 0.25 ln 2 over two positions; the first position's most likely token differs.
     assert agreement.kl_divergence == pytest.approx(0.25 * 0.6931472 / 2)
     assert agreement.top1_agreement == 0.5
+    impossible = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    assert verify.compare([impossible], [impossible]).kl_divergence == 0.0
+    # The largest of 0 and NaN is 0, and the most likely of three NaN the first.
+    nan = torch.full((2, 3), torch.nan)
+    with pytest.raises(UserError, match="gives NaN"):
+        verify.compare([nan], [nan])

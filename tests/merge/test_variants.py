@@ -100,7 +100,7 @@ def merge(folder: Path, onto: str = "quantized") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_what_is_trained_is_what_is_scored_and_merged(tmp_path: Path, variant: Variant) -> None:
+def test_trained_scored_and_merged_adapter_agree(tmp_path: Path, variant: Variant) -> None:
     metrics = trained(tmp_path, variant)
     before = files.folder_sha256(tmp_path / "quantized")
 
@@ -122,7 +122,7 @@ def test_what_is_trained_is_what_is_scored_and_merged(tmp_path: Path, variant: V
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora", "loftq", "both ends of a tie"])
-def test_a_variant_trained_twice_is_the_same_bytes(
+def test_variant_trained_twice_is_the_same_bytes(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = []
@@ -134,12 +134,12 @@ def test_a_variant_trained_twice_is_the_same_bytes(
     assert hashes[0] == hashes[1]
 
 
-def test_what_loftq_makes_up_for_is_not_put_on_the_original_weights(tmp_path: Path) -> None:
+def test_loftq_is_not_merged_onto_the_original(tmp_path: Path) -> None:
     trained(tmp_path, VARIANTS["loftq"])
     with pytest.raises(UserError, match=r"merge\.onto is 'original'.*loftq"):
         merge(tmp_path, onto="original")
 
 
-def test_pissa_fits_the_original_weights_as_any_adapter(tmp_path: Path) -> None:
+def test_pissa_fits_the_original_weights(tmp_path: Path) -> None:
     trained(tmp_path, VARIANTS["pissa"])
     assert merge(tmp_path, onto="original")["kl_divergence"] < 1

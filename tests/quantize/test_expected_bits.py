@@ -31,12 +31,12 @@ def matrix(name: str, kind: str, size: int) -> Stored:
         ("fp4", True, 8_192 + 256 + 4, 4.127),
     ],
 )
-def test_what_a_precision_takes(precision: str, double_quant: bool, size: int, bits: float):
+def test_expected_bytes_by_hand(precision: str, double_quant: bool, size: int, bits: float):
     assert expected_bits.expected_bytes(SHAPE, precision, double_quant) == size
     assert 8 * size / 16_384 == pytest.approx(bits, abs=5e-4)
 
 
-def test_a_kept_promise_with_tables():
+def test_expected_bits_allow_for_tables():
     size = expected_bits.expected_bytes(SHAPE, "nf4", double_quant=True) + 64 + 1024 + 190
     matrices = [matrix("a", "nf4", size), matrix("b", "nf4", size)]
     expected_bits.require_expected_bits(matrices, settings("nf4"))
@@ -44,7 +44,7 @@ def test_a_kept_promise_with_tables():
     assert expected_bits.quantized_parameters(matrices) == 2 * 16_384
 
 
-def test_one_dense_matrix_among_many_breaks_it():
+def test_one_dense_matrix_among_many_is_refused():
     good = expected_bits.expected_bytes(SHAPE, "int8", double_quant=False)
     matrices = [matrix(f"layer.{i}", "int8", good) for i in range(60)]
     matrices.append(matrix("layer.60.experts", "bf16", 32_768))
@@ -52,12 +52,12 @@ def test_one_dense_matrix_among_many_breaks_it():
         expected_bits.require_expected_bits(matrices, settings("int8"))
 
 
-def test_less_than_promised_is_as_wrong():
+def test_fewer_bits_than_expected_are_refused():
     with pytest.raises(UserError, match="bf16"):
         expected_bits.require_expected_bits([matrix("a", "nf4", 8_452)], settings("bf16"))
 
 
-def test_embeddings_head_and_vectors_do_not_count():
+def test_embedding_head_and_vectors_do_not_count():
     parameters = [
         matrix("embed", "bf16", 32_768),
         matrix("head", "bf16", 32_768),

@@ -1,4 +1,4 @@
-"""What is in memory while a model is quantized, counted in bytes of live tensors."""
+"""Memory of quantizing, in bytes of live tensors."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def allowed(base: Path, written: Path) -> int:
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
-def test_no_more_than_the_result_two_layers_and_the_embedding(
+def test_memory_is_the_result_and_two_layers(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ):
     # What other threads allocate would not be seen: read in this one.
@@ -79,7 +79,7 @@ def mapped(folder: Path) -> int:
     return total
 
 
-def test_what_was_read_of_the_base_is_let_go(
+def test_base_is_released_as_it_is_read(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[int] = []
@@ -92,7 +92,7 @@ def test_what_was_read_of_the_base_is_let_go(
     assert mapped(base) == 0
 
 
-def test_a_view_of_a_file_goes_when_its_tensor_goes(base: Path):
+def test_view_of_a_file_goes_with_its_tensor(base: Path):
     weights = Weights(base)
     views = [weights.tensor(name) for name in sizes(base)]
     assert mapped(base) >= sum(sizes(base).values())

@@ -19,7 +19,7 @@ from stages.quantize.convert import convert
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.shared.step import adapter as adapters
-from stages.shared.weights.checkpoint import read_header
+from stages.shared.weights.checkpoint import Weights, read_header
 from tests import tiny
 from tests.architectures import BESIDES, saved
 from tests.train.running import settings, train_on
@@ -204,3 +204,57 @@ def test_cut_file_is_refused(tmp_path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match="is no whole safetensors file"):
         read_header(path)
+
+
+def weights_of(folder: Path, **shards: Tensors) -> Weights:
+    for name, tensors in shards.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    return Weights(folder)
+
+
+def test_parts_are_counted_with_their_weight(tmp_path: Path) -> None:
+    weights = weights_of(
+        tmp_path,
+        one={
+            "q.weight": torch.tensor([[127, -127], [0, 64]], dtype=torch.int8),
+            "q.SCB": torch.tensor([1.0, 254.0]),
+            "q.weight_format": torch.tensor(0, dtype=torch.uint8),
+            "q.bias": torch.zeros(2, dtype=torch.bfloat16),
+        },
+        two={"norm.weight": torch.ones(3)},
+    )
+    stored = {p.name: p for p in weights.parameters}
+    assert {name: (p.kind, p.shape, p.bytes) for name, p in stored.items()} == {
+        "norm.weight": ("fp32", (3,), 12),
+        "q.bias": ("bf16", (2,), 4),
+        "q.weight": ("int8", (2, 2), 4 + 8 + 1),
+    }
+    assert weights.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    values = weights.values(stored["q.weight"], CPU)
+    assert torch.allclose(values, torch.tensor([[1.0, -1.0], [0.0, 128.0]]))
+
+
+def test_parameters_come_in_order_and_without_the_prefix(tmp_path: Path) -> None:
+    names = [f"h.{i}.weight" for i in (10, 2, 1)] + ["embed.weight"]
+    weights = weights_of(tmp_path, model={name: torch.zeros(1) for name in names})
+    in_order = ["embed.weight", "h.1.weight", "h.2.weight", "h.10.weight"]
+    assert [p.name for p in weights.parameters] == in_order
+    assert weights.find("transformer.h.1.weight", "transformer") == "h.1.weight"
+    assert weights.find("h.1.weight", "transformer") == "h.1.weight"
+    assert weights.find("h.0.weight", "transformer") is None
+
+
+def test_every_dtype_and_shape_is_read_as_by_safetensors(tmp_path: Path) -> None:
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+    dtypes += [torch.float8_e5m2, torch.int64, torch.int32, torch.int16]
+    tensors = {str(dtype): torch.arange(6).view(2, 3).to(dtype) for dtype in dtypes} | {
+        "scalar": torch.tensor(7, dtype=torch.uint8),
+        "empty": torch.zeros(0, 3),
+        "odd": torch.arange(5, dtype=torch.int8),
+        "flags": torch.tensor([[True], [False]]),
+    }
+    weights = weights_of(tmp_path, model=tensors)
+    for name, expected in tensors.items():
+        tensor = weights.tensor(name)
+        assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8))

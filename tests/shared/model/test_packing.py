@@ -1,22 +1,24 @@
-"""Packed conversations neither see nor change each other."""
+"""Packed conversations neither see nor change each other, in any architecture."""
 
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from stages.shared.model import attention, packing, scoring
-from stages.shared.model.packing import Example
+from stages.shared.model import attention, loading, packing, scoring
+from stages.shared.model.packing import PACKING, Example
 from tests import tiny
+from tests.architectures import BESIDES, OTHERS, saved
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["sdpa", attention.NAME])
 def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    """The library's own path, and ours; what is asserted of packing holds on both."""
+    """With the library's attention, and with ours."""
     made = tiny.model()
     made.set_attn_implementation(request.param)
     return made
@@ -29,7 +31,7 @@ def conversations(lengths: tuple[int, ...] = (9, 4, 17, 6)) -> list[Example]:
     ]
 
 
-def computed(lengths: tuple[int, ...]) -> list[Example]:
+def of_input_tokens(*lengths: int) -> list[Example]:
     """So many tokens of each go through the model, and one more is predicted."""
     return [
         Example(np.zeros(n + 1, dtype=np.int64), np.arange(n + 1) == n, row)
@@ -37,7 +39,11 @@ def computed(lengths: tuple[int, ...]) -> list[Example]:
     ]
 
 
-def test_positions_restart_and_targets_follow_their_predictors() -> None:
+def gradient(model: LlamaForCausalLM) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_pack_restarts_positions_and_aligns_targets() -> None:
     first = Example(np.array([5, 6, 7]), np.array([True, False, True]), 0)
     second = Example(np.array([8, 9]), np.array([True, True]), 1)
     packed = packing.pack([first, second], CPU)
@@ -49,32 +55,27 @@ def test_positions_restart_and_targets_follow_their_predictors() -> None:
     assert packed.predictors.tolist() == [1, 2]
     assert packed.targets.tolist() == [7, 9]
     assert packed.rows.tolist() == [0, 1]
-    assert (first.supervised_tokens, second.supervised_tokens) == (1, 1)
 
 
-def test_what_follows_the_last_learnt_token_is_not_computed_and_changes_nothing(
-    model: LlamaForCausalLM,
-) -> None:
-    ids, learnt = np.arange(3, 15), np.arange(12)
-    example = Example(ids, (learnt > 4) & (learnt < 9), 0)
+def test_tokens_after_the_last_supervised_one_are_skipped(model: LlamaForCausalLM) -> None:
+    """They change neither losses nor gradients."""
+    ids, at = np.arange(3, 15), np.arange(12)
+    example = Example(ids, (at > 4) & (at < 9), 0)
     batch = packing.pack([example], CPU)
-    assert batch.input_ids.tolist() == [[*range(3, 11)]]  # token 11, the last learnt, is predicted
+    assert batch.input_ids.tolist() == [[*range(3, 11)]]  # token 11, the last, is predicted
     scoring.negative_log_likelihoods(model, batch).sum().backward()
-    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    packed = gradient(model)
     model.zero_grad()
     logits = model(torch.from_numpy(ids)[None]).logits[0, :-1]
     losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="none")
     losses[torch.from_numpy(example.loss_mask[1:])].sum().backward()
-    for found, parameter in zip(gradients, model.parameters(), strict=True):
-        assert (found - parameter.grad).norm() < 1e-5 * found.norm()
+    assert (packed - gradient(model)).norm() < 1e-5 * packed.norm()
 
 
-def test_packed_losses_and_gradients_equal_those_of_each_conversation_alone(
-    model: LlamaForCausalLM,
-) -> None:
-    examples = conversations()
-
-    def gradients(groups: list[list[Example]]) -> tuple[dict[int, list[float]], torch.Tensor]:
+def test_packed_losses_and_gradients_equal_each_alone(model: LlamaForCausalLM) -> None:
+    def losses_and_gradient(
+        groups: list[list[Example]],
+    ) -> tuple[dict[int, list[float]], torch.Tensor]:
         model.zero_grad()
         losses: dict[int, list[float]] = {}
         for group in groups:
@@ -83,19 +84,17 @@ def test_packed_losses_and_gradients_equal_those_of_each_conversation_alone(
             values.sum().backward()
             for row, value in zip(batch.rows.tolist(), values.tolist(), strict=True):
                 losses.setdefault(row, []).append(value)
-        return losses, torch.cat(
-            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        )
+        return losses, gradient(model)
 
-    alone, alone_gradient = gradients([[e] for e in examples])
-    packed, packed_gradient = gradients([examples])
+    examples = conversations()
+    alone, alone_gradient = losses_and_gradient([[e] for e in examples])
+    packed, packed_gradient = losses_and_gradient([examples])
     for row, losses in alone.items():
         assert packed[row] == pytest.approx(losses, rel=1e-5, abs=1e-5)
-    difference = (packed_gradient - alone_gradient).norm() / alone_gradient.norm()
-    assert difference < 1e-5
+    assert (packed_gradient - alone_gradient).norm() < 1e-5 * alone_gradient.norm()
 
 
-def test_a_changed_word_changes_no_logit_of_a_neighbour(model: LlamaForCausalLM) -> None:
+def test_changed_word_changes_no_logit_of_a_neighbour(model: LlamaForCausalLM) -> None:
     examples = conversations()
     changed = Example((examples[1].input_ids + 1) % 384, examples[1].loss_mask, 1)
     with torch.inference_mode():
@@ -108,10 +107,9 @@ def test_a_changed_word_changes_no_logit_of_a_neighbour(model: LlamaForCausalLM)
     assert not torch.equal(logits[~neighbours], other[~neighbours])
 
 
-def test_an_attention_mask_of_all_ones_would_let_conversations_see_each_other() -> None:
+def test_attention_mask_of_ones_would_mix_conversations() -> None:
     """The trap that `supervised_logits` avoids by giving no mask at all."""
-    examples = conversations()
-    batch, model = packing.pack(examples, CPU), tiny.model()
+    batch, model = packing.pack(conversations(), CPU), tiny.model()
     with torch.inference_mode():
         right = scoring.supervised_logits(model, batch)
         masked = model(
@@ -123,7 +121,7 @@ def test_an_attention_mask_of_all_ones_would_let_conversations_see_each_other() 
     assert not torch.allclose(right, masked, atol=1e-3)
 
 
-def test_a_sliding_window_is_kept_to() -> None:
+def test_sliding_window_is_kept_to() -> None:
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=384,
@@ -145,16 +143,34 @@ def test_a_sliding_window_is_kept_to() -> None:
     torch.testing.assert_close(logits[1], logits[2])
 
 
-@pytest.mark.parametrize("max_tokens", [1, 10, 20, 36])
-def test_split_loses_nothing_and_keeps_to_the_limit(max_tokens: int) -> None:
-    examples = conversations()
-    groups = packing.bins(examples, max_tokens)
-    assert sorted(e.row for group in groups for e in group) == [0, 1, 2, 3]
-    for group in groups:
-        assert sum(e.input_tokens for e in group) <= max_tokens or len(group) == 1
+MODELS = [(kind, True) for kind in sorted(PACKING)] + [(kind, False) for kind in OTHERS]
 
 
-def test_score_is_the_mean_over_tokens_and_leaves_the_model_in_its_mode() -> None:
+@pytest.mark.parametrize(("kind", "packs"), MODELS)
+@torch.no_grad()
+def test_architecture_keeps_conversations_apart(tmp_path: Path, kind: str, packs: bool) -> None:
+    """Against each by itself, with the attention that is written out in the library."""
+    folder = saved(tmp_path, kind, BESIDES.get(kind, {}) if packs else OTHERS[kind])
+    random = np.random.default_rng(0)
+    lengths = (40, 30, 9, 5)
+    examples = [
+        Example(random.integers(3, 384, n), np.arange(n) > 2, i) for i, n in enumerate(lengths)
+    ]
+    library = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    losses = []
+    for example in examples:
+        ids = torch.tensor(example.input_ids)
+        seen = ids[None, : example.input_tokens]
+        likely = library(input_ids=seen, use_cache=False).logits[0].float().log_softmax(-1)
+        losses.append(-likely[example.predictors, ids[1:][example.predictors]])
+
+    model = loading.load_model(folder, CPU, torch.float32)
+    assert packing.may_pack(model.config) is packs
+    packed = scoring.negative_log_likelihoods(model, packing.pack(examples, CPU))
+    torch.testing.assert_close(packed, torch.cat(losses), atol=5e-5, rtol=0)
+
+
+def test_score_is_a_mean_over_tokens_and_keeps_the_mode() -> None:
     model, examples = tiny.model().train(), conversations()
     sums, tokens = scoring.score(model, examples, CPU, torch.float32, "test")
     assert model.training
@@ -169,10 +185,18 @@ def test_score_is_the_mean_over_tokens_and_leaves_the_model_in_its_mode() -> Non
     assert scoring.mean_loss(sums, tokens) == pytest.approx(sum(expected) / tokens.sum(), rel=1e-5)
 
 
-def test_those_that_work_side_by_side_get_equal_parts() -> None:
+@pytest.mark.parametrize("max_tokens", [1, 10, 20, 36])
+def test_bins_lose_nothing_and_keep_to_the_limit(max_tokens: int) -> None:
+    groups = packing.bins(conversations(), max_tokens)
+    assert sorted(e.row for group in groups for e in group) == [0, 1, 2, 3]
+    for group in groups:
+        assert packing.input_tokens(group) <= max_tokens or len(group) == 1
+
+
+def test_partition_evens_out_by_exchange() -> None:
     """The longest first to the emptier one would give 17 and 13."""
-    first, second = packing.partition(computed((8, 7, 6, 5, 4)), 11, 2)
-    lengths = [[[e.input_tokens for e in batch] for batch in part] for part in (first, second)]
+    parts = packing.partition(of_input_tokens(8, 7, 6, 5, 4), 11, 2)
+    lengths = [[[e.input_tokens for e in batch] for batch in part] for part in parts]
     assert sorted(chain(*lengths[0], *lengths[1])) == [4, 5, 6, 7, 8]
     assert [sum(map(sum, part)) for part in lengths] == [15, 15]
     assert all(sum(batch) <= 11 for part in lengths for batch in part)
@@ -182,18 +206,15 @@ def test_those_that_work_side_by_side_get_equal_parts() -> None:
     ("lengths", "workers"),
     [((9,), 1), ((9, 4), 1), ((9, 9), 2), ((9, 9, 9), 3), ((30, 10, 10, 10), 2)],
 )
-def test_fewer_work_where_parts_would_be_uneven(lengths: tuple[int, ...], workers: int) -> None:
-    parts = packing.partition(computed(lengths), 100, 3)
+def test_partition_uses_fewer_workers_where_uneven(lengths: tuple[int, ...], workers: int) -> None:
+    parts = packing.partition(of_input_tokens(*lengths), 100, 3)
     assert len(parts) == workers
     rows = [e.row for part in parts for batch in part for e in batch]
     assert sorted(rows) == list(range(len(lengths)))
 
 
-def test_one_alone_has_all_micro_batches() -> None:
+def test_one_worker_needs_no_more_memory_than_several() -> None:
     examples = conversations()
     assert packing.partition(examples, 20, 1) == [packing.bins(examples, 20)]
-
-
-def test_one_alone_needs_no_more_at_once_than_each_of_several_would() -> None:
-    [alone] = packing.partition(computed((30, 10, 10, 2)), 100, 2)
+    [alone] = packing.partition(of_input_tokens(30, 10, 10, 2), 100, 2)
     assert [[e.input_tokens for e in batch] for batch in alone] == [[30], [10, 10, 2]]

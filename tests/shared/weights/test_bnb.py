@@ -1,0 +1,114 @@
+"""bitsandbytes: imported without torch's compiler, by one module; and its guard."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stages.shared.model import loading
+from stages.shared.weights import bnb
+from tests import tiny
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+IDS = torch.arange(10, 42)[None]
+
+
+@pytest.mark.parametrize("stage", ["train", "merge", "evaluate", "quantize"])
+def test_stage_imports_no_compiler(stage: str) -> None:
+    """In the order of its `main`."""
+    tree = ast.parse((ROOT / "stages" / stage / "__main__.py").read_text())
+    late = [
+        ast.unparse(statement)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.With)
+        for statement in block.body
+        if isinstance(statement, ast.Import | ast.ImportFrom)
+    ]
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "\n".join(late)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = set(re.findall(r"\| +([\w.]+)$", result.stderr, re.MULTILINE))
+    assert {"torch", "bitsandbytes.nn.modules"} <= imported
+    assert ("peft" in imported) is (stage != "quantize")
+    assert "torch._inductor.compile_fx" not in imported
+
+
+def test_one_module_imports_bitsandbytes() -> None:
+    importing = [
+        path
+        for path in (ROOT / "stages").rglob("*.py")
+        if re.search(r"^\s*(?:from|import) bitsandbytes", path.read_text(), re.MULTILINE)
+    ]
+    assert importing == [ROOT / "stages/shared/weights/bnb.py"]
+
+
+def test_decorated_function_is_compiled_at_its_first_call() -> None:
+    seen = []
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.append(graph)
+        return graph.forward
+
+    decorated = bnb._compiled_when_called(backend=backend)(double)
+    assert (decorated.__name__, seen) == ("double", [])
+    for _ in range(2):
+        assert decorated(torch.ones(3)).tolist() == [2, 2, 2]
+    assert len(seen) == 1
+    assert torch.compile.__module__ == "torch"
+
+
+def gradient_norm(model: PreTrainedModel) -> float:
+    """The norm of the embedding's gradient, which runs through every quantized layer."""
+    model.train()
+    model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    return float(cast(torch.Tensor, model.get_input_embeddings().weight.grad).float().norm())
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(IDS).logits.clone()
+
+
+def packed(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [layer.weight.data.clone() for layer in bnb.quantized_layers(model).values()]
+
+
+@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit")
+@pytest.mark.parametrize("guarded", [True, False])
+def test_guard_keeps_weights_through_evaluation(tmp_path: Path, guarded: bool) -> None:
+    """The tiny model's sizes are multiples of 64, as the repacking wants them."""
+    if not guarded and not has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16: nothing is repacked")
+    folder = tiny.quantize(tmp_path / "nf4", "nf4")
+    model = (
+        loading.load_model(folder, CPU)
+        if guarded
+        else AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    )
+    before, weights = gradient_norm(model), packed(model)
+    first = logits(model)
+    same = [torch.equal(a, b) for a, b in zip(packed(model), weights, strict=True)]
+    assert len(same) == 14
+    if guarded:
+        assert all(same)
+        assert gradient_norm(model) == before
+        assert torch.equal(logits(model), first)
+    else:
+        assert not any(same)
+        assert gradient_norm(model) != pytest.approx(before, rel=0.01)
