@@ -4,22 +4,26 @@ Reads:  models/base/config.json, reports/prepare.json
 Writes: reports/plan.json, reports/plan.svg
 Run:    python -m stages.plan
         python -m stages.plan --model Llama-3-8B --budget 16 --max-length 2048
+        python -m stages.plan --model owner/name --set lora.r=64 --set quantize.precision=bf16
 
 What is written is a pure function of the parameters, the config and the counts of `prepare`:
-nothing is measured, and nothing of this machine is looked at. What this machine fits and how long
-it takes is only printed, and not under DVC. With any option these files are not written.
+nothing of this machine is looked at. What this machine fits and how long it takes is only printed,
+and not under DVC. With any option these files are not written.
 """
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from stages.plan import named
-from stages.plan.data import Data, read_counts
-from stages.plan.settings import Params
+import yaml
+
+from stages.plan import sources
+from stages.plan.config import Params, Tried
+from stages.plan.data import data_of
 from stages.shared.core import files, params, progress
 from stages.shared.core.errors import UserError, run
-from stages.shared.step.adapter_sizes import of_parameters
 
 COUNTS = Path("reports/prepare.json")
 PLAN = Path("reports/plan.json")
@@ -28,12 +32,14 @@ LARGEST = 10**9  # of what an option can be: beyond it, what is counted has no n
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Another model, budget or length; without any of them, this is the stage."""
-    known = f"a folder with a config.json, such a file, or: {named.names()}"
+    """Another model, budget, length or parameter; without any of them, this is the stage."""
+    known = f"a folder with a config.json, such a file, owner/name[@commit], or: {sources.names()}"
     parser.add_argument("--model", help=known)
     parser.add_argument("--budget", type=float, help="GiB; this machine's memory if left out")
     parser.add_argument("--max-length", type=int, help="tokens of the longest conversation")
     parser.add_argument("--picture", type=Path, help="where to draw the plan, as SVG")
+    help_set = "a parameter of quantize, lora or train, for this plan alone; may be repeated"
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help=help_set)
 
 
 def check(options: Namespace) -> None:
@@ -43,47 +49,60 @@ def check(options: Namespace) -> None:
         UserError: names the option.
     """
     if options.budget is not None and not 0 < options.budget < LARGEST:
-        raise UserError(
-            f"--budget is {options.budget:g}; expected GiB, above 0 and below {LARGEST:,}"
-        )
+        raise UserError(f"--budget: is {options.budget:g}. Give GiB above 0 and below {LARGEST:,}.")
     if options.max_length is not None and not 2 <= options.max_length < LARGEST:
         raise UserError(
-            f"--max-length is {options.max_length}; expected 2 tokens or more, and fewer than "
-            f"{LARGEST:,}"
+            f"--max-length: is {options.max_length}. Give 2 tokens or more, below {LARGEST:,}."
         )
 
 
-def data_of(max_length: int | None, batch_size: int) -> Data:
-    """What `prepare` counted, or one step of conversations of `max_length` tokens, all learnt."""
-    if max_length is None:
-        return read_counts(COUNTS)
-    tokens = batch_size * max_length
-    return Data(batch_size, tokens, tokens - batch_size, max_length)
+def changed(values: Params, settings: Sequence[str]) -> Params:
+    """The parameters with some set anew, `lora.r=64`.
+
+    Raises:
+        UserError: a setting is no key of the three sections, or has no such value.
+    """
+    tried = values.model_dump()
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        section, _, name = key.partition(".")
+        if not separator or section not in get_args(Tried) or name not in tried[section]:
+            known = ", ".join(f"{s}.{n}" for s in get_args(Tried) for n in tried[s])
+            raise UserError(f"--set: {setting!r} is no parameter with a value. Set one of {known}.")
+        try:
+            tried[section][name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set: {setting!r} has no value of YAML. Correct it.") from None
+    return params.validate(Params, tried)
 
 
 def main(options: Namespace) -> None:
     """Count, write, draw, print."""
     check(options)
-    values = params.load(Params, "plan")
-    config = named.config_path(options.model)
-    found = data_of(options.max_length, values.train.batch_size)
-    # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    values = changed(params.load(Params, "plan"), options.set or ())
+    config = sources.config_path(options.model)
+    found = data_of(options.max_length, values.train.batch_size, COUNTS)
+    # Imported late: a mistake in params.yaml is told before the seconds that these take.
     with progress.quick_imports():
-        from stages.plan import figures, growth, here, picture, table  # noqa: PLC0415
-        from stages.shared.architecture import model_of_config  # noqa: PLC0415
+        from stages.plan import charts, figures, tables  # noqa: PLC0415
+        from stages.shared.step.count import StepCounter  # noqa: PLC0415
 
-    model = model_of_config(config)
-    plan = figures.plan(model, found, values)
     is_stage = all(option is None for option in vars(options).values())
-    if where := PICTURE if is_stage else options.picture:
-        adapter = of_parameters(model.tensors, values.lora)
-        panels = growth.of_model(model, adapter, found.supervised_share)
-        picture.draw(plan["techniques"], panels, plan["micro_batch"]["tokens"], where)
-    if is_stage:
-        files.write_json(PLAN, plan)
-    print(table.techniques(plan), table.configured(plan), table.disk(plan), sep="\n\n")
-    if "DVC_STAGE" not in os.environ:
-        print(f"\n{here.described(config, model, found, values, options.budget)}")
+    with StepCounter(config) as counter:
+        plan = figures.plan(counter, found, values)
+        if target := PICTURE if is_stage else options.picture:
+            growth = figures.growth(counter, values, found)
+            tokens = plan["micro_batch"]["tokens"]
+            charts.draw(plan["techniques"], growth, figures.LENGTHS, tokens, target)
+        if is_stage:
+            files.write_json(PLAN, plan)
+        print(tables.cards(plan), tables.techniques(plan), tables.disk(plan), sep="\n\n")
+        if "DVC_STAGE" not in os.environ:
+            from stages.plan import this_machine  # noqa: PLC0415  (imports torch)
+
+            print()
+            for line in this_machine.described(counter, found, values, options.budget):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

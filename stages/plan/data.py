@@ -1,26 +1,17 @@
-"""How much there is to train on: what `prepare` counted, or what is asked for instead."""
+"""The amount of training data: what `prepare` counted, or one step of the longest conversations."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
 
-from stages.plan.settings import Train
 from stages.shared.core.errors import UserError
+from stages.shared.step.config import Train
 
 
 @dataclass(frozen=True)
 class Data:
-    """The training conversations, in all.
-
-    Attributes:
-        conversations: how many.
-        tokens: in all of them.
-        supervised_tokens: that are learnt.
-        longest: tokens of the longest.
-    """
+    """The training conversations: their number, their tokens and targets, the longest's tokens."""
 
     conversations: int
     tokens: int
@@ -29,7 +20,7 @@ class Data:
 
     @property
     def supervised_share(self) -> float:
-        """Of the tokens, those that are learnt."""
+        """Share of the tokens that are targets."""
         return self.supervised_tokens / self.tokens
 
     @property
@@ -38,29 +29,22 @@ class Data:
         return self.tokens / self.conversations
 
 
+def data_of(max_length: int | None, batch_size: int, counts: Path) -> Data:
+    """The counts of `prepare`, or a step of conversations of `max_length` tokens, all targets."""
+    if max_length is None:
+        return read_counts(counts)
+    tokens = batch_size * max_length
+    return Data(batch_size, tokens, tokens - batch_size, max_length)
+
+
 def read_counts(path: Path) -> Data:
-    """What `prepare` counted.
+    """The training split in the report of `prepare`.
 
     Raises:
-        UserError: it is not there, no JSON, or without training conversations.
+        UserError: it is missing, no JSON, or without training conversations.
     """
     try:
-        counts = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        raise UserError(
-            f"{path}: missing or not JSON; expected what `prepare` counted; run `dvc repro prepare`"
-        ) from None
-    return of_counts(counts)
-
-
-def of_counts(counts: Mapping[str, Any]) -> Data:
-    """The training split of `reports/prepare.json`.
-
-    Raises:
-        UserError: the counts are not those that `prepare` writes.
-    """
-    try:
-        train = counts["train"]
+        train = json.loads(path.read_text(encoding="utf-8"))["train"]
         data = Data(
             train["conversations"],
             train["tokens"],
@@ -68,18 +52,15 @@ def of_counts(counts: Mapping[str, Any]) -> Data:
             train["longest_tokens"],
         )
         usable = min(data.conversations, data.tokens, data.longest) > 0
-    except (KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         usable = False
     if not usable:
-        raise UserError(
-            "reports/prepare.json: no train.conversations, tokens, supervised_tokens and "
-            "longest_tokens above zero; expected what `prepare` writes; run `dvc repro prepare`"
-        )
+        raise UserError(f"{path}: no counts of training conversations. Run `dvc repro prepare`.")
     return data
 
 
 def schedule(data: Data, train: Train) -> dict[str, int]:
-    """How much training there is, if it does not stop early."""
+    """Steps and tokens of a training that does not stop early."""
     steps = train.epochs * ceil(data.conversations / train.batch_size)
     return {
         "steps": min(steps, train.max_steps or steps),

@@ -1,117 +1,92 @@
-"""The figures of the plan: a pure function of the model, the data and the parameters."""
+"""The figures of the plan: a pure function of the model's config, the data and the parameters."""
 
-from dataclasses import asdict, replace
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any
 
-from stages.plan import data, disk, operations, techniques
+from stages.plan import data, techniques
+from stages.plan.config import Params
 from stages.plan.data import Data
-from stages.plan.settings import Params
-from stages.shared import fitting, memory, peak, workload
 from stages.shared.core.errors import UserError
-from stages.shared.fitting import GIB, Request
-from stages.shared.peak import PARTS
-from stages.shared.step import adapter_sizes as adapter
-from stages.shared.step.adapter_sizes import Adapter
-from stages.shared.tensors import Kind, Model, parameter_count
-from stages.shared.tuning import Device, Tuning
+from stages.shared.step import fit, memory
+from stages.shared.step.count import StepCounter
+from stages.shared.step.fit import Choice, Request
+from stages.shared.step.limits import GIB
+from stages.shared.step.setup import Device, MicroBatch, TrainingSetup, lora_of, setup_of
+from stages.shared.step.workload import workload_of_counts
 
 NOTE = (
-    "Predicted peaks of live tensors in a training step on CUDA, by part. The formulas were held "
-    "against steps on a CPU and on one GPU. A card must hold an assumed context besides."
+    "Predicted peaks of live tensors in a training step on CUDA, by part: the step was run on "
+    "tensors without values. A card must hold an assumed context besides."
 )
 MICRO_BATCH_TOKENS = 2048  # of the comparison, where the data has so many
+LENGTHS = (512, 2048, 8192, 32_768)
+KEPT_CHECKPOINTS = 2  # unless QLORA_KEEP_CHECKPOINTS says otherwise
+MERGED_BYTES = 2  # a parameter of the merged model, in fp16 or bf16
 
 
-def configured(lora_adapter: Adapter, values: Params, device: Device = "cuda") -> Tuning:
-    """What `params.yaml` asks for.
+def configured(values: Params, device: Device = "cuda", *, bf16: bool = True) -> TrainingSetup:
+    """The setup that params.yaml describes.
 
     Raises:
         UserError: a full fine-tune of weights that cannot be trained.
     """
     precision = values.quantize.precision
-    full = values.train.method == "full"
-    if full and precision not in ("fp32", "bf16"):
+    if values.train.method == "full" and precision not in ("fp32", "bf16"):
         raise UserError(
-            f"params.yaml: train.method is 'full' and quantize.precision is {precision!r}; full "
-            "fine-tuning needs fp32 or bf16; change one of the two"
+            f"params.yaml: train.method is 'full' and quantize.precision is {precision!r}. "
+            "Set quantize.precision to fp32 or bf16, or train.method to lora."
         )
-    return Tuning(
-        precision,
-        None if full else lora_adapter,
-        double_quant=values.quantize.double_quant,
-        compute=values.quantize.compute_dtype,
-        optimizer=values.train.optimizer,
-        dropout=values.lora.dropout > 0,
-        device=device,
-    )
+    return setup_of(values.quantize, values.lora, values.train, device, bf16=bf16)
 
 
 def request(
-    model: Model,
-    lora_adapter: Adapter,
-    values: Params,
-    found: Data,
-    total_bytes: int,
-    device: Device = "cuda",
+    counter: StepCounter, values: Params, found: Data, setup: TrainingSetup, total_bytes: int
 ) -> Request:
-    """What is to be trained with so much memory, where only counts of the data are known."""
-    return Request(
-        model,
-        configured(lora_adapter, values, device),
-        workload.of_counts(found.longest, values.train.batch_size, found.supervised_share),
-        total_bytes,
-        instead_of_full=lora_adapter,
-    )
+    """A training with so much memory, where only counts of the data are known."""
+    work = workload_of_counts(found.longest, values.train.batch_size, found.supervised_share)
+    lora = lora_of(values.lora)
+    return Request(counter, setup, work, total_bytes, instead_of_full=lora)
 
 
-def plan(model: Model, found: Data, values: Params) -> dict[str, Any]:
+def plan(counter: StepCounter, found: Data, values: Params) -> dict[str, Any]:
     """All figures, nested as `reports/plan.json` has them."""
-    lora_adapter = adapter.of_parameters(model.tensors, values.lora)
-    asked = configured(lora_adapter, values)
-    work = workload.of_counts(found.longest, values.train.batch_size, found.supervised_share)
-    batch = max(work.micro_batches(MICRO_BATCH_TOKENS), key=lambda b: b.tokens)
-    ways = {"configured": asked, **techniques.standard(lora_adapter)}
-    cost = operations.of_token(model, asked, found.supervised_share, found.mean_length)
+    setup, model = configured(values), counter.model()
+    asked = request(counter, values, found, setup, 0)
+    batches = asked.workload.micro_batches(MICRO_BATCH_TOKENS)
+    batch = max(batches, key=lambda one: one.tokens)
+    compared = {"configured": techniques.figures(counter, "configured", setup, batch)}
+    left_out = {}
+    for name, way in techniques.standard(lora_of(values.lora)).items():
+        try:
+            compared[name] = techniques.figures(counter, name, way, batch)
+        except UserError as error:  # modules_to_save on quantized weights, say
+            left_out[name] = str(error)
+    lora = replace(setup, precision="nf4", lora=lora_of(values.lora), double_quant=True)
     return {
         "note": NOTE,
-        "model": parameters(model),
-        "adapter": {"parameters": lora_adapter.trainable},
+        "model": model["parameters"],
+        "adapter": {"parameters": counter.persistent(lora)["trainable"]},
         "training": data.schedule(found, values.train),
         "micro_batch": {"tokens": batch.tokens, "supervised": batch.supervised},
-        "techniques": {name: _technique(model, way, batch) for name, way in ways.items()},
+        "techniques": compared,
+        "left_out": left_out,
         "configured_on": {
             card: {
-                **chosen(request(model, lora_adapter, values, found, gib * GIB)),
-                "instead_of_bf16": techniques.instead_of_bf16(card, asked),
+                **chosen(replace(asked, total_bytes=gib * GIB)),
+                "instead_of_bf16": techniques.instead_of_bf16(card, setup),
             }
             for card, gib in techniques.CARDS_GIB.items()
         },
-        "disk": disk.needed(model, asked),
-        "operations_per_token": {name: round(value) for name, value in asdict(cost).items()},
+        "disk": disk(counter, setup),
+        "operations_per_token": operations(counter, setup, found),
     }
 
 
-def parameters(model: Model) -> dict[str, Any]:
-    """Parameters by kind; attention and feed-forward matrices apart."""
-    tensors = model.tensors
-    attention = sum(t.size for t in tensors if t.kind == "linear" and "attn" in t.module)
-    linear = parameter_count(tensors, "linear")
-    return {
-        "parameters": parameter_count(tensors),
-        **{kind: parameter_count(tensors, kind) for kind in get_args(Kind)},
-        "attention": attention,
-        "mlp": linear - attention,
-        "quantizable": sum(t.size for t in tensors if t.quantizable),
-        "tied_head": any(t.tied and t.kind == "head" for t in tensors),
-    }
-
-
-def chosen(asked: Request) -> dict[str, Any]:
+def chosen(asked: Request, choice: Choice | None = None) -> dict[str, Any]:
     """How a step would be computed with so much memory, or that it cannot be."""
-    choice = fitting.choose(asked)
+    choice = choice or fit.choose(asked)
     if choice is None:
-        least = fitting.smallest(asked)
-        return {"fits": False, "peak_bytes": least.prediction.total_bytes}
+        return {"fits": False, "peak_bytes": fit.smallest(asked).prediction.total_bytes}
     return {
         "fits": True,
         "peak_bytes": choice.prediction.total_bytes,
@@ -120,17 +95,65 @@ def chosen(asked: Request) -> dict[str, Any]:
     }
 
 
-def _technique(model: Model, way: Tuning, batch: peak.MicroBatch) -> dict[str, Any]:
-    prediction = peak.predict(model, way, batch)
-    persistent = way.persistent(model).persistent_bytes
-    held = replace(prediction, parts={"persistent": persistent})
-    return {
-        **{f"{part}_bytes": prediction.parts[part] for part in PARTS},
-        "persistent_bytes": persistent,
-        "peak_bytes": prediction.total_bytes,
-        "peak_at_least_bytes": prediction.lowest_bytes,
-        "calibrated": prediction.calibrated,
-        "pageable_bytes": memory.pageable_bytes(way.optimizer, way.trained_sizes(model)),
-        "persistent_fits": techniques.cards_that_fit(model, way, held),
-        "fits": techniques.cards_that_fit(model, way, prediction),
+def growth(counter: StepCounter, values: Params, found: Data) -> dict[str, list[int]]:
+    """Peaks of LoRA and QLoRA against the tokens of one conversation, `LENGTHS`."""
+    ways = techniques.standard(lora_of(values.lora))
+    drawn = {"LoRA bf16": ways["lora_bf16"], "QLoRA nf4": ways["qlora_nf4_double"]}
+    drawn |= {
+        f"{name}, checkpointed": replace(way, gradient_checkpointing=True)
+        for name, way in drawn.items()
     }
+    return {
+        name: [
+            counter.predict(way, MicroBatch((n,), round(n * found.supervised_share))).total_bytes
+            for n in LENGTHS
+        ]
+        for name, way in drawn.items()
+    }
+
+
+def disk(counter: StepCounter, setup: TrainingSetup) -> dict[str, int]:
+    """Bytes that a run writes: models, resume state while it trains, what DVC's cache keeps.
+
+    The base is counted in bf16. A checkpoint holds what is trained, its optimizer's states, and a
+    link to the best weights; one more than is kept exists while it is written.
+    """
+    held, parameters = counter.persistent(setup), counter.model()["parameters"]["parameters"]
+    trained = 4 * held["trainable"]
+    checkpoint = trained + held["optimizer"]
+    tuned = trained if setup.lora else MERGED_BYTES * parameters
+    full_bytes = memory.DENSE_BYTES[setup.stored] * parameters
+    models = {
+        "base_bytes": 2 * parameters,
+        "quantized_bytes": held["weights"] if setup.lora else full_bytes,
+        "adapter_bytes": tuned,
+        "merged_bytes": MERGED_BYTES * parameters,
+    }
+    return {
+        **models,
+        "checkpoint_bytes": checkpoint,
+        "resume_state_bytes": (KEPT_CHECKPOINTS + 1) * checkpoint + 2 * tuned,
+        "cache_bytes": sum(models.values()),
+    }
+
+
+def operations(counter: StepCounter, setup: TrainingSetup, found: Data) -> dict[str, int]:
+    """Floating-point operations of a token in a training step; a product and a sum are two.
+
+    Backward through frozen weights costs what forward does, the gradient of the input alone; with
+    the gradient of a trained matrix twice that. Checkpointing runs the blocks' forward again.
+    Attention: products with keys and with values over the half that is not masked, 2·L·q·T.
+
+    Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, arXiv:2001.08361, section
+    2.1, for the trained case.
+    """
+    model, full = counter.model(), setup.lora is None
+    blocks = 2.0 * model["per_token"]
+    head = 2.0 * model["vocabulary"] * model["hidden"] * found.supervised_share
+    attention = 2.0 * model["layers"] * model["query"] * found.mean_length
+    adapter = 0.0 if full else 2.0 * counter.persistent(setup)["trainable"]
+    backward = blocks + head + 2 * (attention + adapter) + (blocks + head if full else 0)
+    again = blocks + attention + adapter if setup.gradient_checkpointing else 0.0
+    forward = blocks + head + attention + adapter
+    costs = {"forward": forward, "backward": backward, "second_forward": again}
+    return {name: round(value) for name, value in costs.items()}

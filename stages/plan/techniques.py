@@ -1,60 +1,92 @@
-"""The ways to tune a model that are held against each other, and the cards they are for."""
+"""The techniques that are compared, and the cards that they are for."""
 
 from dataclasses import replace
+from typing import Any
 
-from stages.shared import fitting
-from stages.shared.fitting import GIB
-from stages.shared.memory import dense_precision
-from stages.shared.peak import Prediction
-from stages.shared.step.adapter_sizes import Adapter
-from stages.shared.tensors import Model
-from stages.shared.tuning import Tuning
+from stages.shared.step import fit
+from stages.shared.step.count import PARTS, Prediction, StepCounter
+from stages.shared.step.limits import GIB
+from stages.shared.step.memory import DENSE_BYTES
+from stages.shared.step.setup import MicroBatch, TrainingSetup
 
 CARDS_GIB = {
     "T4_16GiB": 16,
+    "RTX_4060_Ti_16GiB": 16,
     "RTX_3090_24GiB": 24,
     "RTX_4090_24GiB": 24,
+    "A10G_24GiB": 24,
+    "L4_24GiB": 24,
+    "RTX_5090_32GiB": 32,
     "A100_40GiB": 40,
+    "L40S_48GiB": 48,
     "A100_80GiB": 80,
     "H100_80GiB": 80,
+    "H200_141GiB": 141,
+    "MI300X_192GiB": 192,
 }
+BYTES_ALONE = ("MI300X_192GiB",)  # nothing of this project has run there
 WITHOUT_BF16 = ("T4_16GiB",)  # compute capability 7.5; `quantize` refuses bf16 below 8.0
+PAGED = "_paged"
 
 
-def standard(adapter: Adapter) -> dict[str, Tuning]:
-    """The named techniques on CUDA, with AdamW, from the most memory to the least.
+def standard(lora: dict[str, Any]) -> dict[str, TrainingSetup]:
+    """The named techniques on CUDA with AdamW, from the most memory to the least.
 
     `full_mixed` trains fp32 masters under bf16 autocast: 4 bytes of weights, 4 of gradients and 8
-    of moments a parameter, the same 16 as the usual count of 2 + 2 + 4 + 8 with half-precision
-    weights and gradients beside the masters (Rajbhandari et al. 2019, ZeRO, arXiv:1910.02054,
-    section 3.1). `paged`: the optimizer's states have left the device, as far as they may.
+    of moments a parameter, the same 16 as the usual count of 2 + 2 + 4 + 8 (Rajbhandari et al.
+    2019, ZeRO, arXiv:1910.02054, section 3.1). `paged`: the optimizer's states have left the
+    device, as far as they may.
     """
-    quantized = Tuning("nf4", adapter, double_quant=True)
-    checkpointed = replace(quantized, gradient_checkpointing=True)
+    double = TrainingSetup("nf4", lora, double_quant=True)
+    checkpointed = replace(double, gradient_checkpointing=True)
     return {
-        "full_fp32": Tuning("fp32", None),
-        "full_mixed": Tuning("bf16", None),
-        "full_bf16": Tuning("bf16", None, masters=False),
-        "lora_bf16": Tuning("bf16", adapter),
-        "lora_int8": Tuning("int8", adapter),
-        "qlora_nf4": Tuning("nf4", adapter),
-        "qlora_nf4_double": quantized,
+        "full_fp32": TrainingSetup("fp32", None, stored="fp32", compute="fp32"),
+        "full_mixed": TrainingSetup("bf16", None),
+        "full_bf16": TrainingSetup("bf16", None, masters=False),
+        "lora_bf16": TrainingSetup("bf16", lora),
+        "lora_int8": TrainingSetup("int8", lora),
+        "qlora_nf4": TrainingSetup("nf4", lora),
+        "qlora_nf4_double": double,
         "qlora_nf4_double_checkpointed": checkpointed,
-        "qlora_nf4_double_checkpointed_paged": replace(checkpointed, paged=True),
+        f"qlora_nf4_double_checkpointed{PAGED}": checkpointed,
     }
 
 
-def instead_of_bf16(card: str, tuning: Tuning) -> str | None:
-    """What a card that has no bf16 must be given instead; None where it computes as it is asked."""
-    if card not in WITHOUT_BF16 or dense_precision(tuning.precision, tuning.compute) != "bf16":
-        return None
-    if tuning.precision != "bf16":
-        return "quantize.compute_dtype=fp16"
-    return f"quantize.precision={'fp32' if tuning.adapter is None else 'fp16'}"
-
-
-def cards_that_fit(model: Model, tuning: Tuning, prediction: Prediction) -> dict[str, bool]:
-    """Whether each card has room for a peak, an assumed CUDA context included."""
+def figures(
+    counter: StepCounter, name: str, setup: TrainingSetup, batch: MicroBatch
+) -> dict[str, Any]:
+    """A technique's peak by part, and the cards that hold it with an assumed CUDA context."""
+    prediction = counter.predict(setup, batch)
+    pageable = counter.persistent(setup)["pageable"]
+    parts = dict(prediction.parts)
+    if name.endswith(PAGED):
+        parts["optimizer"] -= pageable
+    persistent = sum(parts[part] for part in PARTS[:4])
+    needed = {
+        "persistent_fits": Prediction({"persistent": persistent}, ""),
+        "fits": Prediction(parts, prediction.phase),
+    }
     return {
-        card: fitting.fits(model, tuning, prediction, gib * GIB) for card, gib in CARDS_GIB.items()
+        **{f"{part}_bytes": parts[part] for part in PARTS},
+        "persistent_bytes": persistent,
+        "peak_bytes": sum(parts.values()),
+        "phase": prediction.phase,
+        "upper_bound": setup.precision == "int8",  # outliers of LLM.int8 depend on values
+        "pageable_bytes": pageable,
+        **{
+            key: {
+                card: fit.device_bytes(counter, setup, one) <= gib * GIB
+                for card, gib in CARDS_GIB.items()
+            }
+            for key, one in needed.items()
+        },
     }
+
+
+def instead_of_bf16(card: str, setup: TrainingSetup) -> str | None:
+    """The parameter to set on a card without bf16; None where nothing is to be changed."""
+    if card not in WITHOUT_BF16 or setup.stored != "bf16":
+        return None
+    if setup.precision not in DENSE_BYTES:
+        return "quantize.compute_dtype=fp16"
+    return f"quantize.precision={'fp32' if setup.lora is None else 'fp16'}"

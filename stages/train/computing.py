@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from stages.shared import fitting
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import Machine, device, machine
 from stages.shared.model import loading
 from stages.shared.model.packing import Example
-from stages.shared.total_memory import total_memory_bytes
-from stages.shared.tuning import SWITCHED_OFF, Device
+from stages.shared.step.fit import most_workers
+from stages.shared.step.limits import total_memory_bytes
+from stages.shared.step.setup import SWITCHED_OFF, Device
 from stages.train.fit import fit
 from stages.train.settings import Params
 
@@ -88,7 +88,7 @@ def resolve(
     processes = _processes(where, asked)
     kind: Device = "cuda" if where.type == "cuda" else "cpu"
     alone = kind == "cuda" or processes > 1
-    workers = 1 if alone else fitting.most_workers(settings.train.batch_size, asked.workers)
+    workers = 1 if alone else most_workers(settings.train.batch_size, asked.workers)
     found = fit(
         settings,
         model_folder,
@@ -100,6 +100,7 @@ def resolve(
         asked.gradient_checkpointing,
         workers,
         asked.fused,
+        processes,
     )
     return Computing(
         device=where,

@@ -1,20 +1,17 @@
 """Ask the plan before a weight is read: how a step is best computed here, and whether it fits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from stages.shared import architecture, fitting
 from stages.shared.core.errors import UserError
-from stages.shared.fitting import Request
 from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, require_vocabulary
-from stages.shared.refusal import refusal
-from stages.shared.step import adapter_sizes as adapter
-from stages.shared.tuning import Device, Tuning
+from stages.shared.step import fit as planner
+from stages.shared.step.count import StepCounter
+from stages.shared.step.setup import Device, lora_of, micro_batch_of, setup_of, stored_as
+from stages.shared.step.workload import Workload
 from stages.shared.weights import precision
-from stages.shared.workload import Workload
-from stages.shared.workspace import micro_batch_of
 from stages.train.schedule import Schedule
 from stages.train.settings import Params
 
@@ -29,7 +26,7 @@ class Fit:
     Attributes:
         micro_batch_tokens: the most that go through the model at once.
         gradient_checkpointing: whether activations are computed again.
-        predicted_bytes: what the device must have, see `fitting.device_bytes`.
+        predicted_bytes: what the device, or a CPU's processes, will hold.
         unfused_because: why the library's own modules compute it; None if the fused functions do.
         workers: how many processes of a CPU compute parts of it.
     """
@@ -52,6 +49,7 @@ def fit(
     gradient_checkpointing: bool | None = None,
     workers: int = 1,
     fusing: bool = True,
+    processes: int = 1,
 ) -> Fit:
     """Choose what is not set: the fastest that fits, as the plan predicts it.
 
@@ -66,52 +64,47 @@ def fit(
         gradient_checkpointing: None to choose.
         workers: the most processes of a CPU that compute parts of a step.
         fusing: whether to use the fused functions where they cover what is trained.
+        processes: of a CPU that share a step and its memory.
 
     Raises:
         UserError: nothing fits; the line names the parts and what would make it fit. Or
             `lora.target_modules` match nothing.
     """
-    model = architecture.model_of_config(model_folder / "config.json")
-    for split in (train, held_out):
-        require_vocabulary(split, model.vocabulary)
-    stored = architecture.stored_as(model_folder / "config.json")
-    lora = adapter.of_parameters(model.tensors, settings.lora)
-    full = settings.train.method == "full"
-    tuning = Tuning(
-        stored.precision,
-        None if full else lora,
-        double_quant=stored.double_quant,
-        compute=stored.compute,
-        optimizer=settings.train.optimizer,
-        dropout=settings.lora.dropout > 0,
-        device=device,
-        fusing=fusing,
+    config = model_folder / "config.json"
+    setup = setup_of(
+        stored_as(config),
+        settings.lora,
+        settings.train,
+        device,
         bf16=precision.has_bf16_matmuls(device),
+        fused=fusing,
     )
-    request = Request(
-        model,
-        tuning,
-        Workload(_steps(settings, train)),
-        total_bytes,
-        micro_batch_tokens,
-        gradient_checkpointing,
-        instead_of_full=lora,
-        scored=frozenset(map(micro_batch_of, packing.bins(held_out, scoring.SCORING_TOKENS))),
-        workers=workers,
-    )
-    choice = fitting.choose(request)
-    if choice is None:
-        raise UserError(refusal(request))
-    chosen = replace(tuning, gradient_checkpointing=choice.gradient_checkpointing)
-    predicted = fitting.device_bytes(model, chosen, choice.prediction, choice.workers)
-    unknown = f"blocks of {model.kind} are not known" if model.block is None else None
-    return Fit(
-        choice.micro_batch_tokens,
-        choice.gradient_checkpointing,
-        predicted,
-        tuning.unfused_because or unknown,
-        choice.workers,
-    )
+    with StepCounter(config) as counter:
+        vocabulary = counter.model()["vocabulary"]
+        for split in (train, held_out):
+            require_vocabulary(split, vocabulary)
+        request = planner.Request(
+            counter,
+            setup,
+            Workload(_steps(settings, train)),
+            total_bytes,
+            micro_batch_tokens,
+            gradient_checkpointing,
+            scored=frozenset(map(micro_batch_of, packing.bins(held_out, scoring.SCORING_TOKENS))),
+            workers=workers,
+            processes=processes if device == "cpu" else 1,
+            instead_of_full=lora_of(settings.lora),
+        )
+        choice = planner.choose(request)
+        if choice is None:
+            raise UserError(planner.refusal(request))
+        return Fit(
+            choice.micro_batch_tokens,
+            choice.gradient_checkpointing,
+            choice.device_bytes,
+            counter.persistent(setup)["unfused_because"],
+            choice.workers,
+        )
 
 
 def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:

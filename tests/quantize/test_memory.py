@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.live_memory import LiveMemory
 from stages.quantize import convert, expected_bits, quantization_error
 from stages.quantize.config import Quantize
+from stages.shared.step.live_bytes import LiveBytes
 from stages.shared.weights import heap
 from stages.shared.weights.checkpoint import Weights
 from tests import tiny
@@ -16,12 +16,12 @@ CPU = torch.device("cpu")
 LAYERS = 16
 
 
-class RealMemory(LiveMemory):
+class RealMemory(LiveBytes):
     """Without the storages of torch's meta device, which have a size and take no memory."""
 
-    def _count(self, tensor: torch.Tensor, origin: str) -> None:
+    def _count(self, tensor: torch.Tensor) -> None:
         if tensor.device.type != "meta":
-            super()._count(tensor, origin)
+            super()._count(tensor)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from stages.shared.weights import precision
 
 
 def fuse(model: nn.Module) -> None:
-    """Patch every block and the last norm of a model that `Tuning.unfused_because` allows."""
+    """Patch every block and the last norm of a model that `dry_run.unfused_because` allows."""
     decoder: Any = cast(PeftModel, model).get_base_model().get_decoder()
     dequantize_absmax(decoder)
     for block in decoder.layers:

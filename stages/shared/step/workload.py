@@ -7,15 +7,15 @@ import numpy as np
 
 from stages.shared.model import packing
 from stages.shared.model.packing import Example
-from stages.shared.workspace import MicroBatch, micro_batch_of
+from stages.shared.step.setup import MicroBatch, micro_batch_of
 
 
 @dataclass(frozen=True)
 class Workload:
     """The conversations of each optimizer step.
 
-    Memory depends on the largest of its micro-batches, so steps that repeat others may be left
-    out, and one made up of the longest conversations stands for all of them.
+    Memory depends on the largest micro-batch, so steps that repeat others may be left out, and one
+    of the longest conversations stands for all of them.
     """
 
     steps: Sequence[Sequence[Example]]
@@ -29,12 +29,7 @@ class Workload:
         return max(example.input_tokens for step in self.steps for example in step)
 
     def micro_batches(self, tokens: int, workers: int = 1) -> set[MicroBatch]:
-        """What goes through the model at once.
-
-        Args:
-            tokens: the most in a micro-batch; a longer conversation stands alone.
-            workers: the most that work side by side.
-        """
+        """The micro-batches of at most so many tokens; a longer conversation stands alone."""
         if (tokens, workers) not in self._packed:
             self._packed[tokens, workers] = {
                 micro_batch_of(batch)
@@ -49,17 +44,17 @@ class Workload:
         return Workload([[_cut(example, length) for example in step] for step in self.steps])
 
 
-def of_counts(longest: int, batch_size: int, supervised_share: float) -> Workload:
-    """A step of nothing but conversations of the greatest length, where only counts are known.
+def workload_of_counts(longest: int, batch_size: int, supervised_share: float) -> Workload:
+    """A step of conversations of the greatest length, where only counts are known.
 
     Args:
         longest: tokens of the longest conversation, as it goes through the model.
         batch_size: conversations a step.
-        supervised_share: of the tokens, those that are learnt.
+        supervised_share: share of the tokens that are targets.
     """
-    learnt = np.arange(longest + 1) > longest - max(1, round(longest * supervised_share))
+    mask = np.arange(longest + 1) > longest - max(1, round(longest * supervised_share))
     ids = np.zeros(longest + 1, dtype=np.int64)
-    return Workload([[Example(ids, learnt, row) for row in range(batch_size)]])
+    return Workload([[Example(ids, mask, row) for row in range(batch_size)]])
 
 
 def _cut(example: Example, length: int) -> Example:

@@ -1,0 +1,51 @@
+"""The model's config: of the base model, a file, a shipped one, or one of the hub."""
+
+import re
+from pathlib import Path
+
+from stages.shared.core.errors import UserError
+from stages.shared.hub.repository import Repository, endpoint, one_line_errors
+
+CONFIGS = Path(__file__).parent / "configs"
+BASE = Path("models/base/config.json")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([0-9a-f]{40}))?", re.ASCII)
+
+
+def names() -> str:
+    """The shipped configs, for a message."""
+    return ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+
+
+def config_path(model: str | None) -> Path:
+    """The `config.json` of a folder, a file, a shipped name, or `owner/name[@commit]` of the hub.
+
+    Args:
+        model: None for the base model.
+
+    Raises:
+        UserError: there is none.
+    """
+    if model is None:
+        return BASE
+    path, shipped = Path(model), CONFIGS / f"{model}.json"
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file() or shipped.is_file():
+        return path if path.is_file() else shipped
+    if found := HUB_NAME.fullmatch(model):
+        return _of_hub(found[1], found[2])
+    raise UserError(
+        f"--model: {model!r} is no folder with a config.json and no such file. Name one, "
+        f"owner/name of the hub, or one of {names()}."
+    )
+
+
+def _of_hub(name: str, commit: str | None) -> Path:
+    """One file, into the user's cache; says which commit it is of."""
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415  (half a second)
+
+    with one_line_errors(Repository("model", name, commit or "main")):
+        path = Path(
+            hf_hub_download(name, "config.json", revision=commit or "main", endpoint=endpoint())
+        )
+    print(f"{name} at {path.parent.name} ({'pinned' if commit else 'main'})")
+    return path

@@ -1,0 +1,212 @@
+"""Predicted memory of a training step: what persists, by formula, and what a dry run counts.
+
+The dry run is a process of its own, started when the first answer is not in the cache and asked
+over pipes, a line of JSON each way. Answers are kept in `.counts/` at the root by the hash of the
+model's config, the setup, the micro-batch, the versions of the libraries and the shared code.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from stages.shared.core import files
+from stages.shared.core.errors import UserError
+from stages.shared.core.machine import root
+from stages.shared.step.memory import DENSE_BYTES
+from stages.shared.step.setup import MicroBatch, TrainingSetup
+
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
+TRANSIENT = ("activations", "logits", "workspace")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+SHARED = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The peak of a step, in bytes of live tensors by part, and the phase that it is in."""
+
+    parts: dict[str, int]
+    phase: str
+
+    @property
+    def total_bytes(self) -> int:
+        """All parts."""
+        return sum(self.parts.values())
+
+    @property
+    def transient_bytes(self) -> int:
+        """The parts that live within a step."""
+        return sum(self.parts[name] for name in TRANSIENT)
+
+
+class DryRun:
+    """The process that counts, shared by all counters of this one and ended with the last."""
+
+    users = 0
+    process: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def ask(cls, question: dict[str, Any]) -> dict[str, Any]:
+        """Send a question and wait for its answer; starts the process if there is none.
+
+        Raises:
+            UserError: the step cannot be counted, or the process was ended from outside.
+        """
+        if cls.process is None:
+            command = "from stages.shared.step import count; count.serve()"
+            cls.process = subprocess.Popen(  # noqa: S603  (this Python, this code)
+                [sys.executable, "-c", command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=os.environ
+                | {
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": str(SHARED.parents[1]),
+                },
+            )
+        assert cls.process.stdin is not None
+        assert cls.process.stdout is not None
+        try:
+            print(json.dumps(question), file=cls.process.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(cls.process.stdout.readline())
+        except (OSError, ValueError):
+            raise UserError(
+                "memory: the process that counts a step was ended from outside. Run it again."
+            ) from None
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    @classmethod
+    def end(cls) -> None:
+        """Kill it: it holds nothing."""
+        if cls.process is not None:
+            cls.process.kill()
+            cls.process.communicate()
+            cls.process = None
+
+
+class StepCounter:
+    """Predicts steps of one model, from its config alone; a context manager."""
+
+    def __init__(self, config: Path) -> None:
+        """Nothing is started yet; `config` is a `config.json`."""
+        self.config = config
+
+    def __enter__(self) -> Self:
+        DryRun.users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        DryRun.users -= 1
+        if not DryRun.users:
+            DryRun.end()
+
+    def model(self) -> dict[str, Any]:
+        """Sizes of the model: see `dry_run.describe`."""
+        return self._answer("describe")
+
+    def persistent(self, setup: TrainingSetup) -> dict[str, Any]:
+        """Bytes held from step to step, by part, and what else is known of a setup.
+
+        `pageable`: bytes of the optimizer's states that may leave a GPU; `trainable`: parameters;
+        `unfused_because`: why no fused function computes the step, or None.
+        """
+        return self._answer("persistent", replace(setup, gradient_checkpointing=False))
+
+    def predict(self, setup: TrainingSetup, batch: MicroBatch) -> Prediction:
+        """The peak of a step of more than one micro-batch, the largest of them this one."""
+        held, counted = self.persistent(setup), self._answer("step", setup, batch)
+        return Prediction({n: held[n] for n in PARTS[:4]} | counted["parts"], counted["phase"])
+
+    def predict_scoring(self, setup: TrainingSetup, batch: MicroBatch) -> Prediction:
+        """The peak of scoring held-out conversations between two steps: there are no gradients.
+
+        Of a full fine-tune the weights are scored as their file will hold them: copies.
+        """
+        held = self.persistent(setup) | {"gradients": 0}
+        copies = held["trainable"] * DENSE_BYTES[setup.compute] if setup.rounds_masters else 0
+        scored = replace(setup, gradient_checkpointing=False, masters=not copies)
+        counted = self._answer("scoring", scored, batch)
+        parts = {n: held[n] for n in PARTS[:4]} | counted["parts"]
+        parts["workspace"] += copies
+        return Prediction(parts, f"scoring, {counted['phase']}")
+
+    def largest(self, setup: TrainingSetup, batches: Iterable[MicroBatch]) -> Prediction:
+        """The peak of a training that sees these micro-batches."""
+        found = (self.predict(setup, batch) for batch in undominated(batches))
+        return max(found, key=lambda prediction: prediction.total_bytes)
+
+    def _answer(
+        self, kind: str, setup: TrainingSetup | None = None, batch: MicroBatch | None = None
+    ) -> dict[str, Any]:
+        question = {
+            "kind": kind,
+            "setup": setup and asdict(setup),
+            "batch": batch and asdict(batch),
+        }
+        key = json.dumps([question, self._read_config(), _environment()], sort_keys=True)
+        kept = root() / ".counts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+        try:
+            return json.loads(kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            answer = DryRun.ask({**question, "config": str(self.config.absolute())})
+        kept.parent.mkdir(exist_ok=True)
+        files.write_json(kept, answer)  # whole or not at all: two may write the same
+        return answer
+
+    def _read_config(self) -> Any:
+        try:
+            return json.loads(self.config.read_bytes())
+        except (OSError, ValueError):
+            return None  # the dry run says what is wrong with it
+
+
+def serve() -> None:
+    """Answer questions until there are no more: what the dry run's process does."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # no library shall write among the answers
+    from stages.shared.step import dry_run  # noqa: PLC0415  (its patches stay in this process)
+
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            answer = dry_run.answer(**question)
+        except UserError as error:
+            answer = {"error": str(error)}
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            answer = {
+                "error": f"memory: a step of {question['config']} cannot be counted "
+                f"({reason:.150}). Choose another model or setting."
+            }
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+@cache
+def _environment() -> list[str]:
+    """What else a count depends on: versions of libraries, and the shared code."""
+    code = hashlib.sha256()
+    for path in sorted(SHARED.rglob("*.py")):
+        code.update(path.read_bytes())
+    return [*(f"{name} {version(name)}" for name in LIBRARIES), code.hexdigest()]
+
+
+def undominated(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+    """Those that no other equals or exceeds in every size: few of thousands."""
+    found: list[MicroBatch] = []
+    for batch in sorted(batches, key=lambda batch: batch.sizes, reverse=True):
+        sizes = batch.sizes
+        if not any(all(map(int.__ge__, larger.sizes, sizes)) for larger in found):
+            found.append(batch)
+    return found

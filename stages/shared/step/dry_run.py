@@ -1,0 +1,545 @@
+"""A training step on tensors without values: its live bytes, phase by phase.
+
+The step that trains (packing, autocast, checkpointing, peft, bitsandbytes, the fused functions,
+clipping, the optimizer) runs on fake tensors, on the first blocks of a model and its last one. Each
+byte is known by the block in whose pass it was allocated, so the bytes of a block that repeats
+count as often as there are such blocks.
+
+CUDA is played by fake tensors of a CPU with CUDA's choices patched in: meta knows no autocast, and
+autograd has no thread for a device that torch was not built for. It runs in a process of its own
+(`stages.shared.step.count`), as its patches must not meet a training.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import bitsandbytes.autograd._functions as bnb_functions
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import AutoConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from stages.shared.core.errors import UserError
+from stages.shared.model import attention, loading, packing, scoring
+from stages.shared.model.packing import Example
+from stages.shared.step import adapter, fake_model, gradient, initialisation, memory, optim
+from stages.shared.step.fake_model import CPU, META
+from stages.shared.step.fused import cross_entropy, gpu, liger
+from stages.shared.step.fused import patch as fused_patch
+from stages.shared.step.live_bytes import LiveBytes
+from stages.shared.step.setup import SWITCHED_OFF, MicroBatch, TrainingSetup
+from stages.shared.weights import precision
+from stages.shared.weights.bnb import Params4bit
+
+MODE = FakeTensorMode(allow_non_fake_inputs=True)
+FUSED_BLOCKS = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+)
+MAX_GRAD_NORM = 0.3
+# Operators of bitsandbytes whose Python kernels run on fake tensors too: their temporaries count.
+PYTHON_KERNELS = (
+    "gemm_4bit",
+    "int8_scaled_mm",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
+)
+KINDS = ("embedding", "head", "linear", "experts", "norm", "bias", "other")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which blocks stand for all.
+
+    Attributes:
+        layers: blocks of the model.
+        run: blocks that are run, the first ones.
+        start: the first block of the period that repeats.
+        period: its blocks; the model has them `repeats` times more than are run.
+    """
+
+    layers: int
+    run: int
+    start: int
+    period: int
+
+    @property
+    def repeats(self) -> int:
+        """How often the period comes besides."""
+        return (self.layers - self.run) // self.period
+
+    @property
+    def repeated(self) -> range:
+        """The blocks of the period."""
+        return range(self.start, self.start + self.period)
+
+
+def answer(
+    kind: str, config: str, setup: dict[str, Any] | None, batch: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Answer a question of `stages.shared.step.count`, all as JSON."""
+    whole = read_config(Path(config))
+    if setup is None:
+        return describe(whole)
+    training = TrainingSetup(**setup)
+    if batch is None:
+        model = prepare(whole, training)
+        unfused = unfused_because(training, model)
+        held = persistent(training, model, fused=unfused is None)
+        return {**held, "unfused_because": unfused}
+    pattern = pattern_of(whole)
+    few = first_blocks(whole, pattern.run)
+    micro_batch = MicroBatch(tuple(batch["lengths"]), batch["supervised"])
+    live, held_bytes = run(few, training, micro_batch, scoring_only=kind == "scoring")
+    phases = extended(live, held_bytes, pattern)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    return {"phase": _in_words(phase, pattern), "parts": phases[phase]}
+
+
+def _in_words(phase: str, pattern: Pattern) -> str:
+    """The block's number as it is in the whole model, from 1."""
+    way, _, number = phase.partition(" ")
+    if not number.isdigit():
+        return phase
+    index = int(number)
+    index += pattern.repeats * pattern.period if index >= pattern.start else 0
+    return f"{way} pass of block {index + 1} of {pattern.layers}"
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The config of a causal language model.
+
+    Raises:
+        UserError: the file is missing, or transformers knows no such model.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not found. Run `dvc repro fetch_model`, or name another model.")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        text = config.get_text_config()
+        rope = getattr(text, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "dynamic":  # reads positions; its tensors are the default's
+            text.rope_parameters = {**rope, "rope_type": "default"}
+        fake_model.model_on_meta(config, torch.float32)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path}: {reason:.200}. Choose a causal language model that transformers knows."
+        ) from None
+    return config
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a decoder."""
+    layers = model.config.get_text_config().num_hidden_layers
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    return next(blocks for blocks in lists if len(blocks) == layers)
+
+
+def first_blocks(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The same model with fewer blocks."""
+    config = deepcopy(config)
+    text = config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return config
+
+
+def pattern_of(config: PretrainedConfig) -> Pattern:
+    """The shortest run of blocks that stands for all: three, or more where kinds alternate."""
+    kinds = _kinds(config)
+    layers = len(kinds)
+    found = Pattern(layers, layers, 0, 1)
+    for period in range(1, layers // 2 + 1):
+        same = [i for i in range(layers - period) if kinds[i] != kinds[i + period]]
+        start = max(1, same[-1] + 1 if same else 0)  # below the first block nothing has a gradient
+        run = start + period + 1
+        run += (layers - run) % period
+        if run < found.run:
+            found = Pattern(layers, run, run - 1 - period, period)
+    if _kinds(first_blocks(config, found.run)) != kinds[: found.run]:
+        return Pattern(layers, layers, 0, 1)
+    return found
+
+
+def _kinds(config: PretrainedConfig) -> list[Any]:
+    """What tells blocks apart: the shapes of their parameters, and lists of the config."""
+    model = fake_model.model_on_meta(config, torch.float32)
+    blocks = blocks_of(model)
+    text = vars(model.config.get_text_config())
+    lists = [v for v in text.values() if isinstance(v, list) and len(v) == len(blocks)]
+    return [
+        (
+            [(name, tuple(p.shape)) for name, p in block.named_parameters()],
+            [values[i] for values in lists],
+        )
+        for i, block in enumerate(blocks)
+    ]
+
+
+def prepare(config: PretrainedConfig, setup: TrainingSetup) -> nn.Module:
+    """The model on meta as training has it: quantized, with its adapter or its masters."""
+    compute = precision.DTYPES[setup.compute]
+    full = setup.lora is None
+    dtype = torch.float32 if full and setup.masters else compute
+    model = fake_model.model_on_meta(config, dtype)
+    if full:
+        return model.requires_grad_(True)
+    fake_model.quantize_on_meta(model, setup.precision, setup.double_quant, compute)
+    model.requires_grad_(False)
+    lora = SimpleNamespace(**setup.lora, alpha=1, rslora=False)
+    with ExitStack() as stack:
+        for module, name, instead in (
+            (loading, "load_model", lambda *_: model),
+            (initialisation, "initialise", _initialise),
+        ):
+            stack.enter_context(patch.object(module, name, instead))
+        with META:
+            return adapter.load_for_lora(Path(), lora, META)
+
+
+def _initialise(model: PeftModel, lora: Any, *_: Any) -> None:
+    """What `lora.init` changes in the shapes of an adapter."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for layer in layers if lora.init in initialisation.WITH_FROZEN else ():
+        for part, dim in ((layer.lora_A["default"], 0), (layer.lora_B["default"], 1)):
+            half = part.weight.detach().chunk(2, dim)[0]
+            initialisation.freeze_half(part, half, half, dim)
+
+
+def unfused_because(setup: TrainingSetup, model: nn.Module) -> str | None:
+    """Why the library's own modules compute the step; None where the fused functions do.
+
+    Args:
+        setup: of the training.
+        model: from `prepare`.
+    """
+    lora = setup.lora
+    if not setup.fused:
+        return SWITCHED_OFF
+    if lora is None:
+        return "train.method is full"
+    blocks = blocks_of(model)
+    names = sorted({type(block).__name__ for block in blocks})
+    linear = [m for m in blocks.modules() if isinstance(m, nn.Linear | LoraLayer)]
+    inside = {m for layer in linear if isinstance(layer, LoraLayer) for m in layer.modules()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    reasons = {
+        "quantize.precision is int8": setup.precision == "int8",
+        "lora.dropout is not 0": lora["dropout"] > 0,
+        "lora.dora is true": lora["dora"],
+        "lora.init is pissa or olora": lora["init"] in initialisation.WITH_FROZEN,
+        "lora.modules_to_save are trained too": bool(lora["modules_to_save"]),
+        "lora.bias is not none": any(name.endswith("bias") for name in trained),
+        "lora.target_modules leave out a linear layer": any(m not in inside for m in linear),
+        "lora.target_modules take in the head": isinstance(
+            model.get_base_model().get_output_embeddings(), LoraLayer
+        ),
+        f"blocks of {' and '.join(names)} are not known": not set(names) <= set(FUSED_BLOCKS)
+        or getattr(model.config, "hidden_act", "") != "silu",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def describe(config: PretrainedConfig) -> dict[str, Any]:
+    """Parameters of a model by kind, and the widths that its operations are counted by."""
+    model = fake_model.model_on_meta(config, torch.float32)
+    text = config.get_text_config()
+    head, quantized = model.get_output_embeddings(), fake_model.quantizable(model)
+    kinds: Counter[str] = Counter()
+    attention = per_token = 0
+    for path, layer in model.named_modules():
+        for name, p in layer.named_parameters(recurse=False):
+            kind = _kind(name, layer, p, head)
+            if kind == "head" and p is model.get_input_embeddings().weight:
+                continue  # tied: counted as the embedding
+            kinds[kind] += p.numel()
+            if kind == "linear":
+                attention += p.numel() if "attn" in path else 0
+                per_token += p.numel()
+            elif kind == "experts":
+                active = getattr(text, "num_experts_per_tok", None) or 1
+                per_token += p.numel() // p.shape[0] * active
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return {
+        "parameters": {
+            "parameters": sum(kinds.values()),
+            **{kind: kinds[kind] for kind in KINDS},
+            "attention": attention,
+            "mlp": kinds["linear"] - attention,
+            "quantizable": sum(layer.weight.numel() for layer in quantized.values()),
+            "tied_head": head is not None and head.weight is model.get_input_embeddings().weight,
+        },
+        "per_token": per_token,
+        "layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "vocabulary": text.vocab_size,
+        "query": text.num_attention_heads * head_size,
+    }
+
+
+def _kind(name: str, layer: nn.Module, p: nn.Parameter, head: nn.Module | None) -> str:
+    """What a parameter is for, by the class of its layer."""
+    class_name = type(layer).__name__.lower()
+    if name.endswith("bias"):
+        return "bias"
+    if layer is head:
+        return "head"
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    if type(layer) is nn.Linear or isinstance(layer, Conv1D):
+        return "linear"
+    if p.dim() == 3 and "expert" in class_name:
+        return "experts"
+    return "norm" if "norm" in class_name else "other"
+
+
+def persistent(setup: TrainingSetup, model: nn.Module, *, fused: bool) -> dict[str, int]:
+    """What a training holds from step to step, in bytes by part, and what of it may be paged.
+
+    Args:
+        setup: of the training.
+        model: from `prepare`, of all blocks.
+        fused: on a CPU the fused step dequantizes the constants of double quantization for good.
+    """
+    nested = setup.double_quant and not (fused and setup.device == "cpu")
+    weights = adapter = 0
+    sizes: list[int] = []
+    for p in model.parameters():
+        if isinstance(p, Params4bit):
+            weights += memory.four_bit_bytes(p.quant_state.shape.numel(), nested)
+        elif setup.precision == "int8" and p.dtype == torch.int8:
+            weights += memory.int8_bytes(*p.shape)
+        elif p.requires_grad and setup.lora:
+            adapter += p.nbytes
+        else:
+            weights += p.nbytes
+        sizes += [p.numel()] * p.requires_grad
+    adapter += sum(b.nbytes for name, b in model.named_buffers() if name.endswith(".frozen"))
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return {
+        "weights": weights,
+        "adapter": adapter,
+        "gradients": gradients,
+        "optimizer": memory.optimizer_bytes(setup.optimizer, sizes),
+        "pageable": memory.pageable_bytes(setup.optimizer, sizes),
+        "trainable": sum(sizes),
+        "tensors": sum(1 for _ in model.parameters()) + 4 * len(sizes),
+    }
+
+
+def run(
+    config: PretrainedConfig, setup: TrainingSetup, batch: MicroBatch, *, scoring_only: bool = False
+) -> tuple[LiveBytes, int]:
+    """Run a step on all blocks of a config: what was alive, and what of it was held before.
+
+    Gradients of an earlier micro-batch and the optimizer's states exist already.
+
+    Args:
+        config: of few blocks.
+        setup: of the training.
+        batch: the micro-batch.
+        scoring_only: score it as held-out conversations are scored, and train nothing.
+    """
+    dtype = precision.DTYPES[setup.compute]
+    with unset_fake_temporarily():
+        model = prepare(config, setup)
+        fused = unfused_because(setup, model) is None
+    examples = _examples(batch)
+    with MODE, CPU, _without_values(setup, dtype, examples):
+        fake_model.to_fake(model)
+        if fused:
+            fused_patch.fuse(model)
+        if setup.gradient_checkpointing:
+            model.config.use_cache = False
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        trained = [p for p in model.parameters() if p.requires_grad]
+        held = [*model.parameters(), *model.buffers(), *fake_model.state_tensors(model)]
+        vocabulary = config.get_text_config().vocab_size
+        if scoring_only:
+            live = LiveBytes(held, vocabulary, PYTHON_KERNELS)
+            before = live.total
+            _follow(live, blocks_of(model))
+            with live, torch.no_grad(), precision.autocast(CPU, dtype):
+                live.phase = "start"
+                scoring.negative_log_likelihoods(model.eval(), packing.pack(examples, CPU))
+            return live, before
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        optimizer = _optimizer(model, setup)
+        states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        held += [*states, *(p.grad for p in trained)]
+        live = LiveBytes(held, vocabulary, PYTHON_KERNELS)
+        before = live.total
+        _follow(live, blocks_of(model))
+
+        def scale(loss: torch.Tensor) -> torch.Tensor:
+            live.phase = "gradient of the loss"
+            return loss
+
+        with live:
+            live.phase = "start"
+            gradient.accumulate(
+                model.train(),
+                [examples],
+                batch.supervised,
+                dtype=dtype,
+                fused=fused,
+                scaler=SimpleNamespace(scale=scale),
+            )
+            live.phase = "update"
+            nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            if setup.device == "cpu":  # on CUDA a kernel updates in place
+                optimizer.step()
+        return live, before
+
+
+def _optimizer(model: nn.Module, setup: TrainingSetup) -> torch.optim.Optimizer:
+    train = SimpleNamespace(optimizer=setup.optimizer, learning_rate=1e-4, weight_decay=0.0)
+    with unset_fake_temporarily():  # 8-bit AdamW reads the values of its codebook
+        optimizer = optim.make_optimizer(model, train, CPU)
+    if setup.device == "cpu":
+        optimizer.step()
+    return optimizer
+
+
+def _examples(batch: MicroBatch) -> list[Example]:
+    """Conversations of these sizes; each has one target at least."""
+    left = batch.supervised - len(batch.lengths)
+    found = []
+    for row, length in enumerate(batch.lengths):
+        more = max(0, min(left, length - 1))
+        left -= more
+        mask = np.arange(length + 1) >= length - more
+        found.append(Example(np.zeros(length + 1, dtype=np.int64), mask, row))
+    return found
+
+
+def _follow(live: LiveBytes, blocks: Sequence[nn.Module]) -> None:
+    """Name the phase by the block whose forward or backward pass runs."""
+
+    def enters(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            if not live.phase.startswith("backward"):  # where it is computed again
+                live.phase = f"forward {index}"
+
+        return hook
+
+    def leaves(index: int) -> Any:
+        def goes_back(_: Any) -> None:
+            live.phase = f"backward {index}"
+
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if live.phase.startswith("backward"):
+                return
+            if index == len(blocks) - 1:
+                live.phase = "loss"
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(goes_back)
+
+        return hook
+
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(enters(index))
+        block.register_forward_hook(leaves(index))
+
+
+def extended(live: LiveBytes, held: int, pattern: Pattern) -> dict[str, dict[str, int]]:
+    """The peak of each phase in a model of all blocks: bytes by part beside what is held."""
+    last = pattern.run - 1
+
+    def of_period(births: dict[str, int]) -> int:
+        names = (f"{way} {i}" for i in pattern.repeated for way in ("forward", "backward"))
+        return pattern.repeats * sum(births.get(name, 0) for name in names)
+
+    found = {}
+    for phase, (total, births) in live.peaks.items():
+        way, _, number = phase.partition(" ")
+        index = int(number) if number.isdigit() else last
+        if phase == "held" or (way == "forward" and index < pattern.start):
+            more = 0
+        elif way == "forward":  # what only waits for Python to leave a block counts once
+            more = of_period(live.peaks["loss"][1])
+        elif way == "backward" and index in pattern.repeated:
+            more = of_period(live.peaks[f"backward {last}"][1])
+        else:
+            more = of_period(births)
+        logits = births.get("logits", 0)
+        workspace_bytes = births.get(phase, 0)
+        found[phase] = {
+            "activations": total - held - logits - workspace_bytes + more,
+            "logits": logits,
+            "workspace": workspace_bytes,
+        }
+    return {phase: parts for phase, parts in found.items() if phase != "held"}
+
+
+@contextmanager
+def _without_values(
+    setup: TrainingSetup, dtype: torch.dtype, examples: Sequence[Example]
+) -> Iterator[None]:
+    """Replace what reads values or addresses, and on CUDA what a CPU computes otherwise."""
+    grouped_mm = torch._meta_registrations._meta_grouped_mm_common
+
+    def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+        return torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
+
+    def any_grouped_mm(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Kernels take other dtypes too; that of meta checks for bf16."""
+        half = torch.bfloat16
+        return grouped_mm(a.to(half), b.to(half), *args, **kwargs | {"out_dtype": None}).to(a.dtype)
+
+    changes: list[tuple[Any, str, Any]] = [
+        (torch._meta_registrations, "_meta_grouped_mm_common", any_grouped_mm),
+        (packing, "unpack", lambda _: [packing.pack([one], CPU) for one in examples]),
+        (packing, "to_device", to_device),
+    ]
+    if setup.device == "cuda":
+        autocast = torch.is_autocast_enabled
+        changes += [
+            (torch, "is_autocast_enabled", lambda *_: autocast("cpu")),
+            (bnb_functions, "MatMul8bitFp", bnb_functions.MatMul8bitLt),
+            (gpu, "on_gpu", lambda _: True),
+            (gpu, "kernels", lambda: SimpleNamespace(**_KERNELS)),
+            (liger, "covers", lambda _: False),
+            (attention, "has_kernel", lambda *_: dtype != torch.float32),
+            (attention, "to_device", to_device),
+            (fused_patch, "dequantize_absmax", lambda _: None),
+            (nn.functional, "dropout", _cuda_dropout),
+        ]
+    with ExitStack() as stack:
+        for module, name, instead in changes:
+            stack.enter_context(patch.object(module, name, instead))
+        if setup.device == "cuda":
+            sizes = cross_entropy.LOGITS_BYTES
+            stack.enter_context(patch.dict(sizes, cpu=sizes["cuda"]))
+        attention.cumulative_lengths.cache_clear()
+        yield
+
+
+_KERNELS = {  # of a GPU: in place, but for a dequantized matrix
+    "dequantize": lambda _, state, dtype: torch.empty(state.shape, dtype=dtype),
+    "swiglu_backward": lambda *_: None,
+    "cross_entropy": lambda *_: None,
+}
+
+
+def _cuda_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, *_: Any) -> torch.Tensor:
+    """As CUDA keeps it: a byte an element, where a CPU keeps a factor."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x

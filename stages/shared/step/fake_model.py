@@ -1,0 +1,181 @@
+"""A model without values: built on meta as quantize and train would, then given fake tensors.
+
+`Params4bit` and `Int8Params` of bitsandbytes refuse a fake tensor (`_make_subclass`). A fake
+parameter takes their place whose class has their name, which peft asks for, and their attributes.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Int8Params
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from stages.shared.model import attention
+from stages.shared.step.memory import BLOCK, NESTED_BLOCK
+from stages.shared.weights.bnb import Linear4bit, Linear8bitLt, Params4bit, QuantState
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+ATTRIBUTES_4BIT = (
+    "blocksize",
+    "compress_statistics",
+    "quant_type",
+    "quant_storage",
+    "bnb_quantized",
+    "module",
+    "quant_state",
+)
+
+
+class FakeParams4bit(FakeTensor):
+    """Stands for `Params4bit`."""
+
+
+class FakeInt8Params(FakeTensor):
+    """Stands for `Int8Params`."""
+
+
+FakeParams4bit.__name__, FakeInt8Params.__name__ = "Params4bit", "Int8Params"
+
+
+def model_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config, with the attention that `loading.load_model` would give it."""
+    for implementation in (attention.NAME, "sdpa", "eager"):
+        try:
+            with META:
+                return AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config),
+                    dtype=dtype,
+                    attn_implementation=implementation,
+                    trust_remote_code=False,
+                )
+        except (KeyError, ValueError) as error:
+            refused = error
+    raise refused
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that transformers has bitsandbytes quantize: no head, no fused experts."""
+    dense = get_keys_to_not_convert(model)
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and should_convert_module(name, dense)
+    }
+
+
+def quantize_on_meta(
+    model: nn.Module, precision: str, double_quant: bool, dtype: torch.dtype
+) -> None:
+    """Replace quantizable layers by those of bitsandbytes; nothing in a dense precision."""
+    if precision in ("nf4", "fp4", "int8"):
+        for name, layer in quantizable(model).items():
+            made = (
+                _int8(layer)
+                if precision == "int8"
+                else _four_bit(layer, precision, double_quant, dtype)
+            )
+            made.bias = layer.bias
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, made)
+    model.is_loaded_in_4bit = precision in ("nf4", "fp4")  # what peft chooses its layers by
+    model.is_loaded_in_8bit = precision == "int8"
+
+
+def to_fake(model: nn.Module) -> None:
+    """Give all parameters and buffers fake tensors of a CPU; inside of a fake mode."""
+    made: dict[int, nn.Parameter] = {}
+    for layer in model.modules():
+        for key, p in layer.named_parameters(recurse=False, remove_duplicate=False):
+            if id(p) not in made:
+                made[id(p)] = _fake_parameter(p)
+            layer._parameters[key] = made[id(p)]
+        for key, buffer in layer.named_buffers(recurse=False):
+            layer._buffers[key] = _fake(buffer)
+
+
+def state_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Constants of quantized layers that are neither parameters nor buffers."""
+    found: list[torch.Tensor] = []
+    for layer in model.modules():
+        if isinstance(layer, Linear8bitLt):
+            found.append(layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB)
+        elif isinstance(layer, Linear4bit):
+            state: Any = layer.weight.quant_state
+            for part in filter(None, (state, state.state2)):
+                found += [value for value in vars(part).values() if torch.is_tensor(value)]
+    return found
+
+
+def _fake(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=CPU)
+
+
+def _fake_parameter(p: nn.Parameter) -> nn.Parameter:
+    made: Any = nn.Parameter(_fake(p), requires_grad=p.requires_grad)
+    if isinstance(p, Params4bit):
+        made.__class__ = FakeParams4bit
+        for key in ATTRIBUTES_4BIT:
+            setattr(made, key, getattr(p, key))
+        for part in filter(None, (p.quant_state, p.quant_state.state2)):
+            for key, value in vars(part).items():
+                if torch.is_tensor(value):
+                    setattr(part, key, _fake(value))
+    if isinstance(p, Int8Params):
+        made.__class__ = FakeInt8Params
+        made.has_fp16_weights, made.CB = False, made.data
+        made.SCB = torch.empty(len(p), device=CPU)
+    return made
+
+
+def _four_bit(
+    layer: nn.Linear, precision: str, double_quant: bool, dtype: torch.dtype
+) -> Linear4bit:
+    parameters = layer.weight.numel()
+    blocks = -(-parameters // BLOCK)
+    made = Linear4bit(
+        layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device=META
+    )
+    made.support_avx512bf16_for_cpu = False
+    with META:
+        nested = QuantState(
+            absmax=torch.empty(-(-blocks // NESTED_BLOCK)),
+            code=torch.empty(256),
+            blocksize=NESTED_BLOCK,
+            dtype=torch.float32,
+        )
+        state = QuantState(
+            absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+            shape=layer.weight.shape,
+            dtype=dtype,
+            blocksize=BLOCK,
+            code=torch.empty(16),
+            quant_type=precision,
+            offset=torch.empty(()) if double_quant else None,
+            state2=nested if double_quant else None,
+        )
+        codes = torch.empty(-(-parameters // 2), 1, dtype=torch.uint8)
+    made.weight = Params4bit(
+        codes,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCK,
+        compress_statistics=double_quant,
+        quant_type=precision,
+        module=made,
+        bnb_quantized=True,
+    )
+    return made
+
+
+def _int8(layer: nn.Linear) -> Linear8bitLt:
+    made = Linear8bitLt(
+        layer.in_features, layer.out_features, bias=False, has_fp16_weights=False, device=META
+    )
+    codes = torch.empty(layer.weight.shape, dtype=torch.int8, device=META)
+    made.weight = Int8Params(codes, requires_grad=False)
+    return made

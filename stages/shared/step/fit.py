@@ -1,0 +1,235 @@
+"""Settings of the machine that fit its memory: the fastest of them, or what to change if none do.
+
+A pure function of the model, the parameters, the data and the machine's cores and total memory:
+never of free memory or of a timing, so that the same machine always computes in the same way.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stages.shared.step.count import TRANSIENT, Prediction, StepCounter, undominated
+from stages.shared.step.limits import GIB
+from stages.shared.step.setup import MicroBatch, TrainingSetup
+from stages.shared.step.workload import Workload
+
+# Larger micro-batches gain nothing more. On a CPU: 300 tokens/s at 1,024 and 295 at 2,048.
+MICRO_BATCH_TOKENS = {"cuda": (8192, 4096, 2048, 1024, 512, 256), "cpu": (1024, 512, 256, 128)}
+WORKER_TOKENS = 512  # at most, where several workers compute: two at 512 are as fast as at 1,024
+# Tokens that take as long as what a micro-batch costs however short it is: dequantizing, and the
+# host's work. On an H200 8,192 tokens of an 8B took 0.51 s and 2,048 of a 7B 0.23 s.
+FIXED_TOKENS = {"cuda": 3000, "cpu": 20}
+MOST_WORKERS = 4  # each dequantizes the weights for itself; two have been measured
+ALONE = 1.1  # how much longer a step takes with all cores in one process; measured on two
+
+# A CPU's process, measured on eight runs (docs/memory.md): Python with its libraries; each worker
+# beside the first; pages held for each byte that lives within a step.
+PROCESS_BYTES = 560 * 10**6
+WORKER_BYTES = 120 * 10**6
+PAGES_PER_BYTE = 1.6
+# A training is refused where its prediction and this share of it more are not there.
+MARGIN = {"cpu": 1.1, "cuda": 1.0}
+# CUDA's context with its kernels, an assumption; a segment of the allocator that is not full; the
+# workspaces of cuBLAS and cuBLASLt on Hopper; half of the allocator's 512 bytes a tensor.
+CONTEXT_BYTES = 768 * 2**20
+ALLOCATOR_BYTES = 20 * 2**20
+MATMUL_BYTES = 2 * 32 * 2**20
+ROUNDING_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be trained, on what, with how much memory.
+
+    Attributes:
+        counter: of the model.
+        setup: its `gradient_checkpointing` is not read.
+        workload: the conversations.
+        total_bytes: of the machine's memory, or the budget.
+        micro_batch_tokens: None to choose.
+        gradient_checkpointing: None to choose.
+        scored: micro-batches that held-out conversations are scored in, between steps.
+        workers: the most processes of a CPU that compute parts of a step, see `packing.partition`.
+        processes: trainings of a CPU that share a step and this memory.
+        instead_of_full: the keys of `lora` that could be trained instead of all weights.
+    """
+
+    counter: StepCounter
+    setup: TrainingSetup
+    workload: Workload
+    total_bytes: int
+    micro_batch_tokens: int | None = None
+    gradient_checkpointing: bool | None = None
+    scored: frozenset[MicroBatch] = frozenset()
+    workers: int = 1
+    processes: int = 1
+    instead_of_full: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a step is computed; `device_bytes`: what a device, or a CPU's processes, will hold."""
+
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    workers: int
+    prediction: Prediction
+    device_bytes: int
+
+
+def most_workers(batch_size: int, requested: int | None = None) -> int:
+    """How many processes of this machine's CPU may compute a step: a core and a conversation each.
+
+    Args:
+        batch_size: conversations a step.
+        requested: `QLORA_WORKERS`, if set.
+    """
+    return min(requested or min(len(os.sched_getaffinity(0)), MOST_WORKERS), batch_size)
+
+
+def choose(request: Request) -> Choice | None:
+    """The fastest of the settings that fit; None if none does."""
+    return next((c for c in map(_counted, _candidates(request)) if fits(request, c)), None)
+
+
+def smallest(request: Request) -> Choice:
+    """The settings that need the least memory, whether they fit or not."""
+    least = replace(
+        request,
+        micro_batch_tokens=request.micro_batch_tokens
+        or MICRO_BATCH_TOKENS[request.setup.device][-1],
+        gradient_checkpointing=request.gradient_checkpointing is not False,
+        workers=1,
+    )
+    return _counted(next(_candidates(least)))
+
+
+def fits(request: Request, choice: Choice) -> bool:
+    """Whether there is enough memory, with a margin."""
+    return MARGIN[request.setup.device] * choice.device_bytes <= request.total_bytes
+
+
+def device_bytes(
+    counter: StepCounter, setup: TrainingSetup, prediction: Prediction, workers: int = 1
+) -> int:
+    """Memory that a GPU must have, or that the processes of a CPU hold: beside tensors too.
+
+    Sources: torch 2.13, c10/cuda/CUDACachingAllocator.cpp, `kMinBlockSize`, `kLargeBuffer`;
+    aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`.
+    """
+    if setup.device == "cuda":
+        rounding = ROUNDING_BYTES * counter.persistent(setup)["tensors"]
+        beside = CONTEXT_BYTES + ALLOCATOR_BYTES + MATMUL_BYTES + rounding
+        return prediction.total_bytes + beside
+    pages = int((PAGES_PER_BYTE - 1) * prediction.transient_bytes)
+    return PROCESS_BYTES + WORKER_BYTES * (workers - 1) + prediction.total_bytes + pages
+
+
+_Candidate = tuple[Request, int, bool, int]
+
+
+def _candidates(request: Request) -> Iterator[_Candidate]:
+    """Tokens, checkpointing and workers, the fastest first."""
+    tokens, checkpointing = request.micro_batch_tokens, request.gradient_checkpointing
+    found = [
+        (request, limit, on, workers)
+        for workers in range(1, request.workers + 1)
+        for limit in ([tokens] if tokens else MICRO_BATCH_TOKENS[request.setup.device])
+        for on in ((False, True) if checkpointing is None else (checkpointing,))
+        if tokens or workers == 1 or limit <= WORKER_TOKENS
+    ]
+    return iter(sorted(found, key=_cost))
+
+
+def _cost(candidate: _Candidate) -> tuple[float, int]:
+    """Time of a token, in passes over the weights: forward, backward, and forward again."""
+    request, tokens, checkpointing, workers = candidate
+    passes = (3 if checkpointing else 2) * (1.0 if workers > 1 else ALONE)
+    return passes * (1 + FIXED_TOKENS[request.setup.device] / tokens), -workers
+
+
+def _counted(candidate: _Candidate) -> Choice:
+    request, tokens, checkpointing, workers = candidate
+    counter = request.counter
+    setup = replace(request.setup, gradient_checkpointing=checkpointing)
+    batches = request.workload.micro_batches(tokens, workers)
+    trained = _side_by_side(counter.largest(setup, batches), workers)
+    scored = [counter.predict_scoring(setup, batch) for batch in undominated(request.scored)]
+    held = [(device_bytes(counter, setup, p, workers), p) for p in (trained, *scored)]
+    most, prediction = max(held, key=lambda one: one[0])
+    return Choice(tokens, checkpointing, workers, prediction, most * request.processes)
+
+
+def _side_by_side(alone: Prediction, workers: int) -> Prediction:
+    """All workers at their peak at once; weights and the optimizer are shared by them."""
+    each = (*TRANSIENT, "gradients")
+    parts = {name: size * (workers if name in each else 1) for name, size in alone.parts.items()}
+    return replace(alone, parts=parts)
+
+
+def refusal(request: Request) -> str:
+    """One line for a training that `choose` finds no settings for: its parts, and remedies."""
+    least = smallest(request)
+    parts = least.prediction.parts
+    beside = least.device_bytes - sum(parts.values())
+    listed = ", ".join(f"{n} {size / GIB:.2f}" for n, size in parts.items() if size >= GIB / 200)
+    checkpointing = "on" if least.gradient_checkpointing else "off"
+    margin = MARGIN[request.setup.device]
+    found = remedies(request)
+    advice = f"Set {'; or '.join(found)}." if found else "Take a smaller model or more memory."
+    return (
+        f"memory: training needs {margin * least.device_bytes / GIB:.2f} GiB ({listed}, beside "
+        f"tensors {(margin * least.device_bytes - least.device_bytes + beside) / GIB:.2f}) at "
+        f"{least.micro_batch_tokens} tokens a micro-batch, checkpointing {checkpointing}; there "
+        f"are {request.total_bytes / GIB:.2f}. {advice}"
+    )
+
+
+def remedies(request: Request) -> list[str]:
+    """Changes that each make it fit alone; or the first few in order that do so together."""
+    changes = list(_changes(request))
+    alone = [words for words, changed in changes if fits(changed, smallest(changed))]
+    if alone:
+        return alone[:3]
+    together: list[str] = []
+    for index in range(len(changes)):
+        following = list(_changes(request))
+        words, request = following[0] if following else ("", request)
+        if not words:
+            break
+        together.append(words)
+        if index and fits(request, smallest(request)):
+            return [" and ".join(together)]
+    return []
+
+
+def _changes(request: Request) -> Iterator[tuple[str, Request]]:
+    """Remedies in a fixed order: first those that change no result, then the least harmful."""
+    setup, lora = request.setup, request.setup.lora
+    least = MICRO_BATCH_TOKENS[setup.device][-1]
+    if (request.micro_batch_tokens or 0) > least:
+        yield f"QLORA_MICRO_BATCH_TOKENS={least}", replace(request, micro_batch_tokens=least)
+    if request.gradient_checkpointing is False:
+        yield "QLORA_GRADIENT_CHECKPOINTING=true", replace(request, gradient_checkpointing=True)
+    if request.processes > 1:
+        yield "QLORA_DEVICES=1", replace(request, processes=1)
+
+    def tried(words: str, **changed: Any) -> tuple[str, Request]:
+        return words, replace(request, setup=replace(setup, **changed))
+
+    if setup.precision in ("fp4", "nf4") and not setup.double_quant:
+        yield tried("quantize.double_quant true", double_quant=True)
+    if setup.optimizer == "adamw":
+        yield tried("train.optimizer adamw_8bit", optimizer="adamw_8bit")
+    if lora and lora["r"] > 8:
+        yield tried("lora.r 8", lora=lora | {"r": 8})
+    length = 2 ** max(6, math.ceil(math.log2(request.workload.longest)) - 1)
+    if length < request.workload.longest:
+        cut = replace(request, workload=request.workload.cut(length))
+        yield f"prepare.max_length {length}", cut
+    if lora and setup.precision not in ("fp4", "nf4"):
+        yield tried("quantize.precision nf4", precision="nf4", double_quant=True)
+    if lora is None and request.instead_of_full:
+        yield tried("train.method lora", lora=request.instead_of_full)

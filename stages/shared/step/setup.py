@@ -1,0 +1,141 @@
+"""What is trained and how a step computes it, as far as its memory depends on it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from stages.shared.model.cpu_attention import MOST_QUERIES, length_groups
+from stages.shared.model.packing import Example
+from stages.shared.step.memory import DENSE_BYTES
+
+Device = Literal["cpu", "cuda"]
+SWITCHED_OFF = "QLORA_FUSED is false"
+DENSE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+LORA_KEYS = ("r", "dropout", "target_modules", "modules_to_save", "bias", "init", "dora")
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How a model is trained.
+
+    Attributes:
+        precision: of the linear layers.
+        lora: the keys of `lora` that matter; None for full fine-tuning.
+        double_quant: of fp4 and nf4.
+        stored: dtype of what is not quantized, in files.
+        compute: dtype of matmuls on this device; fp32 where it lacks the stored one.
+        optimizer: adamw or adamw_8bit.
+        gradient_checkpointing: whether each block is computed again in the backward pass.
+        device: whose kernels run.
+        fused: whether fused functions compute the step where they cover it.
+        masters: full fine-tuning in bf16 keeps fp32 weights, as `train` does; False for pure bf16.
+    """
+
+    precision: str
+    lora: dict[str, Any] | None
+    double_quant: bool = False
+    stored: str = "bf16"
+    compute: str = "bf16"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+    device: Device = "cuda"
+    fused: bool = True
+    masters: bool = True
+
+    @property
+    def rounds_masters(self) -> bool:
+        """Whether fp32 masters hold more than the file that is made of them."""
+        return self.lora is None and self.masters and self.stored != "fp32"
+
+
+def lora_of(lora: Any) -> dict[str, Any]:
+    """The keys of the section `lora` that memory depends on."""
+    return {key: getattr(lora, key) for key in LORA_KEYS}
+
+
+def setup_of(
+    quantize: Any,
+    lora: Any,
+    train: Any,
+    device: Device,
+    *,
+    bf16: bool = True,
+    fused: bool = True,
+) -> TrainingSetup:
+    """The setup that parameters describe.
+
+    Args:
+        quantize: has `precision`, `double_quant` and `compute_dtype`.
+        lora: the section `lora`, as whichever stage reads it.
+        train: has `method` and `optimizer`.
+        device: whose kernels run; no CPU has fp16 matmuls.
+        bf16: whether it has bf16 matmuls, see `precision.has_bf16_matmuls`.
+        fused: `QLORA_FUSED`.
+    """
+    dense = quantize.precision in DENSE_BYTES
+    stored = quantize.precision if dense else quantize.compute_dtype
+    has = {"fp16": device != "cpu", "bf16": bf16, "fp32": True}
+    return TrainingSetup(
+        quantize.precision,
+        lora_of(lora) if train.method == "lora" else None,
+        double_quant=quantize.double_quant and quantize.precision in ("fp4", "nf4"),
+        stored=stored,
+        compute=stored if has[stored] else "fp32",
+        optimizer=train.optimizer,
+        device=device,
+        fused=fused,
+    )
+
+
+class Stored(NamedTuple):
+    """What a model's weights are stored in, by the names of the section `quantize`."""
+
+    precision: str
+    double_quant: bool
+    compute_dtype: str
+
+
+def stored_as(config: Path) -> Stored:
+    """Read from a `config.json` that `quantize` wrote what its weights are in."""
+    values = json.loads(config.read_bytes())
+    dense = DENSE_NAMES[values.get("dtype") or values.get("torch_dtype") or "float32"]
+    quantization = values.get("quantization_config") or {}
+    if quantization.get("load_in_8bit"):
+        return Stored("int8", False, dense)
+    if not quantization.get("load_in_4bit"):
+        return Stored(dense, False, dense)
+    kind, double_quant = (quantization[f"bnb_4bit_{n}"] for n in ("quant_type", "use_double_quant"))
+    return Stored(kind, bool(double_quant), dense)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Conversations that go through the model at once: their lengths and their targets, in tokens.
+
+    A step's micro-batches are packed by `packing.partition`, and order counts: attention pads
+    neighbours of about one length together.
+    """
+
+    lengths: tuple[int, ...]
+    supervised: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all conversations."""
+        return sum(self.lengths)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes that memory grows with: tokens, targets, padded tokens, scores, longest."""
+        groups = [(group.conversations, group.length) for group in length_groups(self.lengths)]
+        padded = max(count * length for count, length in groups)
+        scores = max(count * length * min(length, MOST_QUERIES) for count, length in groups)
+        return self.tokens, self.supervised, padded, scores, max(self.lengths)
+
+
+def micro_batch_of(examples: Sequence[Example]) -> MicroBatch:
+    """The sizes of conversations that are packed together."""
+    supervised = sum(example.supervised_tokens for example in examples)
+    return MicroBatch(tuple(example.input_tokens for example in examples), supervised)

@@ -1,0 +1,176 @@
+"""Counts of a step without values against real steps, and what is kept of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig
+
+from benchmarks import memory
+from benchmarks.memory import Setting
+from stages.plan.sources import CONFIGS
+from stages.shared.core.errors import UserError
+from stages.shared.step import count, dry_run
+from stages.shared.step.count import StepCounter, undominated
+from stages.shared.step.limits import GIB
+from stages.shared.step.setup import MicroBatch, TrainingSetup
+
+LENGTHS = (40, 90, 50)
+LORA = {"r": 8, "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": None}
+LORA |= {"bias": "none", "init": "default", "dora": False}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ("whole heads", Setting("nf4", 8, False, LENGTHS)),
+        ("whole heads", Setting("nf4", 64, True, LENGTHS, double_quant=False)),
+        ("whole heads", Setting("int8", 8, True, LENGTHS)),
+        ("whole heads", Setting("bf16", 8, False, LENGTHS, optimizer="adamw_8bit")),
+        ("whole heads", Setting("bf16", None, True, LENGTHS)),
+        ("whole heads", Setting("nf4", 8, False, LENGTHS, dora=True)),
+        ("whole heads", Setting("nf4", 8, True, LENGTHS, dropout=0.1)),
+        ("whole heads", Setting("bf16", 8, False, LENGTHS, init="pissa")),
+        ("GPT-2", Setting("bf16", 8, False, LENGTHS)),
+        ("Mixtral", Setting("nf4", 8, True, LENGTHS)),
+        ("Gemma", Setting("nf4", 8, False, LENGTHS)),
+        ("Qwen3", Setting("nf4", 8, False, LENGTHS)),
+    ],
+    ids=str,
+)
+def test_count_equals_a_real_step(work: Path, model: str, setting: Setting) -> None:
+    base = work / model
+    if not base.exists():
+        memory.random_base(memory.MODELS[model], base)
+    measured = memory.measure(base, setting)
+    predicted = memory.predict(base / "config.json", setting)
+    off = 0.015 if setting.init == "pissa" else 0.001  # its gradients share a storage by halves
+    assert predicted.total_bytes == pytest.approx(measured, rel=off)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "gib"),
+    [
+        ("Llama-3-8B", Setting("nf4", 16, False, (2048,) * 4, share=1.0), 29.61),
+        ("Llama-3-8B", Setting("nf4", 16, True, (2048,) * 4, share=1.0), 9.18),
+        ("Mistral-7B", Setting("nf4", 16, True, (32_768,), share=1.0), 17.20),
+        ("Llama-3-70B", Setting("nf4", 16, False, (512, 300), share=1.0), 51.96),
+    ],
+    ids=["8B", "8B, checkpointed", "7B, longer than its window", "70B, short"],
+)
+def test_count_of_a_gpu_equals_all_blocks_on_meta(name: str, setting: Setting, gib: float) -> None:
+    """What all blocks held on the meta device, operation by operation."""
+    predicted = memory.predict(CONFIGS / f"{name}.json", setting, "cuda")
+    assert predicted.total_bytes / GIB == pytest.approx(gib, abs=0.006)
+
+
+def test_blocks_that_alternate_are_extended_by_their_period() -> None:
+    config = Gemma3TextConfig(
+        **memory.SHAPE | {"num_attention_heads": 4},
+        intermediate_size=384,
+        num_hidden_layers=13,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=64,
+    )
+    pattern = dry_run.pattern_of(config)
+    assert (pattern.run, pattern.period, pattern.repeats) == (13, 1, 0)
+    config.layer_types = config.layer_types[:6] * 5
+    config.num_hidden_layers = 26
+    config.layer_types = config.layer_types[:26]
+    pattern = dry_run.pattern_of(config)
+    assert (pattern.run, pattern.period, pattern.repeats) == (8, 6, 3)
+    assert [config.layer_types[i] for i in pattern.repeated] == config.layer_types[1:7]
+
+
+def test_scoring_full_weights_copies_them(work: Path) -> None:
+    config = work / "config.json"
+    memory.MODELS["whole heads"].save_pretrained(work)
+    setup = TrainingSetup("bf16", None, device="cpu")
+    with StepCounter(config) as counter:
+        rounded = counter.predict_scoring(setup, MicroBatch((90, 40), 60))
+        exact = counter.predict_scoring(replace(setup, stored="fp32"), MicroBatch((90, 40), 60))
+        parameters = counter.model()["parameters"]["parameters"]
+    assert rounded.parts["gradients"] == exact.parts["gradients"] == 0
+    assert rounded.parts["workspace"] >= 2 * parameters > exact.parts["workspace"]
+
+
+def test_answers_are_kept_by_config_setup_and_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(count, "root", lambda: tmp_path)
+    config, setup = tmp_path / "config.json", TrainingSetup("nf4", LORA, device="cpu")
+    memory.MODELS["whole heads"].save_pretrained(tmp_path)
+    with StepCounter(config) as counter:
+        first = counter.persistent(setup)
+    asked = []
+    monkeypatch.setattr(count.DryRun, "ask", lambda asking: asked.append(asking) or {})
+    counter = StepCounter(config)
+    assert counter.persistent(setup) == first
+    assert not asked
+    kept = next((tmp_path / ".counts").iterdir())
+    kept.write_text("{")  # by a process that was killed
+    counter.persistent(setup)
+    counter.persistent(replace(setup, double_quant=True))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 96}))
+    counter.persistent(setup)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [(None, "not found"), ({"model_type": "no-such-model"}, "no-such-model"), ({}, "model_type")],
+)
+def test_config_of_no_language_model_is_one_line(
+    tmp_path: Path, config: dict[str, str] | None, reason: str
+) -> None:
+    path = tmp_path / "config.json"
+    if config is not None:
+        path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=reason) as error:
+        StepCounter(path).model()
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"fused": False}, "QLORA_FUSED is false"),
+        ({"lora": None, "precision": "bf16"}, "train.method is full"),
+        ({"precision": "int8"}, "quantize.precision is int8"),
+        ({"lora": LORA | {"dropout": 0.1}}, "lora.dropout is not 0"),
+        ({"lora": LORA | {"dora": True}}, "lora.dora is true"),
+        ({"lora": LORA | {"init": "olora"}}, "lora.init is pissa or olora"),
+        ({"lora": LORA | {"modules_to_save": ["norm"]}}, "lora.modules_to_save are trained too"),
+        ({"lora": LORA | {"bias": "all"}}, "lora.bias is not none"),
+        (
+            {"lora": LORA | {"target_modules": ["q_proj"]}},
+            "lora.target_modules leave out a linear layer",
+        ),
+    ],
+)
+def test_fused_functions_cover_plain_lora_alone(changes: dict, reason: str | None) -> None:
+    setup = replace(TrainingSetup("nf4", LORA), **changes)
+    model = dry_run.prepare(memory.MODELS["whole heads"], setup)
+    assert dry_run.unfused_because(setup, model) == reason
+    gpt2 = dry_run.prepare(memory.MODELS["GPT-2"], TrainingSetup("nf4", LORA))
+    assert dry_run.unfused_because(TrainingSetup("nf4", LORA), gpt2) is not None
+
+
+def test_undominated_micro_batches_decide() -> None:
+    random = torch.Generator().manual_seed(0)
+    sizes = torch.randint(2, 2000, (300, 2), generator=random).tolist()
+    batches = [MicroBatch((max(pair),), min(pair)) for pair in sizes]
+    few = undominated(batches)
+    assert 1 < len(few) < 40
+    for batch in batches:
+        assert any(b.tokens >= batch.tokens and b.supervised >= batch.supervised for b in few)

@@ -1,0 +1,122 @@
+"""Hand-computed bytes of what persists, and sizes read from real models."""
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from stages.plan.sources import CONFIGS
+from stages.shared.step import dry_run, memory
+from stages.shared.step.count import StepCounter
+from stages.shared.step.setup import Stored, TrainingSetup, stored_as
+from tests import tiny
+from tests.architectures import BESIDES, OTHERS, SHAPE
+
+LORA = {"r": 16, "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": None}
+LORA |= {"bias": "none", "init": "default", "dora": False}
+LLAMA_2_7B = 6_738_415_616
+
+
+@pytest.mark.parametrize(("double_quant", "bits"), [(True, 4.127), (False, 4.5)])
+def test_four_bits_take_4_127_or_4_5_bits_a_parameter(double_quant: bool, bits: float) -> None:
+    parameters = 4096 * 4096
+    measured = 8 * memory.four_bit_bytes(parameters, double_quant) / parameters
+    assert measured == pytest.approx(bits, abs=1e-3)
+
+
+def test_four_bits_round_up_to_whole_bytes_and_blocks() -> None:
+    assert memory.four_bit_bytes(65, False) == 33 + 8 + 64
+    assert memory.four_bit_bytes(64 * 256 + 1, True) == 8193 + 257 + 8 + 4 * 273
+
+
+def test_int8_takes_a_byte_a_weight_and_4_a_row() -> None:
+    assert memory.int8_bytes(192, 576) == 192 * 576 + 4 * 192
+
+
+def test_8_bit_adamw_keeps_small_tensors_in_fp32() -> None:
+    assert memory.optimizer_bytes("adamw", [1000, 24]) == 8 * 1024
+    assert memory.optimizer_bytes("adamw_8bit", [1 << 20]) / (1 << 20) == 2.03125
+    assert memory.optimizer_bytes("adamw_8bit", [4095, 4096]) == 8 * 4095 + 2 * 4096 + 8 * 16
+    assert memory.pageable_bytes("adamw", [99_999, 100_000]) == 800_000
+
+
+def held(name: str, setup: TrainingSetup) -> dict:
+    with StepCounter(CONFIGS / f"{name}.json") as counter:
+        return counter.persistent(setup)
+
+
+def test_full_tuning_takes_16_bytes_a_parameter_and_pure_bf16_12() -> None:
+    parts = ("weights", "adapter", "gradients", "optimizer")
+    for setup, size in (
+        (TrainingSetup("fp32", None, stored="fp32", compute="fp32"), 16),
+        (TrainingSetup("bf16", None), 16),
+        (TrainingSetup("bf16", None, masters=False), 12),
+    ):
+        found = held("Llama-2-7B", setup)
+        assert sum(found[part] for part in parts) == size * LLAMA_2_7B
+
+
+def test_mixtral_stays_dense_in_four_bits() -> None:
+    assert held("Mixtral-8x7B", TrainingSetup("nf4", LORA, double_quant=True))["weights"] > 90e9
+
+
+@pytest.mark.parametrize("changes", [{"dora": True}, {"target_modules": ["q_proj"]}])
+def test_adapter_has_the_parameters_that_peft_trains(changes: dict) -> None:
+    lora = LORA | {"r": 4} | changes
+    model = dry_run.prepare(tiny.model().config, TrainingSetup("nf4", lora))
+    setup = TrainingSetup("nf4", lora)
+    assert (
+        dry_run.persistent(setup, model, fused=False)["adapter"]
+        == 4 * model.get_nb_trainable_parameters()[0]
+    )
+
+
+def test_everything_trained_is_fp32_and_counts_once() -> None:
+    lora = LORA | {"modules_to_save": ["lm_head", "embed_tokens"], "init": "pissa"}
+    setup = TrainingSetup("bf16", lora)
+    found = dry_run.persistent(setup, dry_run.prepare(tiny.model().config, setup), fused=False)
+    assert found["gradients"] == 4 * found["trainable"]
+    frozen_starts = found["adapter"] - 4 * found["trainable"]
+    copies = 384 * 64  # both ends of a tie are one matrix
+    assert frozen_starts == 4 * (found["trainable"] - copies)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen1.5-0.5B", 463_987_712),
+        ("Llama-2-7B", LLAMA_2_7B),
+        ("Mistral-7B", 7_241_732_096),
+        ("Llama-3-8B", 8_030_261_248),
+        ("Llama-3-70B", 70_553_706_496),
+        ("Mixtral-8x7B", 46_702_792_704),
+    ],
+)
+def test_shipped_configs_have_the_published_parameters(name: str, parameters: int) -> None:
+    with StepCounter(CONFIGS / f"{name}.json") as counter:
+        model = counter.model()
+    assert model["parameters"]["parameters"] == parameters
+    if name == "Mixtral-8x7B":  # a token goes through two of eight experts
+        experts, attention = 32 * 3 * 4096 * 14336, 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096)
+        assert model["per_token"] == attention + 2 * experts
+
+
+@pytest.mark.parametrize("kind", sorted({*BESIDES, *OTHERS} - {"mamba2"}))
+def test_every_architecture_is_described(kind: str) -> None:
+    """Its blocks are found, and the shortest run of them that stands for all."""
+    config = CONFIG_MAPPING[kind](**SHAPE | (BESIDES | OTHERS)[kind])
+    described = dry_run.describe(config)
+    model = dry_run.fake_model.model_on_meta(config, dry_run.torch.float32)
+    assert described["parameters"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert dry_run.pattern_of(config).layers == len(dry_run.blocks_of(model))
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("nf4", Stored("nf4", True, "bf16")),
+        ("int8", Stored("int8", False, "bf16")),
+        ("fp32", Stored("fp32", False, "fp32")),
+    ],
+)
+def test_stored_precision_is_read_from_the_config(tmp_path, precision, expected) -> None:
+    folder = tiny.quantize(tmp_path / "quantized", precision)
+    assert stored_as(folder / "config.json") == expected
