@@ -45,7 +45,7 @@ def test_a_token_without_an_embedding_is_refused_before_weights_are_read(tmp_pat
     model = tiny.quantize(tmp_path / "quantized", "nf4")
     config = files.read_json(model / "config.json") | {"vocab_size": 50}
     files.write_json(model / "config.json", config)
-    with pytest.raises(UserError, match=r"gives data/prepared token \d+; .* has 50 rows"):
+    with pytest.raises(UserError, match=r"gives data/prepared token \d+.* has 50 rows"):
         train_on(settings(), data, model, tmp_path / "adapter")
 
 
