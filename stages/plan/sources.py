@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from stages.shared.core.errors import UserError
-from stages.shared.hub.repository import Repository, endpoint, one_line_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 BASE = Path("models/base/config.json")
@@ -43,9 +42,13 @@ def _of_hub(name: str, commit: str | None) -> Path:
     """One file, into the user's cache; says which commit it is of."""
     from huggingface_hub import hf_hub_download  # noqa: PLC0415  (half a second)
 
-    with one_line_errors(Repository("model", name, commit or "main")):
-        path = Path(
-            hf_hub_download(name, "config.json", revision=commit or "main", endpoint=endpoint())
-        )
+    from stages.shared.hub.repository import Repository  # noqa: PLC0415  (imports the client)
+    from stages.shared.hub.responses import one_line_errors  # noqa: PLC0415
+
+    revision = commit or "main"
+    repository = Repository("model", name, revision)
+    options = {"revision": revision, "endpoint": repository.endpoint}
+    with one_line_errors(repository):
+        path = Path(hf_hub_download(name, "config.json", **options))
     print(f"{name} at {path.parent.name} ({'pinned' if commit else 'main'})")
     return path
