@@ -24,7 +24,7 @@ _PLACEHOLDERS = 0xF0000  # a plane of Unicode for private use
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens and the characters [start, end) that each stands for, without gaps; int32 [tokens].
+    """Tokens and the characters [start, end) that each stands for; int32 [tokens].
 
     Where several tokens share the bytes of one character, each of them stands for it.
     """
@@ -80,7 +80,7 @@ class Encoder:
                 continue
             tokens = _tokens(encoding)
             forged = self._is_forged(tokens, rendered)
-            results.append(self._encode_as_text(rendered) if forged else tokens)
+            results.append(self._encode_as_text(rendered) if forged else _without_gaps(tokens))
         return results
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -147,11 +147,12 @@ class Encoder:
         plain.add_special_tokens(
             [AddedToken(t.content, special=True) for t in self._control.values()]
         )
-        placeholders = {}
+        placeholders, added = {}, []
         for number, token in enumerate(self._control.values()):
             placeholders[token.content] = chr(_PLACEHOLDERS + number) * len(token.content)
             changed = {"content": placeholders[token.content], "special": False}
-            plain.add_tokens([AddedToken(**(token.__getstate__() | changed))])
+            added.append(AddedToken(**(token.__getstate__() | changed)))
+        plain.add_tokens(added)
         vocabulary = plain.get_vocab()
         ids = np.arange(max(vocabulary.values()) + 1, dtype=np.int32)
         for i, token in self._control.items():
@@ -169,7 +170,7 @@ class Encoder:
         tokens = Tokens(ids[tokens.input_ids], tokens.starts, tokens.ends)
         if self._is_forged(tokens, rendered):
             return RejectedRow("the tokenizer makes a control token of a message's plain text")
-        return tokens
+        return _without_gaps(tokens)
 
     def _is_forged(self, tokens: Tokens, rendered: Rendered) -> bool:
         """Whether a control token holds a character of a message."""
@@ -178,10 +179,12 @@ class Encoder:
 
 
 def _tokens(encoding: Encoding) -> Tokens:
-    """Tokens without gaps: some tokenizers leave the white space before a word out of its span."""
     ids = np.array(encoding.ids, dtype=np.int32)
     flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids))
-    starts, ends = flat.reshape(-1, 2).T
-    np.minimum(starts[1:], ends[:-1], out=starts[1:])
-    starts[:1] = 0
-    return Tokens(ids, starts, ends)
+    return Tokens(ids, *flat.reshape(-1, 2).T)
+
+
+def _without_gaps(tokens: Tokens) -> Tokens:
+    """Some tokenizers leave the white space before a word out of its span."""
+    starts = np.minimum(tokens.starts, np.append(np.int32(0), tokens.ends[:-1]))
+    return Tokens(tokens.input_ids, starts, tokens.ends)
