@@ -4,7 +4,8 @@ Reads:  data/prepared/train.parquet, data/prepared/eval.parquet, models/quantize
         models/base (for lora.init loftq)
 Writes: models/adapter, reports/train.json, reports/train/loss.csv, reports/environment.json
 Run:    python -m stages.train
-        Stopped or killed, it goes on from its last checkpoint when it is run again.
+        Stopped or killed, it resumes from its last checkpoint when it is run again. The loss
+        so far is in .checkpoints/<fingerprint>/loss.csv after every step.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from stages.shared.core import files, params, progress
 from stages.shared.core.errors import run
 from stages.shared.core.machine import device, machine, root
-from stages.train.settings import Params
+from stages.train.config import Params
 
 INPUTS = {
     "train": Path("data/prepared/train.parquet"),

@@ -1,8 +1,9 @@
-"""Resume state: written whole or not at all, and read only where every byte is what was written.
+"""Checkpoints: written whole or not at all, read only where every byte is what was written.
 
     .checkpoints/<fingerprint>.lock        held by the one training that may write there
+    .checkpoints/<fingerprint>/loss.csv    the curve so far, written after every step
     .checkpoints/<fingerprint>/best/       the best weights so far, as they will be kept
-    .checkpoints/<fingerprint>/step-000025/state.pt        weights, optimizer, schedule, curve
+    .checkpoints/<fingerprint>/step-000025/state.pt        weights, optimizer, schedule, history
     .checkpoints/<fingerprint>/step-000025/best/           hard links to the best of that time
     .checkpoints/<fingerprint>/step-000025/manifest.json   SHA-256 of each file, written last
 
@@ -30,10 +31,10 @@ STATE, BEST, MANIFEST = "state.pt", "best", "manifest.json"
 
 @contextmanager
 def claim(root: Path, fingerprint: str, keep: int) -> Iterator["Checkpoints"]:
-    """The checkpoints of one training, which nobody else writes while the block runs.
+    """The checkpoints of one training, locked while the block runs.
 
     Args:
-        root: the repository; in DVC's temporary workspaces the one that they were made from.
+        root: the repository; of DVC's temporary workspaces, the one that they were made from.
         fingerprint: names the training.
         keep: how many checkpoints are kept.
 
@@ -47,8 +48,8 @@ def claim(root: Path, fingerprint: str, keep: int) -> Iterator["Checkpoints"]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{folder}: another process is training with the same parameters, data and code; "
-            "expected one at a time; wait for it, or stop it and run `dvc repro` again"
+            f"{folder}: another process is training with the same parameters, data and code. "
+            "Wait for it, or stop it and run `dvc repro` again."
         ) from None
     try:
         yield Checkpoints(folder, keep)
@@ -60,22 +61,22 @@ def claim(root: Path, fingerprint: str, keep: int) -> Iterator["Checkpoints"]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that has been found whole."""
+    """A checkpoint that is whole."""
 
     folder: Path
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Its `step`, its `computing`, and the hashes of its files."""
+        """`step`, `computing` and the hashes of `files`."""
         return files.read_json(self.folder / MANIFEST)
 
     def state(self) -> dict[str, Any]:
-        """What `Checkpoints.write` was given; tensors are on the CPU."""
+        """The state that was written; tensors are on the CPU."""
         return torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
 
 
 class Checkpoints:
-    """The resume state of one training."""
+    """The checkpoints of one training."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
@@ -83,20 +84,17 @@ class Checkpoints:
 
     @property
     def best(self) -> Path:
-        """The folder of the best weights so far; replaced whole, never written into."""
+        """The best weights so far; replaced whole, never written into."""
         return self.folder / BEST
 
-    def require_space(self, learning: int, state_bytes: float) -> None:
-        """Refuse before the first step where they would not fit.
+    def require_space(self, trainable: int, state_bytes: float) -> None:
+        """Refuse before the first step where they would not fit on the disk.
 
         Args:
-            learning: trainable parameters, kept as fp32.
+            trainable: parameters, kept as fp32.
             state_bytes: of the optimizer, a trainable parameter.
-
-        Raises:
-            UserError: less is free than they need.
         """
-        one, best = int(learning * (4 + state_bytes)), 4 * learning
+        one, best = int(trainable * (4 + state_bytes)), 4 * trainable
         files.require_space(
             self.folder,
             (self.keep + 1) * one + 2 * best,
@@ -105,12 +103,12 @@ class Checkpoints:
         )
 
     def write(self, step: int, state: dict[str, Any], computing: dict[str, Any]) -> None:
-        """Write what is needed to go on after `step` steps, then drop the oldest.
+        """Write a checkpoint after `step` steps, then remove the oldest.
 
         Args:
             step: optimizer steps that are done.
-            state: tensors and plain values, for `Checkpoint.state`.
-            computing: how steps are computed, to be read before any weight is.
+            state: tensors and plain values.
+            computing: the execution plan, which is read before any weight.
         """
         target = self.folder / f"step-{step:06d}"
         with files.whole_folder(target) as partial:
@@ -131,13 +129,13 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def newest_bytes(self) -> int:
-        """The size of the newest checkpoint, in bytes; 0 if there is none."""
+        """Size of the newest checkpoint; 0 if there is none."""
         return sum(map(files.folder_bytes, self._written()[-1:]))
 
     def latest(self) -> Checkpoint | None:
-        """The newest one that is whole, its best weights put back; None to begin anew.
+        """The newest one that is whole, its best weights restored; None to begin anew.
 
-        One that is cut short or altered is told of on stderr and removed.
+        A damaged one is removed with a warning.
         """
         for folder in reversed(self._written()):
             fault = _fault(folder)
@@ -153,17 +151,17 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove everything: the training has succeeded."""
+        """Remove everything, once the training has succeeded."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _written(self) -> list[Path]:
-        """The checkpoints in order of their steps; what was not finished is not among them."""
+        """Checkpoints by step, without unfinished ones."""
         written = (p for p in self.folder.glob("step-*") if p.suffix != ".partial")
         return sorted(written, key=lambda p: (len(p.name), p.name))  # six digits, or more
 
 
 def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything."""
+    """The first damage of a checkpoint, if any."""
     try:
         expected = dict(Checkpoint(folder).manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -183,7 +181,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold it before anything relies on it."""
+    """Flush to the disk, before anything relies on it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # some file systems cannot flush a folder

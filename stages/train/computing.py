@@ -15,8 +15,8 @@ from stages.shared.model.packing import Example
 from stages.shared.step.fit import most_workers
 from stages.shared.step.limits import total_memory_bytes
 from stages.shared.step.setup import SWITCHED_OFF, Device
+from stages.train.config import Params
 from stages.train.fit import fit
-from stages.train.settings import Params
 
 NOTED = (
     "micro_batch_tokens",

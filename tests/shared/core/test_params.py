@@ -12,7 +12,7 @@ from stages.evaluate.config import Params as EvaluateParams
 from stages.merge.config import Params as MergeParams
 from stages.shared.core import params
 from stages.shared.core.errors import UserError
-from stages.train.settings import Params as TrainParams
+from stages.train.config import Params as TrainParams
 from tests import workspace
 
 DEFAULTS = yaml.safe_load((Path(__file__).parents[3] / "params.yaml").read_text())
