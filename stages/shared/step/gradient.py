@@ -8,7 +8,7 @@ from torch import nn
 from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, Packed
 from stages.shared.step.fused import patch
-from stages.shared.step.fused.lora import cast_cache
+from stages.shared.step.fused.lora import step_cache
 from stages.shared.weights.precision import autocast
 
 AllReduce = Callable[[Sequence[torch.Tensor]], None]  # sums each over all processes, in place
@@ -44,7 +44,7 @@ def accumulate(
     """
     device = next(model.parameters()).device
     loss = torch.zeros(1, dtype=torch.float64, device=device)
-    with cast_cache():
+    with step_cache():
         for micro_batch in micro_batches:
             batch = packing.pack(micro_batch, device)
             loss += _backward(model, batch, supervised_tokens, dtype, fused, scaler)

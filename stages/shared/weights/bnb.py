@@ -4,6 +4,7 @@ It decorates functions of its own with `torch.compile`, which imports most of to
 seconds and 40 MB of each process. Imported from here, they are compiled at their first call.
 """
 
+import ctypes
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ def _compiling_late() -> Iterator[None]:
 
 
 with _compiling_late():
+    from bitsandbytes.cextension import lib
     from bitsandbytes.functional import (  # noqa: F401  (for the other modules)
         QuantState,
         dequantize_4bit,
@@ -60,6 +62,29 @@ with _compiling_late():
     from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit  # noqa: F401
     from bitsandbytes.optim.optimizer import Optimizer8bit  # noqa: F401
+
+
+# Of the C functions' names; they have accuracy issues with larger blocks.
+_C_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_LARGEST_BLOCK = 1024
+
+
+def dequantize_4bit_into(
+    codes: torch.Tensor, state: QuantState, buffer: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """`dequantize_4bit` on a CPU, into `buffer(shape, dtype)`: its operator has no `out` there.
+
+    Source: bitsandbytes 0.50.2, bitsandbytes/backends/cpu/ops.py, `dequantize_4bit`.
+    """
+    name = f"cdequantize_blockwise_cpu_{state.quant_type}_{_C_DTYPES[state.dtype]}"
+    covered = not state.nested and state.absmax.dtype == torch.float32
+    covered &= state.blocksize <= _LARGEST_BLOCK and state.shape[-1] % 2 == 0
+    if not covered or not hasattr(lib, name):
+        return dequantize_4bit(codes, state)
+    out = buffer(state.shape, state.dtype)
+    pointers = (ctypes.c_void_p(x.data_ptr()) for x in (codes, state.absmax, out))
+    getattr(lib, name)(*pointers, *map(ctypes.c_longlong, (state.blocksize, *out.shape)))
+    return out
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit | Linear8bitLt]:

@@ -26,7 +26,7 @@ from stages.shared.core import machine
 from stages.shared.model import attention, packing, scoring
 from stages.shared.model.packing import Example
 from stages.shared.step.fused import gpu, lora, patch
-from stages.shared.weights import precision
+from stages.shared.weights import bnb, precision
 from stages.shared.weights.precision import autocast
 from tests import tiny
 from tests.shared.step.adapters import Gradients, distance, gradients_of, moved
@@ -98,7 +98,7 @@ def step(
 ) -> tuple[torch.Tensor, Gradients]:
     """Losses and gradients, by the fused step (`patch`) or the modules (`scoring`)."""
     model.zero_grad()
-    with lora.cast_cache():
+    with lora.step_cache():
         with autocast(DEVICE, dtype):
             losses = module.negative_log_likelihoods(model, batch(seed))
         losses.mean().backward()
@@ -172,8 +172,39 @@ def test_scoring_does_not_use_the_fused_step(bases: dict[str, Path]) -> None:
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_dequantized_weight_reuses_a_buffer_within_a_step(kind: str, dtype: torch.dtype) -> None:
+    def dequantize() -> torch.Tensor:
+        return bnb.dequantize_4bit_into(codes, state, lora._buffer)
+
+    codes, state = bnb.quantize_4bit(
+        torch.randn(48, 80).to(dtype), quant_type=kind, compress_statistics=False
+    )
+    expected = bnb.dequantize_4bit(codes, state)
+    assert torch.equal(dequantize(), expected)
+    with lora.step_cache():
+        first = dequantize()
+        assert torch.equal(first, expected)
+        assert dequantize().data_ptr() == first.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "double_quant"), [((48, 80), 64, True), ((8, 4096), 2048, False)]
+)
+def test_weight_that_the_buffer_does_not_cover_is_dequantized_too(
+    shape: tuple[int, int], block: int, double_quant: bool
+) -> None:
+    codes, state = bnb.quantize_4bit(
+        torch.randn(shape), blocksize=block, quant_type="nf4", compress_statistics=double_quant
+    )
+    with lora.step_cache():
+        result = bnb.dequantize_4bit_into(codes, state, lora._buffer)
+    assert torch.equal(result, bnb.dequantize_4bit(codes, state))
+
+
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_cast_cache_holds_for_a_step_on_a_gpu(
+def test_cast_weights_are_cached_for_a_step_on_a_gpu(
     on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "on_gpu", lambda device: on_gpu)
@@ -182,10 +213,10 @@ def test_cast_cache_holds_for_a_step_on_a_gpu(
     def cast() -> torch.Tensor:
         return lora.LoraLinears([layer], lora.lora_weights(layer), torch.bfloat16).a
 
-    with lora.cast_cache():
+    with lora.step_cache():
         first = cast()
         assert (cast() is first) == on_gpu
-    with pytest.raises(KeyError), lora.cast_cache():
+    with pytest.raises(KeyError), lora.step_cache():
         second = cast()
         assert second is not first
         raise KeyError
