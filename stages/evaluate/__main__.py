@@ -1,4 +1,4 @@
-"""Evaluate one of the four models: what it loses, gains and answers on held-out conversations.
+"""Evaluate one of the four models: its loss and its replies on held-out conversations.
 
 Reads:  data/prepared/eval.parquet, data/prepared/format.json, models/tokenizer, and of
         models/{base,quantized,adapter,merged} the variant's own

@@ -52,7 +52,7 @@ def is_correct(reply: str, answer: str) -> bool:
     """Whether the reply's last line, normalized, equals the normalized answer.
 
     As many last lines as the answer has. In any case (Monday, MONDAY), unless the answer is all
-    capitals: then they were asked for.
+    capitals: then a task demands them.
     """
     lines = reply.strip().split("\n")
     last = normalize("\n".join(lines[-len(answer.strip().split("\n")) :]))

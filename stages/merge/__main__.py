@@ -1,4 +1,4 @@
-"""Merge the adapter into one standalone model, and prove that it is what was trained.
+"""Merge the adapter into one standalone model, and verify that it is the trained one.
 
 Reads:  models/adapter, models/quantized, models/base, models/tokenizer,
         data/prepared/eval.parquet, data/prepared/format.json

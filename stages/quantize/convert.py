@@ -189,7 +189,7 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
 
 
 def layout(model: PreTrainedModel) -> Layout:
-    """Read from a model's modules what its files do not describe."""
+    """The layout of a model, read from its modules."""
     head = model.get_output_embeddings()
     looked_up, transposed = {}, set()
     for name, module in model.named_modules():
@@ -197,6 +197,6 @@ def layout(model: PreTrainedModel) -> Layout:
             looked_up[f"{name}.weight"] = module.weight
         if Conv1D in (type(module), getattr(module, "source_cls", None)):
             transposed.add(f"{name}.weight")
-    # As they are saved: GPT-NeoX's head is not called in files what its module is called.
+    # As they are saved: GPT-NeoX's head has another name in files than its module.
     as_saved = revert_weight_conversion(model, looked_up)
     return Layout(frozenset(as_saved), frozenset(transposed), model.base_model_prefix)

@@ -60,7 +60,7 @@ class Stored:
 
 
 class Weights:
-    """All *.safetensors of a folder; only headers are read until a tensor is asked for.
+    """All *.safetensors of a folder; only headers are read until a tensor is needed.
 
     Raises:
         UserError: the folder holds none (transformers would look for pickles), or one is damaged.
@@ -254,12 +254,15 @@ def _require_exact(weights: Weights, info: Mapping[str, Any]) -> None:
         raise weights.refusal(name, fault)
     for name in sorted(info.get("conversion_errors", ())):
         raise weights.refusal(name, "cannot be put together from the tensors there")
-    faults = {"missing_keys": "is missing", "unexpected_keys": "is no weight of this model"}
-    for key, fault in faults.items():
-        names = [name for name in sorted(info.get(key, ())) if not _MASKS.search(name)]
+    unexpected = {name for name in info.get("unexpected_keys", ()) if not _MASKS.search(name)}
+    faults = {
+        "is missing": info.get("missing_keys", ()),
+        "is no weight of this model": unexpected,
+    }
+    for fault, names in faults.items():
         if names:
             others = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
-            raise weights.refusal(names[0], fault + others)
+            raise weights.refusal(min(names), fault + others)
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], weights: Weights) -> None:

@@ -196,7 +196,8 @@ def inputs(key_heads: int, device: torch.device, dtype: torch.dtype) -> list[tor
 
 
 def attended(x: list[torch.Tensor], window: int | None = None) -> torch.Tensor:
-    return flash_attend(*x, SCALE, LENGTHS, window)
+    query, key, value = x
+    return flash_attend(query, key, value, SCALE, LENGTHS, window)
 
 
 def compare(x: list[torch.Tensor], window: int | None, tolerance: float) -> None:

@@ -25,7 +25,7 @@ def test_attention_and_gradients_are_those_of_torch(
     torch.manual_seed(0)
     shapes = [(sum(LENGTHS), n, SIZE) for n in (HEADS, key_heads, key_heads)]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    result = cpu_attention.attend(*inputs, SCALE, LENGTHS)
+    result = cpu_attention.attend(inputs[0], inputs[1], inputs[2], SCALE, LENGTHS)
     gradient = torch.randn_like(result)
     gradients = torch.autograd.grad(result, inputs, gradient)
 
@@ -44,7 +44,7 @@ def test_scores_are_not_rounded_in_half_precision() -> None:
     """With scores near 30, two bf16 neighbours are 0.125 apart: a factor of 1.13 in each weight."""
     torch.manual_seed(0)
     inputs = [torch.randn(100, 4, 64).mul(2).bfloat16() for _ in range(3)]
-    result = cpu_attention.attend(*inputs, 0.5, (100,))
+    result = cpu_attention.attend(inputs[0], inputs[1], inputs[2], 0.5, (100,))
     q, k, v = (x.double().transpose(0, 1)[None] for x in inputs)
     exact = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)[0].transpose(0, 1)
     assert (result - exact).norm() < 5e-3 * exact.norm()
