@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages.fetch_model.checkpoint import INDEX
 from stages.shared.core import files
 from tests import hub as hubs
-from tests import tiny
+from tests import tiny, vocabularies
 from tests.fetch_model.helpers import change, fetched, from_hub, from_path, refused, shard
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
@@ -59,6 +59,15 @@ def test_settings_and_code_of_another_machine_are_dropped(mine: Path, tmp_path: 
     assert (config["text_config"], generation["temperature"]) == ({"kept": 1}, 0.5)
     assert "auto_map" not in (tokenizer / "tokenizer_config.json").read_text()
     assert not [*base.glob("*.py"), *tokenizer.glob("*.py")]
+
+
+def test_install_keeps_spaces_after_control_tokens(mine: Path, tmp_path: Path) -> None:
+    """Transformers drops `legacy` as it saves a LlamaTokenizer."""
+    vocabularies.llama2().save_pretrained(mine)
+    change(mine, "tokenizer_config.json", tokenizer_class="LlamaTokenizer", legacy=True)
+    _, tokenizer = fetched(from_path(mine), tmp_path / "out")
+    original, alone = map(AutoTokenizer.from_pretrained, (mine, tokenizer))
+    assert alone.encode("<s>two</s>four") == original.encode("<s>two</s>four")
 
 
 @pytest.mark.parametrize(
