@@ -35,7 +35,7 @@ from stages.shared.model import attention, loading, packing, scoring
 from stages.shared.model.packing import Example
 from stages.shared.step import adapter, fake_model, gradient, initialisation, memory, optim
 from stages.shared.step.fake_model import CPU, META
-from stages.shared.step.fused import cross_entropy, gpu, liger
+from stages.shared.step.fused import cross_entropy, gpu, liger, lora
 from stages.shared.step.fused import patch as fused_patch
 from stages.shared.step.live_bytes import LiveBytes
 from stages.shared.step.setup import SWITCHED_OFF, MicroBatch, TrainingSetup
@@ -509,6 +509,7 @@ def _without_values(
         (torch._meta_registrations, "_meta_grouped_mm_common", any_grouped_mm),
         (packing, "unpack", lambda _: [packing.pack([one], CPU) for one in examples]),
         (packing, "to_device", to_device),
+        (lora, "dequantize_4bit_into", lambda _, state, buffer: buffer(state.shape, state.dtype)),
     ]
     if setup.device == "cuda":
         autocast = torch.is_autocast_enabled
