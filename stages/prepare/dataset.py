@@ -1,7 +1,7 @@
-"""Raw rows into train and eval: encoded by `datasets` in several processes, split, and written.
+"""Train and eval files of raw rows: encoded by `datasets` in several processes, split, written.
 
-A file is encoded a chunk at a time, so that neither memory nor the disk holds more for a longer
-file. The bytes that are written do not depend on the number of processes.
+A file is encoded a chunk at a time, so that a longer one takes no more memory and disk. The bytes
+that are written do not depend on the number of processes.
 """
 
 import ctypes
@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
-from stages.prepare import forms, limits
+from stages.prepare import limits
 from stages.prepare.config import Prepare
+from stages.prepare.forms import Conversation, parse
 from stages.prepare.loss_mask import Example, ExampleEncoder
 from stages.prepare.rows import SPLITS, Source, Split, find_sources, parse_line, read_lines
 from stages.prepare.splitting import OUTCOMES, Splitter, digest_of, is_held_out
@@ -46,32 +46,30 @@ SCHEMA = pa.schema(
         "language": pa.string(),
     }
 )
-# What else is known of a row; where it is rejected, the line and the reason alone.
 ENCODED = pa.schema(
-    [
-        *SCHEMA,
-        pa.field("line", pa.int64()),
-        pa.field("reason", pa.string()),
-        pa.field("question", pa.string()),
-        pa.field("is_held_out", pa.bool_()),
-        pa.field("supervised_tokens", pa.int64()),
-        pa.field("truncated", pa.bool_()),
-        pa.field("dropped_turns", pa.bool_()),
-        pa.field("unknown", pa.list_(pa.string())),
-    ]
+    {
+        **{column.name: column.type for column in SCHEMA},
+        "line": pa.int64(),
+        "reason": pa.string(),  # why it is rejected; it has no other column then
+        "question": pa.string(),  # a digest
+        "is_held_out": pa.bool_(),
+        "supervised_tokens": pa.int64(),
+        "truncated": pa.bool_(),
+        "dropped_turns": pa.bool_(),
+        "unknown": pa.list_(pa.string()),
+    }
 )
 LINES = pa.schema({"line": pa.int64(), "row": pa.binary(), "position": pa.int64()})
 CHUNK_BYTES = 4 << 20
 BATCH_ROWS = 1000
 ROWS_PER_PROCESS = 2000  # at least
 _GROUP_ROWS = 1000
-_COUNTS = ("rejected", "duplicates", "leaked", "truncated", "dropped_turns", "beyond_max_rows")
-_LANGUAGES = _FIELDS = 20  # that are counted by name
-_NAMES = 1000  # reasons and fields that are counted at all; a file may have as many as rows
+_SHOWN = 20  # languages, and unknown fields, by name
+_COUNTED = 1000  # different reasons, and fields: a file may have as many as rows
 
 
 def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Table:
-    """Parse, render, encode and mask some lines.
+    """Parse lines, render and encode their conversations, make loss masks.
 
     Args:
         lines: of `LINES`.
@@ -81,48 +79,40 @@ def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Tabl
     Returns:
         Of `ENCODED`, a row for each line that is not blank.
     """
-    encoded: list[dict[str, Any]] = []
-    conversations: list[forms.Conversation] = []
-    parsed: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    parsed: list[tuple[dict[str, Any], Conversation]] = []
     for line, row in zip(lines["line"].to_pylist(), lines["row"].to_pylist(), strict=True):
         if row.strip():
-            encoded.append({"line": line})
+            rows.append({"line": line})
             try:
-                conversations.append(forms.parse(parse_line(row), parameters.format))
-                parsed.append(encoded[-1])
+                parsed.append((rows[-1], parse(parse_line(row), parameters.format)))
             except RejectedRow as reason:
-                encoded[-1]["reason"] = _printable(str(reason))
+                rows[-1]["reason"] = _printable(str(reason))
     encoder = _encoder(tokenizer, parameters)
-    examples = encoder.encode([conversation.messages for conversation in conversations])
-    for row, conversation, one in zip(parsed, conversations, examples, strict=True):
-        row["unknown"] = [*map(_printable, conversation.unknown)]
+    examples = encoder.encode([conversation.messages for _, conversation in parsed])
+    for (columns, conversation), one in zip(parsed, examples, strict=True):
+        columns["unknown"] = [*map(_printable, conversation.unknown)]
         if isinstance(one, RejectedRow):
-            row["reason"] = str(one)
+            columns["reason"] = str(one)
         else:
-            row.update(_columns(conversation, one, parameters))
-    return pa.Table.from_pylist(encoded, schema=ENCODED)
+            columns.update(_columns(conversation, one, parameters))
+    return pa.Table.from_pylist(rows, schema=ENCODED)
 
 
-def _columns(conversation: forms.Conversation, one: Example, parameters: Prepare) -> dict[str, Any]:
-    question = conversation.question
+def _columns(conversation: Conversation, one: Example, parameters: Prepare) -> dict[str, Any]:
+    question = next(m["content"] for m in conversation.messages if m["role"] == "user")
     return {
+        **{name: getattr(one, name) for name in {*SCHEMA.names, *ENCODED.names} & {*one._fields}},
         "conversation_id": conversation_id(one.messages),
-        "messages": one.messages,
-        "text": one.text,
-        "input_ids": one.input_ids,
-        "loss_mask": one.loss_mask,
-        "text_bytes": one.text_bytes,
         "answer": conversation.answer if one.answered else None,
         "language": conversation.language,
         "question": digest_of(question),
         "is_held_out": is_held_out(question, parameters.eval_fraction, parameters.seed),
-        "supervised_tokens": one.supervised_tokens,
-        "truncated": one.truncated,
         "dropped_turns": conversation.dropped_turn,
     }
 
 
-@lru_cache(maxsize=1)  # in each process; one that is forked has it
+@lru_cache(maxsize=1)  # a forked process has its parent's
 def _encoder(folder: str, parameters: Prepare) -> ExampleEncoder:
     tokenizer = load_tokenizer(Path(folder))
     template = templates.make(parameters.template, tokenizer)
@@ -130,37 +120,33 @@ def _encoder(folder: str, parameters: Prepare) -> ExampleEncoder:
 
 
 def encode_chunks(
-    source: Source, cache: Path, bar: "tqdm[Any]", processes: int, **arguments: Any
-) -> Iterator[pa.Table]:
-    """A file, encoded a chunk at a time.
+    source: Source, cache: Path, processes: int, **arguments: Any
+) -> Iterator[tuple[pa.Table, int]]:
+    """Encode a file, a chunk at a time.
 
     Args:
         source: the file.
-        cache: an empty folder for the files of `datasets`.
-        bar: advanced by the bytes that were read.
+        cache: a folder for the files of `datasets`.
         processes: at most so many.
         arguments: of `encode_rows`.
 
     Yields:
-        Tables of `ENCODED`.
+        A table of `ENCODED`, and the bytes that were read for it.
     """
     # Here, since the tokenizer's module has switched the hub off by now.
     from datasets import Dataset, Features, disable_progress_bars  # noqa: PLC0415
 
     disable_progress_bars()
-    position, line, size = 0, 1, source.path.stat().st_size
-    while position < size:
+    place = {"position": 0, "line": 1}
+    while place["position"] < source.path.stat().st_size:
+        shutil.rmtree(cache, ignore_errors=True)
+        cache.mkdir(parents=True)
         lines = Dataset.from_generator(
             read_lines,
             features=Features.from_arrow_schema(LINES),
             cache_dir=str(cache),
-            gen_kwargs={
-                "path": str(source.path),
-                "position": position,
-                "line": line,
-                "max_bytes": CHUNK_BYTES,
-            },
-            fingerprint=f"{source.split}{position}",
+            gen_kwargs={"path": str(source.path), "max_bytes": CHUNK_BYTES, **place},
+            fingerprint="lines",
         )
         workers = min(processes, len(lines) // ROWS_PER_PROCESS)
         with _signals_deferred() if workers > 1 else nullcontext():
@@ -173,15 +159,11 @@ def encode_chunks(
                 fn_kwargs=arguments,
                 num_proc=workers if workers > 1 else None,
                 cache_file_name=str(cache / "encoded.arrow"),
-                load_from_cache_file=False,
-                new_fingerprint=f"encoded{source.split}{position}",
+                new_fingerprint="encoded",
             )
-        yield encoded[:]
-        last = lines[-1]
-        bar.update(last["position"] - position)
-        position, line = last["position"], last["line"] + 1
-        shutil.rmtree(cache)
-        cache.mkdir()
+        before, last = place["position"], lines[-1]
+        place = {"position": last["position"], "line": last["line"] + 1}
+        yield encoded[:], place["position"] - before
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -227,6 +209,7 @@ class SplitFile:
     writer: pq.ParquetWriter
     count: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
+    longest: int = 0
     last_id: int = 0
 
     def add(self, rows: pa.Table) -> None:
@@ -235,21 +218,22 @@ class SplitFile:
             return
         table = rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks()  # else pages follow them
         self.writer.write_table(table, row_group_size=_GROUP_ROWS)
-        lengths = pc.list_value_length(rows["input_ids"])
+        lengths, ids = pc.list_value_length(rows["input_ids"]), pc.list_flatten(rows["input_ids"])
         self.count["conversations"] += len(rows)
-        self.count["tokens"] += pc.sum(lengths).as_py()
+        self.count["tokens"] += len(ids)
         self.count["supervised_tokens"] += pc.sum(rows["supervised_tokens"]).as_py()
-        longest = pc.max(lengths).as_py()
-        self.count["longest_tokens"] = max(self.count["longest_tokens"], longest)
-        last_id = pc.max(pc.list_flatten(rows["input_ids"])).as_py()
-        self.last_id = max(self.last_id, last_id)
+        self.longest = max(self.longest, pc.max(lengths).as_py())
+        self.last_id = max(self.last_id, pc.max(ids).as_py())
         self.languages.update(rows["language"].to_pylist())
 
     def figures(self) -> dict[str, Any]:
         """What describes the split."""
-        names = ("conversations", "tokens", "supervised_tokens", "longest_tokens")
-        figures = {name: self.count[name] for name in names}
-        return figures | {"languages": _most_common(self.languages, _LANGUAGES)}
+        figures = {n: self.count[n] for n in ("conversations", "tokens", "supervised_tokens")}
+        return {
+            **figures,
+            "longest_tokens": self.longest,
+            "languages": _most_common(self.languages),
+        }
 
 
 @dataclass
@@ -266,7 +250,8 @@ class Rejections:
             name, unit, number = source.place(line)
             entry = {"file": name, unit: number, "reason": reason}
             self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            if _add(self.reasons, reason):
+            _add(self.reasons, reason)
+            if reason in self.reasons:
                 at = f"{name}:{number}" if unit == "line" else f"{name}, row {number}"
                 self.first.setdefault(reason, at)
 
@@ -297,71 +282,63 @@ def prepare(
     """
     sources = find_sources(raw)
     template = _encoder(str(tokenizer), parameters).template
-    own_eval = "eval" in sources
-    splitter = Splitter(own_eval, parameters.max_rows)
+    splitter = Splitter("eval" in sources, parameters.max_rows)
     processes = processes or len(os.sched_getaffinity(0))
     if processes > 1:  # they share the cores already
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = {"tokenizer": str(tokenizer), "parameters": parameters}
     count, unknown = Counter[str](), Counter[str]()
     with ExitStack() as stack:
-        cache = stack.enter_context(_empty_folder(folder / "cache.partial"))
+        cache = folder / "cache.partial"
+        stack.callback(shutil.rmtree, cache, ignore_errors=True)
         path = stack.enter_context(files.whole_file(folder / "rejected.jsonl"))
         rejections = Rejections(stack.enter_context(path.open("w", encoding="utf-8")))
         splits = {split: stack.enter_context(_split_file(folder, split)) for split in SPLITS}
         size = sum(source.path.stat().st_size for source in sources.values())
         bar = stack.enter_context(progress.bar(total=size, desc="prepare", unit="B"))
+        arguments = {"tokenizer": str(tokenizer), "parameters": parameters}
         for split in sorted(sources):  # eval first: it decides what leaks
-            for rows in encode_chunks(sources[split], cache, bar, processes, **arguments):
-                outcomes = splitter.assign(*_keys(rows, split if own_eval else None))
+            for rows, read_bytes in encode_chunks(sources[split], cache, processes, **arguments):
+                outcomes = _assign(splitter, rows, split)
                 for target, file in splits.items():
                     file.add(rows.filter(outcomes == target))
                 rejections.add(sources[split], rows.filter(outcomes == "rejected"))
+                count.update(outcomes.tolist())
                 kept = rows.filter(np.isin(outcomes, SPLITS))
                 for name in ("truncated", "dropped_turns"):
                     count[name] += pc.sum(kept[name]).as_py() or 0
-                count.update(outcomes.tolist())
                 for name in pc.list_flatten(rows["unknown"]).to_pylist():
                     _add(unknown, name)
-                if own_eval and splitter.is_full:
+                bar.update(read_bytes)
+                if splitter.own_eval and splitter.is_full:
                     break
-        metrics: dict[str, Any] = {"rows_in": sum(count[outcome] for outcome in OUTCOMES)}
-        metrics |= {name: count[name] for name in _COUNTS}
-        metrics["unknown_fields"] = _most_common(unknown, _FIELDS)
-        metrics |= {split: file.figures() for split, file in splits.items()}
-        metrics["template"] = parameters.template
-        told = limits.told(rejections.reasons, rejections.first)
-        limits.require_rows(parameters, metrics, rejections.reasons, told)
-        limits.require_splits(metrics, own_eval, splitter.begins_alike, told)
+        bar.close()
+        names = ("rejected", "duplicates", "leaked", "truncated", "dropped_turns")
+        metrics: dict[str, Any] = {
+            "rows_in": sum(count[outcome] for outcome in OUTCOMES),
+            **{name: count[name] for name in (*names, "beyond_max_rows")},
+            "unknown_fields": _most_common(unknown),
+            **{str(split): file.figures() for split, file in splits.items()},
+            "template": parameters.template,
+        }
+        limits.require_rows(parameters, metrics, rejections.reasons, rejections.first)
+        limits.require_splits(metrics, splitter)
         if model is not None:
-            longest = max(metrics[split]["longest_tokens"] for split in SPLITS)
+            longest = max(file.longest for file in splits.values())
             limits.require_fit(model, parameters, longest, max(f.last_id for f in splits.values()))
     files.write_json(folder / "format.json", template.format().model_dump())
     if unknown:
-        told = ", ".join(f"{name} ({number} rows)" for name, number in unknown.most_common(5))
-        print(f"prepare: {len(unknown)} fields are not read: {told}", file=sys.stderr)
+        shown = ", ".join(f"{name} ({number} rows)" for name, number in unknown.most_common(5))
+        print(f"prepare: {len(unknown)} fields are not read: {shown}", file=sys.stderr)
     return metrics
 
 
-def _keys(rows: pa.Table, split: Split | None) -> tuple[np.ndarray, ...]:
-    """What `Splitter.assign` goes by; `split` is that of a source that has its own."""
-    held_out = pc.fill_null(rows["is_held_out"], False).to_numpy()
-    ids, questions = (
-        np.array(pc.fill_null(rows[name], "").to_pylist(), "S32")
-        for name in ("conversation_id", "question")
-    )
-    is_eval = held_out if split is None else np.full(len(rows), split == "eval")
-    return pc.is_null(rows["reason"]).to_numpy(), is_eval, ids, questions
-
-
-@contextmanager
-def _empty_folder(folder: Path) -> Iterator[Path]:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+def _assign(splitter: Splitter, rows: pa.Table, split: Split) -> np.ndarray:
+    is_eval = pc.fill_null(rows["is_held_out"], False).to_numpy()
+    if splitter.own_eval:
+        is_eval = np.full(len(rows), split == "eval")
+    columns = (pc.fill_null(rows[name], "") for name in ("conversation_id", "question"))
+    ids, questions = (np.array(column.to_pylist(), "S32") for column in columns)
+    return splitter.assign(pc.is_null(rows["reason"]).to_numpy(), is_eval, ids, questions)
 
 
 @contextmanager
@@ -373,16 +350,13 @@ def _split_file(folder: Path, split: Split) -> Iterator[SplitFile]:
         yield SplitFile(writer)
 
 
-def _add(counter: Counter[str], name: str) -> bool:
-    """Count a name, unless there are too many; whether it was."""
-    counted = name in counter or len(counter) < _NAMES
-    if counted:
+def _add(counter: Counter[str], name: str) -> None:
+    if name in counter or len(counter) < _COUNTED:
         counter[name] += 1
-    return counted
 
 
-def _most_common(counter: Counter[str], count: int) -> dict[str, int]:
-    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:count])
+def _most_common(counter: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN])
 
 
 def _printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The reader of JSON Lines: which files there are, their lines, and a line's fields."""
+"""Rows: which JSON Lines there are, and the fields of a line."""
 
 import json
 import math
@@ -17,13 +17,13 @@ SPLITS: tuple[Split, ...] = ("train", "eval")
 
 @dataclass(frozen=True)
 class Source:
-    """A file of data/raw, and the user's files that it was made of.
+    """A file of data/raw.
 
     Attributes:
         split: which split its rows belong to.
         path: where it lies.
-        parts: of each file its `name`, the `first_line` here, and whether it is `counted_in` lines
-            or rows.
+        parts: the user's files that it was made of: of each its `name`, its `first_line` here, and
+            whether it is `counted_in` lines or rows.
     """
 
     split: Split
@@ -40,7 +40,7 @@ def find_sources(folder: Path) -> dict[Split, Source]:
     """The files that `fetch_data` wrote, by split: `train`, and `eval` where there is one.
 
     Raises:
-        UserError: the folder is not as `fetch_data` leaves it.
+        UserError: there is no source.json.
     """
     try:
         listed = files.read_json(folder / "source.json")["files"]
@@ -53,11 +53,10 @@ def find_sources(folder: Path) -> dict[Split, Source]:
 
 
 def read_lines(path: str, position: int, line: int, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """The lines from byte `position` to the first that reaches `max_bytes` more.
+    """Lines from byte `position`, where line number `line` begins, to the first past `max_bytes`.
 
     Yields:
-        `line`, the number of each, that of the first being given; `row`, its bytes; `position`,
-        the byte after it.
+        `line`, its number; `row`, its bytes; `position`, the byte after it.
     """
     end = position + max_bytes
     with Path(path).open("rb") as file:
@@ -70,10 +69,10 @@ def read_lines(path: str, position: int, line: int, max_bytes: int) -> Iterator[
 
 
 def parse_line(row: bytes) -> dict[str, Any]:
-    """The fields of a line, without those that are null or NaN, which Parquet makes of null.
+    """The fields of a line, without those that are null or NaN.
 
     Raises:
-        RejectedRow: it is no JSON object, not UTF-8, or says one thing twice.
+        RejectedRow: it is no JSON object, not UTF-8, or has a key twice.
     """
     try:
         value = _DECODER.decode(row.decode().rstrip().removeprefix("\ufeff"))
@@ -84,7 +83,7 @@ def parse_line(row: bytes) -> dict[str, Any]:
         like = f", but looks like {encoding}" if encoding else ""
         raise RejectedRow(f"not UTF-8 in byte {error.start + 1}{like}") from None
     except json.JSONDecodeError as error:
-        raise RejectedRow(_fault(error)) from None
+        raise RejectedRow(f"not JSON: {_fault(error)}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
         raise RejectedRow(f"not JSON that can be read ({error})") from None
     if not isinstance(value, dict):
@@ -92,21 +91,15 @@ def parse_line(row: bytes) -> dict[str, Any]:
     return present(value)
 
 
-def present(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are neither null nor NaN."""
-    return {k: value for k, value in fields.items() if value is not None and not is_nan(value)}
-
-
-def is_nan(value: Any) -> bool:
-    """Whether a value is NaN, which pandas and Parquet put where nothing is."""
-    return isinstance(value, float) and math.isnan(value)
-
-
-def kind_of(value: Any) -> str:
-    """A JSON value's type, in words."""
-    names = {list: "a list", dict: "an object", str: "a text", bool: "a truth value"}
-    names |= {type(None): "null", int: "a number", float: "a number"}
-    return names.get(type(value), f"of type {type(value).__name__}")
+def _fault(error: json.JSONDecodeError) -> str:
+    rest = error.doc[error.pos :].lstrip()
+    if error.msg.startswith("Unterminated string"):
+        return f"the line ends inside the text that begins in column {error.colno}"
+    what = "the line ends too early" if not rest else error.msg
+    if error.msg == "Extra data":
+        extra = {",": "a comma", "{": "a second object"}.get(rest[0], "more text")
+        what = f"{extra} after the object"
+    return f"{what}, column {error.colno}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -121,14 +114,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _fault(error: json.JSONDecodeError) -> str:
-    """What is wrong with a line, and in which column."""
-    rest = error.doc[error.pos :].lstrip()
-    if error.msg == "Extra data":
-        what = {",": "a comma", "{": "a second object"}.get(rest[:1], "more text")
-        return f"not JSON: {what} after the object, column {error.colno}"
-    if error.msg.startswith("Unterminated string"):
-        return f"not JSON: the line ends inside the text that begins in column {error.colno}"
-    if not rest:
-        return f"not JSON: the line ends too early, column {error.colno}"
-    return f"not JSON: {error.msg}, column {error.colno}"
+def present(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are neither null nor NaN."""
+    return {k: value for k, value in fields.items() if value is not None and not is_nan(value)}
+
+
+def is_nan(value: Any) -> bool:
+    """Whether a value is NaN, pandas' way to say that there is none."""
+    return isinstance(value, float) and math.isnan(value)
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's type, in words."""
+    names = {list: "a list", dict: "an object", str: "a text", bool: "a truth value"}
+    names |= {type(None): "null", int: "a number", float: "a number"}
+    return names[type(value)]

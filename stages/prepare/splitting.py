@@ -1,4 +1,4 @@
-"""Train and eval: where a conversation goes, and why it may be in neither."""
+"""Splitting into train and eval, duplicates and leaks."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -11,36 +11,35 @@ _NONE = np.empty(0, "S32")
 
 @dataclass
 class Splitter:
-    """Splits by the first message of the user, so that no prompt is in both splits.
-
-    Of all conversations before, it keeps digests alone.
+    """Splits by the first user message, so that no prompt is in both splits.
 
     Attributes:
-        own_eval: the source has an eval split of its own, whose first messages leak into no train.
+        own_eval: whether the source has an eval split of its own; what begins like one of it is
+            then taken out of train.
         max_rows: at most so many conversations of train, the first ones.
     """
 
     own_eval: bool
     max_rows: int | None
     _train_rows: int = 0
-    _questions: np.ndarray = field(default_factory=_NONE.copy)  # at most two
-    _seen: np.ndarray = field(default_factory=_NONE.copy)  # sorted, as is the next
+    _seen: np.ndarray = field(default_factory=_NONE.copy)  # sorted digests, as the next two
     _held_out: np.ndarray = field(default_factory=_NONE.copy)
-
-    @property
-    def begins_alike(self) -> bool:
-        """Whether all conversations have one first message."""
-        return len(self._questions) == 1
+    _questions: np.ndarray = field(default_factory=_NONE.copy)  # at most two
 
     @property
     def is_full(self) -> bool:
         """Whether train has as many conversations as it may."""
         return self.max_rows is not None and self._train_rows >= self.max_rows
 
+    @property
+    def begins_alike(self) -> bool:
+        """Whether all conversations have the same first message."""
+        return len(self._questions) == 1
+
     def assign(
         self, usable: np.ndarray, is_eval: np.ndarray, ids: np.ndarray, questions: np.ndarray
     ) -> np.ndarray:
-        """What becomes of some rows, in their order.
+        """Assign the next rows.
 
         Args:
             usable: bool [rows]; the others are rejected.
@@ -54,13 +53,13 @@ class Splitter:
         leaked = usable & ~is_eval & _contains(self._held_out, questions)
         candidates = (usable & ~leaked).nonzero()[0]
         _, first = np.unique(ids[candidates], return_index=True)
-        first = candidates[first[~_contains(self._seen, ids[candidates][first])]]
+        first = candidates[first]
         new = np.zeros(len(ids), bool)
-        new[first] = True
-        self._seen = _insert(self._seen, ids[first])
-        if self.own_eval:  # else no other split can have the same first message
+        new[first[~_contains(self._seen, ids[first])]] = True
+        self._seen = _insert(self._seen, ids[new])
+        self._questions = _insert(self._questions, questions[new])[:2]
+        if self.own_eval:  # else the first message alone decides, and none leaks
             self._held_out = _insert(self._held_out, questions[new & is_eval])
-        self._questions = np.unique([*self._questions, *np.unique(questions[new])[:2]])[:2]
         train = new & ~is_eval
         limit = len(ids) if self.max_rows is None else self.max_rows - self._train_rows
         beyond = train & (np.cumsum(train) > limit)
@@ -75,15 +74,14 @@ def is_held_out(question: str, fraction: float, seed: int) -> bool:
 
 
 def digest_of(question: str) -> str:
-    """32 hex digits."""
+    """32 hex digits: no two of a billion messages share them."""
     return hashlib.sha256(question.encode()).hexdigest()[:32]
 
 
 def _contains(known: np.ndarray, values: np.ndarray) -> np.ndarray:
     if not len(known):
         return np.zeros(len(values), bool)
-    at = np.searchsorted(known, values)
-    return known[np.minimum(at, len(known) - 1)] == values
+    return known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
 
 
 def _insert(known: np.ndarray, values: np.ndarray) -> np.ndarray:

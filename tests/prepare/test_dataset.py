@@ -81,7 +81,7 @@ def test_processes_and_batches_change_no_byte(
 
 
 def test_memory_is_that_of_a_chunk(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "CHUNK_BYTES", 40_000)
+    monkeypatch.setattr(dataset, "CHUNK_BYTES", 100_000)
     peaks = []
     for count in (400, 2000):
         good = (row(f"what is two plus {i}" + " plus two" * 20, str(i)) for i in range(count))
@@ -248,7 +248,7 @@ def test_as_a_user_runs_it(stage: Stage, tmp_path: Path) -> None:
     assert bad.returncode == 1
     last = bad.stderr.strip().splitlines()[-1]
     assert last == (
-        "error: params.yaml: prepare.max_rejected is 0.0; 1 of 1 rows are rejected: no reply (1, "
-        "first my/train.jsonl:1). Mend the file: docs/data.md shows what is read."
+        "error: data.path: 1 of 1 rows are rejected: no reply (1, first my/train.jsonl:1). Mend "
+        "the file: docs/data.md shows what is read."
     )
     assert "Traceback" not in bad.stderr
