@@ -1,7 +1,7 @@
 """Training examples: tokens, loss mask, and truncation between turns of a long conversation."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +10,6 @@ from stages.shared.chat.conversation import Message, RejectedRow
 from stages.shared.chat.encode import Encoder, Tokens
 from stages.shared.chat.templates import Rendered, Span, Template
 
-P = ParamSpec("P")
 T = TypeVar("T")
 TrainOn = Literal["assistant", "last", "all"]
 
@@ -144,9 +143,9 @@ def _utf8_bytes(text: str, tokens: Tokens, mask: np.ndarray) -> int:
     return sum(len(text[start:end].encode()) for start, end in runs)
 
 
-def _or_reason(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | RejectedRow:
+def _or_reason(function: Callable[..., T], *args: Any) -> T | RejectedRow:
     """Its result, or the reason why it rejects a row."""
     try:
-        return function(*args, **kwargs)
+        return function(*args)
     except RejectedRow as reason:
         return reason

@@ -21,11 +21,7 @@ class Message(TypedDict):
 
 
 def normalize(content: str) -> str:
-    r"""Unify line ends to `\n` and strip white space at both ends.
-
-    A template puts its own white space around a message; stripped contents make sure that no
-    token straddles the two.
-    """
+    r"""Unify line ends to `\n`, strip both ends: white space there is the template's own."""
     return content.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 

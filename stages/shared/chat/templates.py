@@ -90,15 +90,6 @@ def read_format(path: Path) -> Format:
     return Format.model_validate(files.read_json(path))
 
 
-@dataclass(frozen=True)
-class _Skeleton:
-    """A rendering without its messages."""
-
-    literals: tuple[str, ...]  # before, between and after the messages
-    # Of each reply its index, and how many characters before and after it the model has to write.
-    replies: tuple[tuple[int, int, int], ...]
-
-
 class Template:
     """How conversations are rendered for one tokenizer.
 
@@ -133,8 +124,8 @@ class Template:
         self._begin_with(bos)
         self.control_tokens = self._find_control_tokens()
         self._control = pattern_of(self.control_tokens)
-        skeleton = self._skeleton(_TURNS, False)
-        self.eos_token = skeleton.literals[-1][: skeleton.replies[-1][2]].strip()
+        literals, [*_, (_, _, tail)] = self._skeleton(_TURNS, False)
+        self.eos_token = literals[-1][:tail].strip()
         ids = [tokenizer.convert_tokens_to_ids(self.eos_token), tokenizer.eos_token_id]
         self.stop_ids: list[int] = list(dict.fromkeys(ids))
         bos_ids = tokenizer.encode(bos, add_special_tokens=False)
@@ -158,22 +149,25 @@ class Template:
         Raises:
             RejectedRow: the model's own chat template refuses the messages, or alters one.
         """
-        skeleton = self._skeleton(tuple(m["role"] for m in messages), prompt)
-        text, contents = skeleton.literals[0], list[Span]()
-        for message, literal in zip(messages, skeleton.literals[1:], strict=True):
+        literals, edges = self._skeleton(tuple(m["role"] for m in messages), prompt)
+        text, contents = literals[0], list[Span]()
+        for message, literal in zip(messages, literals[1:], strict=True):
             contents.append((len(text), len(text) + len(message["content"])))
             text += message["content"] + literal
         if self._own:
             pairs = [(m["role"], m["content"]) for m in messages]
             if self._apply(pairs, prompt) != text:
                 raise RejectedRow("the model's own chat template alters the text of a message")
-        replies = tuple(
-            (contents[i][0] - lead, contents[i][1] + tail) for i, lead, tail in skeleton.replies
-        )
-        return Rendered(text, tuple(contents), replies)
+        replies = ((contents[i][0] - lead, contents[i][1] + tail) for i, lead, tail in edges)
+        return Rendered(text, tuple(contents), tuple(replies))
 
-    def _split(self, roles: tuple[Role, ...], prompt: bool) -> _Skeleton:
-        """Render placeholders, and find where each reply begins and ends."""
+    def _split(
+        self, roles: tuple[Role, ...], prompt: bool
+    ) -> tuple[tuple[str, ...], list[tuple[int, int, int]]]:
+        """Literals around the messages; of each reply its index, and the lengths of its edges.
+
+        The edges are what the model has to write before and after the message itself.
+        """
         literals = self._literals(roles, prompt)
         if not all(text.strip() for text in literals[1:-1]):
             raise RejectedRow(
@@ -192,7 +186,7 @@ class Template:
             if lead.strip() and before == self._literals(roles[:i], False):
                 raise self._unfit(f"has no generation prompt: the model would write {lead!r}")
             replies.append((i, len(lead), end.end()))
-        return _Skeleton(literals, tuple(replies))
+        return literals, replies
 
     def _render_literals(self, roles: tuple[Role, ...], prompt: bool) -> tuple[str, ...]:
         parts = re.split("\ue000([0-9]+)\ue001", self._apply(_placeholders(roles), prompt))
