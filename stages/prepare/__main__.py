@@ -1,4 +1,4 @@
-"""Turn raw conversations into text, tokens and the mask of what is learnt.
+"""Prepare conversations: text, tokens and loss masks, split into train and eval.
 
 Reads:  data/raw, models/tokenizer, models/base/config.json
 Writes: data/prepared/train.parquet, data/prepared/eval.parquet, data/prepared/rejected.jsonl,

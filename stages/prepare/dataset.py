@@ -102,12 +102,18 @@ def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Tabl
 def _columns(conversation: Conversation, one: Example, parameters: Prepare) -> dict[str, Any]:
     question = next(m["content"] for m in conversation.messages if m["role"] == "user")
     return {
-        **{name: getattr(one, name) for name in {*SCHEMA.names, *ENCODED.names} & {*one._fields}},
         "conversation_id": conversation_id(one.messages),
+        "messages": one.messages,
+        "text": one.text,
+        "input_ids": one.input_ids,
+        "loss_mask": one.loss_mask,
+        "text_bytes": one.text_bytes,
         "answer": conversation.answer if one.answered else None,
         "language": conversation.language,
         "question": digest_of(question),
         "is_held_out": is_held_out(question, parameters.eval_fraction, parameters.seed),
+        "supervised_tokens": one.supervised_tokens,
+        "truncated": one.truncated,
         "dropped_turns": conversation.dropped_turn,
     }
 

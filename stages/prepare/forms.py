@@ -292,7 +292,8 @@ def _require_agreement(others: dict[str, Any], messages: list[Message]) -> None:
         if not isinstance(value, str):
             same = all(message in messages for message in _messages(value, set()))
         elif name == "text":  # all of it, rendered by some template
-            same = all(content in normalize(value) for content in contents)
+            text = normalize(value)
+            same = all(part in text for content in contents for part in content.split("\n\n"))
         else:  # paragraphs of a message
             same = any(f"\n\n{normalize(value)}\n\n" in f"\n\n{one}\n\n" for one in contents)
         if not same:

@@ -79,6 +79,7 @@ def require_fit(model: Path, parameters: Prepare, longest: int, last_id: int) ->
     """
     from transformers import AutoConfig  # noqa: PLC0415  (once params.yaml is known to be right)
 
+    model.open().close()  # transformers would ask the hub
     config = AutoConfig.from_pretrained(model.parent).get_text_config()
     if last_id >= config.vocab_size:
         raise UserError(

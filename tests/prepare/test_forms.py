@@ -73,7 +73,9 @@ def reply(**fields: Any) -> dict[str, Any]:
         # One thing said twice.
         ({"messages": TWO, "conversations": TWO}, TWO),
         ({"messages": TWO, "prompt": "two", "text": "user: two\nassistant: four"}, TWO),
-        ({"instruction": "two", "output": "four", "text": "Below: two ### Response: four"}, TWO),
+        ({"instruction": "add", "input": "2, 2", "output": "4",
+          "text": "Below.\n\n### Instruction:\nadd\n\n### Input:\n2, 2\n\n### Response:\n4"},
+         [user("add\n\n2, 2"), assistant("4")]),
         ({"messages": [m | {"from": m["role"]} for m in TWO]}, TWO),
     ],
 )  # fmt: skip
