@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """`step`, `computing` and the hashes of `files`."""
+        """`step`, `plan` and the hashes of `files`."""
         return files.read_json(self.folder / MANIFEST)
 
     def state(self) -> dict[str, Any]:
@@ -102,13 +102,13 @@ class Checkpoints:
             "and one more of each while it is written; QLORA_KEEP_CHECKPOINTS sets how many)",
         )
 
-    def write(self, step: int, state: dict[str, Any], computing: dict[str, Any]) -> None:
+    def write(self, step: int, state: dict[str, Any], plan: dict[str, Any]) -> None:
         """Write a checkpoint after `step` steps, then remove the oldest.
 
         Args:
             step: optimizer steps that are done.
             state: tensors and plain values.
-            computing: the execution plan, which is read before any weight.
+            plan: the execution plan, which is read before any weight.
         """
         target = self.folder / f"step-{step:06d}"
         with files.whole_folder(target) as partial:
@@ -120,9 +120,7 @@ class Checkpoints:
             for path in contents.values():
                 _flush(path)
             hashes = {name: files.sha256(path) for name, path in contents.items()}
-            files.write_json(
-                partial / MANIFEST, {"step": step, "computing": computing, "files": hashes}
-            )
+            files.write_json(partial / MANIFEST, {"step": step, "plan": plan, "files": hashes})
             _flush(partial / MANIFEST)
         _flush(self.folder)
         for old in self._written()[: -self.keep]:

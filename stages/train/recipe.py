@@ -33,12 +33,12 @@ from stages.shared.step.config import Train
 from stages.shared.step.fused import liger
 from stages.shared.step.fused.patch import fuse
 from stages.shared.weights import heap
-from stages.train import computing, distributed
+from stages.train import distributed, execution
 from stages.train.checkpoints import Checkpoint, Checkpoints
-from stages.train.computing import Computing
 from stages.train.config import Params
 from stages.train.distributed import Group
 from stages.train.environment import environment
+from stages.train.execution import ExecutionPlan
 from stages.train.history import History, TokenCounts
 from stages.train.interruption import Interrupted, Interruption
 from stages.train.schedule import Schedule
@@ -77,8 +77,8 @@ def train(settings: Params, inputs: Inputs, checkpoints: Checkpoints) -> TrainRe
     """
     data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
     checkpoint = checkpoints.latest()
-    before = checkpoint.manifest["computing"] if checkpoint else None
-    plan = computing.resolve(settings, inputs["model"], data.train, data.held_out, before)
+    before = checkpoint.manifest["plan"] if checkpoint else None
+    plan = execution.make_plan(settings, inputs["model"], data.train, data.held_out, before)
     if checkpoint is not None:
         print(f"going on from {checkpoint.folder}", file=sys.stderr)
     arguments = (settings, inputs, data, plan, checkpoints, checkpoint)
@@ -91,7 +91,7 @@ def _train_on(
     settings: Params,
     inputs: Inputs,
     data: Data,
-    plan: Computing,
+    plan: ExecutionPlan,
     checkpoints: Checkpoints,
     checkpoint: Checkpoint | None,
 ) -> TrainResult:
@@ -135,7 +135,7 @@ class Recipe:
         model: "PreTrainedModel | PeftModel",
         data: Data,
         params: Train,
-        plan: Computing,
+        plan: ExecutionPlan,
         checkpoints: Checkpoints,
         group: Group,
     ) -> None:
@@ -154,7 +154,7 @@ class Recipe:
         self.optimizer = optim.make_optimizer(model, params, plan.device)
         self.scheduler = optim.make_scheduler(self.optimizer, self.params, self.schedule.total)
         # fp16 has too few exponents for small gradients: on a GPU the loss is scaled up.
-        fp16 = plan.device.type == "cuda" and plan.dtype == torch.float16
+        fp16 = plan.device.type == "cuda" and plan.compute_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=fp16)
 
         self.step = 0  # optimizer steps that are done
@@ -254,7 +254,7 @@ class Recipe:
                 self.model,
                 parts[group.rank] if group.rank < len(parts) else [],
                 counts.supervised_tokens,
-                dtype=self.plan.dtype,
+                dtype=self.plan.compute_dtype,
                 fused=self.plan.fused,
                 scaler=self.scaler,
                 all_reduce=group.all_reduce,
@@ -285,13 +285,13 @@ class Recipe:
     def evaluate(self, stop: Interruption) -> None:
         """Score with the evaluator's scorer; keep the weights if they are the best so far."""
         plan = self.plan
-        with adapter.as_saved(self.model, plan.kept, plan.dtype):
+        with adapter.as_saved(self.model, plan.storage_dtype, plan.compute_dtype):
             with self._repeatable(stop):
                 sums, tokens = scoring.score(
                     self.model,
                     self.data.held_out,
                     plan.device,
-                    plan.dtype,
+                    plan.compute_dtype,
                     "held-out loss",
                     slice(self.group.rank, None, self.group.size),
                 )
@@ -305,7 +305,7 @@ class Recipe:
             )
         if loss < self.history.best_loss and self.group.is_main:
             with files.whole_folder(self.checkpoints.best) as partial:
-                adapter.save(self.model, partial, plan.kept)
+                adapter.save(self.model, partial, plan.storage_dtype)
         self.history.record_evaluation(self.step, self.schedule.epochs_after(self.step), loss)
 
     def _repeatable(self, stop: Interruption) -> AbstractContextManager[None]:
@@ -317,7 +317,7 @@ class Recipe:
     def checkpoint(self) -> None:
         """Write what is needed to go on, unless this very step has been written."""
         if self.checkpointed != self.step and self.group.is_main:
-            self.checkpoints.write(self.step, self._state(), self.plan.noted)
+            self.checkpoints.write(self.step, self._state(), self.plan.saved)
         self.checkpointed = self.step
 
     def _state(self) -> dict[str, Any]:
@@ -370,7 +370,7 @@ class Recipe:
             "best_step": history.best_step,
             "best_epoch": history.rows[history.best_step]["epoch"],
             "stopped_early": self.step < self.schedule.total,
-            "peak_memory_bytes": computing.peak_memory_bytes(plan.device)
+            "peak_memory_bytes": execution.peak_memory_bytes(plan.device)
             + self.workers.workers_peak_bytes(),
             "predicted_memory_bytes": plan.predicted_bytes,
             "tokens_per_second": round(counts.tokens / self.seconds, 1),

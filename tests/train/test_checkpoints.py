@@ -40,7 +40,7 @@ def test_the_newest_comes_back_with_the_best_of_its_time(kept: Checkpoints) -> N
         (best / "adapter.bin").write_text("of a step that was lost")
     found = kept.latest()
     assert found is not None
-    assert found.manifest["computing"] == HOW
+    assert found.manifest["plan"] == HOW
     assert found.state()["weights"].tolist() == [15, 15, 15]
     assert (kept.best / "adapter.bin").read_text() == "best at 15"
 
@@ -157,9 +157,9 @@ def test_a_checkpoint_holds_what_learns_and_not_the_frozen_base(
 ) -> None:
     seen = {}
 
-    def write(self: Checkpoints, step: int, state: dict, computing: dict) -> None:
+    def write(self: Checkpoints, step: int, state: dict, plan: dict) -> None:
         seen[step] = state
-        original(self, step, state, computing)
+        original(self, step, state, plan)
 
     original = Checkpoints.write
     monkeypatch.setattr(Checkpoints, "write", write)

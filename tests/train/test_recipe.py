@@ -19,8 +19,8 @@ from stages.shared.step import adapter, gradient
 from stages.train import distributed
 from stages.train import recipe as recipes
 from stages.train.checkpoints import Checkpoints, claim
-from stages.train.computing import Computing
 from stages.train.distributed import Group
+from stages.train.execution import ExecutionPlan
 from stages.train.interruption import Interruption
 from stages.train.recipe import Data, Recipe
 from tests import tiny
@@ -39,7 +39,7 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step(
     params = settings(train__max_grad_norm=1e9)
     torch.manual_seed(0)
     model = adapter.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
-    how = Computing(CPU, torch.float32, 4096, False, 1)
+    how = ExecutionPlan(CPU, torch.float32, 4096, False, 1)
     with claim(tmp_path, "name", keep=2) as checkpoints:
         recipe = Recipe(model, data, params.train, how, checkpoints, Group())
         parameter = next(p for n, p in model.named_parameters() if "lora_B" in n)
@@ -64,7 +64,7 @@ def test_a_model_that_scores_nothing_finite_is_refused_at_once(tmp_path: Path) -
     model = adapter.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
     with torch.no_grad():
         model.get_input_embeddings().weight[5:].fill_(torch.nan)
-    how = Computing(CPU, torch.float32, 4096, False, 1)
+    how = ExecutionPlan(CPU, torch.float32, 4096, False, 1)
     with claim(tmp_path, "name", keep=2) as checkpoints:
         recipe = Recipe(model, data, params.train, how, checkpoints, Group())
         with pytest.raises(UserError, match="after step 0: the held-out loss is nan"):
@@ -77,7 +77,7 @@ def test_a_schedule_is_that_of_its_parameters(tmp_path: Path) -> None:
     data = Data(*(read_examples(folder / f"{split}.parquet") for split in ("train", "eval")))
     params = settings(train__scheduler="linear", train__learning_rate=0.011)
     model = adapter.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
-    how = Computing(CPU, torch.float32, 4096, False, 1)
+    how = ExecutionPlan(CPU, torch.float32, 4096, False, 1)
     with claim(tmp_path, "name", keep=2) as checkpoints:
         recipe = Recipe(model, data, params.train, how, checkpoints, Group())
         recipe.run(Interruption(), Group())

@@ -11,7 +11,7 @@ from stages.shared.core.errors import UserError
 from stages.shared.model.packing import read_examples
 from stages.shared.step import fit
 from stages.shared.weights import heap
-from stages.train import computing
+from stages.train import execution
 from tests import tiny
 from tests.train.running import run, settings, train_on
 
@@ -53,12 +53,12 @@ def test_a_resumed_training_says_why_it_is_not_fused(tmp_path: Path) -> None:
     data, model = tiny.prepared(tmp_path / "prepared"), tiny.quantize(tmp_path / "model", "nf4")
     examples = read_examples(data / "train.parquet")
     wanted = settings(lora__dropout=0.1)
-    first = computing.resolve(wanted, model, examples, examples)
+    first = execution.make_plan(wanted, model, examples, examples)
     assert first.unfused_because == "lora.dropout is not 0"
-    again = computing.resolve(wanted, model, examples, examples, first.noted)
+    again = execution.make_plan(wanted, model, examples, examples, first.saved)
     assert again.unfused_because == first.unfused_because
-    off = first.noted | {"unfused_because": "QLORA_FUSED is false"}
-    again = computing.resolve(settings(), model, examples, examples, off)
+    off = first.saved | {"unfused_because": "QLORA_FUSED is false"}
+    again = execution.make_plan(settings(), model, examples, examples, off)
     assert again.unfused_because == "QLORA_FUSED is false"
 
 
@@ -72,7 +72,7 @@ def test_a_resumed_training_computes_as_before_but_for_what_is_set_now(
         machine.machine.cache_clear()
         for name, value in wanted.items():
             monkeypatch.setenv(f"QLORA_{name.upper()}", value)
-        return computing.resolve(settings(), model, examples, examples, noted).noted
+        return execution.make_plan(settings(), model, examples, examples, noted).saved
 
     first = resolved(
         None, micro_batch_tokens="77", gradient_checkpointing="true", workers="1", devices="2"
@@ -94,7 +94,7 @@ def test_a_step_never_has_more_workers_than_conversations(
     assert fit.most_workers(3, 12) == 3
     data, model = tiny.prepared(tmp_path / "prepared"), tiny.quantize(tmp_path / "model", "nf4")
     examples = read_examples(data / "train.parquet")
-    found = computing.resolve(settings(train__batch_size=2), model, examples, examples)
+    found = execution.make_plan(settings(train__batch_size=2), model, examples, examples)
     assert found.workers == 2
 
 
@@ -102,7 +102,7 @@ def test_what_is_unset_is_chosen_and_what_is_set_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tiny.prepared(tmp_path / "prepared")
-    monkeypatch.setattr(computing, "most_workers", lambda batch_size, wanted: wanted or 2)
+    monkeypatch.setattr(fit, "most_workers", lambda batch_size, wanted: wanted or 2)
     for name, tokens, checkpointing in (("unset", None, None), ("set", 77, True)):
         machine.machine.cache_clear()
         if tokens:

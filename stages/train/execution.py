@@ -1,0 +1,180 @@
+"""Execution plan: how a step is computed on this machine, which changes no result."""
+
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.shared.core.errors import UserError
+from stages.shared.core.machine import Machine, device, machine
+from stages.shared.model import loading, packing, scoring
+from stages.shared.model.packing import Example, require_vocabulary
+from stages.shared.step import fit
+from stages.shared.step.count import StepCounter
+from stages.shared.step.limits import total_memory_bytes
+from stages.shared.step.setup import (
+    SWITCHED_OFF,
+    Device,
+    lora_of,
+    micro_batch_of,
+    setup_of,
+    stored_as,
+)
+from stages.shared.step.workload import Workload
+from stages.shared.weights import precision
+from stages.train.config import Params
+from stages.train.schedule import Schedule
+
+MOST_STEPS = 10_000  # that are looked at; the longest conversations stand for more
+SAVED = (
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "workers",
+    "processes",
+    "unfused_because",
+)
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """The resolved settings of the machine; `reports/train.json` has them.
+
+    Attributes:
+        device: of this process.
+        compute_dtype: of matmuls.
+        micro_batch_tokens: the most tokens that go through the model at once.
+        gradient_checkpointing: whether activations are computed again in the backward pass.
+        processes: devices that share a step.
+        predicted_bytes: memory that each device, or a CPU's processes, will hold.
+        unfused_because: why transformers and peft compute the step; None if it is fused.
+        workers: processes of a CPU that share a step.
+        storage_dtype: in which trained base weights are saved.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    processes: int = 1
+    predicted_bytes: int | None = None
+    unfused_because: str | None = None
+    workers: int = 1
+    storage_dtype: torch.dtype = torch.float32
+
+    @property
+    def fused(self) -> bool:
+        """Whether stages/shared/step/fused computes the step."""
+        return self.unfused_because is None
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, for a resumed training to keep to."""
+        return {name: getattr(self, name) for name in SAVED}
+
+
+def make_plan(
+    settings: Params,
+    model_folder: Path,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    saved: Mapping[str, Any] | None = None,
+) -> ExecutionPlan:
+    """Resolve each setting: `QLORA_*`, else the saved plan, else the fastest predicted to fit.
+
+    Args:
+        settings: the parameters.
+        model_folder: of the (quantized) weights; only its config is read.
+        train: conversations to train on.
+        held_out: conversations to score.
+        saved: `ExecutionPlan.saved` of the checkpoint that training resumes from.
+
+    Raises:
+        UserError: it does not fit this machine's memory, more devices are requested than there
+            are, or `lora.target_modules` match nothing.
+    """
+    target, requested = device(), _requested(saved)
+    device_type: Device = "cuda" if target.type == "cuda" else "cpu"
+    processes = _processes(target, requested)
+    forks = device_type == "cpu" and processes == 1
+    config = model_folder / "config.json"
+    setup = setup_of(
+        stored_as(config),
+        settings.lora,
+        settings.train,
+        device_type,
+        bf16=precision.has_bf16_matmuls(device_type),
+        fused=requested.fused,
+    )
+    with StepCounter(config) as counter:
+        for split in (train, held_out):
+            require_vocabulary(split, counter.model()["vocabulary"])
+        request = fit.Request(
+            counter,
+            setup,
+            Workload(_steps(settings, train)),
+            total_memory_bytes(device_type),
+            requested.micro_batch_tokens,
+            requested.gradient_checkpointing,
+            scored=frozenset(map(micro_batch_of, packing.bins(held_out, scoring.SCORING_TOKENS))),
+            workers=fit.most_workers(settings.train.batch_size, requested.workers) if forks else 1,
+            processes=processes if device_type == "cpu" else 1,
+            instead_of_full=lora_of(settings.lora),
+        )
+        choice = fit.choose(request)
+        if choice is None:
+            raise UserError(fit.refusal(request))
+        unfused_because = counter.persistent(setup)["unfused_because"]
+    return ExecutionPlan(
+        device=target,
+        compute_dtype=loading.compute_dtype(model_folder, target),
+        micro_batch_tokens=choice.micro_batch_tokens,
+        gradient_checkpointing=choice.gradient_checkpointing,
+        processes=processes,
+        predicted_bytes=choice.device_bytes,
+        unfused_because=unfused_because,
+        workers=choice.workers,
+        storage_dtype=loading.stored_dtype(model_folder),
+    )
+
+
+def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:
+    schedule = Schedule.of(settings.train, len(train))
+    if schedule.total > MOST_STEPS:
+        return [sorted(train, key=len)[-schedule.batch_size :]]
+    return [[train[row] for row in schedule.rows(step)] for step in range(schedule.total)]
+
+
+def _requested(saved: Mapping[str, Any] | None) -> Machine:
+    """`QLORA_*`; what they leave unset is the saved plan's."""
+    requested = machine()
+    if saved is None:
+        return requested
+    before = {name: saved[name] for name in SAVED if name in Machine.model_fields}
+    before["devices"] = saved["processes"]
+    before["fused"] = saved["unfused_because"] != SWITCHED_OFF
+    unset = before.keys() - requested.model_fields_set
+    return requested.model_copy(update={name: before[name] for name in unset})
+
+
+def _processes(target: torch.device, requested: Machine) -> int:
+    """Process count: requested, else the checkpoint's, else one per GPU."""
+    if target.type == "cpu":
+        return requested.devices or 1
+    present = torch.cuda.device_count()
+    devices = machine().devices
+    if devices and devices > present:
+        raise UserError(
+            f"QLORA_DEVICES: {devices} requested, and this machine has {present} CUDA devices. "
+            "Lower it, or unset it to use all."
+        )
+    return min(requested.devices or present, present)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was held: by torch's allocator on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
