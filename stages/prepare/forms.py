@@ -40,7 +40,7 @@ _UNREAD = {
     **dict.fromkeys(("reasoning", "reasoning_content", "reasoning_details"), _THOUGHTS),
     **dict.fromkeys(("thinking", "thought", "thoughts"), _THOUGHTS),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
-    **dict.fromkeys(("chosen", "rejected", "label", "kto_tag"), _PREFERENCE),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "label", "kto_tag"), _PREFERENCE),
     **dict.fromkeys(("loss", "trainable", "training", "train_detail", "weights"), _WEIGHT),
     **dict.fromkeys(_WEIGHTS, _WEIGHT),  # of a whole row
     **dict.fromkeys(("context", "contexts", "documents"), "context"),
@@ -48,9 +48,9 @@ _UNREAD = {
     "refusal": "refusal",
     "chat_template_kwargs": "template arguments",
 }
+_REPLIES = {"response", "reply", "target"}
 _RENAMES = {
     **dict.fromkeys(("question", "query"), "instruction"),
-    **dict.fromkeys(("response", "reply", "target"), "output"),
     **dict.fromkeys(("conversation", "dialogue", "dialog", "chat"), "messages"),
     "context": "input",
 }
@@ -120,17 +120,31 @@ def form_of(fields: dict[str, Any]) -> Form:
         return "guanaco"
     if not fields.keys().isdisjoint(_FIELDS["messages"]):
         return "messages"
-    renames = [f"`{name}` to `{_RENAMES[name]}`" for name in fields if name in _RENAMES]
-    pairs = ({"instruction", "output"}, {"prompt", "completion"})
-    if any(pair <= fields.keys() for pair in pairs) or ("instruction" in fields and not renames):
+    renames = _renames(fields.keys())
+    complete = ({"instruction", "output"}, {"prompt", "completion"})
+    if any(names <= fields.keys() for names in complete) or (
+        "instruction" in fields and not renames
+    ):
         return "alpaca"
-    _unknown(fields, fields.keys() - {"context"})
+    _unknown(fields, fields.keys() - {"context", "history"})
     if isinstance(text, str):
         if not text.strip() or "### Assistant:" in text:
             return "guanaco"
         raise RejectedRow("`text` has no `### Human:`; plain text is not read")
-    advice = f"; rename {' and '.join(renames)}" if renames else ""
+    pairs = [f"`{name}` to `{new}`" for name, new in renames.items()]
+    advice = f"; rename {' and '.join(pairs)}" if pairs else ""
     raise RejectedRow(f"no known form in {', '.join(fields)[:80] or 'an empty row'}{advice}")
+
+
+def _renames(names: Set[str]) -> dict[str, str]:
+    """Names of fields under which they would be read."""
+    reply = "completion" if "prompt" in names else "output"
+    new = _RENAMES | dict.fromkeys(_REPLIES, reply)
+    if names.isdisjoint(_REPLIES | {"output", "completion"}):
+        new["answer"] = reply
+    elif "instruction" not in names and names.isdisjoint(_RENAMES):
+        new["input"] = "instruction"
+    return {name: new[name] for name in new if name in names}
 
 
 def _turns(fields: dict[str, Any], form: Form, unknown: set[str]) -> list[Message]:

@@ -41,7 +41,7 @@ def require_rows(
         value = getattr(parameters, named[1])
         raise UserError(f"params.yaml: {named[0]} is {value}; {fault}. Change {named[0]}.")
     if rejected == rows:
-        raise UserError(f"data.path: {fault}. Mend the file: docs/data.md shows what is read.")
+        raise UserError(f"data: {fault}. Mend the file: docs/data.md shows what is read.")
     raise UserError(
         f"params.yaml: prepare.max_rejected is {parameters.max_rejected}; {fault}. "
         "Mend these rows, or raise prepare.max_rejected."

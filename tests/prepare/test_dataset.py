@@ -248,7 +248,7 @@ def test_as_a_user_runs_it(stage: Stage, tmp_path: Path) -> None:
     assert bad.returncode == 1
     last = bad.stderr.strip().splitlines()[-1]
     assert last == (
-        "error: data.path: 1 of 1 rows are rejected: no reply (1, first my/train.jsonl:1). Mend "
+        "error: data: 1 of 1 rows are rejected: no reply (1, first my/train.jsonl:1). Mend "
         "the file: docs/data.md shows what is read."
     )
     assert "Traceback" not in bad.stderr

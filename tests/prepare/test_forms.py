@@ -1,6 +1,7 @@
 """Rows of each form as conversations; what is read, what is told, and what rejects a row."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,6 @@ def test_empty_fields_are_harmless(name: str, value: Any) -> None:
     ("fields", "reason"),
     [
         ({}, "no known form in an empty row"),
-        ({"question": "two", "response": "four"}, "rename `question` to `instruction` and `resp"),
-        (
-            {"instruction": "two", "context": "c", "response": "four"},
-            "rename `context` to `input` and `response` to `output`",
-        ),
         ({"instruction": "two", "context": "c", "output": "four"}, "rename it to `input`"),
         ({"text": "an article"}, "`text` has no `### Human:`; plain text is not read"),
         ({"text": "### Human: two"}, "no reply"),
@@ -168,6 +164,27 @@ def test_a_form_that_is_insisted_on(form: Form, reason: str | None) -> None:
         return
     with pytest.raises(RejectedRow, match=reason):
         parse(row, form)
+
+
+@pytest.mark.parametrize(
+    ("fields", "renamed"),
+    [
+        ({"question": "two", "answer": "four"}, {"instruction": "two", "output": "four"}),
+        ({"query": "two", "response": "four", "history": [["a", "b"]]},
+         {"instruction": "two", "output": "four", "history": [["a", "b"]]}),
+        ({"instruction": "two", "context": "c", "response": "four"},
+         {"instruction": "two", "input": "c", "output": "four"}),
+        ({"prompt": "two", "response": "four"}, {"prompt": "two", "completion": "four"}),
+        ({"input": "two", "output": "four"}, {"instruction": "two", "output": "four"}),
+        ({"conversation": TWO}, {"messages": TWO}),
+    ],
+)  # fmt: skip
+def test_advised_names_are_read(fields: dict[str, Any], renamed: dict[str, Any]) -> None:
+    with pytest.raises(RejectedRow) as error:
+        parse(fields)
+    advice = dict(re.findall(r"`(\w+)` to `(\w+)`", str(error.value)))
+    assert {advice.get(name, name): value for name, value in fields.items()} == renamed
+    assert parse(renamed).messages[-1] == assistant("four")
 
 
 def test_unknown_fields_are_told() -> None:
