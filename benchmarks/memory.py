@@ -389,7 +389,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(options: Namespace) -> None:
     """Measure, print, write."""
-    KINDS[options.kind]()
+    with StepCounter(BASE):  # one dry run for all
+        KINDS[options.kind]()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def plan(counter: StepCounter, found: Data, values: Params) -> dict[str, Any]:
             compared[name] = techniques.figures(counter, name, way, batch)
         except UserError as error:  # modules_to_save on quantized weights, say
             left_out[name] = str(error)
-    lora = replace(setup, precision="nf4", lora=lora_of(values.lora), double_quant=True)
+    lora = replace(setup, lora=lora_of(values.lora))
     return {
         "note": NOTE,
         "model": model["parameters"],

@@ -24,7 +24,7 @@ FIXED_TOKENS = {"cuda": 3000, "cpu": 20}
 MOST_WORKERS = 4  # each dequantizes the weights for itself; two have been measured
 ALONE = 1.1  # how much longer a step takes with all cores in one process; measured on two
 
-# A CPU's process, measured on eight runs (docs/memory.md): Python with its libraries; each worker
+# A CPU's process, taken from three (docs/memory.md): Python with its libraries; each worker
 # beside the first; pages held for each byte that lives within a step.
 PROCESS_BYTES = 560 * 10**6
 WORKER_BYTES = 120 * 10**6
