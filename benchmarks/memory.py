@@ -144,7 +144,12 @@ class Setting:
     @property
     def lora(self) -> Lora:
         """The section `lora`."""
-        values = {"r": self.rank or 8, "alpha": 16.0, "dropout": self.dropout, "rslora": False}
+        values: dict[str, Any] = {
+            "r": self.rank or 8,
+            "alpha": 16.0,
+            "dropout": self.dropout,
+            "rslora": False,
+        }
         values |= {"target_modules": "all-linear", "modules_to_save": None, "bias": "none"}
         return Lora.model_validate(values | {"init": self.init, "dora": self.dora})
 
@@ -209,7 +214,7 @@ def measure(base: Path, setting: Setting) -> int:
         folder.mkdir()
         convert(base, folder, setting.quantize, CPU)
     if setting.rank:
-        model: nn.Module = adapter.load_for_lora(folder, setting.lora, CPU)
+        model: Any = adapter.load_for_lora(folder, setting.lora, CPU)
     else:
         model = adapter.load_for_full(folder, CPU)
     with StepCounter(base / "config.json") as counter:
@@ -279,7 +284,10 @@ def settings() -> Iterator[tuple[str, Setting]]:
 def measure_steps() -> None:
     """Real steps on this CPU; ends with an error where the planner is off by more than promised."""
     rows, wanted = [], list(settings())
-    with tempfile.TemporaryDirectory() as work, progress.bar(len(wanted), "memory", "step") as bar:
+    with (
+        tempfile.TemporaryDirectory() as work,
+        progress.bar(total=len(wanted), desc="memory", unit="step") as bar,
+    ):
         for name, setting in wanted:
             base = Path(work) / name
             if not base.exists():
@@ -315,7 +323,7 @@ def _publish_errors(name: str, rows: list[tuple[Any, ...]], where: str) -> None:
 
 def count_gpu() -> None:
     """Counts of a GPU's steps at the size of real models, and those held against an H200."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     shapes = ((2048,) * 4, False), ((2048,) * 4, True), ((512, 300), False), ((32_768,), True)
     for name in ("Qwen1.5-0.5B", "Llama-2-7B", "Mistral-7B", "Llama-3-8B", "Llama-3-70B"):
         for lengths, on in shapes:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from stages.shared.core.errors import UserError
 
@@ -47,7 +48,7 @@ def _of_hub(name: str, commit: str | None) -> Path:
 
     revision = commit or "main"
     repository = Repository("model", name, revision)
-    options = {"revision": revision, "endpoint": repository.endpoint}
+    options: dict[str, Any] = {"revision": revision, "endpoint": repository.endpoint}
     with one_line_errors(repository):
         path = Path(hf_hub_download(name, "config.json", **options))
     print(f"{name} at {path.parent.name} ({'pinned' if commit else 'main'})")

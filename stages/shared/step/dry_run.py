@@ -142,7 +142,7 @@ def read_config(path: Path) -> PretrainedConfig:
     return config
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: Any) -> Any:
     """The blocks of a decoder."""
     layers = model.config.get_text_config().num_hidden_layers
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
@@ -192,7 +192,7 @@ def _kinds(config: PretrainedConfig) -> list[Any]:
     ]
 
 
-def prepare(config: PretrainedConfig, setup: TrainingSetup) -> nn.Module:
+def prepare(config: PretrainedConfig, setup: TrainingSetup) -> Any:
     """The model on meta as training has it: quantized, with its adapter or its masters."""
     compute = precision.DTYPES[setup.compute]
     full = setup.lora is None
@@ -202,7 +202,7 @@ def prepare(config: PretrainedConfig, setup: TrainingSetup) -> nn.Module:
         return model.requires_grad_(True)
     fake_model.quantize_on_meta(model, setup.precision, setup.double_quant, compute)
     model.requires_grad_(False)
-    lora = SimpleNamespace(**setup.lora, alpha=1, rslora=False)
+    lora: Any = SimpleNamespace(**setup.lora or {}, alpha=1, rslora=False)
     with ExitStack() as stack:
         for module, name, instead in (
             (loading, "load_model", lambda *_: model),
@@ -222,7 +222,7 @@ def _initialise(model: PeftModel, lora: Any, *_: Any) -> None:
             initialisation.freeze_half(part, half, half, dim)
 
 
-def unfused_because(setup: TrainingSetup, model: nn.Module) -> str | None:
+def unfused_because(setup: TrainingSetup, model: Any) -> str | None:
     """Why the library's own modules compute the step; None where the fused functions do.
 
     Args:
@@ -392,6 +392,7 @@ def run(
             live.phase = "gradient of the loss"
             return loss
 
+        scaler: Any = SimpleNamespace(scale=scale)
         with live:
             live.phase = "start"
             gradient.accumulate(
@@ -400,7 +401,7 @@ def run(
                 batch.supervised,
                 dtype=dtype,
                 fused=fused,
-                scaler=SimpleNamespace(scale=scale),
+                scaler=scaler,
             )
             live.phase = "update"
             nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
@@ -410,7 +411,7 @@ def run(
 
 
 def _optimizer(model: nn.Module, setup: TrainingSetup) -> torch.optim.Optimizer:
-    train = SimpleNamespace(optimizer=setup.optimizer, learning_rate=1e-4, weight_decay=0.0)
+    train: Any = SimpleNamespace(optimizer=setup.optimizer, learning_rate=1e-4, weight_decay=0.0)
     with unset_fake_temporarily():  # 8-bit AdamW reads the values of its codebook
         optimizer = optim.make_optimizer(model, train, CPU)
     if setup.device == "cpu":

@@ -68,9 +68,7 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def quantize_on_meta(
-    model: nn.Module, precision: str, double_quant: bool, dtype: torch.dtype
-) -> None:
+def quantize_on_meta(model: Any, precision: str, double_quant: bool, dtype: torch.dtype) -> None:
     """Replace quantizable layers by those of bitsandbytes; nothing in a dense precision."""
     if precision in ("nf4", "fp4", "int8"):
         for name, layer in quantizable(model).items():
