@@ -225,7 +225,8 @@ def measure(base: Path, setting: Setting) -> int:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = optim.make_optimizer(model, setting.train, CPU)
     trained = [p for p in model.train().parameters() if p.requires_grad]
-    examples = micro_batch(setting, loading.without_adapter(model).config.vocab_size)
+    base_model: Any = loading.without_adapter(model)
+    examples = micro_batch(setting, base_model.config.vocab_size)
     dtype = loading.compute_dtype(folder, CPU)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
