@@ -1,8 +1,8 @@
-"""Fetch raw conversations as JSON Lines: from a file, a folder or a data set of the hub.
+"""Raw conversations as JSON Lines, from a file, a folder or a data set on the hub.
 
 Reads:  data.path (a file or a folder), or data.repo at data.revision
-Writes: data/raw/train.jsonl, data/raw/eval.jsonl where the source has such a split, and
-        data/raw/source.json: the files they were made of, with their SHA-256
+Writes: data/raw/train.jsonl; data/raw/eval.jsonl if the source has a held-out split;
+        data/raw/source.json, the source files with their SHA-256
 Run:    python -m stages.fetch_data
 """
 
@@ -21,7 +21,7 @@ RAW = Path("data/raw")
 
 
 class Data(params.Section):
-    """Where the conversations come from."""
+    """The section `data`."""
 
     source: Literal["file", "hub"]
     path: str
@@ -31,13 +31,13 @@ class Data(params.Section):
 
 
 class Params(params.Section):
-    """What dvc.yaml declares for this stage."""
+    """Sections that dvc.yaml declares for this stage."""
 
     data: Data
 
 
 def fetch(data: Data, raw: Path) -> None:
-    """Write one file a split into `raw`, and `source.json`."""
+    """Write `raw/<split>.jsonl` and `raw/source.json`."""
     if data.source == "hub":
         repository = pin("dataset", data.repo, data.revision)
         with download_folder(repository) as folder:
@@ -45,15 +45,15 @@ def fetch(data: Data, raw: Path) -> None:
         pinned = {"repo": data.repo, "revision": data.revision, "config": data.config}
     else:
         with TemporaryDirectory(dir=raw) as scratch:
-            written = write(sources.find(Path(data.path), data.config), raw, Path(scratch) / "copy")
+            written = write(sources.find(Path(data.path), data.config), raw, Path(scratch, "copy"))
         pinned = {}
     files.write_json(raw / "source.json", {"source": data.source, **pinned, "files": written})
 
 
 def write(parts: list[Part], raw: Path, copy: Path | None = None) -> list[dict[str, Any]]:
-    """Write the rows of all parts into `raw/<split>.jsonl`; their entries in `source.json`.
+    """Write all rows; the entries of `source.json`.
 
-    A file of the user's may change meanwhile: its `copy` is what is hashed and read.
+    A local file may change meanwhile, so it is hashed and read from `copy`.
     """
     files.require_space(raw, sum(part.path.stat().st_size for part in parts), "data/raw")
     written: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ def write(parts: list[Part], raw: Path, copy: Path | None = None) -> list[dict[s
 
 
 def main() -> None:
-    """Fetch the data that params.yaml names."""
+    """Read parameters, fetch."""
     data = params.load(Params, "fetch_data").data
     with files.whole_folder(RAW) as raw:
         fetch(data, raw)

@@ -1,8 +1,8 @@
-"""JSON Lines from a file of any format, without a value retyped.
+"""Readers of each file format as JSON Lines, without type inference.
 
-A `.jsonl` keeps every byte, so that line N stays the user's line N. Of any other format a row
-becomes a line; one that cannot be read becomes a JSON text with the reason, which `prepare` rejects
-as it rejects any line without an object. Only what spoils a file as a whole ends here.
+A `.jsonl` keeps every byte, so line N stays the user's line N. In other formats a row becomes a
+line; an unreadable row becomes a JSON string with the reason, which `prepare` rejects. Only a file
+that is damaged as a whole ends the stage.
 """
 
 import base64
@@ -36,36 +36,31 @@ _TRUNCATED = "The file looks truncated: fetch or export it again."
 
 
 def is_readable(name: str) -> bool:
-    """Whether a file of this name can be read."""
-    extension, packed = _extension(name)
-    return extension in _READERS and not (packed and _READERS[extension] is _table_rows)
+    """Whether the extension is one of `SUPPORTED`."""
+    extension, compression = _extension(name)
+    return extension in _READERS and not (compression and _READERS[extension] is _table_rows)
 
 
 def read(path: Path, name: str, copy: Path) -> tuple[Literal["line", "row"], Iterator[bytes]]:
-    """Lines of JSON, and whether they count as the file's lines or as its rows.
+    """Lines of JSON, and whether they are the file's lines or its rows.
 
-    Args:
-        path: the user's file, named in the command that converts it.
-        name: what a message calls it; its extension says the format.
-        copy: the file that is read.
-
-    Raises:
-        UserError: here or while iterating: it is empty, damaged, cut off, or not of its format.
+    `name` is for messages and gives the format; `path` is the original of `copy`, for the command
+    that converts its encoding. Errors are raised here or while iterating.
     """
-    extension, packed = _extension(name)
+    extension, compression = _extension(name)
     reader = _READERS[extension]
     if reader is not _table_rows:
-        with _damage_told(name), _open(copy, packed) as file:
-            _require_utf8(file, name, None if packed else path)
-        with _open(copy, packed) as file:
+        with _damage_as_one_line(name), _open(copy, compression) as file:
+            _require_utf8(file, name, None if compression else path)
+        with _open(copy, compression) as file:
             head = list(islice(filter(bytes.strip, file), 2))
         if not head:
             raise _empty(name)
         if reader is _json_items and len(head) == 2 and isinstance(_parse(head[0]), dict):
-            reader = _lines  # as many .json files of the hub are
+            reader = _lines  # many .json files on the hub are JSON Lines
 
     def rows() -> Iterator[bytes]:
-        with _damage_told(name), _open(copy, packed) as file:
+        with _damage_as_one_line(name), _open(copy, compression) as file:
             yield from reader(file, name)
 
     return ("line" if reader is _lines else "row"), rows()
@@ -73,34 +68,33 @@ def read(path: Path, name: str, copy: Path) -> tuple[Literal["line", "row"], Ite
 
 def _extension(name: str) -> tuple[str, str]:
     suffixes = [suffix.lower() for suffix in PurePath(name).suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
-    return (suffixes[-1] if suffixes else ""), packed
+    compression = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
+    return (suffixes[-1] if suffixes else ""), compression
 
 
-def _open(path: Path, packed: str) -> File:
-    if packed == ".gz":
+def _open(path: Path, compression: str) -> File:
+    if compression == ".gz":
         return gzip.open(path, "rb")
-    if packed == ".zst":
-        import pyarrow as pa  # noqa: PLC0415  (a second that most files need not pay)
+    if compression == ".zst":
+        import pyarrow as pa  # noqa: PLC0415  (takes a second)
 
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
 
 @contextmanager
-def _damage_told(name: str) -> Iterator[None]:
-    """Damage that a library meets in a file ends in one line."""
+def _damage_as_one_line(name: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, ValueError, KeyError, NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk, and not of the file
+            raise  # a fault of the disk
         reason = str(error).partition("\n")[0]
         raise UserError(f"{name}: is damaged ({reason:.80}). {_TRUNCATED}") from None
 
 
 def _require_utf8(file: File, name: str, path: Path | None) -> None:
-    """Refuse a file most of whose bytes beyond ASCII are not UTF-8; single bad lines may pass."""
+    """Refuse a file if most of its non-ASCII bytes are not UTF-8; single bad lines pass."""
     high = undecoded = offset = 0
     for number, line in enumerate(file, 1):
         wide = offset < 64 and b"\0" in line[:64]  # UTF-16 or UTF-32, whose ASCII is valid UTF-8
@@ -120,7 +114,7 @@ def _require_utf8(file: File, name: str, path: Path | None) -> None:
 
 
 def _lines(file: File, name: str) -> Iterator[bytes]:
-    """The lines of a .jsonl, each with the newline that it has."""
+    """Lines of a .jsonl, byte for byte; at least one must hold an object."""
     some_object, first, last = False, (0, b""), (0, b"")
     for number, line in enumerate(file, 1):
         if line.strip():
@@ -146,22 +140,22 @@ def _lines(file: File, name: str) -> Iterator[bytes]:
 
 
 def _parse(line: bytes) -> Any:
-    """The value of a line of JSON, or the error that makes it none."""
+    """Value of a line of JSON, or its error."""
     try:
         return json.loads(line.decode("utf-8-sig", "replace"))
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError: also an int of over 4,300 digits
         return error
 
 
 def _ends_early(fault: Exception) -> bool:
-    """Whether a text of JSON lacks its end, and nothing else."""
+    """Whether JSON is valid up to a missing end."""
     return isinstance(fault, JSONDecodeError) and (
         not fault.doc[fault.pos :].strip() or fault.msg.startswith("Unterminated string")
     )
 
 
 def _json_items(file: File, name: str) -> Iterator[bytes]:
-    """The items of one list, spelled as they are there: numbers, escapes, doubled keys."""
+    """Items of one JSON list, as spelled there: numbers, escapes, duplicate keys."""
     text, at, number = file.read().decode("utf-8-sig", "surrogateescape"), 0, 0
 
     def next_character() -> str:
@@ -193,7 +187,7 @@ def _json_items(file: File, name: str) -> Iterator[bytes]:
 
 
 def _csv_rows(file: File, name: str) -> Iterator[bytes]:
-    """A record as an object of texts; separated by what divides the header most."""
+    """CSV records as objects of strings; the separator is the one that splits the header most."""
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     first, latest, row = text.readline(), [""], list[str]()
@@ -225,15 +219,15 @@ def _csv_rows(file: File, name: str) -> Iterator[bytes]:
 
 
 def _require_distinct(names: Iterable[str], where: str) -> None:
-    """Refuse two columns of one name, of which a reader would take one."""
+    """Refuse duplicate column names, of which readers keep one."""
     for name, count in Counter(names).items():
         if count > 1:
             raise UserError(f"{where}: column {name!r} stands there {count} times. Rename one.")
 
 
 def _table_rows(file: File, name: str) -> Iterator[bytes]:
-    """The rows of a Parquet file, of Feather, or of what `save_to_disk` of datasets writes."""
-    import pyarrow as pa  # noqa: PLC0415  (a second that most files need not pay)
+    """Rows of Parquet, Feather or the Arrow stream of `Dataset.save_to_disk`."""
+    import pyarrow as pa  # noqa: PLC0415  (takes a second)
     import pyarrow.parquet as pq  # noqa: PLC0415
 
     if _extension(name)[0] == ".parquet":
@@ -257,7 +251,7 @@ def _table_rows(file: File, name: str) -> Iterator[bytes]:
 
 
 def _field_names(fields: Iterable["pa.Field"], parent: str = "") -> Iterator[str]:
-    """The paths of all fields, nested ones included."""
+    """Dotted names of all fields, nested ones included."""
     for field in fields:
         yield parent + field.name
         nested = [field.type.field(i) for i in range(field.type.num_fields)]
@@ -266,14 +260,14 @@ def _field_names(fields: Iterable["pa.Field"], parent: str = "") -> Iterator[str
 
 def _batch_rows(batch: "pa.RecordBatch") -> Iterator[bytes]:
     try:
-        batch.validate(full=True)  # a damaged offset would end in a segmentation fault
+        batch.validate(full=True)  # a damaged offset would be a segmentation fault
         yield from map(_dump, batch.to_pylist(maps_as_pydicts="strict"))
-    except (ValueError, KeyError, OverflowError) as error:  # not UTF-8; a doubled key; a late date
+    except (ValueError, KeyError, OverflowError) as error:  # encoding; duplicate key; date range
         if batch.num_rows == 1:
             yield _dump(f"cannot be read: {error}")
-        else:
-            for number in range(batch.num_rows):
-                yield from _batch_rows(batch.slice(number, 1))
+            return
+        for number in range(batch.num_rows):
+            yield from _batch_rows(batch.slice(number, 1))
 
 
 def _dump(value: Any) -> bytes:
@@ -285,7 +279,7 @@ def _encode(line: str) -> bytes:
 
 
 def _spell(value: Any) -> str:
-    """What JSON has no type for: bytes as the text they are, or base64; dates and decimals."""
+    """String for a type that JSON lacks: bytes as UTF-8 or base64, dates, decimals."""
     if not isinstance(value, bytes):
         return str(value)
     try:

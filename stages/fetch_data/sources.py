@@ -1,7 +1,6 @@
-"""The files that hold the splits: on the user's disk, or in a data set of the hub.
+"""Files of the training and held-out splits, on the user's disk or in a data set on the hub.
 
-`datasets` says what a data set is (configurations, splits, shards) from the names of its files and
-from its README, for a folder on the disk as for the hub.
+`datasets` finds configurations, splits and shards from file names and the README, for both.
 """
 
 import os
@@ -21,7 +20,7 @@ from stages.shared.hub.repository import Repository, download, require_inside
 Split = Literal["train", "eval"]
 
 _TRAIN = ("train", "training")
-# What the held-out rows may be called; where a source has several, the first of these counts.
+# Names of the held-out split, most preferred first.
 _EVAL = ("eval", "evaluation", "validation", "valid", "val", "dev", "test", "testing")
 _CARD = "README.md"
 _INSTEAD = "Download the files you want and set data.source to file."
@@ -29,25 +28,20 @@ _INSTEAD = "Download the files you want and set data.source to file."
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a split; several of them, in order, are its shards."""
+    """A file of a split: its only one, or one of its ordered shards."""
 
     split: Split
     path: Path
-    name: str  # as the user knows it: a path of theirs, or of a file in the repository
+    name: str  # for messages: the user's path, or the path in the repository
 
 
 def find(path: Path, config: str | None) -> list[Part]:
-    """The files of the user's own: one, a folder with train.* and eval.*, or one as on the hub.
-
-    Raises:
-        UserError: nothing is there, no split can be made out, or more than one file could be it.
-    """
+    """Local files: one file, a folder with train.* and eval.*, or one laid out as on the hub."""
     if path.is_dir():
         names = [f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file()]
         chosen = _by_stem(names, path) or choose(names, path / _CARD, config, str(path))
-        return [
-            Part(s, path / name, str(path / name)) for s, names in chosen.items() for name in names
-        ]
+        paths = [(split, path / name) for split, names in chosen.items() for name in names]
+        return [Part(split, file, str(file)) for split, file in paths]
     if not path.is_file():
         raise UserError(
             f"data.path: {str(path)!r} is no file or folder. Correct it (`dvc exp run --temp` and "
@@ -59,7 +53,7 @@ def find(path: Path, config: str | None) -> list[Part]:
 
 
 def _by_stem(names: Collection[str], folder: Path) -> dict[Split, list[str]]:
-    """The files train.* and eval.*; none where a folder is laid out in another way."""
+    """Files train.* and eval.* of a folder; nothing if it has no train.*."""
 
     def named(*stems: str) -> list[str]:
         own = [name for name in sorted(names) if "/" not in name and is_readable(name)]
@@ -68,44 +62,35 @@ def _by_stem(names: Collection[str], folder: Path) -> dict[Split, list[str]]:
     train, held_out = named(*_TRAIN), next(filter(None, map(named, _EVAL)), [])
     if not train:
         return {}
-    for found in (train, held_out):
-        if len(found) > 1:
-            raise UserError(f"{folder}: {found[0]} and {found[1]} could be one split. Remove one.")
+    for same in (train, held_out):
+        if len(same) > 1:
+            raise UserError(f"{folder}: {same[0]} and {same[1]} could be one split. Remove one.")
     return {"train": train, "eval": held_out}
 
 
 def fetch(repository: Repository, config: str | None, folder: Path) -> list[Part]:
-    """The files of the splits, in the user's cache or downloaded into `folder`."""
+    """Download a hub data set's splits, unless the user's cache has them."""
     card = [_CARD] if _CARD in repository.paths else []
-    where = download(repository, card, folder)
-    splits = choose(repository.paths, where / _CARD, config, repository.url)
-    names = [name for shards in splits.values() for name in shards]
-    where = download(repository, names, folder)
-    return [Part(split, where / name, name) for split, names in splits.items() for name in names]
+    root = download(repository, card, folder)
+    splits = choose(repository.paths, root / _CARD, config, repository.url)
+    root = download(repository, [name for names in splits.values() for name in names], folder)
+    return [Part(split, root / name, name) for split, names in splits.items() for name in names]
 
 
 def choose(
     names: Iterable[str], card: Path, config: str | None, where: str
 ) -> dict[Split, list[str]]:
-    """The shards of the training and of the held-out split; of the latter there may be none.
+    """Shards of the training split and of the held-out split, which may have none.
 
-    Args:
-        names: the paths of all files of a data set, below its folder.
-        card: its README.md, which may be missing and may name configurations.
-        config: `data.config`.
-        where: what a message calls the data set.
-
-    Raises:
-        UserError: no file is readable, a shard is missing, or several splits could be meant.
+    `names` are the data set's files, `card` its README.md, which may be missing.
     """
     splits = _splits(names, card, config, where)
-    held_out = next((found for name in _EVAL if (found := _one_of(splits, [name]))), "")
+    held_out = next((split for name in _EVAL if (split := _one_of(splits, [name]))), "")
     train = _one_of(splits, _TRAIN)
     if train is None and len(splits) == 1 and not held_out:
         [train] = splits
     if train is None:
-        found = ", ".join(splits)
-        raise UserError(f"{where}: has no one split train, but {found:.60}. {_INSTEAD}")
+        raise UserError(f"{where}: has no one split train, but {', '.join(splits):.60}. {_INSTEAD}")
     chosen: dict[Split, list[str]] = {"train": splits[train], "eval": splits.get(held_out, [])}
     for shards in chosen.values():
         tables = Counter(re.sub(r"-\d{5}-of-(\d{5})", r" of \1", name) for name in shards)
@@ -121,7 +106,7 @@ def choose(
 
 
 def _one_of(splits: Iterable[str], names: Collection[str]) -> str | None:
-    """The split of that name, or the only one with it among its words, as in `train_sft`."""
+    """The split of that name, else the only one with it as a word, as in `train_sft`."""
     exact = [split for split in splits if split in names]
     similar = [s for s in splits if not set(re.split(r"[^a-z]+", s.lower())).isdisjoint(names)]
     return exact[0] if exact else similar[0] if len(similar) == 1 else None
@@ -130,12 +115,12 @@ def _one_of(splits: Iterable[str], names: Collection[str]) -> str | None:
 def _splits(
     names: Iterable[str], card: Path, config: str | None, where: str
 ) -> dict[str, list[str]]:
-    """All splits of one configuration, as `datasets` makes them out.
+    """Split → files of one configuration, by the rules of `datasets`.
 
-    It looks at names alone, in an empty copy of the folder: nothing is read or asked for twice, and
-    a folder `owner/name` of the user's cannot stand in for the one on the hub.
+    `datasets` sees a folder of empty files with the same names: it reads no data, and a local
+    folder `owner/name` cannot shadow the one on the hub.
     """
-    import datasets  # noqa: PLC0415  (a second that a file of one's own need not pay)
+    import datasets  # noqa: PLC0415  (takes a second)
 
     with TemporaryDirectory() as scratch:
         folder = Path(scratch, "skeleton").resolve()
@@ -153,15 +138,12 @@ def _splits(
                 builder = datasets.load_dataset_builder(
                     str(folder), name=chosen, cache_dir=str(Path(scratch, "cache"))
                 )
-        except Exception as error:  # of YAML, of patterns, of formats: datasets has many
+        except Exception as error:  # datasets raises many types, of YAML, patterns, formats
             reason = " ".join(str(error).replace(str(folder), where).split())
-            raise UserError(
-                f"{where}: its splits cannot be made out ({reason:.120}). {_INSTEAD}"
-            ) from None
+            raise UserError(f"{where}: splits not found ({reason:.120}). {_INSTEAD}") from None
         if chosen not in known:
-            raise UserError(
-                f"data.config: is {config!r}; {where} has {', '.join(known):.80}. Choose one."
-            )
+            names = f"{', '.join(known):.80}"
+            raise UserError(f"data.config: is {config!r}; {where} has {names}. Choose one.")
         splits: dict[str, list[str]] = {}
         for split, files in (builder.config.data_files or {}).items():
             paths = [Path(file).resolve() for file in dict.fromkeys(files)]

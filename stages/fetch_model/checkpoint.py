@@ -1,14 +1,14 @@
-"""A model as transformers saves it: what is taken, what is refused, and its one form here.
+"""Checkpoints as transformers saves them: validate, normalize and install.
 
-Weights keep their bytes. config.json, generation_config.json, the index of shards and the tokenizer
-are written anew, without what belongs to the machine that they came from.
+Weights keep their bytes. The configs, the index of shards and the tokenizer are written anew,
+without settings of the machine that they came from.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -25,20 +25,13 @@ WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES)
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Where a model was loaded from, code that came with it, and how it was run there.
+# Config keys about where the model was loaded from, its own code, and how it was run.
 _DROPPED = re.compile(
     r"_?(model_)?name_or_path|_commit_hash|auto_map|is_local|local_files_only"
     r"|_?(attn|experts)_implementation\w*|_flash_attn_2_enabled|use_flash_attention_2"
@@ -51,50 +44,39 @@ _PROBE = "Two plus two is 4.\n\n\tДва и два — 四。 <|im_end|></s> def
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json, safetensors and a tokenizer; a message calls it `name`."""
+    """A folder with config.json, safetensors and a tokenizer."""
 
     folder: Path
-    name: str
+    name: str  # for messages
     config: dict[str, Any]
-    weight_map: dict[str, str]  # file of each tensor; empty where there is one file
-
-    @property
-    def weights(self) -> list[str]:
-        """The names of its safetensors."""
-        return sorted(set(self.weight_map.values())) or [WEIGHTS]
+    weight_map: dict[str, str]  # tensor → file; empty for a single file
+    weights: list[str]  # names of the safetensors files
 
 
 def gather(
-    names: Collection[str], where: str, bring: Callable[[Sequence[str]], Path]
+    files_present: Collection[str], name: str, copy: Callable[[Sequence[str]], Path]
 ) -> Checkpoint:
-    """Bring what is small and can be refused, then the weights.
+    """Copy and validate the small files, then copy the weights.
 
-    Args:
-        names: all files that the model has.
-        where: what a message calls the model.
-        bring: makes files of these names readable, and returns the folder that they lie in.
-
-    Raises:
-        UserError: the model cannot be tuned here, or has no safetensors.
+    `copy` makes the files with these names readable and returns their folder.
     """
-    small = [name for name in SMALL_FILES if name in names]
-    folder = bring(small)
-    config, weight_map = _read_config(folder, where), _read_weight_map(folder, names, where)
-    checkpoint = Checkpoint(folder, where, config, weight_map)
-    return replace(checkpoint, folder=bring([*small, *checkpoint.weights]))
+    small = [file for file in SMALL_FILES if file in files_present]
+    folder = copy(small)
+    config, weight_map = _read_config(folder, name), _read_weight_map(folder, files_present, name)
+    weights = sorted(set(weight_map.values())) or [WEIGHTS]
+    return Checkpoint(copy([*small, *weights]), name, config, weight_map, weights)
 
 
 def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move: bool) -> None:
-    """Put the model into the folder `base`, and its tokenizer into `tokenizer_folder`.
-
-    The weights are moved there, or copied: those of the user's cache stay.
-    """
+    """Write the model to `base` and its tokenizer to `tokenizer_folder`; move or copy weights."""
     source, name, weights = checkpoint.folder, checkpoint.name, checkpoint.weights
-    index = _index(checkpoint)
+    index = _make_index(checkpoint)
     _install_tokenizer(checkpoint, tokenizer_folder)
     files.write_json(base / CONFIG, checkpoint.config)
     if (source / GENERATION_CONFIG).is_file():
-        files.write_json(base / GENERATION_CONFIG, _kept(_read(source / GENERATION_CONFIG, name)))
+        files.write_json(
+            base / GENERATION_CONFIG, _portable(_read(source / GENERATION_CONFIG, name))
+        )
     if weights != [WEIGHTS]:
         files.write_json(base / INDEX, index)
     if not move:
@@ -107,10 +89,7 @@ def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move:
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The model's config, without what belongs to another machine."""
-    from transformers.models.auto.modeling_auto import (  # noqa: PLC0415  (takes seconds)
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415  (takes seconds)
 
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name}: has no {CONFIG}. Choose a model that transformers saved.")
@@ -120,59 +99,58 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
             f"{name}/{CONFIG}: the weights are quantized already (quantization_config). Choose the "
             "original ones, which the `quantize` stage quantizes."
         )
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    model_type = config.get("model_type")
+    known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not isinstance(model_type, str) or model_type not in known:
         code = " and wants to run code of its own (auto_map)" if "auto_map" in config else ""
         raise UserError(
-            f"{name}/{CONFIG}: model_type is {kind!r:.60}{code}; expected a causal language model "
-            "that transformers knows. Code is never fetched and run."
+            f"{name}/{CONFIG}: model_type is {model_type!r:.60}{code}; expected a causal language "
+            "model that transformers knows. Code is never fetched and run."
         )
-    return _kept(config)
+    return _portable(config)
 
 
-def _kept(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what is dropped, in its parts as well."""
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """Config without `_DROPPED` keys, at any depth."""
     return {
-        key: _kept(value) if isinstance(value, dict) else value
+        key: _portable(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if not _DROPPED.fullmatch(key)
     }
 
 
-def _read_weight_map(folder: Path, names: Collection[str], where: str) -> dict[str, str]:
-    """The file of each tensor by the index, or nothing where one file holds all.
+def _read_weight_map(folder: Path, files_present: Collection[str], name: str) -> dict[str, str]:
+    """Tensor → file by the index; empty for a single file.
 
-    transformers follows a name like `../outside.safetensors` in an index out of the folder: a file
-    that the model does not have beside the index is refused.
+    transformers would follow `../outside.safetensors` out of the folder, so shards are looked up
+    among the files next to the index.
     """
-    if WEIGHTS in names:
+    if WEIGHTS in files_present:
         return {}
-    if INDEX not in names:
-        pickles = [name for name in names if name.endswith(_PICKLES)]
-        found = f", only {pickles[0]}, a pickle, which runs code as it loads" if pickles else ""
+    if INDEX not in files_present:
+        pickles = [file for file in files_present if file.endswith(_PICKLES)]
+        only = f", only {pickles[0]}, a pickle, which runs code as it loads" if pickles else ""
         raise UserError(
-            f"{where}: has no {WEIGHTS} and no {INDEX}{found}. Choose a revision that has "
+            f"{name}: has no {WEIGHTS} and no {INDEX}{only}. Choose a revision that has "
             "safetensors, or convert it."
         )
-    weight_map = _read(folder / INDEX, where).get("weight_map")
+    weight_map = _read(folder / INDEX, name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{where}/{INDEX}: has no weight_map. Choose another revision.")
-    beside = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+        raise UserError(f"{name}/{INDEX}: has no weight_map. Choose another revision.")
+    shards = [file for file in files_present if file.endswith(".safetensors") and "/" not in file]
     for tensor, file in weight_map.items():
-        if file not in beside:
-            raise UserError(
-                f"{where}/{INDEX}: puts {tensor} into {file!r}, no .safetensors file beside the "
-                "index. Complete the model, or choose another."
-            )
+        if file not in shards:
+            what = f"puts {tensor} into {file!r}, no .safetensors file beside the index"
+            raise UserError(f"{name}/{INDEX}: {what}. Complete the model.")
     return weight_map
 
 
-def _index(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The index of shards, made of the shards themselves: file of each tensor, bytes of all."""
+def _make_index(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Index of shards, read from the shards; it must agree with the checkpoint's own."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
-    found: dict[str, str] = {}
-    size = 0
+    weight_map: dict[str, str] = {}
+    size = 0  # bytes of all tensors
     for file in checkpoint.weights:
         path, where = checkpoint.folder / file, f"{checkpoint.name}/{file}"
         try:
@@ -181,53 +159,43 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
         except SafetensorError as error:
             raise UserError(f"{where}: is not whole ({error}). Fetch or copy it again.") from None
         for tensor in tensors:
-            if other := found.get(tensor):
+            if other := weight_map.get(tensor):
                 raise UserError(f"{where}: holds {tensor} as {other} does. Choose another model.")
-            found[tensor] = file
+            weight_map[tensor] = file
         with path.open("rb") as opened:
             size += path.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
     for tensor, file in checkpoint.weight_map.items():
-        if found.get(tensor) != file:
-            raise UserError(
-                f"{checkpoint.name}/{INDEX}: puts {tensor} into {file}, which lacks it. Fetch or "
-                "copy the model again."
-            )
-    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(found.items()))}
+        if weight_map.get(tensor) != file:
+            what = f"puts {tensor} into {file}, which lacks it. Fetch or copy the model again."
+            raise UserError(f"{checkpoint.name}/{INDEX}: {what}")
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
-    """Save the tokenizer of a model so that it needs no model beside it; loaded and compared.
-
-    transformers may read its class from the model's config; once saved, it says so itself.
-    """
+    """Save the tokenizer so that it loads without the model's config, and check that it does."""
     source, name = checkpoint.folder, checkpoint.name
     present = [file for file in TOKENIZER_FILES if (source / file).is_file()]
     if not present:
         raise UserError(
-            f"{name}: has no tokenizer. Put its tokenizer.json and {TOKENIZER_CONFIG} there, or "
-            "choose another model."
+            f"{name}: has no tokenizer. Put tokenizer.json and {TOKENIZER_CONFIG} there."
         )
-    with TemporaryDirectory() as folder:  # beside a config that asks for nothing to be installed
+    with TemporaryDirectory() as folder:  # next to the normalized config: it may name the class
         for file in present:
             shutil.copyfile(source / file, Path(folder, file))
         files.write_json(Path(folder, CONFIG), checkpoint.config)
         original = _load_tokenizer(Path(folder), name)
     if original.eos_token_id is None:
-        raise UserError(
-            f"{name}: its tokenizer has no eos_token, and a reply could not end. Name it in "
-            f"{TOKENIZER_CONFIG}, or choose another model."
-        )
+        what = "its tokenizer has no eos_token, and a reply could not end"
+        raise UserError(f"{name}: {what}. Name it in {TOKENIZER_CONFIG}.")
     original.save_pretrained(target)
     config = target / TOKENIZER_CONFIG
-    stated = _kept(_read(config, name))
+    settings = _portable(_read(config, name))
     if (legacy := getattr(original, "legacy", None)) is not None:
-        stated["legacy"] = legacy  # which is not saved, and decides on spaces after control tokens
-    files.write_json(config, stated)
+        settings["legacy"] = legacy  # not saved; it decides on spaces after special tokens
+    files.write_json(config, settings)
     if _fingerprint(_load_tokenizer(target, name)) != _fingerprint(original):
-        raise UserError(
-            f"{name}: its tokenizer encodes text in another way without the model beside it. "
-            "Choose another model."
-        )
+        what = "its tokenizer encodes text differently without the model's config"
+        raise UserError(f"{name}: {what}. Choose another model.")
 
 
 def _load_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":
@@ -235,7 +203,7 @@ def _load_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers raises no narrower kind
+    except Exception as error:  # tokenizers raises plain exceptions
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name}: has no tokenizer that transformers can load by itself ({reason:.100}). "

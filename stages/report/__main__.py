@@ -2,7 +2,7 @@
 
 Reads:  params.yaml, matplotlibrc, reports/{prepare,quantize,train,environment,merge,plan}.json,
         reports/{quantize,plan}.svg, reports/train/loss.csv, reports/evaluate/<variant>.json,
-        reports/answers/<variant>.json; of git the commit, of dvc.lock the hashes of data and models
+        reports/answers/<variant>.json; the commit, dvc.lock
 Writes: reports/report.html, reports/model_card.md
 Run:    python -m stages.report
 """
@@ -12,18 +12,17 @@ from pathlib import Path
 from stages.report import page, sources
 from stages.shared.core import files, params
 from stages.shared.core.errors import run
-from stages.shared.core.params import Section
 
 PAGE = Path("reports/report.html")
 MODEL_CARD = Path("reports/model_card.md")
 
 
-class Report(Section):
+class Report(params.Section):
     """No parameters yet."""
 
 
-class Params(Section):
-    """The sections that `report` declares."""
+class Params(params.Section):
+    """Sections that dvc.yaml declares for this stage."""
 
     report: Report
 

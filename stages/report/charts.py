@@ -1,4 +1,4 @@
-"""Charts of the page: training history, drawn here, and SVG files of other stages, inlined."""
+"""Charts of the page: the training history, and the SVG files of other stages."""
 
 import io
 import re
@@ -13,18 +13,12 @@ ACTIVE = re.compile(r"<script|<foreignobject|<iframe|\son\w+\s*=|javascript:", r
 
 
 def training_history(history: pd.DataFrame, best_step: int | None) -> str:
-    """Loss, learning rate and gradient norm against the optimizer step, as SVG.
-
-    Args:
-        history: the columns of loss.csv.
-        best_step: the step whose weights were kept, marked by a line.
-    """
+    """SVG of loss, learning rate and gradient norm by optimizer step, with the best step marked."""
     figure = Figure(figsize=(8.0, 6.2))
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[2.6, 1, 1])
     training, held_out = _points(history, "loss"), _points(history, "eval_loss")
     axes[0].plot(training, linewidth=1.2, label="training, each step")
-    # A line between two evaluations would show a course that nobody measured.
-    line = ":" if len(held_out) > 2 else "none"
+    line = ":" if len(held_out) > 2 else "none"  # two points are no course
     axes[0].plot(held_out, linestyle=line, marker="o", markersize=5, label="held-out")
     axes[0].set_ylabel("loss, nats a token")
     axes[1].plot(_points(history, "learning_rate"), linewidth=1.2, color="C2")
@@ -44,24 +38,16 @@ def training_history(history: pd.DataFrame, best_step: int | None) -> str:
 
 
 def _points(history: pd.DataFrame, column: str) -> pd.Series:
-    """A column by step, where it was measured."""
+    """A column by step, without unmeasured steps."""
     if not {"step", column} <= set(history.columns):
         return pd.Series(dtype=float)
     return history.set_index("step")[column].dropna()
 
 
 def inline(svg: str, name: str, label: str) -> Markup:
-    """An SVG file of this pipeline as an element of the page.
+    """SVG of the stage `name` as an element of the page, sized by CSS; active content is refused.
 
-    Its ids get a prefix, since those of two charts are alike; its size is left to the page.
-
-    Args:
-        svg: the file's text.
-        name: of the stage that wrote it, and the prefix of the ids.
-        label: for screen readers.
-
-    Raises:
-        UserError: it is no SVG, or holds what could run or load something.
+    Its ids get the prefix `name`: matplotlib gives two charts the same ids.
     """
     start, end = svg.find("<svg"), svg.rfind("</svg>")
     if start < 0 or end < 0 or ACTIVE.search(svg):
@@ -72,4 +58,4 @@ def inline(svg: str, name: str, label: str) -> Markup:
     head, _, rest = body.partition(">")
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     opening = Markup('{} role="img" aria-label="{}">').format(Markup(head), label)  # noqa: S704
-    return opening + Markup(rest)  # noqa: S704  (checked above, and drawn by ourselves)
+    return opening + Markup(rest)  # noqa: S704  (checked above)

@@ -1,4 +1,4 @@
-"""Comparison of the four variants: metrics, changes from one to the next, answers."""
+"""Comparison of the four variants: metrics, changes between them, answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Metric:
     show: Callable[[Any], str]
     show_change: Callable[[Any], str]
     sign: int  # of an improvement
-    count: str | None = None  # of a fraction, the metric that counts its replies
+    count: str | None = None  # sample size of a fraction: the key of its number of replies
 
 
 METRICS = {
@@ -38,59 +38,52 @@ LANGUAGES = {"en": "English", "other": "Other languages"}
 
 
 def metrics_table(evaluations: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Metrics by variant (rows), fp64; NaN where a variant has none."""
+    """Metrics (fp64, NaN if missing) by variant (rows)."""
     columns = [*METRICS, *COUNTS, *(m.count for m in METRICS.values() if m.count)]
     table = pd.DataFrame.from_dict({v: dict(m) for v, m in evaluations.items()}, orient="index")
     return table.reindex(index=list(evaluations), columns=columns).astype(float)
 
 
 def language_tables(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
-    """`metrics_table` of each language that every variant has rows of."""
+    """Language → `metrics_table`, for languages that every variant was scored on."""
     parts = {variant: metrics.get("by_language") or {} for variant, metrics in evaluations.items()}
     common = [key for key in LANGUAGES if all(key in part for part in parts.values())]
     return {LANGUAGES[k]: metrics_table({v: part[k] for v, part in parts.items()}) for k in common}
 
 
 def changes(table: pd.DataFrame) -> pd.DataFrame:
-    """Differences of metrics (columns) for each of `CHANGES` (rows), later minus earlier."""
-    rows = {
-        name: table.loc[later] - table.loc[earlier] for name, (later, earlier) in CHANGES.items()
-    }
+    """Differences of metrics (columns), later minus earlier, for each of `CHANGES` (rows)."""
+    rows = {name: table.loc[new] - table.loc[old] for name, (new, old) in CHANGES.items()}
     return pd.DataFrame(rows).T[list(METRICS)]
 
 
 def noise(table: pd.DataFrame) -> pd.DataFrame:
-    """Twice the standard error of each of `changes`: 0 of what is no fraction.
+    """Two standard errors of each of `changes`; 0 for metrics that are no fractions.
 
-    As of two independent samples. The replies are to the same prompts, so it is rather less.
+    An upper bound: samples count as independent, but the prompts are the same.
     """
     variance = pd.DataFrame(0.0, index=table.index, columns=list(METRICS))
     for name, metric in METRICS.items():
         if metric.count:
             variance[name] = table[name] * (1 - table[name]) / table[metric.count]
     variance = variance.fillna(0.0)
-    rows = {
-        n: variance.loc[later] + variance.loc[earlier] for n, (later, earlier) in CHANGES.items()
-    }
+    rows = {name: variance.loc[new] + variance.loc[old] for name, (new, old) in CHANGES.items()}
     return 2 * np.sqrt(pd.DataFrame(rows).T)
 
 
 def verdict(metric: str, change: float, noise: float = 0.0) -> str:
-    """`better`, `worse`, or nothing for a change within the noise, or under a thousandth."""
+    """`better`, `worse`, or empty for a change below the noise or below 0.001."""
     if pd.isna(change) or abs(change) < max(1e-3, noise):
         return ""
     return "better" if change * METRICS[metric].sign > 0 else "worse"
 
 
 def join_answers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Answers to each prompt by variant, joined by the prompt's text, in the prompts' order.
-
-    A variant that has no answer to a prompt is left out of its dictionary.
-    """
+    """For each prompt, in order: variant → answer, without variants that have none."""
     columns = {}
     for variant, rows in answers.items():
         frame = pd.DataFrame({"prompt": [repr(row.get("prompt")) for row in rows], "row": rows})
-        occurrence = frame.groupby("prompt").cumcount()  # two conversations may begin alike
+        occurrence = frame.groupby("prompt").cumcount()  # prompts may repeat
         columns[variant] = frame.set_index(["prompt", occurrence])["row"]
     joined = pd.concat(columns, axis=1, sort=False)
     return [row.dropna().to_dict() for _, row in joined.iterrows()]
@@ -102,6 +95,6 @@ def is_wrong(prompt: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def select(prompts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The first `count` that the merged model answers wrongly, then the first `count` of all."""
+    """First `count` prompts that the merged model answers wrongly, then the first of all."""
     wrong = [prompt for prompt in prompts if is_wrong(prompt)][:count]
     return wrong + [prompt for prompt in prompts[:count] if prompt not in wrong]

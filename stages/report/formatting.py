@@ -1,4 +1,4 @@
-"""Formatting of numbers for people, and escaping of foreign text."""
+"""Formatting of numbers, and escaping of untrusted text."""
 
 import json
 import re
@@ -13,17 +13,17 @@ MISSING = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}
-# C0 and C1 controls but tab and newline, and what reorders the text around it.
+# C0 and C1 controls except tab and newline, and bidirectional controls.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def is_missing(item: Any) -> bool:
-    """Whether a source has no such value."""
+    """Whether it is None, NaN or a key that its file lacks."""
     return item is None or isinstance(item, Undefined) or (np.isscalar(item) and pd.isna(item))
 
 
 def number(item: Any, digits: int = 4, sign: str = "-", unit: str = "") -> str:
-    """`1,234.5678`; a dash where it is missing, and a zero without a sign."""
+    """`1,234.5678`; a dash if missing; zero has no sign."""
     if is_missing(item):
         return MISSING
     zero = round(item, digits) == 0
@@ -37,17 +37,17 @@ def signed(item: Any, digits: int = 4) -> str:
 
 
 def percent(fraction: Any, digits: int = 1) -> str:
-    """`62.5 %` of a fraction."""
+    """A fraction as `62.5 %`."""
     return MISSING if is_missing(fraction) else number(100 * fraction, digits, unit=f"{NO_BREAK}%")
 
 
 def points(change: Any) -> str:
-    """The change of a fraction in percentage points, `+12.5`."""
+    """Change of a fraction in percentage points, `+12.5`."""
     return MISSING if is_missing(change) else signed(100 * change, 1)
 
 
 def size(count: Any) -> str:
-    """Bytes in powers of ten: `98.4 MB`."""
+    """Bytes in decimal units, `98.4 MB`."""
     if is_missing(count):
         return MISSING
     unit = next(unit for unit, scale in UNITS.items() if count >= scale or unit == "B")
@@ -55,7 +55,7 @@ def size(count: Any) -> str:
 
 
 def value(item: Any, key: str = "") -> str:
-    """Any scalar or list, by its type; as a size where the key ends in `bytes`."""
+    """A scalar or list by its type; a size if the key ends in `bytes`."""
     if is_missing(item):
         return MISSING
     if isinstance(item, bool):
@@ -75,24 +75,23 @@ def words(key: str) -> str:
 
 
 def scientific(item: Any) -> str:
-    """`1.2 × 10⁻⁵`; a dash where it is missing, and a plain zero."""
+    """`1.2 × 10⁻⁵`; a dash if missing; zero is `0`."""
     if is_missing(item) or not item:
         return MISSING if is_missing(item) else "0"
     mantissa, exponent = f"{item:.1e}".split("e")
-    return (
-        f"{mantissa.replace('-', '−')}{NO_BREAK}×{NO_BREAK}10{str(int(exponent)).translate(RAISED)}"
-    )
+    raised = str(int(exponent)).translate(RAISED)
+    return f"{mantissa.replace('-', '−')}{NO_BREAK}×{NO_BREAK}10{raised}"
 
 
 def yaml_value(item: Any) -> str:
-    """A parameter as params.yaml spells it, near enough."""
+    """A parameter as params.yaml spells it, approximately."""
     if isinstance(item, list):
         return ", ".join(map(yaml_value, item))
     return json.dumps(item) if item is None or isinstance(item, bool) else str(item)
 
 
 def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """Scalars and lists by dotted key, in the order of the file."""
+    """Dotted key → scalar or list, in the order of the file."""
     if not isinstance(nested, dict):
         return {prefix: nested}
     parts = [flat(item, f"{prefix}.{key}".lstrip(".")) for key, item in nested.items()]
@@ -100,12 +99,12 @@ def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def visible(text: str) -> str:
-    r"""The text with control characters spelled out: an escape becomes `\x1b`."""
+    r"""Text with control characters spelled out, as `\x1b`."""
     return CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 def markdown(text: Any) -> str:
-    """A text on one line that Markdown and the HTML in it leave alone."""
+    """One line, escaped for Markdown and HTML."""
     if is_missing(text):
         return MISSING
     one_line = " ".join(visible(str(text)).split())

@@ -1,4 +1,4 @@
-"""Rendering of the page and the model card; every text from outside is escaped."""
+"""Rendering of the page and the model card, with every untrusted text escaped."""
 
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from stages.report.provenance import origin_of, provenance
 from stages.report.sources import VARIANTS, Sources
 
 TEMPLATES = Path(__file__).parent / "templates"
-# label.yaml: of a key of reports/*.json, its label, or [label, explanation].
+# Section → key of reports/<section>.json → label, or [label, explanation].
 LABELS = yaml.safe_load((TEMPLATES / "labels.yaml").read_text(encoding="utf-8"))
-# Parts of the peak in plan.json, `<part>_bytes`; one that no technique has is left out.
+# Parts of the peak in plan.json, `<part>_bytes`; those that no technique has are left out.
 PARTS = ["weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace"]
 
 
 def environment() -> Environment:
-    """Templates that escape everything, and show what is missing as a dash."""
+    """Jinja environment that escapes everything and shows missing values as a dash."""
     env = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -45,13 +45,13 @@ def _finalize(item: Any) -> Any:
 
 
 def label(section: str, key: str) -> tuple[str, str]:
-    """Label and explanation of a key of reports/<section>.json; words of the key by default."""
-    labels = LABELS[section]
-    known = labels.get(key) or labels.get(key.rpartition(".")[0] + ".*")
+    """Label and explanation of a key of reports/<section>.json; the key's words by default."""
+    labels, (parent, _, leaf) = LABELS[section], key.rpartition(".")
+    known = labels.get(key) or labels.get(f"{parent}.*")
     if known is None:
         return key.replace(".", ", ").replace("_", " ").capitalize(), ""
     text, explanation = known if isinstance(known, list) else (known, "")
-    return text.replace("*", key.rpartition(".")[2]), explanation
+    return text.replace("*", leaf), explanation
 
 
 def context(sources: Sources) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def context(sources: Sources) -> dict[str, Any]:
 
 
 def memory_table(techniques: dict[str, Any]) -> pd.DataFrame:
-    """Peak, fit on each card, and parts of the peak by technique; GB from 10 GB on, else MB."""
+    """Peak, its parts and fit on each card, by technique; in GB from 10 GB on, else MB."""
     plan = pd.DataFrame.from_dict(techniques, orient="index")
     sizes = plan.reindex(columns=[f"{part}_bytes" for part in ("peak", *PARTS)]).astype(float)
     sizes = sizes.dropna(axis=1, how="all").rename(columns=lambda name: name[: -len("_bytes")])
@@ -101,7 +101,7 @@ def memory_table(techniques: dict[str, Any]) -> pd.DataFrame:
 
 
 def method(parameters: dict[str, Any]) -> str:
-    """Name of the tuning: QLoRA, LoRA or full fine-tuning."""
+    """QLoRA, LoRA or full fine-tuning."""
     if (parameters.get("train") or {}).get("method") == "full":
         return "full fine-tuning"
     precision = (parameters.get("quantize") or {}).get("precision")
@@ -109,7 +109,7 @@ def method(parameters: dict[str, Any]) -> str:
 
 
 def trained_on(sources: Sources) -> str | None:
-    """Number of conversations up to the kept step, of how many where it is only a part."""
+    """Conversations trained on up to the best step; `n of total` before the end of an epoch."""
     total = (sources.prepare.get("train") or {}).get("conversations")
     steps = sources.train.get("best_step")
     batch = (sources.parameters.get("train") or {}).get("batch_size")
@@ -119,26 +119,24 @@ def trained_on(sources: Sources) -> str | None:
 
 
 def html(sources: Sources) -> str:
-    """The page, one file that loads nothing."""
+    """Self-contained HTML page."""
     history = charts.training_history(sources.history, sources.train.get("best_step"))
-    inlined = {
-        name: charts.inline(svg, name, description)
-        for name, svg, description in (
-            ("train", history, "Loss, learning rate and gradient norm by step"),
-            ("quantize", sources.quantize_chart, "4-bit codebooks against a layer's weights"),
-            ("plan", sources.plan_chart, "Peak memory of each technique, by part"),
-        )
-    }
-    rows = provenance(sources.environment)
+    svgs = (
+        ("train", history, "Loss, learning rate and gradient norm by step"),
+        ("quantize", sources.quantize_chart, "4-bit codebooks against a layer's weights"),
+        ("plan", sources.plan_chart, "Peak memory of each technique, by part"),
+    )
+    inlined = {name: charts.inline(svg, name, description) for name, svg, description in svgs}
     template = environment().get_template("page.html.j2")
+    rows = provenance(sources.environment)
     return template.render(context(sources), charts=inlined, provenance=rows)
 
 
 def model_card(sources: Sources) -> str:
-    """The model card, in the form that the Hugging Face hub reads."""
+    """Model card in Markdown, with the hub's metadata."""
     return environment().get_template("model_card.md.j2").render(context(sources))
 
 
 def summary(sources: Sources) -> str:
-    """The last lines of a run on a terminal: the files, and what was gained."""
+    """Summary for the terminal: the files and the gain."""
     return environment().get_template("summary.txt.j2").render(context(sources))

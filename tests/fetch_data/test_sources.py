@@ -142,12 +142,12 @@ def test_splits_are_made_out_by_name(names: list[str], expected: dict[str, list[
 @pytest.mark.parametrize(
     ("name", "card", "reason"),
     [
-        ("README.md", "", "its splits cannot be made out"),
+        ("README.md", "", "splits not found"),
         ("a.txt", "", "cannot read a.txt"),
         ("test.json", "", "no one split train, but test"),
         ("train-00000-of-00002.csv", "", "has 1 shards of train of 00002"),
         ("train_test.json", "", "by name in train and test"),
-        ("a.json", "---\nx: [\n---\n", "its splits cannot be made out"),
+        ("a.json", "---\nx: [\n---\n", "splits not found"),
         ("a.json", "---\nconfigs: [{config_name: a, data_files: OUT}]\n---\n", "would leave its"),
     ],
 )

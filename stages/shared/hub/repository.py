@@ -1,7 +1,6 @@
-"""Repositories of the Hugging Face hub at a full commit: listed, downloaded and verified.
+"""Hugging Face hub repositories, pinned to a commit: list, download and verify files.
 
-`huggingface_hub` knows the user's token, proxy, cache and offline switch (`HF_HUB_OFFLINE`);
-`HF_ENDPOINT` names another hub.
+`huggingface_hub` handles the token, proxy, cache, `HF_HUB_OFFLINE` and `HF_ENDPOINT`.
 """
 
 import glob
@@ -29,12 +28,12 @@ from stages.shared.core.errors import UserError
 from stages.shared.hub.responses import one_line_errors
 
 constants.HF_HUB_DISABLE_TELEMETRY = True
-logging.set_verbosity_error()  # retries; what fails in the end is told in one line
+logging.set_verbosity_error()  # no lines about retries
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at a commit."""
+    """A hub repository at a commit."""
 
     kind: Literal["dataset", "model"]
     name: str
@@ -42,28 +41,28 @@ class Repository:
 
     @property
     def endpoint(self) -> str:
-        """The hub's address, without a slash at its end."""
+        """Address of the hub, without a trailing slash."""
         return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
     @property
     def host(self) -> str:
-        """The hub's address, without the password that it may hold."""
+        """The endpoint without the password that it may hold, for messages."""
         return re.sub(r"//[^/@]*@", "//", self.endpoint)
 
     @property
     def url(self) -> str:
-        """Its page."""
+        """Address of its page."""
         return f"{self.host}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
 
     @property
     def keys(self) -> tuple[str, str]:
-        """The parameters that name it and its commit."""
+        """Keys of its name and commit in params.yaml."""
         data, model = ("data.repo", "data.revision"), ("model.name", "model.revision")
         return data if self.kind == "dataset" else model
 
     @cached_property
     def paths(self) -> list[str]:
-        """The paths of all its files, from the user's cache or from the hub; errors as `files`."""
+        """Paths of all files, from the user's cache or the hub."""
         try:
             tree = get_cached_repo_tree(self.name, repo_type=self.kind, revision=self.commit)
             paths = [file.path for file in tree]
@@ -75,30 +74,20 @@ class Repository:
 
     @cached_property
     def files(self) -> dict[str, RepoSibling]:
-        """Size and hash of each file by its path, as the hub states them.
-
-        Raises:
-            UserError: no network, no such repository or commit, no access, or a hub in trouble.
-        """
+        """Path → size and hash, as the hub states them."""
         hub = HfApi(self.endpoint)
-        ask = hub.model_info if self.kind == "model" else hub.dataset_info
+        read = hub.model_info if self.kind == "model" else hub.dataset_info
         with one_line_errors(self):
-            info = ask(self.name, revision=self.commit, files_metadata=True, timeout=10)
+            info = read(self.name, revision=self.commit, files_metadata=True, timeout=10)
             return {file.rfilename: file for file in info.siblings or ()}
 
 
 def pin(kind: Literal["dataset", "model"], name: str, revision: str | None) -> Repository:
-    """A repository of the hub at a full commit: a branch moves, and so would the result.
-
-    Raises:
-        UserError: the name is none, or the revision is no full commit.
-    """
+    """Require an `owner/name` and a full commit: a branch moves, and the result with it."""
     repository = Repository(kind, name, revision or "")
     name_key, revision_key = repository.keys
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) or ".." in name:
-        raise UserError(
-            f"params.yaml: {name_key} is {name!r}; expected owner/name of a {kind}. Correct it."
-        )
+        raise UserError(f"params.yaml: {name_key} is {name!r}; expected owner/name of a {kind}.")
     if not re.fullmatch(r"[0-9a-f]{40}", repository.commit):
         raise UserError(
             f"params.yaml: {revision_key} is {revision!r}; expected a commit of 40 hex digits. "
@@ -108,20 +97,14 @@ def pin(kind: Literal["dataset", "model"], name: str, revision: str | None) -> R
 
 
 def require_inside(path: str, where: str) -> None:
-    """Refuse the path of a file that a listing, an index or an archive places elsewhere."""
+    """Refuse an absolute path or one with `..` from a listing, an index or an archive."""
     if path.startswith("/") or ".." in path.split("/") or "\\" in path or "\0" in path:
-        raise UserError(
-            f"{where}: names a file {path!r}, which would leave its folder. Do not use it."
-        )
+        raise UserError(f"{where}: names {path!r}, which would leave its folder. Do not use it.")
 
 
 @contextmanager
 def download_folder(repository: Repository) -> Iterator[Path]:
-    """A folder outside of every out, so that whole files survive an interruption.
-
-    It is removed when the block ends without an error; one of a download that nobody resumes stays
-    until `.downloads` is deleted by hand. One process at a time has it.
-    """
+    """Resumable download folder, locked and outside every DVC out; removed on success."""
     downloads = machine.root() / ".downloads"
     downloads.mkdir(exist_ok=True)
     lock = FileLock(downloads / ".lock")
@@ -140,15 +123,10 @@ def download_folder(repository: Repository) -> Iterator[Path]:
 
 
 def download(repository: Repository, names: Sequence[str], folder: Path) -> Path:
-    """The folder below which the files lie: of the user's cache where it has all, else `folder`.
+    """Download the named files; the root folder that holds them.
 
-    Args:
-        repository: what the files belong to.
-        names: some of its `paths`.
-        folder: what `download_folder` gave; whole files that it has already are kept.
-
-    Raises:
-        UserError: as `Repository.files`; the disk is too full; a file has not its stated hash.
+    That is the user's cache if it has all of them, else `folder`, whose complete files are kept.
+    Either way every file has its stated hash.
     """
     options: dict[str, Any] = {
         "repo_id": repository.name,
@@ -158,13 +136,12 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
     }
     with suppress(LocalEntryNotFoundError):
         cached = Path(snapshot_download(**options, local_files_only=True))
-        if all((cached / name).is_file() for name in names):
-            for blob in [(cached / name).resolve() for name in names]:
-                named = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)  # by its hash
-                if named and _hash(blob, len(blob.name)) != blob.name:
-                    raise UserError(
-                        f"{blob}: this file of your Hugging Face cache is damaged. Delete it."
-                    )
+        blobs = [(cached / name).resolve() for name in names]
+        if all(blob.is_file() for blob in blobs):
+            for blob in blobs:  # named by their hash
+                is_hash = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
+                if is_hash and _hash(blob, len(blob.name)) != blob.name:
+                    raise UserError(f"{blob}: in your Hugging Face cache, is damaged. Delete it.")
             return cached
     requested = {name: repository.files[name] for name in names}
     missing = [file for name, file in requested.items() if not (folder / name).is_file()]
@@ -191,7 +168,7 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
 
 
 def _hash(path: Path, length: int) -> str:
-    """SHA-256 (64 digits), which the hub states of large files, or git's hash (40), of others."""
+    """SHA-256 (64 digits; the hub's for LFS files) or git's blob hash (40 digits; all others)."""
     if length == 64:
         return files.sha256(path)
     sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
@@ -200,7 +177,7 @@ def _hash(path: Path, length: int) -> str:
 
 
 def _meter(bar: "tqdm[Any]") -> type["tqdm[Any]"]:
-    """A silent bar for `snapshot_download`, which makes three, that forwards its bytes to ours."""
+    """Silent tqdm class for `snapshot_download`, whose byte count advances our bar."""
 
     class Meter(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

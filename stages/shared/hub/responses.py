@@ -1,4 +1,4 @@
-"""Responses of the hub: bounded in size and time, and every error in one line."""
+"""Hub responses: a minimum rate, no long waits, and every error in one line."""
 
 import time
 from collections.abc import Iterator
@@ -14,26 +14,26 @@ from stages.shared.core.errors import UserError
 if TYPE_CHECKING:
     from stages.shared.hub.repository import Repository
 
-SLOWEST = 64 * 1024  # bytes in a minute: with less, a download would go on for ever
+SLOWEST = 64 * 1024  # bytes a minute; a slower download would never end
 MINUTE = 60.0  # seconds
 
 
 @contextmanager
 def one_line_errors(repository: "Repository") -> Iterator[None]:
-    """Turn what goes wrong between us and the hub into a `UserError`; faults of the disk stay."""
+    """Network and hub errors as `UserError`; disk errors pass through."""
     session = get_session()
-    session.headers["Accept-Encoding"] = "identity"  # unpacked, a response has its stated size
-    if _bound not in session.event_hooks["response"]:
-        session.event_hooks["response"].append(_bound)
+    session.headers["Accept-Encoding"] = "identity"  # uncompressed, so sizes are as stated
+    if _check_response not in session.event_hooks["response"]:
+        session.event_hooks["response"].append(_check_response)
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         chain: BaseException | None = error
-        while chain is not None:  # snapshot_download wraps what happened
-            if told := _told(chain, repository):
-                raise UserError(told) from None
+        while chain is not None:  # snapshot_download wraps the cause
+            if message := _message(chain, repository):
+                raise UserError(message) from None
             chain = chain.__cause__ or chain.__context__
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -44,8 +44,8 @@ def one_line_errors(repository: "Repository") -> Iterator[None]:
         ) from None
 
 
-def _told(error: BaseException, repository: "Repository") -> str | None:
-    """The message for an error of the network or of the hub; None for any other."""
+def _message(error: BaseException, repository: "Repository") -> str | None:
+    """Message of a network or hub error; None for any other."""
     name, host, url = repository.name, repository.host, repository.url
     name_key, revision_key = repository.keys
     if isinstance(error, OfflineModeIsEnabled):
@@ -61,33 +61,34 @@ def _told(error: BaseException, repository: "Repository") -> str | None:
     if not isinstance(error, HfHubHTTPError):
         return None
     status, code = error.response.status_code, error.response.headers.get("X-Error-Code")
-    told = f"{host}: answered {status} {error.response.reason_phrase} for {name}. Try again later."
+    phrase = f"{status} {error.response.reason_phrase}"
+    message = f"{host}: answered {phrase} for {name}. Try again later."
     if status in (401, 403):
-        told = (
+        message = (
             f"{name_key}: {host} answered {status} for {name}: private, gated or misspelt. Accept "
             f"its terms on {url}, and set HF_TOKEN or run `hf auth login`."
         )
     elif code == "RevisionNotFound":
-        told = f"{revision_key}: {name} has no commit {repository.commit}. See {url}/commits."
+        message = f"{revision_key}: {name} has no commit {repository.commit}. See {url}/commits."
     elif status == 404:
-        told = (
+        message = (
             f"{name_key}: {host} has no {repository.kind} {name}, or no such file at "
             f"{repository.commit:.7} (404). Correct {name_key} or {revision_key}."
         )
-    return told
+    return message
 
 
-def _bound(response: httpx2.Response) -> None:
+def _check_response(response: httpx2.Response) -> None:
     host, wait = response.url.host, response.headers.get("Retry-After", "")
     if wait.isdigit() and int(wait) > MINUTE:
         raise UserError(f"{host}: is busy. Run `dvc repro` again in {wait} seconds.")
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise UserError(f"{host}: sends packed data unasked. Check your proxy and HF_ENDPOINT.")
-    response.stream = _Bounded(response.stream, host)
+        raise UserError(f"{host}: sends compressed data unasked. Check your proxy and HF_ENDPOINT.")
+    response.stream = _MinimumRate(response.stream, host)
 
 
-class _Bounded(httpx2.SyncByteStream):
-    """The body of a response, as long as it makes progress."""
+class _MinimumRate(httpx2.SyncByteStream):
+    """Response body that fails once a minute brings fewer than `SLOWEST` bytes."""
 
     def __init__(self, stream: Any, host: str) -> None:
         self._stream, self._host = stream, host

@@ -74,7 +74,7 @@ def test_users_cache_comes_first_and_is_verified(server: hubs.Hub, tmp_path: Pat
     assert (where / "a.safetensors").read_bytes() == CONTENT
     assert server.requests == []
     (where / "a.safetensors").resolve().write_bytes(b"rotten")
-    with pytest.raises(UserError, match=r"of your Hugging Face cache is damaged\. Delete it"):
+    with pytest.raises(UserError, match=r"in your Hugging Face cache, is damaged\. Delete it"):
         download(pinned, list(FILES), tmp_path / "none")
 
 
@@ -130,7 +130,7 @@ def test_each_status_says_what_to_do(
         ({"listed": sized(4)}, "me/tiny: the hub sends more than the 4 bytes that it lists"),
         ({"listed": sized(10**18)}, r"needs 1000000000\.00 GB"),
         ({"drip": 0.01}, r"127\.0\.0\.1: sent \d+ bytes in 0 seconds"),
-        ({"status": 201, "headers": {"Content-Encoding": "gzip"}}, "sends packed data unasked"),
+        ({"status": 201, "headers": {"Content-Encoding": "gzip"}}, "sends compressed data unasked"),
         ({"status": 429, "headers": {"Retry-After": "86400"}}, r"is busy\. .* in 86400 seconds"),
     ],
 )
