@@ -54,12 +54,12 @@ def find(path: Path, config: str | None) -> list[Part]:
 
 def _by_stem(names: Collection[str], folder: Path) -> dict[Split, list[str]]:
     """Files train.* and eval.* of a folder; nothing if it has no train.*."""
+    readable = [name for name in sorted(names) if "/" not in name and is_readable(name)]
 
-    def named(*stems: str) -> list[str]:
-        own = [name for name in sorted(names) if "/" not in name and is_readable(name)]
-        return [name for name in own if name.partition(".")[0].lower() in stems]
+    def match(*stems: str) -> list[str]:
+        return [name for name in readable if name.partition(".")[0].lower() in stems]
 
-    train, held_out = named(*_TRAIN), next(filter(None, map(named, _EVAL)), [])
+    train, held_out = match(*_TRAIN), next(filter(None, map(match, _EVAL)), [])
     if not train:
         return {}
     for same in (train, held_out):
@@ -85,8 +85,8 @@ def choose(
     `names` are the data set's files, `card` its README.md, which may be missing.
     """
     splits = _splits(names, card, config, where)
-    held_out = next((split for name in _EVAL if (split := _one_of(splits, [name]))), "")
-    train = _one_of(splits, _TRAIN)
+    held_out = next((split for name in _EVAL if (split := _find_split(splits, [name]))), "")
+    train = _find_split(splits, _TRAIN)
     if train is None and len(splits) == 1 and not held_out:
         [train] = splits
     if train is None:
@@ -105,7 +105,7 @@ def choose(
     return chosen
 
 
-def _one_of(splits: Iterable[str], names: Collection[str]) -> str | None:
+def _find_split(splits: Iterable[str], names: Collection[str]) -> str | None:
     """The split of that name, else the only one with it as a word, as in `train_sft`."""
     exact = [split for split in splits if split in names]
     similar = [s for s in splits if not set(re.split(r"[^a-z]+", s.lower())).isdisjoint(names)]

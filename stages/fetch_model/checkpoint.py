@@ -73,10 +73,8 @@ def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move:
     index = _make_index(checkpoint)
     _install_tokenizer(checkpoint, tokenizer_folder)
     files.write_json(base / CONFIG, checkpoint.config)
-    if (source / GENERATION_CONFIG).is_file():
-        files.write_json(
-            base / GENERATION_CONFIG, _portable(_read(source / GENERATION_CONFIG, name))
-        )
+    if (generation := source / GENERATION_CONFIG).is_file():
+        files.write_json(base / GENERATION_CONFIG, _portable(_read(generation, name)))
     if weights != [WEIGHTS]:
         files.write_json(base / INDEX, index)
     if not move:
@@ -154,8 +152,8 @@ def _make_index(checkpoint: Checkpoint) -> dict[str, Any]:
     for file in checkpoint.weights:
         path, where = checkpoint.folder / file, f"{checkpoint.name}/{file}"
         try:
-            with safe_open(path, framework="numpy") as opened:
-                tensors = sorted(opened.keys())
+            with safe_open(path, framework="numpy") as shard:
+                tensors = sorted(shard.keys())
         except SafetensorError as error:
             raise UserError(f"{where}: is not whole ({error}). Fetch or copy it again.") from None
         for tensor in tensors:
