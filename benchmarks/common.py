@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: a workspace for real stages, measured processes, one table format."""
+"""Common parts of the benchmarks: workspaces, measured processes, published tables."""
 
 import importlib.metadata
 import json
@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,24 +29,18 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl",
 
 @dataclass(frozen=True)
 class Usage:
-    """One finished process; its memory is that of the largest of its processes."""
+    """Resource usage of a finished process."""
 
     seconds: float
-    cpu_seconds: float  # of its children too
-    peak_bytes: int  # resident
+    cpu_seconds: float  # children included
+    peak_bytes: int  # resident; the largest single process
     output: str
 
 
 class Workspace:
-    """A throw-away repository in which stages run on given inputs and parameters."""
+    """Temporary repository in which stages run on given inputs and parameters."""
 
     def __init__(self, root: Path, params: Mapping[str, Any]) -> None:
-        """Link the code, write params.yaml.
-
-        Args:
-            root: an empty or missing folder.
-            params: changes for `set_params`.
-        """
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
         for name in LINKED:
@@ -61,33 +55,25 @@ class Workspace:
         for dotted, value in changes.items():
             section, key = dotted.split(".")
             self.params[section][key] = value
-        text = yaml.safe_dump(self.params)
-        (self.root / "params.yaml").write_text(text, encoding="utf-8")
+        (self.root / "params.yaml").write_text(yaml.safe_dump(self.params), encoding="utf-8")
 
     def link(self, name: str, target: Path) -> None:
-        """Put a file or folder where a stage reads it."""
+        """Link `name` in the workspace to `target`."""
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         (self.root / name).symlink_to(target.absolute())
 
     def run(
         self, *arguments: str, env: Mapping[str, str] | None = None, python: str = sys.executable
     ) -> Usage:
-        """Run `python -m` with these arguments, as `run("stages.train")`.
-
-        Raises:
-            SystemExit: it failed; the end of what it wrote to stderr says why.
-        """
+        """Run `python -m <arguments>`; on failure, SystemExit with the end of its stderr."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PATH": path}
         command = [python, "-m", *arguments]
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             started = time.perf_counter()
+            variables = {**os.environ, **offline, **(env or {})}
             process = subprocess.Popen(  # noqa: S603
-                command,
-                cwd=self.root,
-                stdout=out,
-                stderr=err,
-                env={**os.environ, **offline, **(env or {})},
+                command, cwd=self.root, stdout=out, stderr=err, env=variables
             )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -103,53 +89,61 @@ class Workspace:
         return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, texts[0])
 
     def run_peer(self, name: str, python: str = sys.executable, **job: Any) -> tuple[dict, Usage]:
-        """Run a job of `benchmarks.peers`; its figures, and what the process used."""
+        """Run a job of `benchmarks.peers`: its metrics and resource usage."""
         usage = self.run("benchmarks.peers", name, json.dumps(job), python=python)
         return json.loads(usage.output.splitlines()[-1]), usage
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A metrics file that a stage wrote."""
+        """Read a metrics file of a stage."""
         content: dict[str, Any] = files.read_json(self.root / name)
         return content
+
+    def train(self, device: str, **variables: object) -> dict[str, Any]:
+        """Metrics of `stages.train` on one device, with `QLORA_<name>` from `variables`."""
+        env = {"QLORA_DEVICE": device}
+        env |= {f"QLORA_{name.upper()}": str(value) for name, value in variables.items()}
+        self.run("stages.train", env=env)
+        return self.read_json("reports/train.json")
+
+    def train_peer(self, name: str, python: str = sys.executable, **job: Any) -> dict[str, Any]:
+        """Metrics of the same training by a peer."""
+        paths = {"data": "data/prepared/train.parquet", "model": "models/quantized"}
+        job |= {key: str(self.root / path) for key, path in paths.items()}
+        job |= {"tokenizer": str(self.root / "models/tokenizer")}
+        job |= {"lora": self.params["lora"], "train": self.params["train"]}
+        metrics, _ = self.run_peer(name, python=python, **job)
+        return metrics | {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
 
 
 @contextmanager
 def workspace(params: Mapping[str, Any]) -> Iterator[Workspace]:
-    """A `Workspace` that is removed at the end."""
+    """Create a `Workspace` and remove it at the end."""
     with tempfile.TemporaryDirectory() as folder:
         yield Workspace(Path(folder), params)
 
 
 def machine(device: str = "") -> str:
-    """The line above a table: device, cores, versions."""
+    """Line above a table: device, cores, versions."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    found = re.search(r"model name\s*: (.*)", info)
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16") if flag in info]
-    processor = (
-        f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores ({', '.join(flags)})"
-    )
-    versions = []
+    model = re.search(r"model name\s*: (.*)", info)
+    flags = ", ".join(flag for flag in ("avx2", "avx512f", "avx512_bf16") if flag in info)
+    processor = f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores ({flags})"
+    versions = [f"Python {platform.python_version()}"]
     for name in LIBRARIES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return f"{device or processor}; Python {platform.python_version()}, {', '.join(versions)}."
+    return f"{device or processor}; {', '.join(versions)}."
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table: texts to the left, numbers to the right, as `formatted` made them."""
+    """Markdown table with text left-aligned and numbers right-aligned."""
     numeric = [bool(re.match(r"[-+]?\d", str(table[name].iloc[0]))) for name in table]
     lines = [list(table), ["--:" if right else "---" for right in numeric], *table.values.tolist()]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def publish(name: str, table: pd.DataFrame, where: str, page: Path = PAGE) -> None:
-    """Print a table, and put it between the marks `<!-- name -->` and `<!-- end of name -->`.
-
-    Raises:
-        ValueError: the page does not have the two marks.
-    """
+    """Print a table and write it between `<!-- name -->` and `<!-- end of name -->`."""
     text = f"{where}\n\n{markdown(table)}"
     print(text)
     marks = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)

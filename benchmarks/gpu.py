@@ -1,11 +1,10 @@
-"""Training on one GPU: ours against trl and Unsloth, and planned against allocated memory.
+"""Training on one GPU against trl and Unsloth, and predicted against allocated memory.
 
-Models of the shipped configs with random weights, quantized by transformers; conversations of
-random tokens, all of one length and supervised, so that no batch has padding. Every way of
-computing is `python -m stages.train` or a process of the peer, alone on the GPU, run once for one
-step (compilation, autotuning) and once measured. Allocated is `torch.cuda.max_memory_allocated`. It
-does not count paged optimizer states, so their 8 bytes a parameter are taken from the plan too.
-A way that does not fit or fails is a line of the table.
+Models of the shipped configs with random weights; conversations of random tokens, all of one length
+and supervised, so no batch has padding. Every setting runs alone on the GPU, first for one step
+(compilation, autotuning), then measured; one that does not fit or fails is a row of the table.
+Allocated is `torch.cuda.max_memory_allocated`, which excludes paged optimizer states: their 8 bytes
+a parameter are subtracted from the prediction.
 
 Reads:  stages/plan/configs (sizes only); nothing is fetched
 Writes: the tables `gpu` and `plan on a gpu` in docs/benchmarks.md
@@ -42,16 +41,16 @@ from stages.shared.core.errors import UserError, run
 CONFIGS = ROOT / "stages/plan/configs"
 BATCH, STEPS = 16, 8  # conversations a step; steps of a measured run
 GIB = 2**30
-NO_ROOM = ("OutOfMemoryError", "out of memory", "needs", "fits")
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "needs", "fits")
 
 
 def write_model(name: str, folder: Path, device: str) -> None:
     """Write a model with random weights in NF4 with double quantization, and a tokenizer."""
     config = AutoConfig.from_pretrained(CONFIGS / f"{name}.json")
     with torch.device(device):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
-            folder / "base"
-        )
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    base.save_pretrained(folder / "base")
+    del base
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -76,7 +75,7 @@ def write_model(name: str, folder: Path, device: str) -> None:
 
 
 def write_conversations(folder: Path, count: int, length: int, vocabulary: int = 30_000) -> None:
-    """Write both splits: random tokens, all supervised but the first; one is held out."""
+    """Write random tokens, all supervised but the first; the eval split has one row."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     for split, rows in (("train", count), ("eval", 1)):
@@ -85,46 +84,18 @@ def write_conversations(folder: Path, count: int, length: int, vocabulary: int =
         pq.write_table(table, folder / f"{split}.parquet")
 
 
-def ours(work: Workspace, device: str, steps: int, **variables: Any) -> dict[str, Any]:
-    """Metrics of the stage after so many steps."""
-    work.set_params({"train.max_steps": steps})
-    env = {"QLORA_DEVICE": device, "QLORA_DEVICES": "1"}
-    env |= {f"QLORA_{name.upper()}": str(value) for name, value in variables.items()}
-    work.run("stages.train", env=env)
-    return work.read_json("reports/train.json")
-
-
-def peer(
-    work: Workspace, name: str, python: str, device: str, steps: int, **job: Any
-) -> dict[str, Any]:
-    """Figures of a peer after so many steps."""
-    figures, _ = work.run_peer(
-        name,
-        python=python,
-        data=str(work.root / "data/prepared/train.parquet"),
-        model=str(work.root / "models/quantized"),
-        tokenizer=str(work.root / "models/tokenizer"),
-        device=device,
-        steps=steps,
-        lora=work.params["lora"],
-        train=work.params["train"],
-        **job,
-    )
-    return figures | {"tokens_per_second": figures["tokens"] / figures["seconds"]}
-
-
 def training(work: Workspace, options: Namespace, peers: dict[str, str]) -> pd.DataFrame:
-    """A row for each way of computing a step.
+    """A row per setting.
 
-    Ours as the plan chooses; peers with 8,192 tokens at once, checkpointed and not, or within a
-    budget with one conversation at once, checkpointed.
+    Ours as the plan chooses; peers with 8,192 tokens at once, with and without checkpointing, or
+    within a budget one conversation at once, checkpointed.
     """
     wide = max(1, 8192 // options.length)
-    settings = [(1, True)] if options.budget else [(wide, False), (wide, True)]
-    ways: list[tuple[str, Any]] = [("ours", None), *((p, s) for p in peers for s in settings)]
+    peer_settings = [(1, True)] if options.budget else [(wide, False), (wide, True)]
+    settings: list[tuple[str, Any]] = [("ours", None), *product(peers, peer_settings)]
     rows = []
-    with progress.bar(total=len(ways), desc=options.model, unit="way") as bar:
-        for who, setting in ways:
+    with progress.bar(total=len(settings), desc=options.model, unit="setting") as bar:
+        for who, setting in settings:
             rows.append({"who": who} | row_of(work, options, who, setting, peers.get(who, "")))
             bar.update()
     name = options.model + (f" within {options.budget} GiB" if options.budget else "")
@@ -134,47 +105,48 @@ def training(work: Workspace, options: Namespace, peers: dict[str, str]) -> pd.D
 def row_of(
     work: Workspace, options: Namespace, who: str, setting: tuple[int, bool] | None, python: str
 ) -> dict[str, str]:
-    """Figures of one way, after a run of one step; a setting is of a peer."""
+    """A row of the table; `setting` is a peer's (conversations at once, checkpointed)."""
     budget = {"memory_budget": options.budget} if options.budget else {}
     row = dict.fromkeys(("at once", "checkpointed", "tokens/s", "peak, GiB"), "")
     try:
         for steps in (1, STEPS):
             if setting is None:
-                got = ours(work, options.device, steps, **budget)
-                setting_text = (
-                    f"{got['micro_batch_tokens']:,} tokens",
-                    got["gradient_checkpointing"],
-                )
+                work.set_params({"train.max_steps": steps})
+                metrics = work.train(options.device, devices=1, **budget)
+                at_once = f"{metrics['micro_batch_tokens']:,} tokens"
+                checkpointed = metrics["gradient_checkpointing"]
             else:
-                job = {"micro_batch": setting[0], "checkpointing": setting[1], "pack_tokens": None}
+                at_once, checkpointed = str(setting[0]), setting[1]
+                job = {"micro_batch": setting[0], "checkpointing": checkpointed, "steps": steps}
                 job |= {"length": options.length, "cap_gib": options.budget}
-                setting_text = f"{setting[0]}", setting[1]
-                got = peer(work, who, python, options.device, steps, **job)
+                metrics = work.train_peer(
+                    who, python, device=options.device, pack_tokens=None, **job
+                )
     except SystemExit as failure:
-        no_room = any(text in str(failure) for text in NO_ROOM)
-        return row | {"tokens/s": "does not fit" if no_room else "fails"}
-    at_once, checkpointed = setting_text
-    row |= {"at once": at_once, "checkpointed": "yes" if checkpointed else "no"}
-    speed, peak = got["tokens_per_second"], got["peak_memory_bytes"]
-    return row | {"tokens/s": f"{speed:,.0f}", "peak, GiB": f"{peak / GIB:.2f}"}
+        full = any(text in str(failure) for text in OUT_OF_MEMORY)
+        return row | {"tokens/s": "does not fit" if full else "fails"}
+    return row | {
+        "at once": at_once,
+        "checkpointed": "yes" if checkpointed else "no",
+        "tokens/s": f"{metrics['tokens_per_second']:,.0f}",
+        "peak, GiB": f"{metrics['peak_memory_bytes'] / GIB:.2f}",
+    }
 
 
 def plan(work: Workspace, options: Namespace) -> pd.DataFrame:
-    """Planned against allocated bytes of real steps, a row a setting."""
+    """Predicted against allocated bytes of real steps, a row per setting."""
     rows = []
     lengths = options.length // 4, options.length
     for length, rank, checkpointed in product(lengths, (8, 64), (True, False)):
         write_conversations(work.root / "data/prepared", BATCH, length)
         work.set_params({"lora.r": rank, "lora.alpha": 2 * rank, "prepare.max_length": length})
-        got = ours(
-            work,
-            options.device,
-            1,
-            gradient_checkpointing=str(checkpointed).lower(),
-            micro_batch_tokens=length,
-        )
-        paged = 8 * got["trainable_parameters"] if options.device == "cuda" else 0
-        planned = got["predicted_memory_bytes"] - paged
+        work.set_params({"train.max_steps": 1})
+        variables = {"gradient_checkpointing": str(checkpointed).lower()}
+        variables |= {"micro_batch_tokens": str(length), "devices": "1"}
+        metrics = work.train(options.device, **variables)
+        allocated = metrics["peak_memory_bytes"]
+        paged = 8 * metrics["trainable_parameters"] if options.device == "cuda" else 0
+        planned = metrics["predicted_memory_bytes"] - paged
         rows.append(
             {
                 "model": options.model,
@@ -182,8 +154,8 @@ def plan(work: Workspace, options: Namespace) -> pd.DataFrame:
                 "rank": str(rank),
                 "checkpointed": "yes" if checkpointed else "no",
                 "planned, GiB": f"{planned / GIB:.2f}",
-                "allocated": f"{got['peak_memory_bytes'] / GIB:.2f}",
-                "error": f"{planned / got['peak_memory_bytes'] - 1:+.1%}",
+                "allocated": f"{allocated / GIB:.2f}",
+                "error": f"{planned / allocated - 1:+.1%}",
             }
         )
     return pd.DataFrame(rows)
@@ -200,7 +172,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(options: Namespace) -> None:
-    """Make the model, measure, write."""
+    """Measure, publish."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device that torch can use")
     peers = {"trl": sys.executable} if importlib.util.find_spec("trl") else {}

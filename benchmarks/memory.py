@@ -2,12 +2,12 @@
 
 Reads:  models/base (for the default's rows and processes); all other models are random
 Writes: the tables of docs/memory.md
-Run:    python -m benchmarks.memory steps        78 real steps on this CPU beside their counts
-        python -m benchmarks.memory gpu          counts of a GPU's steps; eight measured on an H200
-        python -m benchmarks.memory processes    eight trainings of different kind on this CPU
+Run:    python -m benchmarks.memory steps        78 real steps on this CPU and their counts
+        python -m benchmarks.memory gpu          counts of GPU steps; eight measured on an H200
+        python -m benchmarks.memory processes    eight different trainings on this CPU
 
 Measured is the peak of live tensor storage (`stages.shared.step.live_bytes`) in the second of two
-steps. The count runs in a process of its own, so that nothing of it is in what is measured.
+steps. The count runs in its own process, so the measurement does not include it.
 """
 
 import sys
@@ -59,60 +59,36 @@ BASE = ROOT / "models/base"
 CPU = torch.device("cpu")
 MAX_GRAD_NORM = 0.3
 MEDIAN, WORST = 0.02, 0.05  # promised errors of live bytes
-PROCESS_ERRORS = -0.05, 0.20  # and of a process
-SHAPE = {"hidden_size": 192, "num_attention_heads": 6, "vocab_size": 3000}
-# Every head with keys of its own and biases; an untied head and wide matrices; a vocabulary that
-# outweighs the blocks; blocks that no fused function computes.
+
+
+def shape(
+    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, vocabulary: int
+) -> dict[str, int]:
+    """Sizes of a model, as its config names them."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+# Multi-head attention with biases; wide matrices and an untied head; a vocabulary larger than the
+# blocks; blocks without fused functions.
 MODELS: dict[str, PretrainedConfig] = {
-    "whole heads": Qwen2Config(
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        vocab_size=2000,
-        tie_word_embeddings=True,
-    ),
-    "untied head": LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1792,
-        num_hidden_layers=3,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        vocab_size=4000,
-        tie_word_embeddings=False,
-    ),
-    "large vocabulary": LlamaConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        vocab_size=32000,
-        tie_word_embeddings=True,
-    ),
+    "whole heads": Qwen2Config(**shape(192, 512, 6, 6, 6, 2000), tie_word_embeddings=True),
+    "untied head": LlamaConfig(**shape(512, 1792, 3, 16, 4, 4000), tie_word_embeddings=False),
+    "large vocabulary": LlamaConfig(**shape(128, 384, 3, 4, 1, 32000), tie_word_embeddings=True),
     "GPT-2": GPT2Config(n_embd=192, n_layer=5, n_head=6, vocab_size=3000),
-    "Mixtral": MixtralConfig(
-        **SHAPE,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    ),
-    "Gemma": GemmaConfig(
-        **SHAPE | {"num_attention_heads": 4},
-        intermediate_size=768,
-        num_hidden_layers=5,
-        num_key_value_heads=1,
-        head_dim=64,
-    ),
-    "Qwen3": Qwen3Config(
-        **SHAPE, intermediate_size=384, num_hidden_layers=4, num_key_value_heads=2, head_dim=32
-    ),
+    "Mixtral": MixtralConfig(**shape(192, 384, 4, 6, 2, 3000), num_local_experts=4),
+    "Gemma": GemmaConfig(**shape(192, 768, 5, 4, 1, 3000), head_dim=64),
+    "Qwen3": Qwen3Config(**shape(192, 384, 4, 6, 2, 3000), head_dim=32),
 }
 SHORT, MIDDLE, LONG = (32, 16), (90, 40, 120), (300, 200, 100)
-# Of a Mistral-7B in NF4 (double) on an H200, torch 2.11, one conversation: tokens, rank,
-# checkpointed, GiB that torch's allocator had handed out at most. Its pages are not among them.
+# Mistral-7B in NF4 (double) on an H200, torch 2.11, one conversation: tokens, rank, checkpointed,
+# peak GiB allocated by torch, without paged optimizer states.
 H200 = (
     (512, 8, True, 4.47),
     (512, 8, False, 5.75),
@@ -127,19 +103,18 @@ H200 = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and how a step is computed; `rank` None for full fine-tuning."""
+    """Training and execution of a step; `rank` is None for full fine-tuning."""
 
     precision: str
     rank: int | None
     checkpointed: bool
     lengths: tuple[int, ...]
-    share: float = 0.5  # of each conversation's tokens that are targets, its last ones
+    share: float = 0.5  # fraction of each conversation's tokens that are supervised, at its end
     optimizer: str = "adamw"
     double_quant: bool = True
     dropout: float = 0.0
     init: str = "default"
     dora: bool = False
-    fused: bool = True
 
     @property
     def lora(self) -> Lora:
@@ -155,7 +130,7 @@ class Setting:
 
     @property
     def train(self) -> Any:
-        """What of the section `train` a step reads."""
+        """The section `train`, as far as a step reads it."""
         return SimpleNamespace(
             method="lora" if self.rank else "full",
             optimizer=self.optimizer,
@@ -170,14 +145,14 @@ class Setting:
         return Quantize.model_validate(values | {"compute_dtype": "bf16"})
 
     def setup(self, device: Device = "cpu") -> TrainingSetup:
-        """What is counted."""
-        has = precision.has_bf16_matmuls(device)
-        setup = setup_of(self.quantize, self.lora, self.train, device, bf16=has, fused=self.fused)
+        """Input of the count."""
+        bf16 = precision.has_bf16_matmuls(device)
+        setup = setup_of(self.quantize, self.lora, self.train, device, bf16=bf16, fused=True)
         return replace(setup, gradient_checkpointing=self.checkpointed)
 
     def __str__(self) -> str:
-        trained = f"rank {self.rank} on {self.precision}" if self.rank else self.precision
-        words = [trained if self.rank else f"all weights, {self.precision}"]
+        lora = f"rank {self.rank} on {self.precision}"
+        words = [lora if self.rank else f"all weights, {self.precision}"]
         words += ["single"] * (self.precision in ("nf4", "fp4") and not self.double_quant)
         words += ["8-bit AdamW"] * (self.optimizer == "adamw_8bit") + ["DoRA"] * self.dora
         return ", ".join([*words, *(["checkpointed"] * self.checkpointed)])
@@ -191,7 +166,7 @@ def random_base(config: PretrainedConfig, folder: Path) -> Path:
 
 
 def micro_batch(setting: Setting, vocabulary: int) -> list[Example]:
-    """Conversations of random tokens, with one more that is predicted and not computed on."""
+    """Conversations of random tokens; each has one more token, as a target only."""
     random = np.random.default_rng(0)
     examples = []
     for row, length in enumerate(setting.lengths):
@@ -205,9 +180,7 @@ def micro_batch(setting: Setting, vocabulary: int) -> list[Example]:
 def measure(base: Path, setting: Setting) -> int:
     """Peak of live bytes in the second of two steps, of two micro-batches each.
 
-    Args:
-        base: a model's folder; a folder of each precision is made beside it.
-        setting: of the step.
+    Quantized models are kept next to `base`.
     """
     folder = base.with_name(f"{base.name}-{setting.precision}-{setting.double_quant}")
     if not folder.exists():
@@ -248,13 +221,13 @@ def measure(base: Path, setting: Setting) -> int:
 
 
 def predict(config: Path, setting: Setting, device: Device = "cpu") -> Prediction:
-    """What the planner says of a setting."""
+    """Count of a setting's step."""
     with StepCounter(config) as counter:
         return counter.predict(setting.setup(device), micro_batch_of(micro_batch(setting, 2)))
 
 
 def settings() -> Iterator[tuple[str, Setting]]:
-    """The steps that are measured, a model after the other."""
+    """Model and setting of each measured step."""
     for model in list(MODELS)[:3]:
         for kind, on in product(("nf4", "fp4", "int8", "bf16", "fp32"), (False, True)):
             yield model, Setting(kind, 8, on, MIDDLE)
@@ -283,13 +256,13 @@ def settings() -> Iterator[tuple[str, Setting]]:
 
 
 def measure_steps() -> None:
-    """Real steps on this CPU; ends with an error where the planner is off by more than promised."""
-    rows, wanted = [], list(settings())
+    """Real steps on this CPU; an error if predictions are worse than promised."""
+    rows, steps = [], list(settings())
     with (
         tempfile.TemporaryDirectory() as work,
-        progress.bar(total=len(wanted), desc="memory", unit="step") as bar,
+        progress.bar(total=len(steps), desc="memory", unit="step") as bar,
     ):
-        for name, setting in wanted:
+        for name, setting in steps:
             base = Path(work) / name
             if not base.exists():
                 if name == "default":
@@ -300,10 +273,6 @@ def measure_steps() -> None:
             predicted = predict(base / "config.json", setting)
             rows.append((name, setting, measured, predicted.total_bytes, predicted.phase))
             bar.update()
-    _publish_errors("measured", rows, machine())
-
-
-def _publish_errors(name: str, rows: list[tuple[Any, ...]], where: str) -> None:
     errors = pd.Series([predicted / measured - 1 for *_, measured, predicted, _ in rows])
     table = pd.DataFrame(
         [
@@ -315,16 +284,16 @@ def _publish_errors(name: str, rows: list[tuple[Any, ...]], where: str) -> None:
     )  # fmt: skip
     summary = (
         f"{len(rows)} steps: median error {errors.abs().median():.3%}, from {errors.min():+.2%} to "
-        f"{errors.max():+.2%}. {where}"
+        f"{errors.max():+.2%}. {machine()}"
     )
-    publish(name, table, summary, PAGE)
+    publish("measured", table, summary, PAGE)
     if errors.abs().median() > MEDIAN or errors.abs().max() > WORST:
         sys.exit(f"error: promised were a median error of {MEDIAN:.0%} and {WORST:.0%} at the most")
 
 
 def count_gpu() -> None:
-    """Counts of a GPU's steps at the size of real models, and those held against an H200."""
-    rows: list[tuple[Any, ...]] = []
+    """Counts of GPU steps at the size of real models, and of those measured on an H200."""
+    rows = []
     shapes = ((2048,) * 4, False), ((2048,) * 4, True), ((512, 300), False), ((32_768,), True)
     for name in ("Qwen1.5-0.5B", "Llama-2-7B", "Mistral-7B", "Llama-3-8B", "Llama-3-70B"):
         for lengths, on in shapes:
@@ -334,7 +303,7 @@ def count_gpu() -> None:
             rows.append((name, "yes" if on else "no", f"{sum(lengths):,}", size, predicted.phase))
     columns = ["model", "checkpointed", "tokens", "counted, GiB", "peak"]
     publish("a GPU's steps", pd.DataFrame(rows, columns=columns), "Rank 16 on nf4.", PAGE)
-    rows = []
+    measured = []
     for tokens, rank, on, allocated in H200:
         setting = Setting("nf4", rank, on, (tokens,), share=1.0)
         with StepCounter(CONFIGS / "Mistral-7B.json") as counter:
@@ -342,9 +311,9 @@ def count_gpu() -> None:
         live = predict(CONFIGS / "Mistral-7B.json", setting, "cuda").total_bytes - pages
         size = (live + fit.MATMUL_BYTES) / GIB
         error = f"{size / allocated - 1:+.1%}"
-        rows.append((tokens, rank, "yes" if on else "no", f"{size:.2f}", allocated, error))
+        measured.append((tokens, rank, "yes" if on else "no", f"{size:.2f}", allocated, error))
     columns = ["tokens", "rank", "checkpointed", "predicted, GiB", "allocated", "error"]
-    publish("an H200's steps", pd.DataFrame(rows, columns=columns), "Mistral-7B, nf4.", PAGE)
+    publish("an H200's steps", pd.DataFrame(measured, columns=columns), "Mistral-7B, nf4.", PAGE)
 
 
 PROCESSES: dict[str, dict[str, Any]] = {
@@ -364,7 +333,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
 
 
 def measure_processes() -> None:
-    """Short trainings of the default model: what the process and its workers held at most."""
+    """Peak memory of short trainings of the default model, workers included."""
     rows = []
     for name, changes in PROCESSES.items():
         environment = {key: value for key, value in changes.items() if key.startswith("QLORA_")}
@@ -372,34 +341,32 @@ def measure_processes() -> None:
         with workspace(params | {"train.max_steps": 4, "train.eval_steps": 4}) as space:
             for folder in ("models/base", "models/tokenizer", ".counts"):
                 space.link(folder, ROOT / folder)
-            for split, rows_kept in (("train", 64), ("eval", 16)):
-                file = space.root / f"data/prepared/{split}.parquet"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                table = pq.read_table(ROOT / f"data/prepared/{split}.parquet")
-                pq.write_table(table.slice(0, rows_kept), file)
+            (space.root / "data/prepared").mkdir(parents=True)
+            for split, count in (("train", 64), ("eval", 16)):
+                file = f"data/prepared/{split}.parquet"
+                pq.write_table(pq.read_table(ROOT / file).slice(0, count), space.root / file)
             space.run("stages.quantize")
             space.run("stages.train", env=environment)
-            found = space.read_json("reports/train.json")
-        predicted, peak = found["predicted_memory_bytes"], found["peak_memory_bytes"]
+            metrics = space.read_json("reports/train.json")
+        predicted, peak = metrics["predicted_memory_bytes"], metrics["peak_memory_bytes"]
         sizes = f"{predicted / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{predicted / peak - 1:+.1%}"
-        rows.append((name, found["workers"], found["micro_batch_tokens"], *sizes))
+        rows.append((name, metrics["workers"], metrics["micro_batch_tokens"], *sizes))
         print(rows[-1], flush=True)
     columns = ["training", "workers", "micro-batch", "predicted, GB", "held, GB", "error"]
     publish("processes", pd.DataFrame(rows, columns=columns), machine(), PAGE)
 
 
-KINDS = {"steps": measure_steps, "gpu": count_gpu, "processes": measure_processes}
+BENCHMARKS = {"steps": measure_steps, "gpu": count_gpu, "processes": measure_processes}
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Which of the three."""
-    parser.add_argument("kind", choices=list(KINDS))
+    """Arguments of the command line."""
+    parser.add_argument("benchmark", choices=list(BENCHMARKS))
 
 
 def main(options: Namespace) -> None:
-    """Measure, print, write."""
-    with StepCounter(BASE):  # one dry run for all
-        KINDS[options.kind]()
+    """Measure, publish."""
+    BENCHMARKS[options.benchmark]()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Peers: trl's SFTTrainer, Unsloth, datasets.map; each a process that prints its figures as JSON.
+"""Peers: trl's SFTTrainer, Unsloth and datasets.map, each a process that prints JSON metrics.
 
-Their own defaults stand wherever the work stays the same. Trainers get our tokens, and our mask as
+They keep their defaults unless that changes the work. Trainers get our tokens, and our loss mask as
 labels.
 
 Run:    by the other benchmarks, `python -m benchmarks.peers <trl|unsloth|prepare|rate> '<job>'`
@@ -26,18 +26,18 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-IGNORED = -100  # the label of a token that is not supervised
-# Rows, inner, columns of the probe: a small model's matrices; on a GPU, enough to fill it.
+IGNORED = -100  # label of an unsupervised token
+# M, K, N of the probe's matmul: a small model's on a CPU, large enough to fill a GPU.
 PROBE = {"cpu": (2048, 1024, 1024), "cuda": (8192, 8192, 8192)}
 
 
 def has_bf16(device: str) -> bool:
-    """Whether a device has matmuls of bf16; else training and peers compute in fp32."""
+    """Whether a device has bf16 matmuls; else training and peers compute in fp32."""
     return device == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def probe(job: dict[str, Any]) -> dict[str, Any]:
-    """Matrix rate of the machine now: operations per second of a dense product in its dtype."""
+    """Matmul rate of the machine now, FLOP/s in its compute dtype."""
     device = job["device"]
     rows, inner, columns = PROBE[device]
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
@@ -52,11 +52,11 @@ def probe(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_trl(job: dict[str, Any]) -> Any:
-    """The quantized model as transformers loads it; in fp32 on a CPU without bf16."""
+    """Load the quantized model by transformers; fp32 on a CPU without bf16."""
     device = job["device"]
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, device_map={"": device})
-    if dtype != torch.bfloat16:  # a quantized model is loaded in the dtype that it was stored in
+    if dtype != torch.bfloat16:  # from_pretrained keeps the storage dtype
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
@@ -67,7 +67,7 @@ def load_trl(job: dict[str, Any]) -> Any:
 
 
 def load_unsloth(job: dict[str, Any]) -> Any:
-    """The model with Unsloth's own kernels, adapter included."""
+    """Load the model with Unsloth's kernels and a LoRA adapter."""
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         job["model"], max_seq_length=job["length"], load_in_4bit=True, local_files_only=True
     )
@@ -75,29 +75,15 @@ def load_unsloth(job: dict[str, Any]) -> Any:
         model,
         r=job["lora"]["r"],
         lora_alpha=job["lora"]["alpha"],
-        target_modules=[
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ],
+        target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
         use_gradient_checkpointing="unsloth" if job["checkpointing"] else False,
     )
 
 
 def train(model: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Train once over all conversations by `SFTTrainer`.
+    """Metrics of one epoch by `SFTTrainer`; `loss` is the mean over supervised tokens.
 
-    Args:
-        model: with an adapter, or to be given one.
-        job: `data` (a parquet file), `tokenizer`, `lora`, `train`, `device`, `checkpointing`,
-            `micro_batch` (conversations; null: packed to `pack_tokens`), `steps` (or null).
-
-    Returns:
-        `tokens`, `seconds`, `loss` (mean over supervised tokens), `peak_memory_bytes`.
+    `job["micro_batch"]` counts conversations; None packs them to `pack_tokens` tokens.
     """
     from trl import SFTConfig, SFTTrainer  # noqa: PLC0415  (the job `prepare` has no trl)
 
@@ -122,17 +108,18 @@ def train(model: Any, job: dict[str, Any]) -> dict[str, Any]:
                 torch.cuda.synchronize()
             counts["seconds"] += time.perf_counter()
 
+    def label(row: dict[str, Any]) -> dict[str, Any]:
+        pairs = zip(row["input_ids"], row["loss_mask"], strict=True)
+        labels = [token if supervised else IGNORED for token, supervised in pairs]
+        return {"input_ids": row["input_ids"], "labels": labels}
+
     rows = pq.read_table(job["data"], columns=["input_ids", "loss_mask"]).to_pylist()
-    labelled = [
-        {
-            "input_ids": row["input_ids"],
-            "labels": [
-                token if supervised else IGNORED
-                for token, supervised in zip(row["input_ids"], row["loss_mask"], strict=True)
-            ],
-        }
-        for row in rows
-    ]
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=job["lora"]["r"],
+        lora_alpha=job["lora"]["alpha"],
+        target_modules=job["lora"]["target_modules"],
+    )
     settings, size = job["train"], job["micro_batch"] or 1
     packing = job["micro_batch"] is None
     trainer = CountingTrainer(
@@ -158,17 +145,10 @@ def train(model: Any, job: dict[str, Any]) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=datasets.Dataset.from_list(labelled),
+        train_dataset=datasets.Dataset.from_list(list(map(label, rows))),
         processing_class=AutoTokenizer.from_pretrained(job["tokenizer"]),
         callbacks=[Clock()],
-        peft_config=None
-        if isinstance(model, PeftModel)
-        else LoraConfig(
-            task_type="CAUSAL_LM",
-            r=job["lora"]["r"],
-            lora_alpha=job["lora"]["alpha"],
-            target_modules=job["lora"]["target_modules"],
-        ),
+        peft_config=None if isinstance(model, PeftModel) else lora,
     )
     trainer.train()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -176,7 +156,7 @@ def train(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     return counts | {"loss": counts["loss"] / counts["supervised"], "peak_memory_bytes": peak}
 
 
-# Marks a reply for `return_assistant_tokens_mask`; else ChatML as `prepare` renders it.
+# ChatML as `prepare` renders it, with the marks of `return_assistant_tokens_mask`.
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}"
@@ -186,10 +166,10 @@ CHATML = (
 
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
-    """Tokens and masks by `datasets.map` and a Python function a row, as most recipes have it.
+    """Tokens and masks by `datasets.map` with a function per row, as in most recipes.
 
-    It does less than `prepare`: no search for duplicates and leaks, no split, no guard against
-    forged turns, no cut between turns, no list of rejected rows.
+    Less work than `prepare`: no duplicates or leaks found, no split, no guard against forged turns,
+    no truncation between turns, no list of rejected rows.
     """
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
@@ -224,7 +204,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do the job, print its figures as the last line."""
+    """Run a job, print its metrics as the last line."""
     name, job = sys.argv[1], json.loads(sys.argv[2])
     if job.get("cap_gib"):
         total = torch.cuda.get_device_properties(0).total_memory

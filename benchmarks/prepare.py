@@ -1,9 +1,9 @@
 """Data preparation: `python -m stages.prepare` against `datasets.map`.
 
-Both read the same JSON Lines (the sample again and again, its numbers and a fifth of its words
-changed by a seed), use the same tokenizer and write tokens and masks to parquet, which must be
-equal, row by row. Rates are those of the additional rows between the two sizes, so that imports and
-the loading of the tokenizer count for nobody; CPU seconds and peak memory are those of the larger.
+Both read the same JSON Lines (the sample repeated, its numbers and a fifth of its words replaced at
+random) and write tokens and loss masks to parquet, which must be equal row by row. Rates are of the
+rows between the two sizes, so imports and loading the tokenizer do not count; CPU seconds and peak
+memory are of the larger.
 
 Reads:  models/tokenizer of `dvc repro`, the sample
 Writes: a table in docs/benchmarks.md
@@ -30,7 +30,7 @@ MARKERS = {"Human", "Assistant"}
 
 
 def write_conversations(path: Path, rows: int) -> None:
-    """Write rows of the sample's length and languages, nearly all different."""
+    """Write rows with the sample's lengths and languages, nearly all distinct."""
     sample = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     texts = [row.get("text") or "" for row in sample]
     words = sorted({w for t in texts for w in WORD.findall(t) if w.isalpha()} - MARKERS)
@@ -50,11 +50,7 @@ def write_conversations(path: Path, rows: int) -> None:
 
 
 def measure(work: Workspace, rows: int, tokenizer: Path) -> dict[str, Usage]:
-    """What each needs for so many rows.
-
-    Raises:
-        UserError: their tokens or masks are not the same.
-    """
+    """Resource usage of each for so many rows; their tokens and masks must be equal."""
     raw = work.root / "conversations.jsonl"
     write_conversations(raw, rows)
     work.run("stages.fetch_data")
@@ -70,7 +66,7 @@ def measure(work: Workspace, rows: int, tokenizer: Path) -> dict[str, Usage]:
 
 
 def encoded(*paths: Path) -> set[tuple[bytes, bytes]]:
-    """Tokens and mask of each conversation; one that is there twice counts once."""
+    """Distinct conversations as (token, mask) bytes."""
     tables = [pq.read_table(path, columns=["input_ids", "loss_mask"]).to_pandas() for path in paths]
     table = pd.concat(tables)
     ids, masks = (table[name].map(lambda row: row.astype("int32").tobytes()) for name in table)
@@ -84,7 +80,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(options: Namespace) -> None:
-    """Measure at two sizes, write."""
+    """Measure at two sizes, publish."""
     if not options.tokenizer.exists():
         raise UserError(f"{options.tokenizer}: not found. Run `dvc repro fetch_model` first.")
     used = []

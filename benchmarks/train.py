@@ -1,12 +1,11 @@
 """Training step on a CPU: `python -m stages.train` against trl's SFTTrainer.
 
-Both train a LoRA adapter on the same conversations once, in the same number of steps, at a learning
-rate so small that the weights stay as they are: then the two mean losses must agree within 1 %,
-whatever the order. Every mode of the peer is tried once, the fastest is then measured in turn with
-ours (A B A B), each a process of its own. Tokens per second count the conversations' tokens; peak
-memory is that of the whole process, its children included for ours. The bound is the time of the
-step's frozen matrix products alone at the machine's matrix rate, measured before each process.
-Nothing else should run on the machine; LD_PRELOAD and QLORA_* count as set.
+Both train a LoRA adapter on the same conversations for one epoch, in the same number of steps, at a
+learning rate that changes nothing: the two mean losses must agree within 1 %. Every mode of the
+peer runs once; the fastest then alternates with ours (A B A B), each in its own process. Peak
+memory is the whole process, for ours with its workers. The bound is the time of the step's frozen
+matmuls alone at the machine's matmul rate, measured before each process. Nothing else should run on
+the machine; LD_PRELOAD and QLORA_* have their effect.
 
 Reads:  models/quantized, models/tokenizer, reports/quantize.json of `dvc repro`; the sample, and
         ../shared/data/conversations where present
@@ -37,7 +36,7 @@ GB = 1e9
 
 
 def parameters(source: Path, steps: int) -> dict[str, Any]:
-    """Changes to params.yaml: one epoch of `steps` steps that change nothing."""
+    """Changes to params.yaml: one epoch of `steps` steps, no weight changed."""
     return {
         "data.source": "file",
         "data.path": str(source.resolve()),
@@ -54,7 +53,7 @@ def parameters(source: Path, steps: int) -> dict[str, Any]:
 
 
 def set_up(work: Workspace, model: Path, tokenizer: Path) -> None:
-    """Fetch and prepare the conversations; the training split is the held-out one as well."""
+    """Fetch and prepare the conversations; the eval split is the training split."""
     for name, target in (("quantized", model), ("base", model), ("tokenizer", tokenizer)):
         work.link(f"models/{name}", target)
     work.run("stages.fetch_data")
@@ -64,36 +63,10 @@ def set_up(work: Workspace, model: Path, tokenizer: Path) -> None:
     split.hardlink_to(split.with_name("train.parquet"))
 
 
-def ours(work: Workspace) -> dict[str, Any]:
-    """Figures of a training by the stage; the loss is over all conversations."""
-    work.run("stages.train", env={"QLORA_DEVICE": "cpu"})
-    metrics = work.read_json("reports/train.json")
-    keys = ("tokens_per_second", "peak_memory_bytes", "micro_batch_tokens", "workers", "path")
-    return {"loss": metrics["eval_loss"], **{key: metrics[key] for key in keys}}
-
-
-def peer(work: Workspace, micro_batch: int | None, pack_tokens: int) -> dict[str, Any]:
-    """Figures of the same training by trl."""
-    figures, _ = work.run_peer(
-        "trl",
-        data=str(work.root / "data/prepared/train.parquet"),
-        model=str(work.root / "models/quantized"),
-        tokenizer=str(work.root / "models/tokenizer"),
-        device="cpu",
-        checkpointing=False,
-        steps=None,
-        micro_batch=micro_batch,
-        pack_tokens=pack_tokens,
-        lora=work.params["lora"],
-        train=work.params["train"],
-    )
-    return figures | {"tokens_per_second": figures["tokens"] / figures["seconds"]}
-
-
 def bound_operations(work: Workspace, lengths: pd.Series, supervised: pd.Series) -> float:
-    """Operations per token of frozen matrix products: forward, and the gradient of the input.
+    """FLOPs per token of the frozen matmuls, forward and input gradient.
 
-    4·P for each token and 4·V·h for each supervised one; P counts the blocks' linear layers.
+    4·P per token, P the parameters of the blocks' linear layers, and 4·V·h per supervised token.
     """
     config = files.read_json(work.root / "models/quantized/config.json")
     linear = files.read_json(ROOT / "reports/quantize.json")["linear_parameters"]
@@ -102,11 +75,7 @@ def bound_operations(work: Workspace, lengths: pd.Series, supervised: pd.Series)
 
 
 def compare(name: str, work: Workspace, steps: int, rounds: int) -> pd.DataFrame:
-    """Rows of the table: each mode of the peer once, then ours and its fastest in turn.
-
-    Raises:
-        UserError: the two did not do the same work.
-    """
+    """Rows of the table: each mode of the peer once, then ours and its fastest in turn."""
     masks = pq.read_table(work.root / "data/prepared/train.parquet")["loss_mask"].to_pandas()
     lengths = masks.map(len)
     cost = bound_operations(work, lengths, masks.map(sum))
@@ -115,10 +84,17 @@ def compare(name: str, work: Workspace, steps: int, rounds: int) -> pd.DataFrame
 
     def measure(who: str, micro_batch: int | None = None) -> dict[str, Any]:
         rate = work.run_peer("rate", device="cpu")[0]["rate"]
-        figures = ours(work) if who == "ours" else peer(work, micro_batch, pack_tokens)
-        mode = f"{figures['micro_batch_tokens']:,} tokens" if who == "ours" else str(micro_batch)
-        share = cost * figures["tokens_per_second"] / rate
-        measured.append(figures | {"who": who, "mode": mode.replace("None", "packed"), "of": share})
+        if who == "ours":
+            metrics = work.train("cpu")
+            metrics |= {"loss": metrics["eval_loss"]}
+            mode = f"{metrics['micro_batch_tokens']:,} tokens"
+        else:
+            job = {"checkpointing": False, "steps": None, "pack_tokens": pack_tokens}
+            metrics = work.train_peer("trl", device="cpu", micro_batch=micro_batch, **job)
+            mode = "packed" if micro_batch is None else str(micro_batch)
+        keys = ("loss", "tokens_per_second", "peak_memory_bytes")
+        share = cost * metrics["tokens_per_second"] / rate
+        measured.append({k: metrics[k] for k in keys} | {"who": who, "mode": mode, "of": share})
         return measured[-1]
 
     with progress.bar(total=len(MICRO_BATCHES) + 2 * rounds, desc=name, unit="run") as bar:
@@ -132,18 +108,17 @@ def compare(name: str, work: Workspace, steps: int, rounds: int) -> pd.DataFrame
             first, second = measure("ours"), measure("trl", best[0])
             bar.update(2)
             if abs(first["loss"] - second["loss"]) > LOSS_TOLERANCE * second["loss"]:
-                raise UserError(
-                    f"{name}: loss {first['loss']:.4f}, and {second['loss']:.4f} by trl"
-                )
+                losses = f"{first['loss']:.4f}, by trl {second['loss']:.4f}"
+                raise UserError(f"{name}: loss {losses}. The two must train on the same tokens.")
     return summarise(name, pd.DataFrame(measured))
 
 
 def summarise(name: str, measured: pd.DataFrame) -> pd.DataFrame:
     """Medians by mode; the ratio to the peer's fastest mode with its range over the rounds."""
-    own = measured[measured["who"] == "ours"]
+    ours = measured[measured["who"] == "ours"]
     peers = measured[measured["who"] != "ours"]
     fastest = peers.iloc[len(MICRO_BATCHES) :]
-    ratios = own["tokens_per_second"].to_numpy() / fastest["tokens_per_second"].to_numpy()
+    ratios = ours["tokens_per_second"].to_numpy() / fastest["tokens_per_second"].to_numpy()
     ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
     rows = []
     for (who, mode), group in measured.groupby(["who", "mode"], sort=False):
@@ -171,7 +146,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(options: Namespace) -> None:
-    """Prepare, measure, write."""
+    """Measure, publish."""
     if not (options.model / "config.json").exists():
         raise UserError(f"{options.model}: not found. Run `dvc repro quantize` first.")
     if not importlib.util.find_spec("trl"):

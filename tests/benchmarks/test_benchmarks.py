@@ -77,7 +77,7 @@ def test_trl_sees_the_same_tokens_and_loss(work, micro_batch):
     work.run("stages.train", env={"QLORA_DEVICE": "cpu"})
     history = pd.read_csv(work.root / "reports/train/loss.csv")
     job = {"micro_batch": micro_batch, "checkpointing": False, "pack_tokens": 128}
-    figures = gpu.peer(work, "trl", common.sys.executable, "cpu", 2, **job)
+    figures = work.train_peer("trl", device="cpu", steps=2, **job)
     assert figures["tokens"] == 8 * 32
     assert figures["loss"] == pytest.approx(history["loss"].mean(), rel=0.01)
 
@@ -86,7 +86,9 @@ def test_prepare_and_datasets_map_agree(tmp_path):
     params = {"data.path": "conversations.jsonl", "prepare.max_rejected": 0.1}
     work = common.Workspace(tmp_path, params)
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    work.link("models/tokenizer", tmp_path / "tokenizer")
+    tiny.model().save_pretrained(tmp_path / "base")
+    for name in ("tokenizer", "base"):
+        work.link(f"models/{name}", tmp_path / name)
     used = prepare.measure(work, 60, tmp_path / "tokenizer")
     assert set(used) == {"prepare", *prepare.PEERS}
     assert all(usage.peak_bytes > 0 for usage in used.values())
