@@ -1,4 +1,4 @@
-"""Evaluate one of the four models: its loss and its replies on held-out conversations.
+"""Evaluate one of the four models: loss and replies on held-out conversations.
 
 Reads:  data/prepared/eval.parquet, data/prepared/format.json, models/tokenizer, and of
         models/{base,quantized,adapter,merged} the variant's own
@@ -15,7 +15,7 @@ from stages.shared.core.errors import run
 
 PREPARED = Path("data/prepared")
 TOKENIZER = Path("models/tokenizer")
-QUANTIZED = Path("models/quantized")  # what an adapter stands on
+QUANTIZED = Path("models/quantized")  # base of the adapter
 MODELS = {
     "base": Path("models/base"),
     "quantized": QUANTIZED,
@@ -27,15 +27,15 @@ ANSWERS = Path("reports/answers")
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The variant to evaluate, dvc.yaml's `evaluate@<variant>`."""
+    """Add the variant, as in dvc.yaml's `evaluate@<variant>`."""
     parser.add_argument("variant", choices=MODELS)
 
 
 def main(options: Namespace) -> None:
-    """Read, score, answer, write."""
+    """Run the stage."""
     variant = options.variant
     settings = params.load(Params, f"evaluate@{variant}")
-    # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with progress.quick_imports():
         from stages.evaluate.evaluate import evaluate  # noqa: PLC0415
 

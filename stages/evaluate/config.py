@@ -8,7 +8,7 @@ from stages.shared.core.params import Section
 
 
 class Evaluate(Section):
-    """Generated replies, of each of the four models."""
+    """Generation of replies."""
 
     generate_rows: Annotated[int, Field(ge=0)]
     max_new_tokens: Annotated[int, Field(ge=1)]

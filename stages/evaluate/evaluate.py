@@ -1,7 +1,6 @@
-"""Score one model on the held-out conversations, and let it reply to some of them."""
+"""Evaluation of a model: loss on held-out conversations, and generated replies."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +28,22 @@ def evaluate(
     data: Path,
     settings: Evaluate,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The metrics and all replies of a model, or of an adapter `onto` one.
+    """Metrics and replies of a model, or of an adapter `onto` one.
 
-    `data` holds eval.parquet and format.json; the report shows `evaluate.prompts` of the replies.
+    `data` holds eval.parquet and format.json. The report shows `evaluate.prompts` of the replies.
     """
-    on = device()
+    target = device()
     tokenizer = load_tokenizer(tokenizer_folder)
     form = templates.read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
     columns = ["messages", "text_bytes", "answer", "language"]
     rows = pq.read_table(data / "eval.parquet", columns=columns).to_pylist()
-    below = onto if loading.is_adapter(model_folder) else model_folder
-    dtype = loading.compute_dtype(below, on)
-    model = loading.load_adapted(model_folder, onto, on)
-    # The weight, and not `num_embeddings`, which a wrapper of peft's does not have.
+    base = onto if loading.is_adapter(model_folder) else model_folder
+    dtype = loading.compute_dtype(base, target)
+    model = loading.load_adapted(model_folder, onto, target)
+    # peft's wrapper has no `num_embeddings`.
     require_vocabulary(examples, len(model.get_input_embeddings().weight))
-    sums, tokens = scoring.score(model, examples, on, dtype, f"{variant}: loss")
+    sums, tokens = scoring.score(model, examples, target, dtype, f"{variant}: loss")
 
     encoder = Encoder(tokenizer, templates.make(form.template, tokenizer))
     prompts: dict[int, list[int]] = {}
@@ -52,35 +51,24 @@ def evaluate(
         if len(prompts) == max(settings.generate_rows, settings.prompts):
             break
         prompt = encoder.encode_prompt(rows[row]["messages"][:-1])
-        if len(prompt) < len(examples[row]):  # else the row was cut inside its prompt
+        if len(prompt) < len(examples[row]):  # else truncated inside the prompt
             prompts[row] = prompt
-    replies = generate.generate(
-        model,
-        tokenizer,
-        list(prompts.values()),
-        form.stop_ids,
-        settings.max_new_tokens,
-        on,
-        dtype,
-    )
+    inputs, limit = list(prompts.values()), settings.max_new_tokens
+    replies = generate.generate(model, tokenizer, inputs, form.stop_ids, limit, target, dtype)
     by_row = dict(zip(prompts, replies, strict=True))
     frame = pd.DataFrame(rows, columns=columns).assign(nats=sums, tokens=tokens)
-    counted = [*by_row][: settings.generate_rows]
-    frame["stopped"] = pd.Series({row: by_row[row].stopped for row in counted}, dtype="boolean")
-    frame["correct"] = pd.Series(
-        {row: _is_correct(rows[row], by_row[row]) for row in counted}, dtype="boolean"
-    )
-    shown = [_shown(rows[row], reply) for row, reply in by_row.items()]
-    return metrics(frame), {"variant": variant, "answers": shown}
+    answers = {row: _answer(rows[row], reply) for row, reply in by_row.items()}
+    for column in ("stopped", "correct"):
+        values = {row: answers[row][column] for row in [*answers][: settings.generate_rows]}
+        frame[column] = pd.Series(values, dtype="boolean")
+    return metrics(frame), {"variant": variant, "answers": [*answers.values()]}
 
 
 def metrics(rows: pd.DataFrame) -> dict[str, Any]:
-    """The metrics over all rows, and over English and other languages.
+    """Metrics over all rows, and by language (English or other).
 
-    Args:
-        rows: of held-out conversations: `nats` (summed over supervised tokens), `tokens`,
-            `text_bytes`, `language`, and, NA where there is none, `stopped` (the reply ended by
-            itself) and `correct` (its last line is the answer).
+    Columns: `nats` (sum over supervised tokens), `tokens`, `text_bytes`, `language`; and NA without
+    a reply, `stopped` (it ended itself) and `correct` (its last line is the answer).
     """
     language = rows["language"].eq("en").map({True: "en", False: "other"})
     by_language = {str(name): summarize(group) for name, group in rows.groupby(language)}
@@ -88,10 +76,10 @@ def metrics(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def summarize(rows: pd.DataFrame) -> dict[str, Any]:
-    """All metrics over the rows, weighted by token; None where there is nothing to measure.
+    """Metrics weighted by token; None where nothing was measured.
 
-    `bits_per_byte` does not depend on the vocabulary: nats / ln 2 / bytes. `stop_rate` is of the
-    `generated_rows`, `exact_match` of the `answered_rows` among them: those with a known answer.
+    `bits_per_byte` (nats / ln 2 / bytes) does not depend on the vocabulary. `stop_rate` is over
+    `generated_rows`, `exact_match` over the `answered_rows` of these, which have a known answer.
     """
     tokens, size = int(rows["tokens"].sum()), int(rows["text_bytes"].sum())
     nats = math.fsum(rows["nats"])
@@ -111,18 +99,14 @@ def summarize(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _is_correct(row: dict[str, Any], reply: generate.Reply) -> bool | None:
-    return None if row["answer"] is None else generate.is_correct(reply.text, row["answer"])
-
-
-def _shown(row: dict[str, Any], reply: generate.Reply) -> dict[str, Any]:
-    messages: Sequence[dict[str, str]] = row["messages"]
+def _answer(row: dict[str, Any], reply: generate.Reply) -> dict[str, Any]:
+    messages, expected = row["messages"], row["answer"]
     return {
         "prompt": messages[:-1],
         "reference": messages[-1]["content"],
-        "expected": row["answer"],
+        "expected": expected,
         "answer": reply.text,
         "stopped": reply.stopped,
-        "correct": _is_correct(row, reply),
+        "correct": None if expected is None else generate.is_correct(reply.text, expected),
         "language": row["language"],
     }

@@ -1,4 +1,4 @@
-"""Generated replies: which rows are prompted, how they are generated, and when one is correct."""
+"""Generation of replies: order of prompts, greedy decoding, exact match."""
 
 import sys
 import unicodedata
@@ -21,38 +21,36 @@ from stages.shared.model.loading import without_adapter
 from stages.shared.model.packing import has_length_dependent_rope
 from stages.shared.weights.precision import autocast
 
-# Fixed, since the other prompts of a batch change a bf16 reply in rare cases. A model of 7B without
-# shared heads caches half a MB of keys and values a token.
+# Fixed, as other prompts in the batch can change a bf16 reply. A 7B model with multi-head attention
+# caches half a MB per token.
 BATCH = 32
-BATCH_TOKENS = 8192  # of prompts and replies, with their padding
-# Replies of these depend on the padding of the batch, on the left.
-UNBATCHED = frozenset({"rwkv"})
+BATCH_TOKENS = 8192  # of prompts and replies, padding included
+UNBATCHED = frozenset({"rwkv"})  # left padding changes their replies
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A generated reply, and whether it ended by itself within its limit of tokens."""
+    """A generated reply."""
 
     text: str
-    stopped: bool
+    stopped: bool  # at a stop token, within `max_new_tokens`
 
 
 def in_order(has_answer: Sequence[bool], seed: int) -> list[int]:
-    """The rows in the order of prompting: those with a checkable answer first, else seeded."""
+    """Row indices in a seeded order, those with a known answer first."""
     order = np.random.default_rng(seed).permutation(len(has_answer))
     return sorted(order.tolist(), key=lambda row: not has_answer[row])
 
 
 def normalize(text: str) -> str:
-    """NFKC, single spaces, no full stop at the end."""
+    """NFKC, single spaces, no final full stop."""
     return " ".join(unicodedata.normalize("NFKC", text).split()).rstrip(".").rstrip()
 
 
 def is_correct(reply: str, answer: str) -> bool:
-    """Whether the reply's last line, normalized, equals the normalized answer.
+    """Whether the normalized last lines of the reply, as many as the answer has, equal the answer.
 
-    As many last lines as the answer has. In any case (Monday, MONDAY), unless the answer is all
-    capitals: then a task demands them.
+    Case is ignored unless the answer is in upper case, which the task then demands.
     """
     lines = reply.strip().split("\n")
     last = normalize("\n".join(lines[-len(answer.strip().split("\n")) :]))
@@ -63,7 +61,7 @@ def is_correct(reply: str, answer: str) -> bool:
 
 
 class _Advance(StoppingCriteria):
-    """Moves the progress bar with every token, and stops nothing."""
+    """Advances the progress bar per token; never stops."""
 
     def __init__(self, bar: Any) -> None:
         self.bar = bar
@@ -83,24 +81,23 @@ def generate(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Reply]:
-    """Reply to each prompt, always the most likely token (greedy), in batches with a cache.
+    """Reply to each prompt by greedy decoding, up to a token of `stop_ids`.
 
-    A reply ends with a token of `stop_ids`, or where a model with learned positions has no more.
+    A model with learned positions stops where they end.
     """
-    # Options that are left open are taken from the model's own: penalties, beams, minimum lengths.
+    # Unset options would be the model's own: penalties, beams, minimum lengths.
     plain: Any = without_adapter(model)
     plain.generation_config = GenerationConfig()
     positions = _learned_positions(plain)
     replies: dict[int, Reply] = {}
     groups = in_groups(prompts, max_new_tokens, BATCH if may_batch(plain.config) else 1)
-    with progress.bar(
-        total=len(groups) * max_new_tokens, desc="answers", unit="batch-token"
-    ) as bar:
+    total = len(groups) * max_new_tokens
+    with progress.bar(total=total, desc="answers", unit="batch-token") as bar:
         for done, group in enumerate(groups, start=1):
             width = max(len(prompts[i]) for i in group)
             ids = torch.full((len(group), width), stop_ids[0], device=device)
             mask = torch.zeros_like(ids)
-            for line, i in enumerate(group):  # padded on the left: replies start in one column
+            for line, i in enumerate(group):  # left padding: all replies start at `width`
                 ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
                 mask[line, width - len(prompts[i]) :] = 1
             config = GenerationConfig(
@@ -123,12 +120,12 @@ def generate(
 
 
 def may_batch(config: Any) -> bool:
-    """Whether prompts of several lengths, padded on the left, leave each other's replies alone."""
+    """Whether replies do not depend on the left padding of a batch."""
     return config.model_type not in UNBATCHED and not has_length_dependent_rope(config)
 
 
 def in_groups(prompts: Sequence[list[int]], new_tokens: int, most: int) -> list[list[int]]:
-    """Indices of prompts of about one length, at most `most` and `BATCH_TOKENS` a group."""
+    """Indices of prompts by length, in groups of at most `most` and `BATCH_TOKENS`."""
     groups: list[list[int]] = [[]]
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
         tokens = (len(groups[-1]) + 1) * (len(prompts[i]) + new_tokens)
@@ -139,18 +136,17 @@ def in_groups(prompts: Sequence[list[int]], new_tokens: int, most: int) -> list[
 
 
 def _learned_positions(model: PreTrainedModel) -> int:
-    """The size of a model's table of positions; without end where it has none (rotary)."""
+    """Size of a model's position embedding; unlimited for rotary positions."""
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     tables.discard(model.get_input_embeddings().weight)
     rows = [len(table) for table in (*tables, *model.buffers()) if table.ndim == 2]
-    if known and any(known <= count <= known + 2 for count in rows):  # OPT has two more
+    if known and any(known <= count <= known + 2 for count in rows):  # OPT adds two
         return int(known)
     return sys.maxsize
 
 
 def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int]) -> Reply:
-    end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
-    return Reply(
-        str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip(), end is not None
-    )
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+    return Reply(text, stopped=end is not None)

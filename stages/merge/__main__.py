@@ -1,4 +1,4 @@
-"""Merge the adapter into one standalone model, and verify that it is the trained one.
+"""Merge the adapter into a standalone model, and verify that it matches the trained one.
 
 Reads:  models/adapter, models/quantized, models/base, models/tokenizer,
         data/prepared/eval.parquet, data/prepared/format.json
@@ -21,9 +21,9 @@ METRICS = Path("reports/merge.json")
 
 
 def main() -> None:
-    """Read, merge, prove, write."""
+    """Run the stage."""
     settings = params.load(Params, "merge")
-    # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with progress.quick_imports():
         from stages.merge.merge import merge  # noqa: PLC0415
 

@@ -6,7 +6,7 @@ from stages.shared.core.params import Section
 
 
 class Merge(Section):
-    """The weights that the adapter is merged onto, and the dtype of the merged file."""
+    """Base weights and dtype of the merged model."""
 
     onto: Literal["quantized", "original"]
     dtype: Literal["fp16", "bf16", "fp32"]

@@ -1,4 +1,4 @@
-"""One standalone model from an adapter and the weights it was trained on."""
+"""Merging of an adapter and its base weights into a standalone model."""
 
 import warnings
 from collections.abc import Mapping
@@ -34,42 +34,39 @@ def merge(
     data: Path,
     folder: Path,
 ) -> dict[str, Any]:
-    """Write a standalone model into `folder`, verify that it is the trained one, and report.
+    """Write a standalone model into the existing `folder`, verify it, and report.
 
-    Args:
-        settings: the parameters.
-        adapter: a PEFT adapter, or a standalone model after a full fine-tune.
-        weights: the folders of the `quantized` and the `original` weights.
-        tokenizer: the tokenizer's folder.
-        data: holds eval.parquet and format.json.
-        folder: an existing folder.
+    `adapter` is a standalone model after full fine-tuning; `weights` are the folders of the
+    `quantized` and the `original` weights; `data` holds eval.parquet and format.json.
     """
-    trained_on, trained_by = weights["quantized"], device()
+    quantized, training_device = weights["quantized"], device()
     refuse_original(adapter, settings.onto)
     if loading.is_adapter(adapter):
         onto = weights[settings.onto]
-        merge_adapter(adapter, onto, folder, DTYPES[settings.dtype], trained_by)
+        merge_adapter(adapter, onto, folder, DTYPES[settings.dtype], training_device)
     else:
-        files.link_folder(adapter, folder)  # standalone already
-    make_standalone(folder, trained_on, tokenizer, read_format(data / "format.json"))
+        files.link_folder(adapter, folder)
+    make_standalone(folder, quantized, tokenizer, read_format(data / "format.json"))
     examples = verify.first_positions(read_examples(data / "eval.parquet"))
     required = settings.onto == "quantized"
-    measured = verify.verify(folder, adapter, trained_on, examples, trained_by, required=required)
-    return {"onto": settings.onto, **measured, "bytes": files.folder_bytes(folder)}
+    metrics = verify.verify(
+        folder, adapter, quantized, examples, training_device, required=required
+    )
+    return {"onto": settings.onto, **metrics, "bytes": files.folder_bytes(folder)}
 
 
 def merge_adapter(
-    adapter: Path, onto: Path, folder: Path, dtype: torch.dtype, trained_by: torch.device
+    adapter: Path, onto: Path, folder: Path, dtype: torch.dtype, training_device: torch.device
 ) -> None:
     """Add the adapter to the dequantized weights in fp32 on a CPU, round once, and save.
 
-    Not `merge_and_unload()` on quantized layers: that quantizes the sum again, and the merged
-    model then agrees with the trained one in only 74 % of its most likely tokens.
+    `merge_and_unload()` on quantized layers quantizes the sum again: that model agrees with the
+    trained one in only 74 % of top-1 tokens.
     """
-    tuned = loading.attach(loading.load_dequantized(onto, trained_by), adapter)
+    tuned = loading.attach(loading.load_dequantized(onto, training_device), adapter)
     untie_adapted_ends(tuned)
     with warnings.catch_warnings():
-        # That embedding and head are tied no more is meant, where only one of them was trained.
+        # Embedding and head are untied on purpose where only one was trained.
         warnings.filterwarnings("ignore", ".*tie")
         merged = tuned.merge_and_unload().to(dtype)
     transpose_as_stored(merged)
@@ -83,7 +80,7 @@ def merge_adapter(
 
 
 def transpose_as_stored(model: PreTrainedModel) -> None:
-    """GPT-2 stores its matrices [in, out], of which quantizing made linear layers, [out, in]."""
+    """Turn linear layers, [out, in], back into GPT-2's Conv1D, [in, out]; quantization did it."""
     with torch.device("meta"):
         stored = type(model)(model.config)
     for name, layer in stored.named_modules():
@@ -96,11 +93,9 @@ def transpose_as_stored(model: PreTrainedModel) -> None:
 
 
 def untie_adapted_ends(tuned: PeftModel) -> None:
-    """Give embedding and head a matrix each, where they share one that an adapter changes.
+    """Untie embedding and head where either has LoRA: merged into one matrix it would change both.
 
-    The adapter was trained on one end alone (or one on each): merged into the shared matrix it
-    would change both. A full copy (`modules_to_save`) is a matrix of its own already; where both
-    ends were trained in full they are one copy, and stay tied.
+    Those trained in full (`modules_to_save`) are copies already, and one tied copy if both are.
     """
     ends = (tuned.get_input_embeddings(), tuned.get_output_embeddings())
     adapted = [end for end in ends if isinstance(end, LoraLayer)]
@@ -110,42 +105,35 @@ def untie_adapted_ends(tuned: PeftModel) -> None:
 
 
 def refuse_original(tuned: Path, onto: str) -> None:
-    """Refuse the original weights for an adapter that fits no others than those it was trained on.
-
-    A full fine-tune changed every weight: there is no adapter. An adapter that began as LoftQ holds
-    the quantization error, which the original weights do not have.
-    """
+    """Raise a UserError if the result of training does not fit the original weights."""
     if onto != "original":
         return
     reason = None
     if not loading.is_adapter(tuned):
         reason = "train.method full leaves a whole model and no adapter"
     elif files.read_json(tuned / "adapter_config.json").get("loftq_config"):
-        reason = "lora.init loftq makes up for an error of quantization that these do not have"
+        reason = "lora.init loftq compensates a quantization error that they do not have"
     if reason:
         raise UserError(
             f"params.yaml: merge.onto is 'original', but {reason}. Set merge.onto to quantized."
         )
 
 
-def make_standalone(folder: Path, trained_on: Path, tokenizer_folder: Path, form: Format) -> None:
-    """Add the tokenizer, with the chat template and end token of training, and the stop tokens.
-
-    The config's dtype is the file's, so that a default load computes with the verified numbers.
-    """
+def make_standalone(folder: Path, quantized: Path, tokenizer_folder: Path, form: Format) -> None:
+    """Add the tokenizer, with training's chat template and end token, and the stop tokens."""
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.chat_template = form.chat_template
     tokenizer.eos_token = form.eos_token
     silenced = add_no_special_tokens(tokenizer)
-    rows = AutoConfig.from_pretrained(trained_on).get_text_config().vocab_size
-    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:  # added, without a row
+    rows = AutoConfig.from_pretrained(quantized).get_text_config().vocab_size
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:  # added to the tokenizer only
         tokenizer.pad_token = form.eos_token
     tokenizer.save_pretrained(folder)
-    # transformers before 5 goes by these, llama.cpp too.
-    stated = {"add_bos_token": False, "add_eos_token": False} if silenced else {}
+    # transformers 4 and llama.cpp read these.
+    flags = {"add_bos_token": False, "add_eos_token": False} if silenced else {}
     if (legacy := getattr(tokenizer, "legacy", None)) is not None:
-        stated["legacy"] = legacy  # which is not saved, and decides on spaces after control tokens
-    _update(folder / "tokenizer_config.json", lambda config: _readable_by_v4(config) | stated)
+        flags["legacy"] = legacy  # decides on spaces after control tokens; transformers drops it
+    _update(folder / "tokenizer_config.json", lambda config: _readable_by_v4(config) | flags)
     ends = {
         "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,
         "pad_token_id": tokenizer.pad_token_id,
@@ -155,7 +143,7 @@ def make_standalone(folder: Path, trained_on: Path, tokenizer_folder: Path, form
 
 
 def _readable_by_v4(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json as transformers 4.57 reads it too, for the same token ids."""
+    """A tokenizer_config.json that transformers 4.57 also reads, for the same token ids."""
     dropped = ("backend", "is_local", "local_files_only")
     config = {key: value for key, value in config.items() if key not in dropped}
     if config.get("tokenizer_class") == "TokenizersBackend":
@@ -166,7 +154,7 @@ def _readable_by_v4(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _v4_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters under the names of transformers 4, which else takes its defaults."""
+    """Rotary parameters by their names in transformers 4, which ignores those of 5."""
     parameters = config.get("rope_parameters") or {}
     local = parameters.get("sliding_attention", {})
     scaling = dict(parameters.get("full_attention", parameters))
@@ -176,7 +164,7 @@ def _v4_rope(config: dict[str, Any]) -> dict[str, Any]:
         named["rotary_emb_base"] = named["rope_theta"]
         named["rotary_pct"] = named["partial_rotary_factor"]
     kind, original = scaling.get("rope_type", "default"), "original_max_position_embeddings"
-    if kind == "longrope" and "factor" not in scaling:  # Phi takes three keys and no others
+    if kind == "longrope" and "factor" not in scaling:  # Phi accepts only these keys
         named[original] = scaling.get(original)
         factors = {key: scaling[key] for key in ("short_factor", "long_factor")}
         named["rope_scaling"] = {"type": kind, **factors}
@@ -187,4 +175,4 @@ def _v4_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 def _update(path: Path, change: Any) -> None:
     config = files.read_json(path) if path.exists() else {}
-    files.write_json(path, change(config))  # renamed into place: a linked original stays as it is
+    files.write_json(path, change(config))  # by a rename, which leaves a linked original as it is

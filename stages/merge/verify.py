@@ -1,8 +1,9 @@
-"""The proof of a merge: two models, the same held-out conversations, position by position."""
+"""Verification of a merge: the merged against the trained model, on held-out conversations."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from stages.shared.model import loading, scoring
 from stages.shared.model.packing import Example
 from stages.shared.weights.precision import autocast
 
-POSITIONS = 4096  # enough to tell an agreement of 0.99 from 0.98; bounds time and memory
+POSITIONS = 4096  # enough to tell an agreement of 0.99 from 0.98
 MIN_TOP1_AGREEMENT = 0.99
 MAX_KL_DIVERGENCE = 1e-3  # nats a token
 FP16_MAX = torch.finfo(torch.float16).max
@@ -23,10 +24,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models agree: mean KL(first ‖ second) in nats a token, and equal top-1 tokens."""
+    """Agreement of two models' predictions."""
 
-    kl_divergence: float
-    top1_agreement: float
+    kl_divergence: float  # mean KL(first ‖ second), nats per token
+    top1_agreement: float  # fraction of positions
     positions: int
 
 
@@ -39,15 +40,15 @@ def verify(
     *,
     required: bool,
 ) -> dict[str, Any]:
-    """Compare the file of a merged model with the trained one: exactly, and as this device runs it.
+    """Compare the merged with the trained model in fp32, and in this device's compute dtype.
 
     Raises:
-        UserError: they disagree though it is `required`, or a default load of the file overflows.
+        UserError: they disagree although agreement is `required`, or fp16 activations overflow.
     """
     trained = trained_exactly(adapter, quantized, examples, device)
     model = loading.load_model(merged, CPU, torch.float32)
     largest = _LargestActivation(model)
-    saved = log_probabilities(model, examples, CPU, torch.float32, "proof: merged")
+    saved = log_probabilities(model, examples, CPU, torch.float32, "verify: merged")
     del model
     exact = compare(trained, saved)
     del trained
@@ -60,9 +61,9 @@ def verify(
             f"reach {largest.value:.3g}. Set merge.dtype to bf16 or fp32."
         )
     dtype = loading.compute_dtype(merged, device)
-    if (device, dtype) != (CPU, torch.float32):  # else it has just been computed
+    if (device, dtype) != (CPU, torch.float32):
         model = loading.load_model(merged, device, dtype)
-        saved = log_probabilities(model, examples, device, dtype, "as run: merged")
+        saved = log_probabilities(model, examples, device, dtype, "runtime: merged")
         del model
     runtime = compare(trained_as_run(adapter, quantized, examples, device), saved)
     return {
@@ -79,29 +80,26 @@ def verify(
 def trained_exactly(
     adapter: Path, quantized: Path, examples: Sequence[Example], device: torch.device
 ) -> list[torch.Tensor]:
-    """Log-probabilities of the trained model in fp32, its adapter not merged.
-
-    The weights below it are rounded as `device` rounds them before it multiplies.
-    """
+    """Log-probabilities of the trained model in fp32, with the weights that `device` multiplies."""
     model: nn.Module
     if loading.is_adapter(adapter):
         model = loading.attach(loading.load_dequantized(quantized, device), adapter)
     else:
         model = loading.load_model(adapter, CPU, torch.float32)
-    return log_probabilities(model, examples, CPU, torch.float32, "proof: trained")
+    return log_probabilities(model, examples, CPU, torch.float32, "verify: trained")
 
 
 def trained_as_run(
     adapter: Path, quantized: Path, examples: Sequence[Example], device: torch.device
 ) -> list[torch.Tensor]:
-    """The same as this device computes it: in half precision every layer rounds otherwise."""
+    """Log-probabilities of the trained model in this device's compute dtype."""
     dtype = loading.compute_dtype(quantized if loading.is_adapter(adapter) else adapter, device)
     model = loading.load_adapted(adapter, quantized, device)
-    return log_probabilities(model, examples, device, dtype, "as run: adapter")
+    return log_probabilities(model, examples, device, dtype, "runtime: adapter")
 
 
 class _LargestActivation:
-    """The largest magnitude among inputs and outputs of a model's modules."""
+    """Largest magnitude among inputs and outputs of all modules."""
 
     def __init__(self, model: nn.Module) -> None:
         self.value = torch.zeros(())
@@ -116,14 +114,8 @@ class _LargestActivation:
 
 def first_positions(examples: Sequence[Example]) -> list[Example]:
     """The first conversations, up to `POSITIONS` supervised tokens."""
-    chosen: list[Example] = []
-    total = 0
-    for example in examples:
-        total += example.supervised_tokens
-        if chosen and total > POSITIONS:
-            break
-        chosen.append(example)
-    return chosen
+    totals = accumulate(example.supervised_tokens for example in examples)
+    return list(examples[: max(1, sum(total <= POSITIONS for total in totals))])
 
 
 @torch.inference_mode()
@@ -134,7 +126,7 @@ def log_probabilities(
     dtype: torch.dtype,
     desc: str,
 ) -> list[torch.Tensor]:
-    """The distribution at each supervised position, a tensor a batch: fp32 [supervised, vocab]."""
+    """Log-probabilities at supervised positions, fp32 [supervised, vocabulary] per batch."""
     result = []
     for batch in scoring.batches(examples, device, desc):
         with autocast(device, dtype):
@@ -144,14 +136,10 @@ def log_probabilities(
 
 
 def compare(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> Agreement:
-    """Compare two models' log-probabilities, batch by batch.
-
-    Raises:
-        UserError: one of them is not a number.
-    """
+    """Compare two models' log-probabilities, which must be finite."""
     divergence, equal, positions = 0.0, 0, 0
     for one, other in zip(first, second, strict=True):
-        p = one.exp()  # a token of probability 0 adds nothing, where the other may say so too
+        p = one.exp()  # 0·log 0 is 0, even where both are 0
         terms = torch.where(p == 0, 0.0, p * (one - other))
         divergence += terms.sum(-1, dtype=torch.float64).sum().item()
         equal += int((one.argmax(-1) == other.argmax(-1)).sum())
@@ -162,15 +150,12 @@ def compare(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> Ag
             "conversations; nothing was written. Train at a lower train.learning_rate, or set "
             "merge.dtype to bf16 or fp32."
         )
-    # Rounding can leave a sum of zeros a hair below zero.
+    # Rounding can make a sum of zeros negative.
     return Agreement(max(0.0, divergence / positions), equal / positions, positions)
 
 
 def require(agreement: Agreement, dtype: torch.dtype) -> None:
-    """Refuse a merged model that is not the trained one.
-
-    One token may differ however few there are: two that are equally likely change places.
-    """
+    """Raise a UserError if agreement is too low; one top-1 token may always differ, for ties."""
     differ = round((1 - agreement.top1_agreement) * agreement.positions)
     allowed = max(1, int((1 - MIN_TOP1_AGREEMENT) * agreement.positions))
     if differ <= allowed and agreement.kl_divergence <= MAX_KL_DIVERGENCE:
@@ -181,8 +166,8 @@ def require(agreement: Agreement, dtype: torch.dtype) -> None:
         torch.float32: "fp32 rounds nothing: please report this fault with your params.yaml.",
     }
     raise UserError(
-        f"models/merged: over {agreement.positions} held-out positions it agrees with the adapter "
-        f"in {agreement.top1_agreement:.4f} of its most likely tokens (at least "
-        f"{MIN_TOP1_AGREEMENT}), at {agreement.kl_divergence:.2e} nats a token (at most "
-        f"{MAX_KL_DIVERGENCE}); nothing was written. {advice[dtype]}"
+        f"models/merged: differs from the adapter at {agreement.positions} held-out positions: "
+        f"top-1 agreement {agreement.top1_agreement:.4f} (at least {MIN_TOP1_AGREEMENT}), KL "
+        f"{agreement.kl_divergence:.2e} nats a token (at most {MAX_KL_DIVERGENCE}); "
+        f"nothing was written. {advice[dtype]}"
     )

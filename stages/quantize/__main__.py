@@ -1,4 +1,4 @@
-"""The base model in the chosen precision, once: quantized, measured, measured.
+"""Quantize the base model and measure its quantization error.
 
 Reads:  models/base
 Writes: models/quantized, reports/quantize.json, reports/quantize.svg
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.quantize.config import Params, Quantize
-from stages.shared.core import files, progress
+from stages.shared.core import files, machine, progress
 from stages.shared.core.errors import run
-from stages.shared.core.machine import device
 from stages.shared.core.params import load
 
 if TYPE_CHECKING:
@@ -24,32 +23,27 @@ CHART = Path("reports/quantize.svg")
 
 
 def quantize(
-    base: Path, target: Path, chart_file: Path, settings: Quantize, on: "torch.device"
+    base: Path, target: Path, chart_file: Path, settings: Quantize, device: "torch.device"
 ) -> dict[str, Any]:
-    """Write the model, whole or not at all, and the chart of its codebooks; returns the report.
+    """Write the model and the chart of its codebooks; returns the report.
 
-    `bits_per_parameter` and `relative_error` are those of the files that were written, over all
-    matrices that a linear layer or an expert multiplies with.
+    `bits_per_parameter` and `relative_error` are of the written files, over the weights of all
+    linear layers and experts.
     """
-    # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with progress.quick_imports():
         from stages.shared.weights.checkpoint import Weights  # noqa: PLC0415
 
         # isort: split
-        from stages.quantize import (  # noqa: PLC0415
-            chart,
-            convert,
-            expected_bits,
-            quantization_error,
-        )
+        from stages.quantize import chart, convert, expected_bits, quantization_error  # noqa: PLC0415
 
     with files.whole_folder(target) as folder:
-        layout = convert.convert(base, folder, settings, on)
+        layout = convert.convert(base, folder, settings, device)
         written = Weights(folder)
         matrices = expected_bits.linear_matrices(written.parameters, layout.looked_up)
         expected_bits.require_expected_bits(matrices, settings)
-        original = quantization_error.Base(Weights(base), layout, on)
-        measured = quantization_error.measure(original, written, matrices, on)
+        original = quantization_error.Base(Weights(base), layout, device)
+        measured = quantization_error.measure(original, written, matrices, device)
         middle = matrices[len(matrices) // 2].name
         chart.draw(chart_file, middle, original.matrix(middle), measured)
         return {
@@ -70,7 +64,7 @@ def quantize(
 def main() -> None:
     """Run the stage."""
     settings = load(Params, "quantize").quantize
-    report = quantize(BASE, QUANTIZED, CHART, settings, device())
+    report = quantize(BASE, QUANTIZED, CHART, settings, machine.device())
     files.write_json(REPORT, report)
 
 

@@ -1,4 +1,4 @@
-"""Chart of the codebooks: a layer's histogram of weights over the levels of each 4-bit type."""
+"""Chart of the 4-bit codebooks under the histogram of one layer's weights."""
 
 from pathlib import Path
 
@@ -9,16 +9,12 @@ from stages.quantize.quantization_error import QuantizationError, blocks, codebo
 from stages.shared.core import files
 
 BINS = 120
-LABELS = {
-    "nf4": "nf4",
-    "linear4_clipped": "linear, clipped",
-    "linear4_absmax": "linear",
-    "fp4": "fp4",
-}
+LINEAR = {"linear4_clipped": "linear, clipped", "linear4_absmax": "linear"}
+LABELS = {"nf4": "nf4", **LINEAR, "fp4": "fp4"}
 
 
 def draw(path: Path, name: str, weight: torch.Tensor, measured: QuantizationError) -> None:
-    """Draw the histogram of one weight, fp32 [out, in], over the codebooks, the best at the top."""
+    """Draw the histogram of a weight, fp32 [out, in], over the codebooks, the best first."""
     fractions = normalized(blocks(weight)).flatten()
     density = torch.histc(fractions.cpu(), bins=BINS, min=-1, max=1) / len(fractions) * BINS / 2
     edges = torch.linspace(-1, 1, BINS + 1)
@@ -33,14 +29,9 @@ def draw(path: Path, name: str, weight: torch.Tensor, measured: QuantizationErro
     below.set_ylabel("levels")
     top.tick_params(labelbottom=False)
     for row, kind in enumerate(ranked):
-        below.eventplot(
-            levels[kind],
-            lineoffsets=-row,
-            linelengths=0.6,
-            linewidths=2,
-            color=colors[kind],
-            label=f"{LABELS[kind]}: {measured.errors[kind]:.2%}",
-        )
+        label = f"{LABELS[kind]}: {measured.errors[kind]:.2%}"
+        style = {"linelengths": 0.6, "linewidths": 2, "color": colors[kind]}
+        below.eventplot(levels[kind], lineoffsets=-row, label=label, **style)
     below.set_yticks([-row for row in range(len(ranked))], [LABELS[kind] for kind in ranked])
     below.grid(visible=False, axis="y")
     below.set_xlabel("weight, as a fraction of the largest magnitude in its block of 64")

@@ -1,4 +1,4 @@
-"""The base model in the chosen precision, quantized as it is read, as a folder for transformers."""
+"""Conversion of a transformers model to the chosen precision, quantized as it is read."""
 
 import gc
 import os
@@ -31,17 +31,12 @@ from stages.shared.weights import heap
 from stages.shared.weights.checkpoint import Weights, load_strictly
 from stages.shared.weights.precision import DTYPES
 
-SHARD_BYTES = 5_000_000_000  # a larger model becomes several files and an index
+SHARD_BYTES = 5_000_000_000
 FP16_MAX = torch.finfo(torch.float16).max
 
 
 def convert(base: Path, target: Path, settings: Quantize, device: torch.device) -> Layout:
-    """Write the base in the chosen precision into a folder that exists.
-
-    Raises:
-        UserError: the device cannot compute in the precision, a weight does not fit into it, is
-            missing or not finite, or the disk has no room.
-    """
+    """Write the base in the chosen precision into an existing folder."""
     weights = Weights(base)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if problem := device_problem(settings, capability):
@@ -55,43 +50,35 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
     save(model, base, target)
     described = layout(model)
     del model
-    gc.collect()  # its modules refer to one another: without this it stays for seconds
+    gc.collect()  # modules refer to each other
     return described
 
 
 def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> str | None:
-    """Why a CUDA device of this compute capability cannot compute in the precision, or None.
-
-    A CPU, whose capability is None, can.
-    """
+    """Reason why a CUDA device cannot compute in the precision, or None; a CPU (None) can."""
     if capability is None:
         return None
-    here = f"this CUDA device has compute capability {capability[0]}.{capability[1]}"
     if settings.precision == "int8" and capability < (7, 5):
-        return (
-            f"quantize.precision is int8, which needs 7.5, but {here}. "
-            "Set quantize.precision=nf4, or QLORA_DEVICE=cpu."
-        )
-    if settings.dense_dtype == "bf16" and capability < (8, 0):
+        key, needed, alternative = "precision", "7.5", "nf4"
+    elif settings.dense_dtype == "bf16" and capability < (8, 0):
         key = "precision" if settings.precision == "bf16" else "compute_dtype"
-        return (
-            f"quantize.{key} is bf16, which needs 8.0, but {here}. "
-            f"Set quantize.{key}=fp16, or QLORA_DEVICE=cpu."
-        )
-    return None
+        needed, alternative = "8.0", "fp16"
+    else:
+        return None
+    return (
+        f"quantize.{key} is {getattr(settings, key)}, which needs compute capability {needed}, but "
+        f"this CUDA device has {capability[0]}.{capability[1]}. "
+        f"Set quantize.{key}={alternative}, or QLORA_DEVICE=cpu."
+    )
 
 
 def require_fp16_range(base: Weights, settings: Quantize) -> None:
-    """Refuse weights that become infinite in fp16; bitsandbytes quantizes int8 through fp16 too.
-
-    Raises:
-        UserError: names the first such tensor.
-    """
+    """Raise a UserError for a weight that overflows fp16, through which int8 is quantized too."""
     parameters = base.parameters
     with progress.bar(total=len(parameters), desc="range of fp16", unit="tensor") as bar:
         for stored in parameters:
             tensor = base.tensor(stored.name)
-            # Old checkpoints hold masks, and the scalar to mask with, that no model reads.
+            # A scalar is the mask value of an old checkpoint, which no model reads.
             weight = tensor.is_floating_point() and tensor.ndim and tensor.numel()
             largest = float(tensor.float().abs().max()) if weight else 0.0
             if largest > FP16_MAX:
@@ -105,12 +92,21 @@ def require_fp16_range(base: Weights, settings: Quantize) -> None:
 
 
 def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrainedModel:
-    """Quantize tensor by tensor, so that little but the result is ever in memory.
+    """Load and quantize tensor by tensor, so that memory holds little but the result.
 
-    Not `load_model`, whose settings for this machine must not be written; and not
-    `from_pretrained(folder)`, which releases nothing that it reads until all is read.
+    `load_model` would save this machine's settings; `from_pretrained(folder)` releases what it has
+    read only at the end.
     """
-    empty = _empty(weights.folder)
+    base = weights.folder
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{base}/config.json: transformers cannot build a causal language model from it "
+            f"({error!r:.200}). Repair it, or choose another model."
+        ) from None
     with loading_bar(f"into {settings.precision}"):
         return load_strictly(
             weights,
@@ -123,21 +119,8 @@ def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrain
         )
 
 
-def _empty(base: Path) -> PreTrainedModel:
-    """The model that the config describes, without weights."""
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{base}/config.json: transformers makes no causal language model of it "
-            f"({error!r:.200}). Mend it, or choose another model."
-        ) from None
-
-
 def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:
-    """The configuration of bitsandbytes; None for a dense precision."""
+    """Configuration of bitsandbytes; None for a dense precision."""
     if settings.precision in FOUR_BIT:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -150,11 +133,9 @@ def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:
 
 @contextmanager
 def loading_bar(desc: str) -> Iterator[None]:
-    """Our progress bar in the place of transformers'; trims the heap between tensors."""
+    """Replaces transformers' progress bar; trims the heap between tensors."""
 
-    def shown(
-        _factory: Any, args: tuple[Collection[Any]], _kwargs: dict[str, Any]
-    ) -> Iterator[Any]:
+    def iterate(_factory: Any, args: tuple[Collection[Any]], _kwargs: Any) -> Iterator[Any]:
         trim = heap.Trimmer()
         with progress.bar(total=len(args[0]), desc=desc, unit="tensor") as bar:
             for item in args[0]:
@@ -162,7 +143,7 @@ def loading_bar(desc: str) -> Iterator[None]:
                 trim()
                 bar.update()
 
-    previous = set_tqdm_hook(shown)
+    previous = set_tqdm_hook(iterate)
     try:
         yield
     finally:
@@ -170,16 +151,15 @@ def loading_bar(desc: str) -> Iterator[None]:
 
 
 def save(model: PreTrainedModel, base: Path, target: Path) -> None:
-    """Write config and weights; the base's generation config is copied as it is.
+    """Write config and weights, and copy the base's generation config.
 
-    transformers refuses to write some that it reads, those of well-known models among them.
+    transformers refuses to save some generation configs that it loads, well-known models' included.
     """
     model.generation_config = GenerationConfig.from_model_config(model.config)
     try:
         model.save_pretrained(target, max_shard_size=SHARD_BYTES)
-    except SafetensorError as error:  # a full disk, as an error that says so to `errors.run`
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
+    except SafetensorError as error:  # for a full disk, `errors.run` expects an OSError
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(target)) from None
@@ -189,7 +169,7 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
 
 
 def layout(model: PreTrainedModel) -> Layout:
-    """The layout of a model, read from its modules."""
+    """Layout of a loaded model."""
     head = model.get_output_embeddings()
     looked_up, transposed = {}, set()
     for name, module in model.named_modules():
@@ -197,6 +177,6 @@ def layout(model: PreTrainedModel) -> Layout:
             looked_up[f"{name}.weight"] = module.weight
         if Conv1D in (type(module), getattr(module, "source_cls", None)):
             transposed.add(f"{name}.weight")
-    # As they are saved: GPT-NeoX's head has another name in files than its module.
+    # By their saved names: GPT-NeoX saves its head under another name.
     as_saved = revert_weight_conversion(model, looked_up)
     return Layout(frozenset(as_saved), frozenset(transposed), model.base_model_prefix)

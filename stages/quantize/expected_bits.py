@@ -1,8 +1,7 @@
-"""Expected bits a parameter of a precision, held against the bytes that were written.
+"""Expected bits per parameter of a precision, compared with the written bytes.
 
-transformers 5 fuses the experts of a mixture into one three-dimensional parameter, and bitsandbytes
-quantizes linear layers only: it leaves such experts in bf16 without a word. So every matrix counts
-here, not only the quantized ones.
+All matrices count: transformers 5 fuses the experts of a mixture into one three-dimensional
+parameter, which bitsandbytes silently leaves in bf16, as it quantizes linear layers only.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,39 +12,35 @@ from stages.quantize.quantization_error import BLOCK
 from stages.shared.core.errors import UserError
 from stages.shared.weights.checkpoint import Stored
 
-NESTED_BLOCK = 256  # block constants that share one, where they are quantized too
+NESTED_BLOCK = 256  # block constants that share a constant in double quantization
 DENSE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-# Tables of each matrix, whatever its size: the 16 levels in fp32 and a description in JSON of under
-# 256 bytes; with double quantization, the 256 levels of the constants.
-TABLE_BYTES = 16 * 4 + 256
-NESTED_TABLE_BYTES = 256 * 4
-# Small matrices that are rightly dense, a router among experts; one linear layer forgotten in
-# thirty times seven is more than that.
+TABLE_BYTES = 16 * 4 + 256  # of a 4-bit matrix: codebook in fp32, and metadata in JSON, at most
+NESTED_TABLE_BYTES = 256 * 4  # codebook of the constants
+# For small dense matrices like a router; one dense linear layer among 30 × 7 exceeds it.
 TOLERANCE = 0.01
 
 
 def linear_matrices(parameters: Iterable[Stored], looked_up: frozenset[str]) -> list[Stored]:
-    """The parameters that a linear layer or an expert multiplies with; no embedding, no head."""
+    """Weights of linear layers and experts, without embedding and head."""
     return [p for p in parameters if len(p.shape) > 1 and p.name not in looked_up]
 
 
 def bits_per_parameter(matrices: Sequence[Stored]) -> float:
-    """Measured: everything in the files that belongs to these matrices."""
+    """Stored bits per parameter, with all constants."""
     return 8 * sum(m.bytes for m in matrices) / sum(m.parameters for m in matrices)
 
 
 def quantized_parameters(matrices: Iterable[Stored]) -> int:
-    """How many of the parameters are stored in int8, fp4 or nf4."""
+    """Number of parameters in int8, fp4 or nf4."""
     return sum(m.parameters for m in matrices if m.parts)
 
 
 def expected_bytes(shape: tuple[int, ...], precision: str, double_quant: bool) -> int:
-    """Bytes of a matrix, without the tables that do not grow with it.
+    """Bytes of a matrix, without tables of a fixed size.
 
-    int8 has one fp32 constant a row (LLM.int8(), https://arxiv.org/abs/2208.07339); 4-bit types one
-    a block, or one byte a block and one fp32 constant for 256 of those (QLoRA,
-    https://arxiv.org/abs/2305.14314): 0.5 or 0.127 bits a parameter.
+    int8 has an fp32 constant per row (LLM.int8(), arXiv:2208.07339), 4-bit types one per block of
+    64, or with double quantization a byte per block and an fp32 constant per 256 blocks (QLoRA,
+    arXiv:2305.14314): 0.5 or 0.127 bits per parameter.
     """
     count = prod(shape)
     if precision in DENSE_BYTES:
@@ -58,11 +53,7 @@ def expected_bytes(shape: tuple[int, ...], precision: str, double_quant: bool) -
 
 
 def require_expected_bits(matrices: Sequence[Stored], settings: Quantize) -> None:
-    """Hold the files to the precision's bits.
-
-    Raises:
-        UserError: they take more, or less; names the matrix that is furthest off.
-    """
+    """Raise a UserError that names the worst matrix, unless the files have the expected size."""
 
     def expected(matrix: Stored) -> int:
         return expected_bytes(matrix.shape, settings.precision, settings.double_quant)
@@ -73,9 +64,8 @@ def require_expected_bits(matrices: Sequence[Stored], settings: Quantize) -> Non
     if abs(written - due) <= allowed:
         return
     worst = max(matrices, key=lambda m: abs(m.bytes - expected(m)))
-    others = [m for m in matrices if m.kind != settings.precision]
     count = sum(m.parameters for m in matrices)
-    share = sum(m.parameters for m in others) / count
+    share = sum(m.parameters for m in matrices if m.kind != settings.precision) / count
     raise UserError(
         f"quantize.precision is {settings.precision}, {8 * due / count:.2f} bits a parameter, but "
         f"{8 * written / count:.2f} were written: {worst.name} is {worst.kind}, as are {share:.0%} "

@@ -1,18 +1,16 @@
-"""Attention inside each conversation of a packed row, without computing across conversations.
+"""Attention for packed rows, computed inside each conversation only.
 
-The mask that transformers makes for a packed row is right, but everything it hides is computed
-first: of 16 conversations of 50 tokens, fifteen parts in sixteen. Here a GPU's flash-attention
-kernel is told where conversations end; a CPU computes batched matmuls (`cpu_attention`). Where
-neither covers it, the library's own attention is called once a conversation. That goes by the mask
-where it is not told the lengths (in generation), or where a layer looks back less far than the
-longest of them (a sliding window).
+With transformers' mask, attention across conversations is computed and then masked: 15/16 of the
+work for 16 conversations of equal length. Here a GPU calls the variable-length flash-attention
+kernel, a CPU batched matmuls (`cpu_attention`), anything else SDPA once per conversation. SDPA with
+the mask remains for generation (no lengths) and for a sliding window without the kernel.
 
 Source: Dao 2023, FlashAttention-2, arXiv:2307.08691; torch 2.13, torch/nn/attention/varlen.py.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -28,8 +26,8 @@ from stages.shared.model.packing import to_device
 from stages.shared.weights import precision
 
 NAME = "sdpa_per_conversation"
-LARGEST_HEAD = 256  # elements, that the kernel takes
-CAPABILITIES = (8, 0), (12, 1)  # of the first and the last GPU that the kernel is made for
+LARGEST_HEAD = 256  # elements, in the kernel
+CAPABILITIES = (8, 0), (12, 1)  # first and last that the kernel is built for
 
 
 def attend(
@@ -41,22 +39,16 @@ def attend(
     conversation_lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: [batch, tokens, heads, head size], and no weights.
+    """Attention function for transformers: [batch, tokens, heads, head size], and no weights.
 
-    Args:
-        module: the attention layer.
-        query: [batch, heads, tokens, head size].
-        key: [batch, key-value heads, tokens, head size].
-        value: as `key`.
-        attention_mask: bool [batch, 1, tokens, tokens], or None for plain causal attention.
-        conversation_lengths: of a packed row (batch 1), in tokens.
-        kwargs: for `sdpa_attention_forward`.
+    `query`, `key` and `value` are [batch, heads, tokens, head size]. `conversation_lengths`, in
+    tokens, are those of a packed row (batch 1); `kwargs` go to `sdpa_attention_forward`.
     """
     lengths, window = conversation_lengths, kwargs.get("sliding_window")
     windowed = bool(lengths and window and max(lengths) > window)
     if lengths and not kwargs.get("dropout"):
-        dtype = precision.matmul_dtype(query)  # as autocast would have it for the library's own
-        # An index would copy the gradient, into zeros.
+        dtype = precision.matmul_dtype(query)
+        # Not `[0]`, whose backward pass copies the gradient into zeros.
         q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
         if has_kernel(q.device, dtype, q.shape[-1], v.shape[-1]):
             return flash_attend(q, k, v, kwargs["scaling"], lengths, window)[None], None
@@ -64,41 +56,36 @@ def attend(
             return cpu_attention.attend(q, k, v, kwargs["scaling"], lengths)[None], None
     if not lengths or windowed:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = [
-        sdpa_attention_forward(
-            module, *(x[:, :, start:end] for x in (query, key, value)), None, **kwargs
-        )[0]
-        for start, end in pairwise(accumulate(lengths, initial=0))
-    ]
-    return torch.cat(parts, dim=1), None
+    parts = zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True)
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts]
+    return torch.cat(outputs, dim=1), None
 
 
 def needs_mask(config: Any, lengths: Sequence[int], weight: torch.Tensor) -> bool:
-    """Whether attention to a packed row goes by its mask.
+    """Whether attention to a packed row reads the mask; `weight` is any of the model's.
 
-    transformers makes a mask unless it is told not to, used or not: a byte for each pair of tokens,
-    a GiB at 32,768; and it waits for the device first. `weight` is any of the model's.
+    transformers otherwise builds one that is not used, a byte for each pair of tokens (1 GiB for
+    32,768 tokens), and synchronizes with the device.
     """
     if config._attn_implementation != NAME:
         return True
     window = getattr(config, "sliding_window", None)
     if window is None or max(lengths) <= window:
         return False
-    if getattr(config, "attention_dropout", 0):  # no kernel drops out, see `attend`
+    if getattr(config, "attention_dropout", 0):  # as in `attend`
         return True
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return not has_kernel(weight.device, precision.matmul_dtype(weight), size, size)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> bool:
-    """Whether torch's flash-attention kernel takes heads of these sizes, without dropout.
+    """Whether torch's flash-attention kernel supports these head sizes, without dropout.
 
     Source: torch 2.13, aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp,
     `mha_varlen_fwd`; sdp_utils.cpp, `check_flash_attention_hardware_support`.
     """
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if size != value_size or size % 8 or size > LARGEST_HEAD:
+    fits = size == value_size and size % 8 == 0 and size <= LARGEST_HEAD
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or not fits:
         return False
     first, last = CAPABILITIES
     return first <= torch.cuda.get_device_capability(device) <= last
@@ -112,37 +99,27 @@ def flash_attend(
     lengths: Sequence[int],
     window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention inside each conversation: one kernel call for all of a row.
+    """Causal attention inside each conversation, in one kernel call: fp16 or bf16, as `query`.
 
-    Args:
-        query: fp16 or bf16 [tokens, heads, head size], as the result.
-        key: [tokens, key-value heads, head size]; heads that follow each other share one.
-        value: as `key`.
-        scaling: the factor on the scores.
-        lengths: of conversations, in tokens.
-        window: how many tokens, itself included, a token may look at; None for all before it.
+    `query`, `key` and `value` are [tokens, heads, head size]; adjacent heads share a key-value
+    head. `window` is a number of tokens, the token itself included; None is unlimited.
     """
     offsets = cumulative_lengths(tuple(lengths), query.device)
     longest = max(lengths)
-    result = varlen_attn(
-        query,
-        key,
-        value,
-        offsets,
-        offsets,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(window - 1 if window else -1, 0),  # of others, to the left and to the right
-        enable_gqa=True,
+    positions = (offsets, offsets, longest, longest)
+    window_size = (window - 1 if window else -1, 0)  # other tokens to the left and to the right
+    return cast(
+        torch.Tensor,
+        varlen_attn(
+            query, key, value, *positions, scale=scaling, window_size=window_size, enable_gqa=True
+        ),
     )
-    return cast(torch.Tensor, result)  # alone, as no logarithms were requested
 
 
-@lru_cache(maxsize=1)  # every layer of a step has the same: one copy to the device for all
+@lru_cache(maxsize=1)  # the same in every layer: one copy to the device a step
 def cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Where each conversation begins, and where the last one ends: int32 [conversations + 1]."""
-    with torch.inference_mode(False):  # a tensor made while scoring must serve training too
+    """Start of each conversation and end of the last: int32 [conversations + 1]."""
+    with torch.inference_mode(False):  # training uses a tensor cached by scoring
         return to_device(np.array([*accumulate(lengths, initial=0)], dtype=np.int32), device)
 
 

@@ -1,36 +1,33 @@
 """Causal attention as batched matmuls, for a CPU.
 
-torch's own kernel for a CPU reaches an eighth of the machine's matmul rate in its backward pass.
-Here queries are taken in blocks, each against the keys up to its end, so that little of what
-causality hides is computed; heads that share keys are one matmul, and conversations of about the
-same length one batch. Scores and their softmax are in fp32 whatever the inputs are in (rounded to
-bf16 before the softmax they made gradients a quarter noisier), and are computed again in the
-backward pass: none is saved, whatever the length.
+torch's CPU kernel reaches an eighth of the machine's matmul rate in its backward pass. Here queries
+are blocked, each block against the keys up to its end, so that little is computed above the
+diagonal; heads that share keys are one matmul, conversations of about the same length one batch.
+Scores and softmax are in fp32 (in bf16, gradients are a quarter noisier), and recomputed in the
+backward pass instead of saved.
 
     P = softmax(s·Q·Kᵀ),  O = P·V
     ∂V = Pᵀ·∂O,  ∂P = ∂O·Vᵀ,  ∂S = P∘(∂P − Σ P∘∂P),  ∂Q = s·∂S·K,  ∂K = s·∂Sᵀ·Q
 
-Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; for the blocks and the recomputation, Dao
-et al. 2022, FlashAttention, arXiv:2205.14135, appendix B.
+Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; blocks, recomputation: Dao et al. 2022,
+FlashAttention, arXiv:2205.14135, appendix B.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise, starmap
 from typing import Any
 
 import torch
 
 from stages.shared.weights.precision import exact_matmuls
 
-# Of the scores of one block, in fp32; and the most queries in it, beyond which too much of the
-# triangle is computed in vain.
-SCORES_BYTES = 16 * 2**20
-MOST_QUERIES = 192
-LANES = 16  # fp32 numbers that a CPU takes at once; a softmax of 61 takes as long as one of 90
-# Padding that costs as many pairs of tokens as a conversation of so many tokens has is worth it:
-# matmuls are fewer and larger.
+SCORES_BYTES = 16 * 2**20  # fp32 scores of one block
+MOST_QUERIES = 192  # of a block: larger ones compute too much above the diagonal
+LANES = 16  # fp32 elements of a CPU vector; a softmax of 61 takes as long as one of 90
+# Padding is worth its cost, for fewer and larger matmuls, up to 128² pairs of tokens.
 PADDING_TOKENS = 128
 
 
@@ -41,48 +38,34 @@ def attend(
     scaling: float,
     lengths: Sequence[int],
 ) -> torch.Tensor:
-    """Causal attention inside each conversation: [tokens, heads, head size].
+    """Causal attention inside each conversation: [tokens, heads, head size], as `query`.
 
-    Args:
-        query: [tokens, heads, head size].
-        key: [tokens, key-value heads, head size]; heads that follow each other share one.
-        value: as `key`.
-        scaling: s.
-        lengths: of conversations, in tokens.
+    `key` and `value` may have fewer heads; adjacent heads of `query` share one. `lengths` are those
+    of conversations, in tokens.
     """
     return _Attention.apply(query, key, value, scaling, tuple(lengths))
 
 
-def block_queries(heads: int, length: int) -> int:
-    """Queries of each conversation in one block, for the heads of all conversations together."""
-    return min(length, MOST_QUERIES, max(1, SCORES_BYTES // (4 * heads * length)))
-
-
 @dataclass(frozen=True)
 class LengthGroup:
-    """Neighbours in a packed row that are about equally long, padded to one length."""
+    """Adjacent conversations of a packed row of similar length, padded to one length."""
 
-    start: int  # of the first, in tokens
+    span: slice  # of the row, in tokens
     lengths: tuple[int, ...]
 
     @property
     def conversations(self) -> int:
-        """How many they are."""
+        """Number of conversations."""
         return len(self.lengths)
 
     @property
     def length(self) -> int:
-        """Padded length in tokens; of one conversation alone, its own."""
+        """Padded length in tokens; a single conversation is not padded."""
         longest = max(self.lengths)
         return longest if self.conversations == 1 else -(-longest // LANES) * LANES
 
-    @property
-    def span(self) -> slice:
-        """Their part of the row."""
-        return slice(self.start, self.start + sum(self.lengths))
-
     def gather(self, row: torch.Tensor) -> torch.Tensor:
-        """Their values of a row [tokens, ...]: [conversations, length, ...], padded with zeros."""
+        """From a row [tokens, ...] to [conversations, length, ...], padded with zeros."""
         own = row[self.span]
         if self.conversations == 1:
             return own[None]
@@ -90,29 +73,30 @@ class LengthGroup:
         return with_zero.index_select(0, self._sources).unflatten(0, (-1, self.length))
 
     def scatter(self, padded: torch.Tensor, row: torch.Tensor) -> None:
-        """Write padded values back into a row, without the padding."""
+        """Write padded values back into a row."""
         flat = padded.flatten(0, 1)
         row[self.span] = flat if self.conversations == 1 else flat.index_select(0, self._targets)
 
     @cached_property
     def _targets(self) -> torch.Tensor:
-        """The padded position of each token: int64 [their tokens]."""
+        """Padded position of each token: int64 [tokens]."""
         positions = [torch.arange(n) + i * self.length for i, n in enumerate(self.lengths)]
         return torch.cat(positions)
 
     @cached_property
     def _sources(self) -> torch.Tensor:
-        """The token at each padded position, or one past them all: int64 [padded tokens]."""
+        """Token at each padded position, or one past the last: int64 [padded tokens]."""
         tokens = len(self._targets)
         sources = torch.full((self.conversations * self.length,), tokens)
         sources[self._targets] = torch.arange(tokens)
         return sources
 
 
-@lru_cache(maxsize=4)  # all layers of a step have the same
+@lru_cache(maxsize=4)  # the same in all layers of a step
 def length_groups(lengths: tuple[int, ...]) -> tuple[LengthGroup, ...]:
-    """All conversations of a row, in groups; `packing.bins` orders them by length."""
-    groups, padding = list[list[int]](), 0
+    """Group the conversations of a row, which `packing.bins` orders by length."""
+    groups: list[list[int]] = []
+    padding = 0
     for length in lengths:
         padding += abs(groups[-1][0] ** 2 - length**2) if groups else 0
         if groups and padding < PADDING_TOKENS**2:
@@ -120,11 +104,8 @@ def length_groups(lengths: tuple[int, ...]) -> tuple[LengthGroup, ...]:
         else:
             groups.append([length])
             padding = 0
-    result, start = list[LengthGroup](), 0
-    for group in groups:
-        result.append(LengthGroup(start, tuple(group)))
-        start += sum(group)
-    return tuple(result)
+    spans = starmap(slice, pairwise(accumulate(map(sum, groups), initial=0)))
+    return tuple(map(LengthGroup, spans, map(tuple, groups)))
 
 
 class _Attention(torch.autograd.Function):
@@ -140,7 +121,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.scaling, ctx.lengths = scaling, lengths
         result = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for group in length_groups(lengths):  # a workspace has no name: it goes before the next
+        for group in length_groups(lengths):  # a name would keep a workspace alive beyond the next
             group.scatter(_Workspace(query, key, value, scaling, group).results(), result)
         return result
 
@@ -157,14 +138,11 @@ class _Attention(torch.autograd.Function):
 
 
 class _Workspace:
-    """Conversations of one length in the order that matmuls want, and a buffer for scores.
+    """Inputs of a length group in matmul layout, and a buffer for scores.
 
-    The buffer is used again for the next block: fresh pages cost as much as a matmul.
-
-    Attributes:
-        query: [conversations · key-value heads, length · heads that share one, head size].
-        key: [conversations · key-value heads, length, head size].
-        value: as `key`.
+    `query` is [conversations · key-value heads, length · heads that share one, head size]; `key`
+    and `value` are [conversations · key-value heads, length, head size]. All blocks use one buffer,
+    as fresh pages cost as much as a matmul.
     """
 
     def __init__(
@@ -177,7 +155,8 @@ class _Workspace:
     ) -> None:
         heads, self.key_heads = query.shape[1], key.shape[1]
         self.sharing, self.length = heads // self.key_heads, group.length
-        self.size = block_queries(heads * group.conversations, group.length)
+        row_bytes = 4 * heads * group.conversations * self.length
+        self.size = min(self.length, MOST_QUERIES, max(1, SCORES_BYTES // row_bytes))
         self.scaling = scaling
         self.query, self.key, self.value = (
             self.by_key_head(group.gather(x)) for x in (query, key, value)
@@ -187,30 +166,29 @@ class _Workspace:
         scores = heads * group.conversations * self.size * self.length
         self._scores = self._query32.new_empty(scores)
         self._low = query.new_empty(scores)
-        # In the square of a block's own keys, those above the diagonal are still to come. What pads
-        # a conversation comes after all of it.
+        # For a block's own keys; padding comes after all tokens, so this masks it too.
         self._causal = self._query32.new_full((self.size, 1, self.size), -torch.inf)
         self._causal[:, 0].triu_(1)
 
     def blocks(self) -> Iterator[tuple[slice, int]]:
-        """Rows of `query`, and how many keys they may look at."""
+        """Rows of `query` and the number of keys they attend to."""
         for start in range(0, self.length, self.size):
             end = min(start + self.size, self.length)
             yield slice(start * self.sharing, end * self.sharing), end
 
     def by_key_head(self, padded: torch.Tensor) -> torch.Tensor:
-        """[conversations, length, heads, size] with heads that share keys behind each other."""
+        """[conversations, length, heads, size] to the layout of `query`."""
         by_key = padded.unflatten(2, (self.key_heads, -1)).transpose(1, 2)
         return by_key.reshape(-1, by_key.shape[2] * by_key.shape[3], padded.shape[-1])
 
     def by_head(self, rows: torch.Tensor) -> torch.Tensor:
-        """The way back."""
+        """Inverse of `by_key_head`."""
         sharing = rows.shape[1] // self.length
         by_key = rows.view(-1, self.key_heads, self.length, sharing, rows.shape[-1])
         return by_key.transpose(1, 2).flatten(2, 3)
 
     def probabilities(self, rows: slice, end: int) -> torch.Tensor:
-        """P of these rows over the first `end` keys, in fp32."""
+        """P of these rows over the first `end` keys, fp32."""
         query, key = self._query32[:, rows], self._key32[..., :end]
         scores = _view(self._scores, (*query.shape[:2], end))
         with exact_matmuls(self.query.dtype):
@@ -221,7 +199,7 @@ class _Workspace:
         return torch.softmax(scores, dim=-1, out=scores)
 
     def lowered(self, scores: torch.Tensor) -> torch.Tensor:
-        """A copy in the dtype of the inputs."""
+        """Copy in the dtype of the inputs."""
         return _view(self._low, scores.shape).copy_(scores)
 
     def results(self) -> torch.Tensor:
@@ -233,7 +211,7 @@ class _Workspace:
         return self.by_head(result)
 
     def gradients(self, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """∂Q, ∂K and ∂V for a gradient ∂O, the last two in fp32."""
+        """∂Q, and ∂K and ∂V in fp32, from ∂O."""
         dresult, values = self.by_key_head(gradient), self.value.transpose(1, 2)
         dquery = torch.empty_like(self.query)
         dkey = torch.zeros(self.key.shape, dtype=torch.float32, device=gradient.device)
@@ -244,19 +222,15 @@ class _Workspace:
             low = self.lowered(p)
             dvalue[:, :end] += torch.bmm(low.transpose(1, 2), dresult[:, rows])
             dp = torch.bmm(dresult[:, rows], values[..., :end], out=low)
-            dscores = self.lowered(_softmax_backward(_view(buffer, p.shape).copy_(dp), p))
+            dscores = _view(buffer, p.shape).copy_(dp)  # ∂P, then ∂S
+            torch.ops.aten._softmax_backward_data.out(
+                dscores, p, -1, torch.float32, grad_input=dscores
+            )
+            dscores = self.lowered(dscores)
             dquery[:, rows] = torch.bmm(dscores, self.key[:, :end])
             dkey[:, :end] += torch.bmm(dscores.transpose(1, 2), self.query[:, rows])
-        return tuple(
-            map(self.by_head, (dquery.mul_(self.scaling), dkey.mul_(self.scaling), dvalue))
-        )
-
-
-def _softmax_backward(gradient: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """∂S = P∘(∂P − Σ P∘∂P), in the place of ∂P."""
-    return torch.ops.aten._softmax_backward_data.out(
-        gradient, result, -1, torch.float32, grad_input=gradient
-    )
+        gradients = (dquery.mul_(self.scaling), dkey.mul_(self.scaling), dvalue)
+        return tuple(map(self.by_head, gradients))
 
 
 def _view(buffer: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -1,18 +1,17 @@
-"""Models and adapters, loaded one way, so that every stage computes with the same weights."""
+"""Loading of models and adapters, the same in every stage."""
 
-# ruff: noqa: E402  (caches are bounded and warnings silenced before the libraries are imported)
+# ruff: noqa: E402  (environment and warnings are set before the libraries are imported)
 
 import os
 import warnings
 from pathlib import Path
 
-# oneDNN compiles each matmul for one shape, and conversations have many lengths. It keeps 0.3 MB
-# of it, and the layer above it 0.26 MB that describe it: a thousand of each unless told otherwise.
-# A micro-batch has about 50 shapes: 64 compile hardly more often, 32 three times as often.
+# oneDNN compiles and caches each matmul shape: 0.56 MB each, 1,024 by default. A micro-batch has
+# about 50 shapes: with 64 it hardly compiles more often, with 32 three times as often.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-warnings.filterwarnings("ignore", message="`loftq_config` specified")  # a note for the merge
+warnings.filterwarnings("ignore", message="`loftq_config` specified")  # merging reads it
 
 from stages.shared.weights import bnb, precision  # before peft imports bitsandbytes
 from stages.shared.weights.checkpoint import Weights, load_strictly, require_finite
@@ -28,90 +27,70 @@ from stages.shared.model import attention
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a model's weights that are not quantized, as its config says."""
-    (folder / "config.json").open().close()  # transformers would ask the hub
+    """Dtype of a model's dense weights, from its config."""
+    (folder / "config.json").open().close()  # if it is missing, transformers would query the hub
     return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
 
 
 def compute_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """The dtype that a device computes a model in: its own, or fp32 (`precision.compute_dtype`)."""
+    """Compute dtype of a model on a device: its own, or fp32 (`precision.compute_dtype`)."""
     return precision.compute_dtype(stored_dtype(folder), device.type)
 
 
 def load_model(
     folder: Path, device: torch.device, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A base, quantized or merged model, in evaluation mode.
+    """Load a base, quantized or merged model in evaluation mode.
 
-    Args:
-        folder: holds config.json and *.safetensors.
-        device: where the weights go.
-        dtype: of the weights that are not quantized; None for `compute_dtype`.
-
-    Raises:
-        UserError: a weight is missing, unexpected, of a wrong shape or not finite.
+    `dtype` is that of dense weights, by default `compute_dtype`. Raises as `load_strictly`.
     """
     weights = Weights(folder)
     dtype = dtype or compute_dtype(folder, device)
     model = _load(weights, device, dtype)
     bnb.guard(model, device)
-    if model.dtype != dtype:  # of a quantized model, transformers leaves the rest as it is stored
-        _cast(model, model.dtype, dtype)
+    stored = model.dtype
+    if stored != dtype:  # transformers leaves the dense weights of a quantized model as stored
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay in fp32
+            if parameter.dtype == stored:
+                parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 
 def _load(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """With our attention, or where an architecture cannot have it (Gemma 2, gpt-oss), its own."""
-    for implementation in (attention.NAME, "sdpa", "eager"):
+    """Load with our attention, or the library's where unsupported (Gemma 2, gpt-oss)."""
+    options = {"dtype": dtype, "device_map": {"": device}}
+    for attn in (attention.NAME, "sdpa", "eager"):
         try:
-            return load_strictly(
-                weights,
-                AutoModelForCausalLM,
-                dtype=dtype,
-                device_map={"": device},
-                attn_implementation=implementation,
-            )
+            return load_strictly(weights, AutoModelForCausalLM, attn_implementation=attn, **options)
         except (KeyError, ValueError) as error:
-            refused = error
-    raise refused
-
-
-def _cast(model: nn.Module, stored: torch.dtype, dtype: torch.dtype) -> None:
-    """Cast parameters, and no buffers: rotary frequencies stay in fp32."""
-    for parameter in model.parameters():
-        if parameter.dtype == stored:
-            parameter.data = parameter.data.to(dtype)
+            unsupported = error
+    raise unsupported
 
 
 def load_dequantized(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The weights that training saw, as an ordinary fp32 model on the CPU.
+    """Load the weights that training on `device` saw, as a plain fp32 model on the CPU.
 
-    Every 4-bit layer becomes an `nn.Linear` of exactly the numbers that its forward pass multiplies
-    with, rounded to the compute dtype as there. An int8 layer holds its integers times their
-    scales, unrounded; when it runs it also rounds the other factor, the activations. A model that
-    is not quantized is only cast, which loses nothing.
-
-    Args:
-        folder: as of `load_model`.
-        device: whose forward pass is meant: a GPU rounds to bf16 what a CPU may multiply in fp32.
+    A 4-bit layer becomes an `nn.Linear` with the values of its forward pass, rounded to that
+    device's compute dtype. An int8 layer becomes its integers times their scales, unrounded; its
+    forward pass also rounds activations. A dense model is cast.
     """
     model = _load(Weights(folder), torch.device("cpu"), torch.float32)
     bnb.guard(model, device)
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize(dtype=torch.float32)
-        del model._weight_conversions  # of the reading of quantized weights; saving reverses it
+        del model._weight_conversions  # saving would reverse those for quantized weights
     return model.float().eval()
 
 
 def load_adapted(adapter: Path, onto: Path, device: torch.device) -> PreTrainedModel | PeftModel:
-    """The tuned model: an adapter on the weights below it, or a fully tuned model itself."""
+    """Load an adapter on the model `onto`, or a fully fine-tuned model."""
     if not is_adapter(adapter):
         return load_model(adapter, device)
     return attach(load_model(onto, device), adapter)
 
 
 def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Put a trained adapter on a model, frozen and not merged.
+    """Attach a trained adapter to a model, frozen and not merged.
 
     Raises:
         UserError: a tensor of the adapter is missing, unexpected, of a wrong shape or not finite.
@@ -120,29 +99,27 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
     config.inference_mode = True
     weights = Weights(adapter)
     tuned = PeftModelForCausalLM(model, config)
-    # By the names and shapes that peft would save; its own result leaves out `modules_to_save`.
-    due = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    tensors = {name: weights.tensor(name) for name in weights.shapes}
-    for name in sorted(due.keys() - tensors.keys()):
-        raise weights.refusal(name, "is missing from the adapter")
-    for name in sorted(tensors.keys() - due.keys()):
-        raise weights.refusal(
-            name, "is no tensor of the adapter that adapter_config.json describes"
-        )
+    # peft's own load result leaves out `modules_to_save`.
+    expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    tensors = {name: weights.tensor(name) for name in weights.lazy_tensors()}
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise weights.error(name, "is missing from the adapter")
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise weights.error(name, "is no tensor of the adapter that adapter_config.json describes")
     for name, tensor in tensors.items():
-        if tensor.shape != due[name].shape:
-            shapes = f"{list(tensor.shape)}, but the model makes it {list(due[name].shape)}"
-            raise weights.refusal(name, f"has shape {shapes}")
+        if tensor.shape != expected[name].shape:
+            shapes = f"{list(tensor.shape)}, but the model makes it {list(expected[name].shape)}"
+            raise weights.error(name, f"has shape {shapes}")
     require_finite(tensors, weights)
     set_peft_model_state_dict(tuned, tensors)
     return tuned.eval()
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
-    """The model of transformers below an adapter; itself where there is none."""
+    """The transformers model, with or without an adapter on it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter (and not a standalone model)."""
+    """Whether a folder holds a PEFT adapter, not a standalone model."""
     return (folder / "adapter_config.json").is_file()

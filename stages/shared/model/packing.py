@@ -1,9 +1,9 @@
-"""Conversations laid end to end in one row, with no padding and without seeing each other.
+"""Packing: conversations end to end in one row, without padding or attention across them.
 
-Positions restart with each conversation. Given these positions and no attention mask, transformers
-builds an attention mask that is causal inside each conversation and closed between them
-(`find_packed_sequence_indices` in `transformers.masking_utils`); an attention mask, even one of all
-ones, would switch that off. `attention.py` goes by `lengths` where it can.
+Positions restart with each conversation. From them transformers builds a mask that is causal inside
+each conversation and closed between them (`find_packed_sequence_indices` in
+`transformers.masking_utils`), unless an attention mask is given, even one of all ones.
+`attention.py` uses `lengths` instead where it can.
 """
 
 import math
@@ -20,28 +20,26 @@ import torch
 
 from stages.shared.core.errors import UserError
 
-UNEVEN = 1.1  # the fullest part of a partition, at most, over an even one
+UNEVEN = 1.1  # tokens of the fullest part over an even share, at most
 
-# Architectures that may pack. A packed row keeps conversations apart by its positions and lengths:
-# both concern attention alone. A state that runs along the row (Mamba, linear attention), a
-# convolution, or a mask of a model's own making knows nothing of them, and would let each
-# conversation see those before it. So each of these is tested, with a window shorter than a
-# conversation where it has one; in any other, each conversation is computed by itself.
+# Architectures that may pack, each tested, with a sliding window shorter than a conversation where
+# it has one. Positions and lengths separate conversations in attention only: recurrent states
+# (Mamba, linear attention), convolutions and custom masks would leak between them.
 PACKING = frozenset(
     "apertus arcee bitnet cohere cohere2 ernie4_5 exaone4 gemma gemma3_text glm glm4 gpt2 "  # noqa: SIM905
     "gpt_bigcode gpt_neox granite hunyuan_v1_dense llama mistral mixtral nemotron olmo olmo2 olmo3 "
     "opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2".split()
 )
-# Rotary embeddings whose frequencies depend on the longest conversation of the row.
+# Rotary embeddings whose frequencies depend on the longest conversation in the row.
 LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: `input_ids` int64 [tokens], `loss_mask` bool [tokens], and its row."""
+    """A tokenized conversation."""
 
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
+    input_ids: np.ndarray  # int64 [tokens]
+    loss_mask: np.ndarray  # bool [tokens]
     row: int
 
     def __len__(self) -> int:
@@ -54,20 +52,20 @@ class Example:
 
     @cached_property
     def supervised_tokens(self) -> int:
-        """The number of its tokens that are predicted."""
+        """Number of supervised tokens."""
         return len(self.predictors)
 
     @cached_property
     def input_tokens(self) -> int:
-        """The number of its tokens that go through a model: those up to the last that predicts.
+        """Number of tokens up to the last predictor, which are all that the loss depends on.
 
-        Nothing supervised sees those after it. All where none is supervised.
+        All tokens if none is supervised.
         """
         return int(self.predictors[-1]) + 1 if len(self.predictors) else len(self)
 
 
 def read_examples(path: Path) -> list[Example]:
-    """All conversations of a split that `prepare` wrote, in order."""
+    """Read a split that `prepare` wrote."""
     table = pq.read_table(path, columns=["input_ids", "loss_mask"])
     return [
         Example(np.asarray(ids.values, dtype=np.int64), np.asarray(mask.values, dtype=bool), row)
@@ -76,11 +74,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def require_vocabulary(examples: Sequence[Example], size: int) -> None:
-    """Refuse tokens beyond the rows of an embedding; a tokenizer may have more than occur.
-
-    Raises:
-        UserError: names the largest.
-    """
+    """Raise a UserError if a token that occurs has no row in the embedding."""
     largest = max((int(e.input_ids.max()) for e in examples), default=0)
     if largest >= size:
         raise UserError(
@@ -91,18 +85,18 @@ def require_vocabulary(examples: Sequence[Example], size: int) -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch: all int64, on the device but for `rows`."""
+    """A micro-batch: int64 tensors, on the device except for `rows`."""
 
     input_ids: torch.Tensor  # [1, tokens]
     position_ids: torch.Tensor  # [1, tokens], from 0 in each conversation
     predictors: torch.Tensor  # [supervised], positions whose logits predict a supervised token
     targets: torch.Tensor  # [supervised], the tokens they should predict
     rows: torch.Tensor  # [supervised], of their conversations; on the host, where losses are summed
-    lengths: tuple[int, ...]  # of the conversations, in tokens
+    lengths: tuple[int, ...]  # tokens of each conversation
 
 
 def pack(examples: Sequence[Example], device: torch.device) -> Packed:
-    """Lay conversations end to end, each up to its `input_tokens`."""
+    """Concatenate conversations, each up to its `input_tokens`."""
     lengths = [e.input_tokens for e in examples]
     starts = accumulate(lengths[:-1], initial=0)
     ids = np.concatenate([e.input_ids[: e.input_tokens] for e in examples])
@@ -122,10 +116,7 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array as a tensor, without waiting for the device; on a CPU they share memory.
-
-    CUDA copies from pinned memory while the host goes on; for any other the host waits.
-    """
+    """Copy to CUDA from pinned memory, asynchronously; on a CPU the tensor shares memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -133,7 +124,7 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def unpack(batch: Packed) -> Iterator[Packed]:
-    """Each conversation of a row in a row of its own, in their order."""
+    """Split a packed row into one row per conversation, in order."""
     for start, end in pairwise(accumulate(batch.lengths, initial=0)):
         own = (batch.predictors >= start) & (batch.predictors < end)
         yield Packed(
@@ -147,45 +138,42 @@ def unpack(batch: Packed) -> Iterator[Packed]:
 
 
 def may_pack(config: Any) -> bool:
-    """Whether conversations in one row of this model, a transformers config, stay separate."""
+    """Whether packed conversations stay separate in a model of this transformers config."""
     return config.model_type in PACKING and not has_length_dependent_rope(config)
 
 
 def has_length_dependent_rope(config: Any) -> bool:
-    """Whether rotary frequencies of any layer depend on what else is in the batch."""
-    parameters = getattr(config, "rope_parameters", None) or {}  # one, or one a kind of layer
+    """Whether rotary frequencies of any layer depend on the rest of the batch."""
+    parameters = getattr(config, "rope_parameters", None) or {}  # for all layers, or per layer type
     every = (parameters, *(part for part in parameters.values() if isinstance(part, dict)))
     return any(part.get("rope_type") in LENGTH_DEPENDENT for part in every)
 
 
 def bins(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
-    """Micro-batches of at most `max_tokens` tokens, in order of length.
+    """Micro-batches of at most `max_tokens` tokens, by first-fit decreasing.
 
-    First-fit decreasing: the longest first, each into the first micro-batch with room. A
-    conversation longer than `max_tokens` stands alone: it is never cut here.
+    A conversation longer than `max_tokens` gets its own; none is truncated.
     """
     batches: list[list[Example]] = []
-    room: list[int] = []
+    free: list[int] = []
     for example in sorted(examples, key=_longest_first):
-        for index, free in enumerate(room):
-            if example.input_tokens <= free:
-                batches[index].append(example)
-                room[index] -= example.input_tokens
-                break
-        else:
-            batches.append([example])
-            room.append(max_tokens - example.input_tokens)
+        tokens = example.input_tokens
+        index = next((i for i, left in enumerate(free) if tokens <= left), len(free))
+        if index == len(free):
+            batches.append([])
+            free.append(max_tokens)
+        batches[index].append(example)
+        free[index] -= tokens
     return batches
 
 
 def partition(
     examples: Sequence[Example], max_tokens: int, workers: int, uneven: float = UNEVEN
 ) -> list[list[list[Example]]]:
-    """The micro-batches of at most so many workers, with about as many tokens for each.
+    """Micro-batches of each of at most `workers` workers, balanced by tokens.
 
-    Where the fullest has more than `uneven` times an even share, fewer work, with more cores for
-    each: one that is done early waits for the others. One alone has micro-batches as small as
-    theirs would have been, so that it needs no more memory.
+    Fewer work, with more cores each, if the fullest would have more than `uneven` times an even
+    share. A single worker's micro-batches are as small as if all worked, to need no more memory.
     """
     for count in range(workers, 1, -1):
         parts = _even_parts(examples, count)
@@ -196,9 +184,9 @@ def partition(
 
 
 def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
-    """The longest first, each to the part with the fewest tokens; then exchanges to even them out.
+    """Greedy partition, longest first to the emptiest part, then improved by exchanges.
 
-    Source: Graham 1969, Bounds on Multiprocessing Timing Anomalies, for the first.
+    Source: Graham 1969, Bounds on Multiprocessing Timing Anomalies (the greedy part).
     """
     parts: list[list[Example]] = [[] for _ in range(count)]
     for example in sorted(examples, key=_longest_first):
@@ -214,21 +202,17 @@ def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
 def _best_exchange(
     parts: Sequence[list[Example]],
 ) -> tuple[list[Example], list[Example], int, int | None] | None:
-    """The fullest part, another, and an index in each (None: nothing back) that evens them most."""
+    """The fullest part, another, and an index in each (None: move only) that evens them most."""
     fullest = max(parts, key=input_tokens)
     exchanges = [
         (abs(gap - 2 * moved), fullest, other, mine, theirs)
         for other in parts
         if (gap := input_tokens(fullest) - input_tokens(other)) > 0
-        for mine in range(len(fullest))
-        for theirs in (None, *range(len(other)))
-        if 0 < (moved := fullest[mine].input_tokens - _length(other, theirs)) < gap
+        for mine, example in enumerate(fullest)
+        for theirs, back in ((None, 0), *((i, e.input_tokens) for i, e in enumerate(other)))
+        if 0 < (moved := example.input_tokens - back) < gap
     ]
     return min(exchanges, key=lambda exchange: exchange[0])[1:] if exchanges else None
-
-
-def _length(examples: Sequence[Example], index: int | None) -> int:
-    return 0 if index is None else examples[index].input_tokens
 
 
 def _longest_first(example: Example) -> tuple[int, int]:
@@ -236,5 +220,5 @@ def _longest_first(example: Example) -> tuple[int, int]:
 
 
 def input_tokens(examples: Sequence[Example]) -> int:
-    """The number of tokens of these conversations that go through a model."""
+    """Total input tokens."""
     return sum(example.input_tokens for example in examples)

@@ -1,7 +1,6 @@
-"""The scorer: negative log-likelihoods of the supervised tokens of held-out conversations.
+"""Scorer: negative log-likelihoods of supervised tokens of held-out conversations.
 
-Training's evaluations, `evaluate` and the proof of a merge call it with the same batching, so that
-their numbers are one number.
+Training, `evaluate` and merge verification call it with the same batching, so their numbers agree.
 """
 
 import inspect
@@ -19,17 +18,16 @@ from stages.shared.model.loading import without_adapter
 from stages.shared.model.packing import Example, Packed
 from stages.shared.weights.precision import autocast
 
-# Fixed, and no setting of the machine: in bf16 the same rows in other batches score a little
-# differently (3.27070 and 3.27108 nats were seen). Small, so that conversations packed together
-# waste little of the attention on each other.
+# Fixed: in bf16 other batches score differently (3.27070 and 3.27108 nats). Small: without our
+# attention, packed conversations are computed against each other.
 SCORING_TOKENS = 1024
 
 
 def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
-    """Logits [supervised, vocabulary] that predict the supervised tokens, in the compute dtype.
+    """Logits that predict the supervised tokens: compute dtype [supervised, vocabulary].
 
-    No other position reaches the head: most of a chat's tokens are not supervised, and the logits
-    are the largest tensor of a step.
+    The head sees no other position: most tokens of a chat are not supervised, and logits are the
+    largest tensor of a step.
     """
     if not packing.may_pack(model.config):
         return torch.cat([_unpacked_logits(model, one) for one in packing.unpack(batch)])
@@ -44,15 +42,15 @@ def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
 
 
 def _unpacked_logits(model: Any, batch: Packed) -> torch.Tensor:
-    """The same of one conversation, from arguments that every causal model takes."""
+    """Logits of one conversation, by arguments that every causal model takes."""
     if "logits_to_keep" not in inspect.signature(without_adapter(model).forward).parameters:
         return model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.predictors]
-    output = model(input_ids=batch.input_ids, logits_to_keep=batch.predictors, use_cache=False)
-    return output.logits[0]
+    keep = {"logits_to_keep": batch.predictors, "use_cache": False}
+    return model(input_ids=batch.input_ids, **keep).logits[0]
 
 
 def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
-    """Per supervised token, in nats: fp32 [supervised]."""
+    """Negative log-likelihood of each supervised token in nats: fp32 [supervised]."""
     logits = supervised_logits(model, batch).float()
     return cross_entropy(logits, batch.targets, reduction="none")
 
@@ -60,7 +58,7 @@ def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
 def batches(
     examples: Sequence[Example], device: torch.device, desc: str, share: slice = slice(None)
 ) -> Iterator[Packed]:
-    """The scorer's micro-batches, or one process's share of them, under a progress bar."""
+    """The scorer's micro-batches, or one process's share, with a progress bar."""
     micro_batches = packing.bins(examples, SCORING_TOKENS)[share]
     with progress.bar(total=sum(map(len, micro_batches)), desc=desc, unit="row") as bar:
         for micro_batch in micro_batches:
@@ -77,15 +75,10 @@ def score(
     desc: str,
     share: slice = slice(None),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum the negative log-likelihood of each conversation's supervised tokens.
+    """Sum the negative log-likelihoods of each conversation; keeps the model's mode.
 
-    Args:
-        model: a causal language model, with or without an adapter; its mode is left as it was.
-        examples: `row` numbers them from 0 to len(examples) - 1.
-        device: where the model is.
-        dtype: see `loading.compute_dtype`.
-        desc: of the progress bar.
-        share: of the micro-batches, where several processes score together and add up their sums.
+    `row` numbers the examples from 0. Processes that score a `share` of the micro-batches each add
+    up their sums.
 
     Returns:
         The sums in nats, float64 [rows]; and the number of supervised tokens, int64 [rows].
@@ -104,5 +97,5 @@ def score(
 
 
 def mean_loss(sums: np.ndarray, tokens: np.ndarray) -> float:
-    """Mean negative log-likelihood per supervised token, in nats."""
+    """Mean over supervised tokens, in nats."""
     return float(sums.sum() / tokens.sum())

@@ -1,14 +1,13 @@
-"""bitsandbytes, imported here alone and before peft or transformers import it; and its guard.
+"""bitsandbytes, imported here only and before peft or transformers do.
 
-It decorates functions of its own with `torch.compile`, which imports most of torch's compiler: 0.7
-seconds and 40 MB of each process. Imported from here, they are compiled at their first call.
+It decorates functions with `torch.compile`, which imports most of torch's compiler: 0.7 seconds and
+40 MB of each process. Imported from here, they are compiled at their first call.
 """
 
 import ctypes
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial, wraps
 from typing import Any, cast
 
@@ -17,16 +16,16 @@ from torch import nn
 
 from stages.shared.weights.precision import compute_dtype
 
-# On a CPU it tells of a hub kernel it lacks, and of a cast with every int8 product.
+# On a CPU it warns of a missing hub kernel, and of a cast in every int8 matmul.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 
 _compile = torch.compile
 
 
-def _compiled_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+def _compile_at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     if function is None:
-        return partial(_compiled_when_called, **options)
+        return partial(_compile_at_first_call, **options)
 
     @cache
     def compiled() -> Callable[..., Any]:
@@ -39,16 +38,8 @@ def _compiled_when_called(function: Callable[..., Any] | None = None, **options:
     return call
 
 
-@contextmanager
-def _compiling_late() -> Iterator[None]:
-    torch.compile = cast(Any, _compiled_when_called)
-    try:
-        yield
-    finally:
-        torch.compile = _compile
-
-
-with _compiling_late():
+torch.compile = cast(Any, _compile_at_first_call)
+try:
     from bitsandbytes.cextension import lib
     from bitsandbytes.functional import (  # noqa: F401  (for the other modules)
         QuantState,
@@ -62,17 +53,17 @@ with _compiling_late():
     from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit  # noqa: F401
     from bitsandbytes.optim.optimizer import Optimizer8bit  # noqa: F401
+finally:
+    torch.compile = _compile
 
-
-# Of the C functions' names; they have accuracy issues with larger blocks.
 _C_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_LARGEST_BLOCK = 1024
+_LARGEST_BLOCK = 1024  # the C functions are inaccurate beyond it
 
 
 def dequantize_4bit_into(
     codes: torch.Tensor, state: QuantState, buffer: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
-    """`dequantize_4bit` on a CPU, into `buffer(shape, dtype)`: its operator has no `out` there.
+    """`dequantize_4bit` on a CPU into `buffer(shape, dtype)`; the library's has no `out` there.
 
     Source: bitsandbytes 0.50.2, bitsandbytes/backends/cpu/ops.py, `dequantize_4bit`.
     """
@@ -88,19 +79,16 @@ def dequantize_4bit_into(
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit | Linear8bitLt]:
-    """The layers that bitsandbytes holds, by name."""
+    """Quantized layers by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
 
 
 def guard(model: nn.Module, device: torch.device) -> None:
-    """Keep bitsandbytes from repacking weights, and give each 4-bit layer one dtype for its device.
+    """Prevent weight repacking, and dequantize to one dtype in forward, backward and merge.
 
-    On a CPU with AVX512-BF16, an evaluation forward of `Linear4bit` repacks the weight in place:
-    every later backward pass, dequantization or merge reads garbage (measured: gradient norm 3.07
-    before one evaluation, 0.50 after it).
-
-    The forward pass dequantizes to the layer's compute dtype, the backward pass (and a merge) to
-    the dtype noted when the weights were quantized: here the two become one.
+    On a CPU with AVX512-BF16, an evaluation forward of `Linear4bit` repacks the weight in place,
+    and whatever reads it later reads garbage (gradient norm 3.07 before, 0.50 after). Without this
+    the forward pass uses the layer's compute dtype, the others the quantization state's.
     """
     for layer in quantized_layers(model).values():
         if isinstance(layer, Linear4bit):

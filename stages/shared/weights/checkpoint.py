@@ -1,7 +1,6 @@
-"""Weights in safetensors files: read one tensor at a time, and loaded by transformers strictly.
+"""safetensors checkpoints: lazy reading, and strict loading through transformers.
 
-bitsandbytes stores a quantized matrix as several tensors: the packed weight, and the parts that
-turn it back into numbers.
+bitsandbytes stores a quantized matrix as several tensors: the packed weight and its constants.
 """
 
 import json
@@ -15,7 +14,7 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # whatever is loaded lies in a folder
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are loaded from folders only
 
 from stages.shared.weights import bnb  # before transformers and peft import bitsandbytes
 
@@ -38,32 +37,32 @@ _PART_OF_4BIT = re.compile(
     rf"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{_STATE}(?:nf4|fp4))"
 )
 _PART_OF_INT8 = re.compile(r"(.+)\.(SCB|weight_format)")
-# Causal masks that old checkpoints hold, and the scalar to mask with: no weights.
+# Causal masks in old checkpoints, and the scalar they mask with.
 _MASKS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
-REMEDY = "Write the folder again (dvc repro), or mend the model it came from."
+REMEDY = "Write the folder again (dvc repro), or repair the model it came from."
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter of the model, as a file holds it."""
+    """A parameter as it is stored."""
 
     name: str
-    shape: tuple[int, ...]  # of its numbers, packed or not
+    shape: tuple[int, ...]  # of the dequantized weight
     kind: str  # fp32, bf16, fp16, int8, fp4, nf4, or another dtype of safetensors
-    bytes: int  # all its tensors together
+    bytes: int  # including the constants
     parts: dict[str, str]  # tensor names of a quantized matrix's constants, by `absmax`, `SCB`, …
 
     @property
     def parameters(self) -> int:
-        """The number of its numbers."""
+        """Number of elements."""
         return prod(self.shape)
 
 
 class Weights:
-    """All *.safetensors of a folder; only headers are read until a tensor is needed.
+    """All *.safetensors of a folder; only their headers are read at once.
 
     Raises:
-        UserError: the folder holds none (transformers would look for pickles), or one is damaged.
+        UserError: the folder has none (transformers would look for pickles), or one is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,7 +70,7 @@ class Weights:
         self.files = sorted(folder.glob("*.safetensors"))
         if not self.files:
             raise UserError(
-                f"{folder}: no *.safetensors in it, and weights are read from nothing else. "
+                f"{folder}: has no *.safetensors, the only format of weights that is read. "
                 "Convert the model, or run the stage that writes this folder."
             )
         self._headers: dict[str, dict[str, Any]] = {}
@@ -84,47 +83,37 @@ class Weights:
 
     @property
     def bytes(self) -> int:
-        """The size of the files."""
+        """Size of the files."""
         return sum(path.stat().st_size for path in self.files)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, as it is stored."""
-        return {name: tuple(header["shape"]) for name, header in self._headers.items()}
-
-    def place(self, name: str) -> Path:
-        """The file of a tensor, or of a missing one; the folder where there are several."""
-        alone = self.files[0] if len(self.files) == 1 else self.folder
-        return self._paths.get(name, alone)
-
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as it is stored: a view of the file, out of memory when it is released.
+        """A tensor as it is stored, memory-mapped; its pages leave memory with it.
 
-        safetensors' own views keep a file's pages in memory until the last of them is gone.
+        safetensors' own views keep a file's pages in memory until the last view is released.
         """
         header, path = self._headers[name], self._paths[name]
         dtype, (begin, end) = str_to_torch_dtype[header["dtype"]], header["data_offsets"]
         if begin == end:
             return torch.empty(header["shape"], dtype=dtype)
-        # "c", copy on write: nothing reaches the file, and torch does not warn of read-only memory.
+        # Copy on write ("c"): torch would warn of read-only memory.
         view = np.memmap(path, np.uint8, "c", self._starts[path] + begin, (end - begin,))
         return torch.from_numpy(view).view(dtype).view(header["shape"])
 
     def lazy_tensors(self) -> dict[str, "LazyTensor"]:
-        """All tensors, each to be read when its turn comes."""
+        """All tensors, read on access."""
         return {name: LazyTensor(self, name) for name in self._headers}
 
     def find(self, name: str, prefix: str) -> str | None:
-        """A parameter's name here: without its prefix if the model was saved without its head."""
+        """Stored name of a parameter; a model saved without its head lacks the prefix."""
         names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
         return next((n for n in names if n in self._headers), None)
 
     @cached_property
     def parameters(self) -> list[Stored]:
-        """All parameters, in the order of the layers.
+        """All parameters in the order of the layers.
 
         Raises:
-            UserError: a quantized matrix lacks a part, or one is of a wrong size.
+            UserError: a constant of a quantized matrix is missing or of a wrong size.
         """
         groups: dict[str, dict[str, str]] = {}
         for name in self._headers:
@@ -136,7 +125,7 @@ class Weights:
 
     def _stored(self, name: str, parts: dict[str, str]) -> Stored:
         if name not in self._headers:
-            raise self.refusal(name, "is missing, but its constants are there")
+            raise self.error(name, "is missing, but its constants are there")
         header = self._headers[name]
         shape = tuple(header["shape"])
         kind = DTYPE_NAMES.get(header["dtype"], header["dtype"])
@@ -145,46 +134,47 @@ class Weights:
             for part, size in sizes.items():
                 tensor = parts.get(part)
                 if tensor is None:
-                    raise self.refusal(name, f"lacks its {part}")
+                    raise self.error(name, f"lacks its {part}")
                 if prod(self._headers[tensor]["shape"]) != size:
-                    raise self.refusal(tensor, f"has the wrong shape: {size} numbers are due")
+                    raise self.error(tensor, f"has the wrong shape, not {size} elements")
         size = sum(self._bytes(tensor) for tensor in [name, *parts.values()])
         return Stored(name, shape, kind, size, parts)
 
     def _quantized(
         self, name: str, parts: Mapping[str, str]
     ) -> tuple[str, tuple[int, ...], dict[str, int]]:
-        """Kind and shape of a quantized matrix, and the size of each of its parts."""
+        """Kind and shape of a quantized matrix, and the size of each constant."""
         stored = tuple(self._headers[name]["shape"])
         if "SCB" in parts or "weight_format" in parts:
             return "int8", stored, {"SCB": prod(stored[:-1]), "weight_format": 1}
         key = next((part for part in parts if part.startswith(_STATE)), None)
         if key is None:
-            raise self.refusal(name, "lacks its quant_state")
+            raise self.error(name, "lacks its quant_state")
         try:
             state = json.loads(bytes(self.tensor(parts[key]).tolist()))
             shape, block = tuple(state["shape"]), state["blocksize"]
             nested = state.get("nested_blocksize")
         except (ValueError, KeyError, TypeError):
-            raise self.refusal(parts[key], "is damaged") from None
+            raise self.error(parts[key], "is damaged") from None
         if self._bytes(name) != ceil(prod(shape) / 2):
-            raise self.refusal(name, f"has the wrong shape: 4 bits for each of {shape} are due")
+            raise self.error(name, f"has the wrong shape for 4-bit {shape}")
         blocks = ceil(prod(shape) / block)
         sizes = {"absmax": blocks, "quant_map": 16}
         if nested:
             sizes |= {"nested_absmax": ceil(blocks / nested), "nested_quant_map": 256}
         return key.removeprefix(_STATE), shape, sizes
 
-    def refusal(self, name: str, fault: str) -> UserError:
-        """An error that names file and tensor."""
-        return UserError(f"{self.place(name)}: {name} {fault}. {REMEDY}")
+    def error(self, name: str, fault: str) -> UserError:
+        """An error that names the tensor and its file (or, if it has none, the folder)."""
+        fallback = self.files[0] if len(self.files) == 1 else self.folder
+        return UserError(f"{self._paths.get(name, fallback)}: {name} {fault}. {REMEDY}")
 
     def _bytes(self, name: str) -> int:
         begin, end = self._headers[name]["data_offsets"]
         return end - begin
 
     def values(self, stored: Stored, device: torch.device) -> torch.Tensor:
-        """The dequantized weight: fp32 of `stored.shape`."""
+        """Dequantized weight, fp32 of `stored.shape`."""
         weight = self.tensor(stored.name).to(device)
         parts = {part: self.tensor(name).to(device) for part, name in stored.parts.items()}
         if stored.kind == "int8":
@@ -196,7 +186,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that transformers reads, by `[...]`, when it puts it into a model."""
+    """A tensor that transformers reads by `[...]` when it loads it."""
 
     weights: Weights
     name: str
@@ -208,39 +198,34 @@ class LazyTensor:
 def load_strictly(weights: Weights, loader: Any, **options: Any) -> PreTrainedModel:
     """`loader.from_pretrained`, where every weight comes from the files and is finite.
 
-    transformers draws a missing weight at random, and passes over one that it does not know.
+    transformers initializes missing weights at random and ignores unknown ones.
 
     Raises:
         UserError: a weight is missing, unexpected, of a wrong shape or not finite.
     """
-    if not weights.parameters:  # looks at the parts of quantized matrices
-        raise weights.refusal("*", "are no tensors")
+    if not weights.parameters:  # also checks the constants of quantized matrices
+        raise weights.error("*", "are no tensors")
     source = None if "state_dict" in options else weights.folder
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        model, info = loader.from_pretrained(
-            source,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        model, info = loader.from_pretrained(source, **options)
     except RuntimeError as error:
         _require_exact(weights, _loading_info(error))
         raise
-    tied = getattr(model, "all_tied_weights_keys", {})  # absent together with their other end
+    tied = getattr(model, "all_tied_weights_keys", {})  # absent if both are
     info["missing_keys"] = info["missing_keys"] - tied.keys() or info["missing_keys"]
     _require_exact(weights, info)
     for name, layer in bnb.quantized_layers(model).items():
         state = getattr(layer.weight, "quant_state", None)
         shape = layer.weight.shape if isinstance(layer, bnb.Linear8bitLt) else state and state.shape
         if shape != (layer.out_features, layer.in_features):
-            raise weights.refusal(f"{name}.weight", "does not fit the sizes in config.json")
+            raise weights.error(f"{name}.weight", "does not fit the sizes in config.json")
     require_finite(model.state_dict(), weights)
     return model
 
 
 def _loading_info(error: RuntimeError) -> dict[str, Any]:
-    """The findings of transformers when it raised: in its frame, not in its message."""
+    """Loading info of transformers after it raised: only its frame holds it."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         info = frame.f_locals.get("loading_info")
         if isinstance(info, LoadStateDictInfo):
@@ -249,43 +234,33 @@ def _loading_info(error: RuntimeError) -> dict[str, Any]:
 
 
 def _require_exact(weights: Weights, info: Mapping[str, Any]) -> None:
-    for name, stored, due in sorted(info.get("mismatched_keys", ())):
-        fault = f"has shape {list(stored)}, but config.json makes it {list(due)}"
-        raise weights.refusal(name, fault)
+    for name, stored, expected in sorted(info.get("mismatched_keys", ())):
+        fault = f"has shape {list(stored)}, but config.json makes it {list(expected)}"
+        raise weights.error(name, fault)
     for name in sorted(info.get("conversion_errors", ())):
-        raise weights.refusal(name, "cannot be put together from the tensors there")
+        raise weights.error(name, "cannot be assembled from the stored tensors")
     unexpected = {name for name in info.get("unexpected_keys", ()) if not _MASKS.search(name)}
-    faults = {
-        "is missing": info.get("missing_keys", ()),
-        "is no weight of this model": unexpected,
-    }
-    for fault, names in faults.items():
+    missing = info.get("missing_keys", ())
+    for fault, names in (("is missing", missing), ("is no weight of this model", unexpected)):
         if names:
             others = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
-            raise weights.refusal(min(names), fault + others)
+            raise weights.error(min(names), fault + others)
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], weights: Weights) -> None:
-    """Refuse NaN and infinity, in weights or in the constants of quantized ones.
-
-    Raises:
-        UserError: names the first such tensor.
-    """
+    """Raise a UserError for the first tensor with NaN or infinity."""
     for name, tensor in tensors.items():
-        # Smallest and largest: a tenth of the time of `isfinite`, 6 ms for 10⁸ numbers in bf16.
+        # A tenth of the time of `isfinite`: 6 ms for 10⁸ elements in bf16.
         extremes = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else ()
         if not all(extreme.isfinite() for extreme in extremes):
-            raise weights.refusal(name, "holds NaN or infinity")
+            raise weights.error(name, "holds NaN or infinity")
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """`dtype`, `shape` and `data_offsets` of a file's tensors, and the byte they count from.
 
-    Eight bytes, the header's length, little-endian; the header, JSON; the data
-    (https://huggingface.co/docs/safetensors#format).
-
-    Raises:
-        UserError: the file is cut, or is no such file.
+    The header's length (8 bytes, little-endian), the header (JSON), the data:
+    https://huggingface.co/docs/safetensors#format. A truncated file raises a UserError.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -303,7 +278,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _owner(name: str) -> tuple[str, str | None]:
-    """The weight that a tensor belongs to, and which part: `q_proj.SCB`, `q_proj.weight.absmax`."""
+    """Parameter of a tensor, and which constant it is, as in `q_proj.weight.absmax`."""
     if match := _PART_OF_4BIT.fullmatch(name):
         return match[1], match[2]
     if match := _PART_OF_INT8.fullmatch(name):
@@ -312,5 +287,5 @@ def _owner(name: str) -> tuple[str, str | None]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A sorting key with layer 2 before layer 10."""
+    """Sort key with layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

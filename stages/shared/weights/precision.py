@@ -1,4 +1,4 @@
-"""Dtypes: of weights, of matmuls on a device, and of autocast."""
+"""Dtypes of weights, matmuls and autocast."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,17 +9,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Autocast for every forward pass, in training, evaluation and generation alike.
+    """Autocast for every forward pass in training, evaluation and generation; none in fp32.
 
-    Half-precision matmuls with fp32 adapters or master weights; nothing at all in fp32. The same
-    adapter with and without it agrees with itself in only 98 % of its most likely tokens, so it is
-    decided here and nowhere else.
+    An adapter with and without it agrees in only 98 % of top-1 tokens.
     """
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def has_bf16_matmuls(device_type: str) -> bool:
-    """Whether a device type, `cpu` or `cuda`, has fast bf16 matmuls.
+    """Whether a device has fast bf16 matmuls.
 
     A CPU without AVX512 (or ARM's equivalent) has loops: 13 against 100 to 135 GFLOP/s in fp32.
     """
@@ -28,16 +26,16 @@ def has_bf16_matmuls(device_type: str) -> bool:
 
 
 def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype that a device multiplies weights of `dtype` in: fp32 where it lacks those matmuls.
+    """Matmul dtype for weights of `dtype`: fp32 where the device lacks fast matmuls in it.
 
-    No CPU has fp16's (2.5 GFLOP/s).
+    No CPU has fast fp16 (2.5 GFLOP/s).
     """
     half = {torch.float16: device_type != "cpu", torch.bfloat16: has_bf16_matmuls(device_type)}
     return dtype if half.get(dtype, True) else torch.float32
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that autocast gives matmuls, or the input's own outside of it."""
+    """Autocast's dtype, or the input's own outside autocast."""
     device_type = x.device.type
     enabled = torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if enabled else x.dtype
@@ -45,9 +43,9 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 
 @contextmanager
 def exact_matmuls(dtype: torch.dtype) -> Iterator[None]:
-    """fp32 matmuls of values that all fit into `dtype`, which are exact in it.
+    """Context for fp32 matmuls whose inputs all fit `dtype` exactly.
 
-    A CPU that has bf16 in hardware multiplies them there, a third faster, and sums in fp32.
+    A CPU with bf16 in hardware multiplies in bf16 and sums in fp32, a third faster.
     """
     if dtype != torch.bfloat16:
         yield

@@ -64,7 +64,7 @@ def test_decorated_function_is_compiled_at_its_first_call() -> None:
         seen.append(graph)
         return graph.forward
 
-    decorated = bnb._compiled_when_called(backend=backend)(double)
+    decorated = bnb._compile_at_first_call(backend=backend)(double)
     assert (decorated.__name__, seen) == ("double", [])
     for _ in range(2):
         assert decorated(torch.ones(3)).tolist() == [2, 2, 2]
