@@ -15,46 +15,37 @@ from stages.evaluate.config import Evaluate
 from stages.shared.chat import templates
 from stages.shared.chat.encode import Encoder
 from stages.shared.chat.tokenizer import load_tokenizer
-from stages.shared.core.machine import device
+from stages.shared.core import machine
 from stages.shared.model import scoring
 from stages.shared.model.packing import read_examples, require_vocabulary
 
 
 def evaluate(
-    variant: str,
-    model_folder: Path,
-    onto: Path,
-    tokenizer_folder: Path,
-    data: Path,
-    settings: Evaluate,
+    variant: str, folder: Path, base: Path, tokenizer_folder: Path, data: Path, settings: Evaluate
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics and replies of a model, or of an adapter `onto` one.
-
-    `data` holds eval.parquet and format.json. The report shows `evaluate.prompts` of the replies.
-    """
-    target = device()
+    """Metrics and replies of a model, or of an adapter on its base."""
+    device = machine.device()
     tokenizer = load_tokenizer(tokenizer_folder)
     form = templates.read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
     columns = ["messages", "text_bytes", "answer", "language"]
     rows = pq.read_table(data / "eval.parquet", columns=columns).to_pylist()
-    base = onto if loading.is_adapter(model_folder) else model_folder
-    dtype = loading.compute_dtype(base, target)
-    model = loading.load_adapted(model_folder, onto, target)
+    dtype = loading.compute_dtype(base if loading.is_adapter(folder) else folder, device)
+    model = loading.load_adapted(folder, base, device)
     # peft's wrapper has no `num_embeddings`.
     require_vocabulary(examples, len(model.get_input_embeddings().weight))
-    sums, tokens = scoring.score(model, examples, target, dtype, f"{variant}: loss")
+    sums, tokens = scoring.score(model, examples, device, dtype, f"{variant}: loss")
 
     encoder = Encoder(tokenizer, templates.make(form.template, tokenizer))
     prompts: dict[int, list[int]] = {}
-    for row in generate.in_order([r["answer"] is not None for r in rows], settings.seed):
+    for row in generate.order_rows([r["answer"] is not None for r in rows], settings.seed):
         if len(prompts) == max(settings.generate_rows, settings.prompts):
             break
         prompt = encoder.encode_prompt(rows[row]["messages"][:-1])
         if len(prompt) < len(examples[row]):  # else truncated inside the prompt
             prompts[row] = prompt
     inputs, limit = list(prompts.values()), settings.max_new_tokens
-    replies = generate.generate(model, tokenizer, inputs, form.stop_ids, limit, target, dtype)
+    replies = generate.generate(model, tokenizer, inputs, form.stop_ids, limit, device, dtype)
     by_row = dict(zip(prompts, replies, strict=True))
     frame = pd.DataFrame(rows, columns=columns).assign(nats=sums, tokens=tokens)
     answers = {row: _answer(rows[row], reply) for row, reply in by_row.items()}

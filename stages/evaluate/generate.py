@@ -36,7 +36,7 @@ class Reply:
     stopped: bool  # at a stop token, within `max_new_tokens`
 
 
-def in_order(has_answer: Sequence[bool], seed: int) -> list[int]:
+def order_rows(has_answer: Sequence[bool], seed: int) -> list[int]:
     """Row indices in a seeded order, those with a known answer first."""
     order = np.random.default_rng(seed).permutation(len(has_answer))
     return sorted(order.tolist(), key=lambda row: not has_answer[row])
@@ -60,11 +60,11 @@ def is_correct(reply: str, answer: str) -> bool:
     return bool(last) and last == expected
 
 
+@dataclass
 class _Advance(StoppingCriteria):
     """Advances the progress bar per token; never stops."""
 
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
+    bar: Any
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         self.bar.update(1)
@@ -81,16 +81,13 @@ def generate(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Reply]:
-    """Reply to each prompt by greedy decoding, up to a token of `stop_ids`.
-
-    A model with learned positions stops where they end.
-    """
+    """Reply to each prompt by greedy decoding, up to `stop_ids` or the end of learned positions."""
     # Unset options would be the model's own: penalties, beams, minimum lengths.
     plain: Any = without_adapter(model)
     plain.generation_config = GenerationConfig()
     positions = _learned_positions(plain)
     replies: dict[int, Reply] = {}
-    groups = in_groups(prompts, max_new_tokens, BATCH if may_batch(plain.config) else 1)
+    groups = group_by_length(prompts, max_new_tokens, BATCH if may_batch(plain.config) else 1)
     total = len(groups) * max_new_tokens
     with progress.bar(total=total, desc="answers", unit="batch-token") as bar:
         for done, group in enumerate(groups, start=1):
@@ -124,12 +121,14 @@ def may_batch(config: Any) -> bool:
     return config.model_type not in UNBATCHED and not has_length_dependent_rope(config)
 
 
-def in_groups(prompts: Sequence[list[int]], new_tokens: int, most: int) -> list[list[int]]:
-    """Indices of prompts by length, in groups of at most `most` and `BATCH_TOKENS`."""
+def group_by_length(
+    prompts: Sequence[list[int]], new_tokens: int, max_rows: int
+) -> list[list[int]]:
+    """Indices of prompts by length, in groups of at most `max_rows` and `BATCH_TOKENS`."""
     groups: list[list[int]] = [[]]
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
         tokens = (len(groups[-1]) + 1) * (len(prompts[i]) + new_tokens)
-        if groups[-1] and (len(groups[-1]) == most or tokens > BATCH_TOKENS):
+        if groups[-1] and (len(groups[-1]) == max_rows or tokens > BATCH_TOKENS):
             groups.append([])
         groups[-1].append(i)
     return [group for group in groups if group]

@@ -19,9 +19,8 @@ from stages.merge import verify
 from stages.merge.config import Merge
 from stages.shared.chat.templates import Format, read_format
 from stages.shared.chat.tokenizer import add_no_special_tokens, load_tokenizer
-from stages.shared.core import files
+from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
-from stages.shared.core.machine import device
 from stages.shared.model.packing import read_examples
 from stages.shared.weights.precision import DTYPES
 
@@ -34,42 +33,39 @@ def merge(
     data: Path,
     folder: Path,
 ) -> dict[str, Any]:
-    """Write a standalone model into the existing `folder`, verify it, and report.
+    """Write a standalone model into the existing `folder`, verify it, and return its metrics.
 
-    `adapter` is a standalone model after full fine-tuning; `weights` are the folders of the
-    `quantized` and the `original` weights; `data` holds eval.parquet and format.json.
+    `adapter` is a standalone model after full fine-tuning.
     """
-    quantized, training_device = weights["quantized"], device()
+    quantized, device = weights["quantized"], machine.device()
     refuse_original(adapter, settings.onto)
     if loading.is_adapter(adapter):
-        onto = weights[settings.onto]
-        merge_adapter(adapter, onto, folder, DTYPES[settings.dtype], training_device)
+        base, dtype = weights[settings.onto], DTYPES[settings.dtype]
+        merge_adapter(adapter, base, folder, dtype, device)
     else:
         files.link_folder(adapter, folder)
     make_standalone(folder, quantized, tokenizer, read_format(data / "format.json"))
     examples = verify.first_positions(read_examples(data / "eval.parquet"))
     required = settings.onto == "quantized"
-    metrics = verify.verify(
-        folder, adapter, quantized, examples, training_device, required=required
-    )
+    metrics = verify.verify(folder, adapter, quantized, examples, device, required=required)
     return {"onto": settings.onto, **metrics, "bytes": files.folder_bytes(folder)}
 
 
 def merge_adapter(
-    adapter: Path, onto: Path, folder: Path, dtype: torch.dtype, training_device: torch.device
+    adapter: Path, base: Path, folder: Path, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Add the adapter to the dequantized weights in fp32 on a CPU, round once, and save.
 
     `merge_and_unload()` on quantized layers quantizes the sum again: that model agrees with the
     trained one in only 74 % of top-1 tokens.
     """
-    tuned = loading.attach(loading.load_dequantized(onto, training_device), adapter)
-    untie_adapted_ends(tuned)
+    tuned = loading.attach(loading.load_dequantized(base, device), adapter)
+    untie_embeddings(tuned)
     with warnings.catch_warnings():
         # Embedding and head are untied on purpose where only one was trained.
         warnings.filterwarnings("ignore", ".*tie")
         merged = tuned.merge_and_unload().to(dtype)
-    transpose_as_stored(merged)
+    restore_conv1d(merged)
     for name, weight in merged.named_parameters():
         if not all(extreme.isfinite() for extreme in weight.aminmax()):
             raise UserError(
@@ -79,7 +75,7 @@ def merge_adapter(
     merged.save_pretrained(folder)
 
 
-def transpose_as_stored(model: PreTrainedModel) -> None:
+def restore_conv1d(model: PreTrainedModel) -> None:
     """Turn linear layers, [out, in], back into GPT-2's Conv1D, [in, out]; quantization did it."""
     with torch.device("meta"):
         stored = type(model)(model.config)
@@ -92,7 +88,7 @@ def transpose_as_stored(model: PreTrainedModel) -> None:
             model.set_submodule(name, transposed)
 
 
-def untie_adapted_ends(tuned: PeftModel) -> None:
+def untie_embeddings(tuned: PeftModel) -> None:
     """Untie embedding and head where either has LoRA: merged into one matrix it would change both.
 
     Those trained in full (`modules_to_save`) are copies already, and one tied copy if both are.

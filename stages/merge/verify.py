@@ -40,11 +40,7 @@ def verify(
     *,
     required: bool,
 ) -> dict[str, Any]:
-    """Compare the merged with the trained model in fp32, and in this device's compute dtype.
-
-    Raises:
-        UserError: they disagree although agreement is `required`, or fp16 activations overflow.
-    """
+    """Compare the merged with the trained model in fp32, and in this device's compute dtype."""
     trained = trained_exactly(adapter, quantized, examples, device)
     model = loading.load_model(merged, CPU, torch.float32)
     largest = _LargestActivation(model)

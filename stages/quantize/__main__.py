@@ -25,11 +25,7 @@ CHART = Path("reports/quantize.svg")
 def quantize(
     base: Path, target: Path, chart_file: Path, settings: Quantize, device: "torch.device"
 ) -> dict[str, Any]:
-    """Write the model and the chart of its codebooks; returns the report.
-
-    `bits_per_parameter` and `relative_error` are of the written files, over the weights of all
-    linear layers and experts.
-    """
+    """Write the model and the chart of its codebooks; returns metrics of the written files."""
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with progress.quick_imports():
         from stages.shared.weights.checkpoint import Weights  # noqa: PLC0415
@@ -40,7 +36,7 @@ def quantize(
     with files.whole_folder(target) as folder:
         layout = convert.convert(base, folder, settings, device)
         written = Weights(folder)
-        matrices = expected_bits.linear_matrices(written.parameters, layout.looked_up)
+        matrices = expected_bits.linear_matrices(written.parameters, layout.embeddings)
         expected_bits.require_expected_bits(matrices, settings)
         original = quantization_error.Base(Weights(base), layout, device)
         measured = quantization_error.measure(original, written, matrices, device)

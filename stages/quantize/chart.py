@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from stages.quantize.quantization_error import QuantizationError, blocks, codebooks, normalized
+from stages.quantize.quantization_error import QuantizationError, blocks, codebooks, normalize
 from stages.shared.core import files
 
 BINS = 120
@@ -15,7 +15,7 @@ LABELS = {"nf4": "nf4", **LINEAR, "fp4": "fp4"}
 
 def draw(path: Path, name: str, weight: torch.Tensor, measured: QuantizationError) -> None:
     """Draw the histogram of a weight, fp32 [out, in], over the codebooks, the best first."""
-    fractions = normalized(blocks(weight)).flatten()
+    fractions = normalize(blocks(weight)).flatten()
     density = torch.histc(fractions.cpu(), bins=BINS, min=-1, max=1) / len(fractions) * BINS / 2
     edges = torch.linspace(-1, 1, BINS + 1)
     colors = {kind: f"C{index}" for index, kind in enumerate(LABELS)}

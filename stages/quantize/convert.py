@@ -151,10 +151,8 @@ def loading_bar(desc: str) -> Iterator[None]:
 
 
 def save(model: PreTrainedModel, base: Path, target: Path) -> None:
-    """Write config and weights, and copy the base's generation config.
-
-    transformers refuses to save some generation configs that it loads, well-known models' included.
-    """
+    """Write config and weights, and copy the base's generation config."""
+    # transformers refuses to save some that it loads, well-known models' included.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     try:
         model.save_pretrained(target, max_shard_size=SHARD_BYTES)
@@ -171,12 +169,12 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
 def layout(model: PreTrainedModel) -> Layout:
     """Layout of a loaded model."""
     head = model.get_output_embeddings()
-    looked_up, transposed = {}, set()
+    embeddings, transposed = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or module is head:
-            looked_up[f"{name}.weight"] = module.weight
+            embeddings[f"{name}.weight"] = module.weight
         if Conv1D in (type(module), getattr(module, "source_cls", None)):
             transposed.add(f"{name}.weight")
     # By their saved names: GPT-NeoX saves its head under another name.
-    as_saved = revert_weight_conversion(model, looked_up)
+    as_saved = revert_weight_conversion(model, embeddings)
     return Layout(frozenset(as_saved), frozenset(transposed), model.base_model_prefix)

@@ -20,9 +20,9 @@ NESTED_TABLE_BYTES = 256 * 4  # codebook of the constants
 TOLERANCE = 0.01
 
 
-def linear_matrices(parameters: Iterable[Stored], looked_up: frozenset[str]) -> list[Stored]:
+def linear_matrices(parameters: Iterable[Stored], embeddings: frozenset[str]) -> list[Stored]:
     """Weights of linear layers and experts, without embedding and head."""
-    return [p for p in parameters if len(p.shape) > 1 and p.name not in looked_up]
+    return [p for p in parameters if len(p.shape) > 1 and p.name not in embeddings]
 
 
 def bits_per_parameter(matrices: Sequence[Stored]) -> float:

@@ -29,7 +29,7 @@ BLOCKS_FOR_ALPHA = 256  # of each matrix
 class Layout:
     """Parameter names that only the model's modules tell apart."""
 
-    looked_up: frozenset[str]  # embeddings and head; never quantized
+    embeddings: frozenset[str]  # embeddings and head; never quantized
     transposed: frozenset[str]  # stored [in, out], as in GPT-2
     prefix: str  # of all but the head
 
@@ -72,7 +72,7 @@ def measure(
 ) -> QuantizationError:
     """Measure the written weights and each codebook."""
     compared = {m.name for m in every_nth(matrices, COMPARED_PARAMETERS)}
-    alpha = best_alpha(sample(base, sorted(compared)))
+    alpha = best_alpha(sample_blocks(base, sorted(compared)))
     written_error = norm = compared_norm = 0.0
     errors: dict[str, float] = {}
     trim = heap.Trimmer()
@@ -86,7 +86,7 @@ def measure(
             norm += squared(weight)
             if matrix.name in compared:
                 compared_norm += squared(weight)
-                for rows in in_parts(weight):
+                for rows in split_rows(weight):
                     for name, error in squared_errors(rows, alpha).items():
                         errors[name] = errors.get(name, 0.0) + error
             trim()
@@ -104,16 +104,13 @@ def every_nth(matrices: Sequence[Stored], budget: int) -> Sequence[Stored]:
     return matrices[:: max(1, ceil(sum(m.parameters for m in matrices) / budget))]
 
 
-def in_parts(weight: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Split a matrix, as quantizers take many times its size, at multiples of 64 rows.
-
-    So the blocks of the parts are those of the whole.
-    """
+def split_rows(weight: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Parts of a matrix with the same blocks, as quantizers take many times the size of each."""
     rows = weight.reshape(-1, weight.shape[-1])
     return rows.split(BLOCK * ceil(PART_PARAMETERS / (BLOCK * rows.shape[1])))
 
 
-def sample(base: Base, names: Sequence[str]) -> torch.Tensor:
+def sample_blocks(base: Base, names: Sequence[str]) -> torch.Tensor:
     """Evenly spaced blocks of each matrix: fp32 [blocks, 64]."""
     trim = heap.Trimmer()
     parts = []
@@ -143,7 +140,7 @@ def blocks(weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
 
 
-def normalized(weight_blocks: torch.Tensor) -> torch.Tensor:
+def normalize(weight_blocks: torch.Tensor) -> torch.Tensor:
     """Blocks divided by their largest magnitude."""
     return weight_blocks / _absmax(weight_blocks)
 

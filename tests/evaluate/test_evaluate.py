@@ -44,9 +44,9 @@ def test_exact_match_compares_the_last_line(reply: str, answer: str, correct: bo
 
 def test_order_puts_rows_with_an_answer_first() -> None:
     has_answer = [False, True, False, True, True]
-    chosen = generate.in_order(has_answer, seed=1)
+    chosen = generate.order_rows(has_answer, seed=1)
     assert set(chosen[:3]) == {1, 3, 4}
-    assert chosen == generate.in_order(has_answer, seed=1)
+    assert chosen == generate.order_rows(has_answer, seed=1)
     assert sorted(chosen) == [0, 1, 2, 3, 4]
 
 
@@ -82,9 +82,9 @@ def test_own_generation_config_changes_no_reply() -> None:
 
 def test_groups_have_one_length_and_bounded_tokens() -> None:
     prompts = [[0] * length for length in (4000, 10, 3000, 20, 30, 9000)]
-    assert generate.in_groups(prompts, 64, 2) == [[1, 3], [4, 2], [0], [5]]
-    assert generate.in_groups(prompts, 64, 32) == [[1, 3, 4], [2, 0], [5]]
-    assert generate.in_groups([], 64, 32) == []
+    assert generate.group_by_length(prompts, 64, 2) == [[1, 3], [4, 2], [0], [5]]
+    assert generate.group_by_length(prompts, 64, 32) == [[1, 3, 4], [2, 0], [5]]
+    assert generate.group_by_length([], 64, 32) == []
 
 
 def test_length_dependent_models_are_not_batched() -> None:

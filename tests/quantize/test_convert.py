@@ -147,12 +147,12 @@ def test_generation_config_is_kept_as_it_is(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "quantized/generation_config.json").read_text() == text
 
 
-def test_head_counts_as_looked_up_under_its_saved_name(tmp_path: Path) -> None:
+def test_head_counts_as_embedding_under_its_saved_name(tmp_path: Path) -> None:
     """The head of a GPT-NeoX, a quarter of a small one, was counted among the matrices."""
     base = saved(tmp_path / "base", "gpt_neox", {})
-    looked_up = layout(AutoModelForCausalLM.from_pretrained(base)).looked_up
-    assert looked_up < load_file(base / "model.safetensors").keys()
-    assert len(looked_up) == 2
+    embeddings = layout(AutoModelForCausalLM.from_pretrained(base)).embeddings
+    assert embeddings < load_file(base / "model.safetensors").keys()
+    assert len(embeddings) == 2
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_memory_is_the_result_and_two_layers(
     # Of each matrix as small a part as of a real model's; here 256 blocks would be all of it.
     monkeypatch.setattr(quantization_error, "BLOCKS_FOR_ALPHA", 4)
     written = Weights(tmp_path)
-    matrices = expected_bits.linear_matrices(written.parameters, layout.looked_up)
+    matrices = expected_bits.linear_matrices(written.parameters, layout.embeddings)
     with RealMemory() as memory:
         original = quantization_error.Base(Weights(base), layout, CPU)
         quantization_error.measure(original, written, matrices, CPU)

@@ -40,7 +40,7 @@ def test_blocks_run_over_the_rows_and_end_in_zeros() -> None:
     assert in_blocks.shape == (3, 64)
     assert torch.equal(in_blocks.flatten()[:150], weight.flatten())
     assert not in_blocks.flatten()[150:].any()
-    assert not quantization_error.normalized(torch.zeros(2, 64)).any()
+    assert not quantization_error.normalize(torch.zeros(2, 64)).any()
 
 
 def test_best_alpha_gives_up_one_outlier() -> None:
@@ -114,7 +114,7 @@ def test_parts_of_a_matrix_have_its_blocks(tmp_path: Path, monkeypatch: pytest.M
     original = Base(base, LAYOUT, CPU)
     whole = quantization_error.measure(original, base, base.parameters, CPU)
     monkeypatch.setattr(quantization_error, "PART_PARAMETERS", 1)
-    parts = quantization_error.in_parts(original.matrix("a"))
+    parts = quantization_error.split_rows(original.matrix("a"))
     assert [len(part) for part in parts] == [64, 64, 22]
     again = quantization_error.measure(original, base, base.parameters, CPU)
     assert again.errors == pytest.approx(whole.errors, rel=1e-5)

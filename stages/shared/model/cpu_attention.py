@@ -122,16 +122,16 @@ class _Attention(torch.autograd.Function):
         ctx.scaling, ctx.lengths = scaling, lengths
         result = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in length_groups(lengths):  # a name would keep a workspace alive beyond the next
-            group.scatter(_Workspace(query, key, value, scaling, group).results(), result)
+            group.scatter(_Workspace((query, key, value), scaling, group).forward(), result)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value = inputs = ctx.saved_tensors
+        inputs = ctx.saved_tensors
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         for group in length_groups(ctx.lengths):
-            work = _Workspace(query, key, value, ctx.scaling, group)
-            for part, whole in zip(work.gradients(group.gather(gradient)), gradients, strict=True):
+            work = _Workspace(inputs, ctx.scaling, group)
+            for part, whole in zip(work.backward(group.gather(gradient)), gradients, strict=True):
                 group.scatter(part, whole)
             del work
         return *gradients, None, None
@@ -145,27 +145,18 @@ class _Workspace:
     as fresh pages cost as much as a matmul.
     """
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        group: LengthGroup,
-    ) -> None:
-        heads, self.key_heads = query.shape[1], key.shape[1]
+    def __init__(self, inputs: Sequence[torch.Tensor], scaling: float, group: LengthGroup) -> None:
+        heads, self.key_heads = (x.shape[1] for x in inputs[:2])
         self.sharing, self.length = heads // self.key_heads, group.length
         row_bytes = 4 * heads * group.conversations * self.length
         self.size = min(self.length, MOST_QUERIES, max(1, SCORES_BYTES // row_bytes))
         self.scaling = scaling
-        self.query, self.key, self.value = (
-            self.by_key_head(group.gather(x)) for x in (query, key, value)
-        )
+        self.query, self.key, self.value = (self.by_key_head(group.gather(x)) for x in inputs)
         self._query32 = self.query.float()
         self._key32 = self.key.transpose(1, 2).contiguous().float()
         scores = heads * group.conversations * self.size * self.length
         self._scores = self._query32.new_empty(scores)
-        self._low = query.new_empty(scores)
+        self._low = self.query.new_empty(scores)
         # For a block's own keys; padding comes after all tokens, so this masks it too.
         self._causal = self._query32.new_full((self.size, 1, self.size), -torch.inf)
         self._causal[:, 0].triu_(1)
@@ -198,19 +189,19 @@ class _Workspace:
         square += self._causal[:own, :, :own]
         return torch.softmax(scores, dim=-1, out=scores)
 
-    def lowered(self, scores: torch.Tensor) -> torch.Tensor:
+    def cast(self, scores: torch.Tensor) -> torch.Tensor:
         """Copy in the dtype of the inputs."""
         return _view(self._low, scores.shape).copy_(scores)
 
-    def results(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """O, [conversations, length, heads, size]."""
         result = torch.empty_like(self.query)
         for rows, end in self.blocks():
-            p = self.lowered(self.probabilities(rows, end))
+            p = self.cast(self.probabilities(rows, end))
             result[:, rows] = torch.bmm(p, self.value[:, :end])
         return self.by_head(result)
 
-    def gradients(self, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """∂Q, and ∂K and ∂V in fp32, from ∂O."""
         dresult, values = self.by_key_head(gradient), self.value.transpose(1, 2)
         dquery = torch.empty_like(self.query)
@@ -219,14 +210,14 @@ class _Workspace:
         buffer = torch.empty_like(self._scores)
         for rows, end in self.blocks():
             p = self.probabilities(rows, end)
-            low = self.lowered(p)
+            low = self.cast(p)
             dvalue[:, :end] += torch.bmm(low.transpose(1, 2), dresult[:, rows])
             dp = torch.bmm(dresult[:, rows], values[..., :end], out=low)
             dscores = _view(buffer, p.shape).copy_(dp)  # ∂P, then ∂S
             torch.ops.aten._softmax_backward_data.out(
                 dscores, p, -1, torch.float32, grad_input=dscores
             )
-            dscores = self.lowered(dscores)
+            dscores = self.cast(dscores)
             dquery[:, rows] = torch.bmm(dscores, self.key[:, :end])
             dkey[:, :end] += torch.bmm(dscores.transpose(1, 2), self.query[:, rows])
         gradients = (dquery.mul_(self.scaling), dkey.mul_(self.scaling), dvalue)

@@ -40,10 +40,7 @@ def compute_dtype(folder: Path, device: torch.device) -> torch.dtype:
 def load_model(
     folder: Path, device: torch.device, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a base, quantized or merged model in evaluation mode.
-
-    `dtype` is that of dense weights, by default `compute_dtype`. Raises as `load_strictly`.
-    """
+    """Load a model in evaluation mode, its dense weights in `dtype` or the `compute_dtype`."""
     weights = Weights(folder)
     dtype = dtype or compute_dtype(folder, device)
     model = _load(weights, device, dtype)
@@ -82,19 +79,15 @@ def load_dequantized(folder: Path, device: torch.device) -> PreTrainedModel:
     return model.float().eval()
 
 
-def load_adapted(adapter: Path, onto: Path, device: torch.device) -> PreTrainedModel | PeftModel:
-    """Load an adapter on the model `onto`, or a fully fine-tuned model."""
+def load_adapted(adapter: Path, base: Path, device: torch.device) -> PreTrainedModel | PeftModel:
+    """Load an adapter on its base model, or a fully fine-tuned model."""
     if not is_adapter(adapter):
         return load_model(adapter, device)
-    return attach(load_model(onto, device), adapter)
+    return attach(load_model(base, device), adapter)
 
 
 def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Attach a trained adapter to a model, frozen and not merged.
-
-    Raises:
-        UserError: a tensor of the adapter is missing, unexpected, of a wrong shape or not finite.
-    """
+    """Attach a trained adapter, frozen and not merged; its tensors must match and be finite."""
     config = PeftConfig.from_pretrained(adapter)
     config.inference_mode = True
     weights = Weights(adapter)
@@ -116,7 +109,7 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
-    """The transformers model, with or without an adapter on it."""
+    """The transformers model below an adapter, if any."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

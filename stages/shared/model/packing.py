@@ -57,10 +57,7 @@ class Example:
 
     @cached_property
     def input_tokens(self) -> int:
-        """Number of tokens up to the last predictor, which are all that the loss depends on.
-
-        All tokens if none is supervised.
-        """
+        """Number of tokens up to the last predictor, as the loss needs no others; or of all."""
         return int(self.predictors[-1]) + 1 if len(self.predictors) else len(self)
 
 
@@ -79,7 +76,7 @@ def require_vocabulary(examples: Sequence[Example], size: int) -> None:
     if largest >= size:
         raise UserError(
             f"models/tokenizer: gives data/prepared token {largest}, but the model's embedding has "
-            f"{size} rows. Put the model's own tokenizer beside it."
+            f"{size} rows. Use the model's own tokenizer."
         )
 
 
@@ -150,10 +147,7 @@ def has_length_dependent_rope(config: Any) -> bool:
 
 
 def bins(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
-    """Micro-batches of at most `max_tokens` tokens, by first-fit decreasing.
-
-    A conversation longer than `max_tokens` gets its own; none is truncated.
-    """
+    """Micro-batches by first-fit decreasing; a conversation beyond `max_tokens` gets its own."""
     batches: list[list[Example]] = []
     free: list[int] = []
     for example in sorted(examples, key=_longest_first):

@@ -59,16 +59,12 @@ class Stored:
 
 
 class Weights:
-    """All *.safetensors of a folder; only their headers are read at once.
-
-    Raises:
-        UserError: the folder has none (transformers would look for pickles), or one is damaged.
-    """
+    """All *.safetensors of a folder, of which only headers are read until a tensor is needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = sorted(folder.glob("*.safetensors"))
-        if not self.files:
+        if not self.files:  # transformers would look for pickles
             raise UserError(
                 f"{folder}: has no *.safetensors, the only format of weights that is read. "
                 "Convert the model, or run the stage that writes this folder."
@@ -110,11 +106,7 @@ class Weights:
 
     @cached_property
     def parameters(self) -> list[Stored]:
-        """All parameters in the order of the layers.
-
-        Raises:
-            UserError: a constant of a quantized matrix is missing or of a wrong size.
-        """
+        """All parameters in the order of the layers; checks the constants of quantized ones."""
         groups: dict[str, dict[str, str]] = {}
         for name in self._headers:
             owner, part = _owner(name)
@@ -198,10 +190,8 @@ class LazyTensor:
 def load_strictly(weights: Weights, loader: Any, **options: Any) -> PreTrainedModel:
     """`loader.from_pretrained`, where every weight comes from the files and is finite.
 
-    transformers initializes missing weights at random and ignores unknown ones.
-
-    Raises:
-        UserError: a weight is missing, unexpected, of a wrong shape or not finite.
+    transformers initializes missing weights at random and ignores unknown ones. Here both raise a
+    UserError, as do wrong shapes.
     """
     if not weights.parameters:  # also checks the constants of quantized matrices
         raise weights.error("*", "are no tensors")

@@ -9,27 +9,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Autocast for every forward pass in training, evaluation and generation; none in fp32.
-
-    An adapter with and without it agrees in only 98 % of top-1 tokens.
-    """
+    """Autocast, none in fp32; with and without it an adapter agrees in 98 % of top-1 tokens."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def has_bf16_matmuls(device_type: str) -> bool:
-    """Whether a device has fast bf16 matmuls.
-
-    A CPU without AVX512 (or ARM's equivalent) has loops: 13 against 100 to 135 GFLOP/s in fp32.
-    """
+    """Fast bf16 matmuls; a CPU without AVX512 or the like has 13 GFLOP/s, in fp32 at least 100."""
     mkldnn = torch.backends.mkldnn.is_available()
     return device_type != "cpu" or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Matmul dtype for weights of `dtype`: fp32 where the device lacks fast matmuls in it.
-
-    No CPU has fast fp16 (2.5 GFLOP/s).
-    """
+    """`dtype` if the device has fast matmuls in it, else fp32; no CPU has fp16's (2.5 GFLOP/s)."""
     half = {torch.float16: device_type != "cpu", torch.bfloat16: has_bf16_matmuls(device_type)}
     return dtype if half.get(dtype, True) else torch.float32
 
