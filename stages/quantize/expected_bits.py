@@ -59,16 +59,16 @@ def require_expected_bits(matrices: Sequence[Stored], settings: Quantize) -> Non
         return expected_bytes(matrix.shape, settings.precision, settings.double_quant)
 
     tables = TABLE_BYTES + NESTED_TABLE_BYTES * settings.double_quant
-    due, written = sum(map(expected, matrices)), sum(m.bytes for m in matrices)
-    allowed = tables * len(matrices) * (settings.precision in FOUR_BIT) + TOLERANCE * due
-    if abs(written - due) <= allowed:
+    nominal, written = sum(map(expected, matrices)), sum(m.bytes for m in matrices)
+    allowed = tables * len(matrices) * (settings.precision in FOUR_BIT) + TOLERANCE * nominal
+    if abs(written - nominal) <= allowed:
         return
     worst = max(matrices, key=lambda m: abs(m.bytes - expected(m)))
     count = sum(m.parameters for m in matrices)
     share = sum(m.parameters for m in matrices if m.kind != settings.precision) / count
     raise UserError(
-        f"quantize.precision is {settings.precision}, {8 * due / count:.2f} bits a parameter, but "
-        f"{8 * written / count:.2f} were written: {worst.name} is {worst.kind}, as are {share:.0%} "
-        "of the linear parameters (bitsandbytes quantizes plain linear layers, no fused experts). "
+        f"quantize.precision is {settings.precision}, {8 * nominal / count:.2f} bits a "
+        f"parameter, but {8 * written / count:.2f} were written: {worst.name} is {worst.kind}, as "
+        f"are {share:.0%} of the linear parameters (bitsandbytes quantizes no fused experts). "
         "Set quantize.precision=bf16, or choose another model."
     )

@@ -259,10 +259,10 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         header = json.loads(text)
         tensors = {name: value for name, value in header.items() if name != "__metadata__"}
         end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
-        whole = path.stat().st_size == 8 + length + end
+        complete = path.stat().st_size == 8 + length + end
     except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        complete = False
+    if not complete:
         raise UserError(f"{path}: is no whole safetensors file. {REMEDY}")
     return tensors, 8 + length
 
