@@ -1,4 +1,4 @@
-"""Errors of the user's, and how a command begins and ends: `--help`, one line, an exit code."""
+"""User errors, and how a command begins and ends: `--help`, one line, an exit code."""
 
 import errno
 import signal
@@ -15,15 +15,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
-    """Something that the user can put right.
+    """A mistake that the user can put right.
 
-    The message is one line that names the parameter, or the file and line; what was found; what
-    was expected; and what to do.
+    The message is one line: `<key or file:line>: <what is wrong>. <What to do.>`
     """
 
 
 class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
-    """A signal ended the work, and what was done is kept; the message says how to go on."""
+    """A signal ended the work; what was done is kept, and the message says how to go on."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message, signal)
@@ -31,7 +30,7 @@ class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
 
 
 class _Terminated(BaseException):
-    """SIGTERM; no `Exception`, so that nothing on its way takes it for a fault of its own."""
+    """SIGTERM; no `Exception`, which a library might catch."""
 
 
 def run(
@@ -39,11 +38,10 @@ def run(
 ) -> None:
     """Run the `main()` of a stage or a tool, whose module is the command.
 
-    `--help` prints the module's docstring and its sections of params.yaml; an argument that the
-    command does not take is refused. Neither runs anything. A `UserError`, a missing file and a
-    fault of the disk become one line on stderr and exit code 1; anything else is a bug of ours and
-    keeps its traceback. SIGTERM, which would end Python on the spot, ends it as Ctrl-C does: what
-    is half written is removed.
+    `--help` prints the module's docstring and its sections of params.yaml; unknown arguments are
+    refused. Neither runs anything. A `UserError`, a missing file and a fault of the disk become one
+    line on stderr and exit code 1; any other exception is a bug and keeps its traceback. SIGTERM
+    ends the command as Ctrl-C does: what is half written is removed.
 
     Args:
         main: called with the parsed options where there are any to add, else with nothing.
@@ -59,7 +57,6 @@ def run(
     except UserError as error:
         _exit_with(str(error))
     except FileNotFoundError as error:
-        # What a stage reads, another writes; DVC sees to the order, a stage run by hand does not.
         missing = error.filename or error
         _exit_with(f"{missing}: not there; `dvc repro` runs the stages that write it, in order")
     except OSError as error:
@@ -119,7 +116,7 @@ def _section(name: str) -> str:
 
 
 def _of_the_disk(error: OSError) -> str:
-    """A fault that names a file, or a full disk; raised again where it is neither."""
+    """One line for a full disk or a file that cannot be used; raised again where it is neither."""
     if error.errno in FULL:
         where = error.filename or "the disk"
         return f"{where}: no room on the disk; free some space and run `dvc repro` again"
@@ -129,7 +126,7 @@ def _of_the_disk(error: OSError) -> str:
 
 
 def _is_of_a_full_disk(error: BaseException | None) -> bool:
-    """Whether a library raised it because of one: torch after it, safetensors in its own words."""
+    """Whether a library's error has a full disk as its cause."""
     while error is not None:
         if getattr(error, "errno", None) in FULL or f"(os error {errno.ENOSPC})" in str(error):
             return True

@@ -15,10 +15,7 @@ from stages.shared.core.errors import UserError
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `target` when the block ends without an error.
-
-    Until then it is `<target>.partial`, ignored by git; a failure leaves nothing behind.
-    """
+    """A folder, `<target>.partial`, that becomes `target` when the block ends without an error."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -32,7 +29,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write to that becomes `target` when the block ends without an error."""
+    """A path, `<target>.partial`, that becomes `target` when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     try:
@@ -49,7 +46,7 @@ def write_text(target: Path, text: str) -> None:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Write JSON that people and `git diff` can read; NaN is refused, since JSON has none."""
+    """Write indented JSON; NaN is refused, since JSON has none."""
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -78,34 +75,25 @@ def folder_bytes(folder: Path) -> int:
 
 
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
-    """Refuse early where a disk is too full.
-
-    Args:
-        folder: where it will be written; the nearest parent that exists is looked at.
-        needed_bytes: what will be written.
-        purpose: a few words for the message, "the quantized model".
-
-    Raises:
-        UserError: less is free than is needed.
-    """
+    """Refuse early where the disk of `folder` is too full for `purpose`, "the quantized model"."""
     existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
-            f"{folder}: {free / 1e9:.2f} GB are free; {purpose} needs {needed_bytes / 1e9:.2f} GB; "
-            "free some space and run `dvc repro` again"
+            f"{folder}: {free / 1e9:.2f} GB are free; {purpose} needs {needed_bytes / 1e9:.2f} GB. "
+            "Free some space and run `dvc repro` again."
         )
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Give the files of a flat folder second names in `target`, which is made if need be."""
+    """Hard-link the files of a flat folder into `target`."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         link_or_copy(path, target / path.name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; a copy where the file system has no links."""
+    """Hard-link a file; copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,7 +1,6 @@
-"""The machine: what changes how a result is computed, and never the result.
+"""Settings of the machine, `QLORA_*`: how a result is computed, and never the result.
 
-Read from environment variables `QLORA_*` or a git-ignored `.env` at the repository's root. Nothing
-here is a parameter, so nothing here makes DVC run a stage again.
+From the environment or a git-ignored `.env` at the repository's root; no stage reruns for them.
 """
 
 import os
@@ -22,7 +21,7 @@ PREFIX = "QLORA_"
 
 
 class Machine(BaseSettings):
-    """What the user may set; unset means that the project chooses."""
+    """The settings; unset means that the project chooses."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True
@@ -40,29 +39,19 @@ class Machine(BaseSettings):
 
 
 def root() -> Path:
-    """The repository's root.
-
-    DVC runs an experiment in a temporary copy and names the repository in `DVC_ROOT`; without DVC
-    it is the folder that a stage is run from.
-    """
+    """The repository's root; in a temporary copy for an experiment, DVC names it in `DVC_ROOT`."""
     return Path(os.environ.get("DVC_ROOT", "."))
 
 
 @cache
 def machine() -> Machine:
-    """The settings of this machine, read once.
-
-    Raises:
-        UserError: a variable has a value that it cannot have, or a name that means nothing.
-    """
+    """The settings of this machine, read once; a wrong value or name raises a UserError."""
     file = root() / ".env"
     try:
         _refuse_unknown({*os.environ, *dotenv_values(file)})
         return Machine(_env_file=file)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: byte {error.start} is not UTF-8; expected UTF-8; save it as UTF-8"
-        ) from None
+        raise UserError(f"{file}: byte {error.start} is not UTF-8. Save it as UTF-8.") from None
     except ValidationError as error:
         first = error.errors()[0]
         name = f"{PREFIX}{'_'.join(str(part) for part in first['loc'])}".upper()
@@ -78,24 +67,20 @@ def _refuse_unknown(names: set[str]) -> None:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             raise UserError(
                 f"{name} (environment or .env) means nothing here; expected one of "
-                f"{', '.join(known)}; rename or remove it"
+                f"{', '.join(known)}. Rename or remove it."
             )
 
 
 def device() -> "torch.device":
-    """The device that everything runs on: `QLORA_DEVICE`, or CUDA where there is one.
-
-    Raises:
-        UserError: CUDA was asked for and there is none.
-    """
+    """The device that everything runs on: `QLORA_DEVICE`, or CUDA where there is one."""
     import torch  # noqa: PLC0415  (seconds that a stage without tensors need not pay)
 
-    wanted = machine().device
-    if wanted == "cuda" and not torch.cuda.is_available():
+    requested = machine().device
+    if requested == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "QLORA_DEVICE is 'cuda'; this machine has no CUDA device that torch can use; "
-            "unset it or set it to cpu"
+            "QLORA_DEVICE is 'cuda'; this machine has no CUDA device that torch can use. "
+            "Unset it, or set it to cpu."
         )
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(requested)

@@ -1,8 +1,4 @@
-"""Parameters: what dvc.yaml declares for a stage, checked against the stage's own schema.
-
-A schema lives in its stage. Here is only what every schema shares: that it is strict, and that a
-mistake in params.yaml is told in one line.
-"""
+"""Parameters of params.yaml, checked against the schema of each stage."""
 
 import importlib
 from collections.abc import Iterator
@@ -36,19 +32,14 @@ P = TypeVar("P", bound=BaseModel)
 
 
 def load(schema: type[P], stage: str) -> P:
-    """Read what dvc.yaml declares for `stage` (`train`, `evaluate@base`) from params.yaml.
+    """Read the sections that dvc.yaml declares for `stage` (`train`, `evaluate@base`).
 
-    A stage sees only the sections that it declares, so it cannot depend on a parameter that DVC
-    does not know of. But a mistake in what the stages after it declare is told here too: it would
-    be a pity to hear of it when the training is over. Nothing that is written depends on that.
-
-    Args:
-        schema: a model with one field a section.
-        stage: the stage's name in dvc.yaml.
+    Through DVC, so that a stage cannot depend on a parameter that DVC does not know of. The other
+    stages' sections are checked too: a mistake in one is told before the training, not after it.
 
     Raises:
         UserError: a key is unknown, missing, of a wrong type or out of range; or DVC cannot read
-            any.
+            the file.
     """
     with progress.quick_imports():  # half a second that the unit tests of a schema need not pay
         import dvc.api  # noqa: PLC0415
@@ -58,8 +49,8 @@ def load(schema: type[P], stage: str) -> P:
         values = dvc.api.params_show(stages=stage)
     except DvcException as error:
         raise UserError(
-            f"params.yaml: DVC cannot read what {stage} declares ({error}); expected a clone of "
-            "the repository, its dvc.yaml and params.yaml in UTF-8; run it in one, mend the file"
+            f"params.yaml: DVC cannot read what {stage} declares ({error}). Run it in a clone of "
+            "the repository, with dvc.yaml and params.yaml as YAML in UTF-8."
         ) from None
     mine = validate(schema, values)
     whole = YAML(typ="safe").load(FILE)  # as DVC reads it
@@ -69,18 +60,14 @@ def load(schema: type[P], stage: str) -> P:
 
 
 def _schemas() -> Iterator[type[BaseModel]]:
-    """Of every stage that keeps its parameters in a module of their own."""
+    """The schemas of all stages that have a module for them."""
     stages = Path(__file__).parents[2]
     for path in sorted([*stages.glob("*/config.py"), *stages.glob("*/settings.py")]):
         yield importlib.import_module(f"stages.{path.parent.name}.{path.stem}").Params
 
 
 def validate(schema: type[P], values: dict[str, Any]) -> P:
-    """Check plain values against a schema, the first mistake told in one line.
-
-    Raises:
-        UserError: as `load` does.
-    """
+    """Check plain values against a schema; the first mistake raises a UserError of one line."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -88,16 +75,16 @@ def validate(schema: type[P], values: dict[str, Any]) -> P:
 
 
 def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
-    """One line for one mistake: which key, what was found, what was expected, what to do."""
+    """One line: which key, its value, what was expected, what to do."""
     path = [str(part) for part in error["loc"]]
     key, found = ".".join(path[:2]), error["input"]
     if error["type"] == "extra_forbidden":
         known = _known_keys(schema, path)
         return (
-            f"params.yaml: {key} is not a parameter; expected one of {known}; remove or rename it"
+            f"params.yaml: {key} is not a parameter; expected one of {known}. Remove or rename it."
         )
     if error["type"] == "missing":
-        return f"params.yaml: {key} is missing; every parameter has a line there; add it back"
+        return f"params.yaml: {key} is missing. Every parameter has a line there: add it back."
     expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error["type"] == "model_type":
         expected = "a section with its keys"

@@ -1,4 +1,4 @@
-"""Progress bars, quiet where nobody is watching; and imports of large libraries, made quickly."""
+"""Progress bars, quiet in a log; and quick imports of large libraries."""
 
 import gc
 import signal
