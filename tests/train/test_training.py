@@ -33,8 +33,10 @@ def test_an_adapter_learns_on_every_precision(tmp_path: Path, data: Path, precis
     assert not (keep / "README.md").exists()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler"),
+    [("adamw", "linear"), ("adamw", "constant"), ("adamw_8bit", "cosine")],
+)
 def test_every_optimizer_and_schedule_learns(
     tmp_path: Path, data: Path, optimizer: str, scheduler: str
 ) -> None:
