@@ -60,9 +60,9 @@ ENCODED = pa.schema(
     }
 )
 LINES = pa.schema({"line": pa.int64(), "row": pa.binary(), "position": pa.int64()})
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 8 << 20
+BYTES_PER_PROCESS = 1 << 20  # at least
 BATCH_ROWS = 1000
-ROWS_PER_PROCESS = 2000  # at least
 _GROUP_ROWS = 1000
 _SHOWN = 20  # languages, and unknown fields, by name
 _COUNTED = 1000  # different reasons, and fields: a file may have as many as rows
@@ -154,7 +154,9 @@ def encode_chunks(
             gen_kwargs={"path": str(source.path), "max_bytes": CHUNK_BYTES, **place},
             fingerprint="lines",
         )
-        workers = min(processes, len(lines) // ROWS_PER_PROCESS)
+        last, before = lines[-1], place["position"]
+        place = {"position": last["position"], "line": last["line"] + 1}
+        workers = min(processes, (last["position"] - before) // BYTES_PER_PROCESS)
         with _signals_deferred() if workers > 1 else nullcontext():
             encoded = lines.with_format("arrow").map(
                 encode_rows,
@@ -167,9 +169,7 @@ def encode_chunks(
                 cache_file_name=str(cache / "encoded.arrow"),
                 new_fingerprint="encoded",
             )
-        before, last = place["position"], lines[-1]
-        place = {"position": last["position"], "line": last["line"] + 1}
-        yield encoded[:], place["position"] - before
+        yield encoded[:], last["position"] - before
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -290,8 +290,6 @@ def prepare(
     template = _encoder(str(tokenizer), parameters).template
     splitter = Splitter("eval" in sources, parameters.max_rows)
     processes = processes or len(os.sched_getaffinity(0))
-    if processes > 1:  # they share the cores already
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     count, unknown = Counter[str](), Counter[str]()
     with ExitStack() as stack:
         cache = folder / "cache.partial"

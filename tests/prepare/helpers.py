@@ -36,22 +36,22 @@ class Stage:
         self.model: Path | None = None  # its config.json
         self.processes = 1
 
-    def prepare(
-        self,
-        train: list[Any] | str,
-        held_out: list[Any] | None = None,
-        **changed: Any,
-    ) -> dict[str, Any]:
+    def write(self, train: list[Any] | str, held_out: list[Any] | None = None) -> None:
         self.raw.mkdir(exist_ok=True)
         given = {"train": train} | ({} if held_out is None else {"eval": held_out})
         for split, rows in given.items():
             text = rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows)
             (self.raw / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        listed = [
+        parts = [
             {"split": split, "name": f"my/{split}.jsonl", "first_line": 1, "counted_in": "line"}
             for split in given
         ]
-        (self.raw / "source.json").write_text(json.dumps({"files": listed}), encoding="utf-8")
+        (self.raw / "source.json").write_text(json.dumps({"files": parts}), encoding="utf-8")
+
+    def prepare(
+        self, train: list[Any] | str, held_out: list[Any] | None = None, **changed: Any
+    ) -> dict[str, Any]:
+        self.write(train, held_out)
         wanted = Prepare(**(DEFAULTS | changed))
         return dataset.prepare(
             self.raw, self.tokenizer, self.model, self.out, wanted, self.processes

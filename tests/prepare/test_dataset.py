@@ -64,7 +64,7 @@ def test_the_format_is_what_the_merged_model_needs(stage: Stage) -> None:
 def test_processes_and_batches_change_no_byte(
     stage: Stage, max_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "ROWS_PER_PROCESS", 2)
+    monkeypatch.setattr(dataset, "BYTES_PER_PROCESS", 200)
     rows = [*ROWS, row("plus " * 99 + "two"), *ROWS[:3], {"text": "### Human: two", "id": 1}]
     found = []
     for processes, batch in ((1, 1000), (1, 1), (2, 3), (3, 1000)):
@@ -85,9 +85,11 @@ def test_memory_is_that_of_a_chunk(stage: Stage, monkeypatch: pytest.MonkeyPatch
     peaks = []
     for count in (400, 2000):
         good = (row(f"what is two plus {i}" + " plus two" * 20, str(i)) for i in range(count))
-        rows = [one for pair in ((g, {"text": "### Human: two"}) for g in good) for one in pair]
-        stage.prepare(rows, max_rejected=0.5, max_length=512)
+        stage.write(
+            [one for pair in ((g, {"text": "### Human: two"}) for g in good) for one in pair]
+        )
         wanted = Prepare(**(DEFAULTS | {"max_rejected": 0.5, "max_length": 512}))
+        dataset.prepare(stage.raw, stage.tokenizer, None, stage.out, wanted, processes=1)
         tracemalloc.start()
         dataset.prepare(stage.raw, stage.tokenizer, None, stage.out, wanted, processes=1)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -120,9 +122,7 @@ def test_nothing_of_datasets_is_left_in_the_home(stage: Stage, tmp_path: Path) -
 def test_a_signal_ends_all_processes_in_one_line(
     stage: Stage, tmp_path: Path, number: signal.Signals
 ) -> None:
-    stage.prepare([row(f"what is two plus {i}" + " plus two" * 6) for i in range(6000)])
-    for name in OUTS:
-        (stage.out / name).unlink()
+    stage.write([row(f"what is two plus {i}" + " plus two" * 60) for i in range(5000)])
     script = tmp_path / "command.py"
     script.write_text(
         '"""A stage."""\n'
@@ -146,7 +146,7 @@ def test_a_signal_ends_all_processes_in_one_line(
     assert begun.returncode == 128 + number
     assert stderr.split("\r")[-1].strip().splitlines()[-1].startswith("stopped")
     assert "Traceback" not in stderr
-    assert not [*stage.out.iterdir()]
+    assert not [*stage.out.glob("*")]
 
 
 def test_rejected_rows_say_where_and_why(stage: Stage) -> None:

@@ -1,6 +1,7 @@
 """The whole stage: a chat template that cannot be trusted, or never teaches to stop, is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_reply_that_the_template_strips_later_is_rejected(tmp_path: Path) -> Non
     stage = stage_with(tmp_path, each(TURN.replace("{{ m['content'] }}", STRIPPED)))
     thought = "<think>two</think>four"
     one, two = row("one", thought), row("two", f"{thought}### Human: why### Assistant: {thought}")
-    changed = {"template": "tokenizer", "max_length": 512}
+    changed: dict[str, Any] = {"template": "tokenizer", "max_length": 512}
     stage.prepare([*ROWS, one, two], **changed, max_rejected=0.05)
     [rejected] = stage.rejected()
     assert rejected["line"] == 22
