@@ -29,13 +29,7 @@ from stages.train.config import Params
 from stages.train.schedule import Schedule
 
 MOST_STEPS = 10_000  # that are looked at; the longest conversations stand for more
-SAVED = (
-    "micro_batch_tokens",
-    "gradient_checkpointing",
-    "workers",
-    "processes",
-    "unfused_because",
-)
+SAVED = ["micro_batch_tokens", "gradient_checkpointing", "workers", "processes", "unfused_because"]
 
 
 @dataclass(frozen=True)
@@ -84,12 +78,8 @@ def make_plan(
 ) -> ExecutionPlan:
     """Resolve each setting: `QLORA_*`, else the saved plan, else the fastest predicted to fit.
 
-    Args:
-        settings: the parameters.
-        model_folder: of the (quantized) weights; only its config is read.
-        train: conversations to train on.
-        held_out: conversations to score.
-        saved: `ExecutionPlan.saved` of the checkpoint that training resumes from.
+    Of `model_folder` the config alone is read; `saved` is the plan of the checkpoint that training
+    resumes from.
 
     Raises:
         UserError: it does not fit this machine's memory, more devices are requested than there

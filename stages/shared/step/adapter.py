@@ -27,16 +27,9 @@ from stages.shared.weights.bnb import Linear8bitLt
 def load_for_lora(
     folder: Path, lora: Lora, device: torch.device, original: Path | None = None
 ) -> PeftModel:
-    """Put a fresh adapter (fp32) on the frozen model.
+    """Put a fresh fp32 adapter on the frozen model; UserError where it does not fit.
 
-    Args:
-        folder: of the (quantized) model.
-        lora: the section of params.yaml.
-        device: where it goes.
-        original: folder of the weights before quantization, for `lora.init` loftq.
-
-    Raises:
-        UserError: `lora` does not fit the model.
+    `original` is the folder of the weights before quantization, for LoftQ.
     """
     base = loading.load_model(folder, device)
     _refuse_for_precision(base, lora, device)
@@ -55,9 +48,8 @@ def load_for_lora(
         use_dora=lora.dora,
         base_model_name_or_path=folder.as_posix(),
     )
-    names = sorted(
-        {n.rpartition(".")[2] for n, m in base.named_modules() if hasattr(m, "in_features")}
-    )
+    linear = (n for n, m in base.named_modules() if hasattr(m, "in_features"))
+    names = sorted({name.rpartition(".")[2] for name in linear})
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # see merge.py
@@ -76,11 +68,7 @@ def load_for_lora(
 
 
 def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Load all weights as fp32 masters, to be trained.
-
-    Raises:
-        UserError: the weights are quantized, or fp16.
-    """
+    """Load all weights as fp32 masters; UserError where they are quantized, or fp16."""
     config = AutoConfig.from_pretrained(folder)
     quantized = getattr(config, "quantization_config", None) is not None
     if quantized or config.dtype == torch.float16:

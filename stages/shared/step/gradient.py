@@ -35,9 +35,8 @@ def accumulate(
         supervised_tokens: of the whole step, over all processes.
         dtype: compute dtype.
         fused: the model was patched by `patch.fuse`.
-        scaler: of the loss, for fp16 on a GPU; disabled anywhere else.
-        all_reduce: leaves every process with the whole step's gradient and loss; None computes
-            this process's part alone.
+        scaler: enabled for fp16 on a GPU.
+        all_reduce: leaves every process with the whole step's gradient and loss.
 
     Returns:
         The loss in nats a supervised token, fp64 [1].

@@ -34,12 +34,8 @@ def as_saved(
 ) -> Iterator[None]:
     """Replace masters by the values that their file will hold, until the block ends.
 
-    What is evaluated is then exactly what is saved. LoRA weights are saved in fp32, as they are.
-
-    Args:
-        model: whose masters are meant.
-        storage_dtype: of the file.
-        compute_dtype: that the rounded values are cast to; None for no cast.
+    What is evaluated is then exactly what is saved: rounded to the file's dtype, and cast to the
+    compute dtype. LoRA weights are saved in fp32, as they are.
     """
     masters = {weight: weight.data for weight in base_weights(model)}
     for weight in masters:

@@ -8,7 +8,6 @@ what is saved for the backward pass is the gradient of the hidden states.
 Source: Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, section 3.2.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,16 +33,6 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, head, targets)
 
 
-def chunk_tokens(vocabulary: int, tokens: int, itemsize: int, device_type: str) -> int:
-    """Tokens of a chunk, of at most `tokens`; `itemsize` of the compute dtype."""
-    return min(tokens, max(1, LOGITS_BYTES[device_type] // (itemsize * vocabulary)))
-
-
-def fp32_chunk_tokens(vocabulary: int, tokens: int) -> int:
-    """Tokens of a chunk's parts, whose logits a CPU casts to fp32."""
-    return min(tokens, max(1, FP32_LOGITS_BYTES // (4 * vocabulary)))
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -52,16 +41,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = head.to(hidden.dtype)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden)
-        size = chunk_tokens(len(head), len(hidden), hidden.dtype.itemsize, hidden.device.type)
+        row_bytes = len(head) * hidden.dtype.itemsize
+        size = min(len(hidden), max(1, LOGITS_BYTES[hidden.device.type] // row_bytes))
         # One buffer for all chunks: fresh pages of this size are cleared by the system each time.
         buffer = hidden.new_empty(size, len(head))
         on_gpu = gpu.on_gpu(hidden.device)
-        cross_entropy = gpu.kernels().cross_entropy if on_gpu else _cross_entropy_by_parts(buffer)
-        for start in range(0, len(hidden), size):
-            chunk = slice(start, start + size)
-            logits = torch.mm(hidden[chunk], weight.t(), out=buffer[: len(hidden[chunk])])
-            cross_entropy(logits, targets[chunk], losses[chunk])
-            torch.mm(logits, weight, out=dhidden[chunk])
+        cross_entropy = gpu.kernels().cross_entropy if on_gpu else _cross_entropy
+        chunks = zip(*(x.split(size) for x in (hidden, targets, losses, dhidden)), strict=True)
+        for some_hidden, some_targets, some_losses, some_dhidden in chunks:
+            logits = torch.mm(some_hidden, weight.t(), out=buffer[: len(some_hidden)])
+            cross_entropy(logits, some_targets, some_losses)
+            torch.mm(logits, weight, out=some_dhidden)
         ctx.save_for_backward(dhidden)
         return losses
 
@@ -72,37 +62,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (dhidden * dlosses[:, None]).to(dhidden.dtype), None, None
 
 
-def _cross_entropy_by_parts(
-    buffer: torch.Tensor,
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
-    """A CPU's counterpart of the kernel, for chunks as large as `buffer` [tokens, vocabulary]."""
-    size = fp32_chunk_tokens(buffer.shape[1], len(buffer))
-    fp32_buffer = buffer.new_empty(size, buffer.shape[1], dtype=torch.float32)
-
-    def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
-        parts = zip(*(x.split(size) for x in (logits, targets, losses)), strict=True)
-        for some, some_targets, some_losses in parts:
-            fp32 = fp32_buffer[: len(some)]
-            some_losses.copy_(_cross_entropy(some, some_targets[:, None], fp32))
-
-    return cross_entropy
-
-
-def _cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, buffer: torch.Tensor
-) -> torch.Tensor:
-    """Losses, fp32 [tokens], of logits [tokens, vocabulary], which become their gradients.
-
-    Args:
-        logits: z, in the compute dtype.
-        targets: int64 [tokens, 1].
-        buffer: overwritten, in the shape of logits, fp32.
-    """
-    buffer.copy_(logits)
-    targeted, largest = buffer.gather(1, targets), buffer.amax(1, keepdim=True)
-    probabilities = torch.softmax(buffer, dim=-1, out=buffer)
-    # The largest probability is never too small for a logarithm, as that of a target may be.
-    log_sum = largest - probabilities.amax(1, keepdim=True).log()
-    probabilities.scatter_add_(1, targets, torch.full_like(targeted, -1.0))
-    logits.copy_(probabilities)
-    return (log_sum - targeted).squeeze(1)
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+    """A CPU's counterpart of `triton_kernels.cross_entropy`: logits become their gradients."""
+    size = min(len(logits), max(1, FP32_LOGITS_BYTES // (4 * logits.shape[1])))
+    buffer = logits.new_empty(size, logits.shape[1], dtype=torch.float32)
+    parts = zip(*(x.split(size) for x in (logits, targets[:, None], losses)), strict=True)
+    for some_logits, some_targets, some_losses in parts:
+        z = buffer[: len(some_logits)].copy_(some_logits)
+        targeted, largest = z.gather(1, some_targets), z.amax(1, keepdim=True)
+        probabilities = torch.softmax(z, dim=-1, out=z)
+        # The largest probability is never too small for a logarithm, as that of a target may be.
+        log_sum = largest - probabilities.amax(1, keepdim=True).log()
+        probabilities.scatter_add_(1, some_targets, torch.full_like(targeted, -1.0))
+        some_logits.copy_(probabilities)
+        some_losses.copy_((log_sum - targeted).squeeze(1))

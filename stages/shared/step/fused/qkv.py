@@ -26,13 +26,9 @@ def qkv(
     x: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values [tokens, their width] of the residual stream.
+    """Queries, keys and values [tokens, their width] of the residual stream x [tokens, width].
 
-    Args:
-        norm: RMSNorm before the projections.
-        layers: q_proj, k_proj and v_proj.
-        x: residual stream [tokens, width].
-        rope: cosines and sines [tokens, head size] for queries and keys; None for no RoPE.
+    `layers` are q_proj, k_proj and v_proj; `rope` is cos and sin [tokens, head size], or None.
     """
     dtype = precision.matmul_dtype(x)
     cos, sin = rope or (None, None)
@@ -47,12 +43,10 @@ def o_proj(residual: torch.Tensor, layer: LoraLayer, x: torch.Tensor) -> torch.T
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding: pairs (i, i + half a head) rotated by an angle.
+    """Rotary position embedding of x [tokens, heads · head size]; backward with −sin.
 
-    Args:
-        x: queries or keys [tokens, heads · head size].
-        cos: [tokens, head size], both halves the same.
-        sin: as `cos`; negative for the backward pass.
+    Each pair (i, i + half a head) is rotated by an angle: cos and sin are [tokens, head size], both
+    halves the same.
 
     Source: Su et al. 2021, RoFormer, arXiv:2104.09864, equation 34, in the order of transformers.
     """

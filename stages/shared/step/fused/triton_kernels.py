@@ -14,13 +14,9 @@ LOGITS_AT_ONCE, CROSS_ENTROPY_WARPS = 8192, 16
 def dequantize(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """A 4-bit weight [out, in] in `dtype`, in one pass, double quantization included.
 
-    bitsandbytes dequantizes absmax in three kernels more, and reads codes at two thirds of the
-    rate. The values are the same, bit for bit.
-
-    Args:
-        codes: uint8, two elements a byte, the first in its upper half.
-        state: `QuantState` of bitsandbytes.
-        dtype: of the result.
+    `codes` are uint8, two elements a byte, the first in its upper half; `state` is bitsandbytes'
+    `QuantState`. Its own kernels take three more passes for absmax, and read codes at two thirds
+    of the rate. The values are the same, bit for bit.
 
     Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6.
     """
@@ -110,10 +106,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Ten
 
         loss = ln Σ exp(z) − z[target],  ∂z = softmax(z) − onehot(target)
 
-    Args:
-        logits: z [tokens, vocabulary], contiguous, in the compute dtype.
-        targets: int64 [tokens].
-        losses: overwritten, fp32 [tokens], contiguous.
+    Contiguous: z [tokens, vocabulary] in the compute dtype, targets int64 and losses fp32 [tokens].
 
     Source: for the sum in one pass, Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
