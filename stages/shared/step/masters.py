@@ -72,14 +72,15 @@ def _add_bias_in_compute_dtype(layer: Linear4bit | Linear8bitLt) -> None:
 
     bitsandbytes casts a bias of another dtype in place: the master would be lost.
     """
-    master = layer.bias
+    masters: list[nn.Parameter] = []  # while the layer computes
 
-    def cast(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def cast(module: Linear4bit | Linear8bitLt, inputs: tuple[torch.Tensor, ...]) -> None:
+        masters.append(module.bias)
         dtype = getattr(module, "compute_dtype", None) or inputs[0].dtype
-        module._parameters["bias"] = master.to(dtype)
+        module._parameters["bias"] = module.bias.to(dtype)
 
     def restore(module: nn.Module, *_: object) -> None:
-        module._parameters["bias"] = master
+        module._parameters["bias"] = masters.pop()
 
     layer.register_forward_pre_hook(cast)
     layer.register_forward_hook(restore, always_call=True)
