@@ -114,7 +114,7 @@ class StepCounter:
             DryRun.end()
 
     def model(self) -> dict[str, Any]:
-        """Sizes of the model: see `dry_run.describe`."""
+        """Sizes of the model: see `architecture.describe`."""
         return self._answer("describe")
 
     def persistent(self, setup: TrainingSetup) -> dict[str, Any]:

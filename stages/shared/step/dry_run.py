@@ -10,36 +10,39 @@ autograd has no thread for a device that torch was not built for. It runs in a p
 (`stages.shared.step.count`), as its patches must not meet a training.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import bitsandbytes.autograd._functions as bnb_functions
 import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from transformers import AutoConfig, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import PretrainedConfig
 
-from stages.shared.core.errors import UserError
 from stages.shared.model import attention, loading, packing, scoring
 from stages.shared.model.packing import Example
-from stages.shared.step import adapter, fake_model, gradient, initialisation, memory, optim
+from stages.shared.step import (
+    adapter,
+    architecture,
+    fake_model,
+    gradient,
+    initialisation,
+    memory,
+    optim,
+)
+from stages.shared.step.architecture import Pattern
 from stages.shared.step.fake_model import CPU, META
 from stages.shared.step.fused import cross_entropy, gpu, liger, lora
 from stages.shared.step.fused import patch as fused_patch
 from stages.shared.step.live_bytes import LiveBytes
 from stages.shared.step.setup import SWITCHED_OFF, MicroBatch, TrainingSetup
-from stages.shared.weights import precision
+from stages.shared.weights import bnb, precision
 from stages.shared.weights.bnb import Params4bit
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -57,51 +60,23 @@ PYTHON_KERNELS = (
     "optimizer_update_8bit_blockwise",
     "optimizer_update_32bit",
 )
-KINDS = ("embedding", "head", "linear", "experts", "norm", "bias", "other")
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Which blocks stand for all.
-
-    Attributes:
-        layers: blocks of the model.
-        run: blocks that are run, the first ones.
-        start: the first block of the period that repeats.
-        period: its blocks; the model has them `repeats` times more than are run.
-    """
-
-    layers: int
-    run: int
-    start: int
-    period: int
-
-    @property
-    def repeats(self) -> int:
-        """How often the period comes besides."""
-        return (self.layers - self.run) // self.period
-
-    @property
-    def repeated(self) -> range:
-        """The blocks of the period."""
-        return range(self.start, self.start + self.period)
 
 
 def answer(
     kind: str, config: str, setup: dict[str, Any] | None, batch: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Answer a question of `stages.shared.step.count`, all as JSON."""
-    whole = read_config(Path(config))
+    whole = architecture.read_config(Path(config))
     if setup is None:
-        return describe(whole)
+        return architecture.describe(whole)
     training = TrainingSetup(**setup)
     if batch is None:
         model = prepare(whole, training)
         unfused = unfused_because(training, model)
         held = persistent(training, model, fused=unfused is None)
         return {**held, "unfused_because": unfused}
-    pattern = pattern_of(whole)
-    few = first_blocks(whole, pattern.run)
+    pattern = architecture.pattern_of(whole)
+    few = architecture.first_blocks(whole, pattern.run)
     micro_batch = MicroBatch(tuple(batch["lengths"]), batch["supervised"])
     live, held_bytes = run(few, training, micro_batch, scoring_only=kind == "scoring")
     phases = extended(live, held_bytes, pattern)
@@ -117,79 +92,6 @@ def _in_words(phase: str, pattern: Pattern) -> str:
     index = int(number)
     index += pattern.repeats * pattern.period if index >= pattern.start else 0
     return f"{way} pass of block {index + 1} of {pattern.layers}"
-
-
-def read_config(path: Path) -> PretrainedConfig:
-    """The config of a causal language model.
-
-    Raises:
-        UserError: the file is missing, or transformers knows no such model.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: not found. Run `dvc repro fetch_model`, or name another model.")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        text = config.get_text_config()
-        rope = getattr(text, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "dynamic":  # reads positions; its tensors are the default's
-            text.rope_parameters = {**rope, "rope_type": "default"}
-        fake_model.model_on_meta(config, torch.float32)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{path}: {reason:.200}. Choose a causal language model that transformers knows."
-        ) from None
-    return config
-
-
-def blocks_of(model: Any) -> Any:
-    """The blocks of a decoder."""
-    layers = model.config.get_text_config().num_hidden_layers
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
-    return next(blocks for blocks in lists if len(blocks) == layers)
-
-
-def first_blocks(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The same model with fewer blocks."""
-    config = deepcopy(config)
-    text = config.get_text_config()
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
-    return config
-
-
-def pattern_of(config: PretrainedConfig) -> Pattern:
-    """The shortest run of blocks that stands for all: three, or more where kinds alternate."""
-    kinds = _kinds(config)
-    layers = len(kinds)
-    found = Pattern(layers, layers, 0, 1)
-    for period in range(1, layers // 2 + 1):
-        same = [i for i in range(layers - period) if kinds[i] != kinds[i + period]]
-        start = max(1, same[-1] + 1 if same else 0)  # below the first block nothing has a gradient
-        run = start + period + 1
-        run += (layers - run) % period
-        if run < found.run:
-            found = Pattern(layers, run, run - 1 - period, period)
-    if _kinds(first_blocks(config, found.run)) != kinds[: found.run]:
-        return Pattern(layers, layers, 0, 1)
-    return found
-
-
-def _kinds(config: PretrainedConfig) -> list[Any]:
-    """What tells blocks apart: the shapes of their parameters, and lists of the config."""
-    model = fake_model.model_on_meta(config, torch.float32)
-    blocks = blocks_of(model)
-    text = vars(model.config.get_text_config())
-    lists = [v for v in text.values() if isinstance(v, list) and len(v) == len(blocks)]
-    return [
-        (
-            [(name, tuple(p.shape)) for name, p in block.named_parameters()],
-            [values[i] for values in lists],
-        )
-        for i, block in enumerate(blocks)
-    ]
 
 
 def prepare(config: PretrainedConfig, setup: TrainingSetup) -> Any:
@@ -234,7 +136,7 @@ def unfused_because(setup: TrainingSetup, model: Any) -> str | None:
         return SWITCHED_OFF
     if lora is None:
         return "train.method is full"
-    blocks = blocks_of(model)
+    blocks = architecture.blocks_of(model)
     names = sorted({type(block).__name__ for block in blocks})
     linear = [m for m in blocks.modules() if isinstance(m, nn.Linear | LoraLayer)]
     inside = {m for layer in linear if isinstance(layer, LoraLayer) for m in layer.modules()}
@@ -254,59 +156,6 @@ def unfused_because(setup: TrainingSetup, model: Any) -> str | None:
         or getattr(model.config, "hidden_act", "") != "silu",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def describe(config: PretrainedConfig) -> dict[str, Any]:
-    """Parameters of a model by kind, and the widths that its operations are counted by."""
-    model = fake_model.model_on_meta(config, torch.float32)
-    text = config.get_text_config()
-    head, quantized = model.get_output_embeddings(), fake_model.quantizable(model)
-    kinds: Counter[str] = Counter()
-    attention = per_token = 0
-    for path, layer in model.named_modules():
-        for name, p in layer.named_parameters(recurse=False):
-            kind = _kind(name, layer, p, head)
-            if kind == "head" and p is model.get_input_embeddings().weight:
-                continue  # tied: counted as the embedding
-            kinds[kind] += p.numel()
-            if kind == "linear":
-                attention += p.numel() if "attn" in path else 0
-                per_token += p.numel()
-            elif kind == "experts":
-                active = getattr(text, "num_experts_per_tok", None) or 1
-                per_token += p.numel() // p.shape[0] * active
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return {
-        "parameters": {
-            "parameters": sum(kinds.values()),
-            **{kind: kinds[kind] for kind in KINDS},
-            "attention": attention,
-            "mlp": kinds["linear"] - attention,
-            "quantizable": sum(layer.weight.numel() for layer in quantized.values()),
-            "tied_head": head is not None and head.weight is model.get_input_embeddings().weight,
-        },
-        "per_token": per_token,
-        "layers": text.num_hidden_layers,
-        "hidden": text.hidden_size,
-        "vocabulary": text.vocab_size,
-        "query": text.num_attention_heads * head_size,
-    }
-
-
-def _kind(name: str, layer: nn.Module, p: nn.Parameter, head: nn.Module | None) -> str:
-    """What a parameter is for, by the class of its layer."""
-    class_name = type(layer).__name__.lower()
-    if name.endswith("bias"):
-        return "bias"
-    if layer is head:
-        return "head"
-    if isinstance(layer, nn.Embedding):
-        return "embedding"
-    if type(layer) is nn.Linear or isinstance(layer, Conv1D):
-        return "linear"
-    if p.dim() == 3 and "expert" in class_name:
-        return "experts"
-    return "norm" if "norm" in class_name else "other"
 
 
 def persistent(setup: TrainingSetup, model: nn.Module, *, fused: bool) -> dict[str, int]:
@@ -374,7 +223,7 @@ def run(
         if scoring_only:
             live = LiveBytes(held, vocabulary, PYTHON_KERNELS)
             before = live.total
-            _follow(live, blocks_of(model))
+            _follow(live, architecture.blocks_of(model))
             with live, torch.no_grad(), precision.autocast(CPU, dtype):
                 live.phase = "start"
                 scoring.negative_log_likelihoods(model.eval(), packing.pack(examples, CPU))
@@ -386,7 +235,7 @@ def run(
         held += [*states, *(p.grad for p in trained)]
         live = LiveBytes(held, vocabulary, PYTHON_KERNELS)
         before = live.total
-        _follow(live, blocks_of(model))
+        _follow(live, architecture.blocks_of(model))
 
         def scale(loss: torch.Tensor) -> torch.Tensor:
             live.phase = "gradient of the loss"
@@ -516,7 +365,7 @@ def _without_values(
         autocast = torch.is_autocast_enabled
         changes += [
             (torch, "is_autocast_enabled", lambda *_: autocast("cpu")),
-            (bnb_functions, "MatMul8bitFp", bnb_functions.MatMul8bitLt),
+            (bnb.autograd, "MatMul8bitFp", bnb.autograd.MatMul8bitLt),
             (gpu, "on_gpu", lambda _: True),
             (gpu, "kernels", lambda: SimpleNamespace(**_KERNELS)),
             (liger, "covers", lambda _: False),

@@ -8,7 +8,6 @@ import copy
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Int8Params
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -17,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.shared.model import attention
 from stages.shared.step.memory import BLOCK, NESTED_BLOCK
-from stages.shared.weights.bnb import Linear4bit, Linear8bitLt, Params4bit, QuantState
+from stages.shared.weights.bnb import Int8Params, Linear4bit, Linear8bitLt, Params4bit, QuantState
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ATTRIBUTES_4BIT = (

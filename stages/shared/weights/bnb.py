@@ -40,6 +40,7 @@ def _compile_at_first_call(function: Callable[..., Any] | None = None, **options
 
 torch.compile = cast(Any, _compile_at_first_call)
 try:
+    from bitsandbytes.autograd import _functions as autograd  # noqa: F401
     from bitsandbytes.cextension import lib
     from bitsandbytes.functional import (  # noqa: F401  (for the other modules)
         QuantState,
@@ -50,7 +51,12 @@ try:
         int8_vectorwise_quant,
         quantize_4bit,
     )
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+    from bitsandbytes.nn import (  # noqa: F401
+        Int8Params,
+        Linear4bit,
+        Linear8bitLt,
+        Params4bit,
+    )
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit  # noqa: F401
     from bitsandbytes.optim.optimizer import Optimizer8bit  # noqa: F401
 finally:

@@ -12,7 +12,7 @@ from benchmarks import memory
 from benchmarks.memory import Setting
 from stages.plan.sources import CONFIGS
 from stages.shared.core.errors import UserError
-from stages.shared.step import count, dry_run
+from stages.shared.step import architecture, count, dry_run
 from stages.shared.step.count import StepCounter, undominated
 from stages.shared.step.limits import GIB
 from stages.shared.step.setup import MicroBatch, TrainingSetup
@@ -73,19 +73,21 @@ def test_count_of_a_gpu_equals_all_blocks_on_meta(name: str, setting: Setting, g
 
 def test_blocks_that_alternate_are_extended_by_their_period() -> None:
     config = Gemma3TextConfig(
-        **memory.SHAPE | {"num_attention_heads": 4},
+        hidden_size=192,
+        num_attention_heads=4,
+        vocab_size=3000,
         intermediate_size=384,
         num_hidden_layers=13,
         num_key_value_heads=2,
         head_dim=32,
         sliding_window=64,
     )
-    pattern = dry_run.pattern_of(config)
+    pattern = architecture.pattern_of(config)
     assert (pattern.run, pattern.period, pattern.repeats) == (13, 1, 0)
     config.layer_types = config.layer_types[:6] * 5
     config.num_hidden_layers = 26
     config.layer_types = config.layer_types[:26]
-    pattern = dry_run.pattern_of(config)
+    pattern = architecture.pattern_of(config)
     assert (pattern.run, pattern.period, pattern.repeats) == (8, 6, 3)
     assert [config.layer_types[i] for i in pattern.repeated] == config.layer_types[1:7]
 

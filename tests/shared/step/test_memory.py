@@ -4,7 +4,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from stages.plan.sources import CONFIGS
-from stages.shared.step import dry_run, memory
+from stages.shared.step import architecture, dry_run, memory
 from stages.shared.step.count import StepCounter
 from stages.shared.step.setup import Stored, TrainingSetup, stored_as
 from tests import tiny
@@ -103,10 +103,10 @@ def test_shipped_configs_have_the_published_parameters(name: str, parameters: in
 def test_every_architecture_is_described(kind: str) -> None:
     """Its blocks are found, and the shortest run of them that stands for all."""
     config = CONFIG_MAPPING[kind](**SHAPE | (BESIDES | OTHERS)[kind])
-    described = dry_run.describe(config)
+    described = architecture.describe(config)
     model = dry_run.fake_model.model_on_meta(config, dry_run.torch.float32)
     assert described["parameters"]["parameters"] == sum(p.numel() for p in model.parameters())
-    assert dry_run.pattern_of(config).layers == len(dry_run.blocks_of(model))
+    assert architecture.pattern_of(config).layers == len(architecture.blocks_of(model))
 
 
 @pytest.mark.parametrize(
