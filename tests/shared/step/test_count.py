@@ -112,8 +112,13 @@ def test_answers_are_kept_by_config_setup_and_code(
     memory.MODELS["whole heads"].save_pretrained(tmp_path)
     with StepCounter(config) as counter:
         first = counter.persistent(setup)
-    asked = []
-    monkeypatch.setattr(count.DryRun, "ask", lambda asking: asked.append(asking) or {})
+    asked: list[dict[str, object]] = []
+
+    def ask(question: dict[str, object]) -> dict[str, object]:
+        asked.append(question)
+        return {}
+
+    monkeypatch.setattr(count.DryRun, "ask", ask)
     counter = StepCounter(config)
     assert counter.persistent(setup) == first
     assert not asked

@@ -43,6 +43,7 @@ def test_more_memory_never_makes_a_step_slower(llama: StepCounter) -> None:
         cost = fit._cost((asked, choice.micro_batch_tokens, choice.gradient_checkpointing, 1))
         assert before is None or cost <= before
         before = cost
+    assert choice
     assert (choice.micro_batch_tokens, choice.gradient_checkpointing) == (8192, False)
 
 
@@ -99,7 +100,7 @@ def test_as_many_workers_compute_as_fit(tmp_path: Path) -> None:
         assert four and four.device_bytes == 4 * alone.device_bytes
 
 
-CANNOT_FIT = {
+CANNOT_FIT: dict[str, tuple[float, TrainingSetup, dict[str, Any]]] = {
     "set by the user": (14, QLORA, {"micro_batch_tokens": 4096, "gradient_checkpointing": False}),
     "bf16": (16, TrainingSetup("bf16", LORA), {}),
     "all weights": (80, TrainingSetup("bf16", None), {"instead_of_full": LORA}),
