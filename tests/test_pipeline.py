@@ -158,7 +158,7 @@ def test_another_model_leaves_the_raw_data_alone(change: Workspace) -> None:
 
 
 def test_from_rank_8_to_16_and_back_trains_nothing_the_third_time(space: Workspace) -> None:
-    assert ran(space) == set()
+    assert not ran(space) & AFTER_TRAINING
     before = files.sha256(space.root / "models/adapter/adapter_model.safetensors")
     space.set_params({"lora.r": 16})
     assert ran(space) == AFTER_TRAINING | {"plan", "report"}
@@ -203,7 +203,7 @@ def test_a_stage_that_fails_leaves_the_outs_of_earlier_ones(change: Workspace) -
     change.set_params({"lora.target_modules": ["no_such_layer"]})
     done = change.dvc("repro")
     assert done.returncode != 0
-    assert "error: params.yaml: lora.target_modules" in done.stderr
+    assert "error: lora.target_modules: ['no_such_layer']" in done.stderr
     assert files.folder_sha256(change.root / "models/quantized") == before
     assert not list((change.root / "models").glob("*.partial"))
 
