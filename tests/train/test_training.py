@@ -139,11 +139,19 @@ def test_evaluating_in_between_leaves_quantized_weights_alone(tmp_path: Path, da
 @pytest.mark.parametrize(
     ("precision", "changes", "expected"),
     [
-        ("nf4", {"train__method": "full"}, "train.method is 'full'"),
-        ("fp16", {"train__method": "full"}, "fp16 weights overflow"),
-        ("fp32", {"lora__target_modules": ["no_such"]}, "lora.target_modules is ['no_such']"),
+        ("nf4", {"train__method": "full"}, "train.method: full cannot train quantized weights"),
+        ("fp16", {"train__method": "full"}, "train.method: full cannot train fp16 weights"),
+        (
+            "fp32",
+            {"lora__target_modules": ["no_such"]},
+            "lora.target_modules: ['no_such'] does not fit",
+        ),
         ("fp32", {"lora__target_modules": "no.*such"}, "q_proj"),
-        ("fp32", {"lora__modules_to_save": ["no_such"]}, "lora.modules_to_save names 'no_such'"),
+        (
+            "fp32",
+            {"lora__modules_to_save": ["no_such"]},
+            "lora.modules_to_save: this model has no module 'no_such'",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(
