@@ -1,4 +1,4 @@
-"""What full tuning, LoRA and QLoRA of this model need: memory, disk, operations, for named cards.
+"""Predict memory, disk and operations of full fine-tuning, LoRA and QLoRA on named cards.
 
 Reads:  models/base/config.json, reports/prepare.json
 Writes: reports/plan.json, reports/plan.svg
@@ -6,9 +6,8 @@ Run:    python -m stages.plan
         python -m stages.plan --model Llama-3-8B --budget 16 --max-length 2048
         python -m stages.plan --model owner/name --set lora.r=64 --set quantize.precision=bf16
 
-What is written is a pure function of the parameters, the config and the counts of `prepare`:
-nothing of this machine is looked at. What this machine fits and how long it takes is only printed,
-and not under DVC. With any option these files are not written.
+The files depend on parameters, config and counts alone, and are not written with any option.
+Figures of this machine are only printed, and not under DVC.
 """
 
 import os
@@ -28,11 +27,11 @@ from stages.shared.core.errors import UserError, run
 COUNTS = Path("reports/prepare.json")
 PLAN = Path("reports/plan.json")
 PICTURE = Path("reports/plan.svg")
-LARGEST = 10**9  # of what an option can be: beyond it, what is counted has no numbers
+LARGEST = 10**9  # upper bound of an option: sizes beyond it overflow
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Another model, budget, length or parameter; without any of them, this is the stage."""
+    """Another model, budget, length or parameter; without any, this is the stage."""
     known = f"a folder with a config.json, such a file, owner/name[@commit], or: {sources.names()}"
     parser.add_argument("--model", help=known)
     parser.add_argument("--budget", type=float, help="GiB; this machine's memory if left out")
@@ -43,11 +42,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def check(options: Namespace) -> None:
-    """Refuse numbers that no machine and no conversation has.
-
-    Raises:
-        UserError: names the option.
-    """
+    """Refuse options out of range."""
     if options.budget is not None and not 0 < options.budget < LARGEST:
         raise UserError(f"--budget: is {options.budget:g}. Give GiB above 0 and below {LARGEST:,}.")
     if options.max_length is not None and not 2 <= options.max_length < LARGEST:
@@ -57,11 +52,7 @@ def check(options: Namespace) -> None:
 
 
 def changed(values: Params, settings: Sequence[str]) -> Params:
-    """The parameters with some set anew, `lora.r=64`.
-
-    Raises:
-        UserError: a setting is no key of the three sections, or has no such value.
-    """
+    """Apply settings such as `lora.r=64` to the parameters."""
     tried = values.model_dump()
     for setting in settings:
         key, separator, text = setting.partition("=")
@@ -77,11 +68,11 @@ def changed(values: Params, settings: Sequence[str]) -> Params:
 
 
 def main(options: Namespace) -> None:
-    """Count, write, draw, print."""
+    """Count, write, draw and print the plan."""
     check(options)
     values = changed(params.load(Params, "plan"), options.set or ())
     config = sources.config_path(options.model)
-    found = data_of(options.max_length, values.train.batch_size, COUNTS)
+    counts = data_of(options.max_length, values.train.batch_size, COUNTS)
     # Imported late: a mistake in params.yaml is told before the seconds that these take.
     with progress.quick_imports():
         from stages.plan import charts, figures, tables  # noqa: PLC0415
@@ -89,9 +80,9 @@ def main(options: Namespace) -> None:
 
     is_stage = all(option is None for option in vars(options).values())
     with StepCounter(config) as counter:
-        plan = figures.plan(counter, found, values)
+        plan = figures.plan(counter, counts, values)
         if target := PICTURE if is_stage else options.picture:
-            growth = figures.growth(counter, values, found)
+            growth = figures.growth(counter, values, counts)
             tokens = plan["micro_batch"]["tokens"]
             charts.draw(plan["techniques"], growth, figures.LENGTHS, tokens, target)
         if is_stage:
@@ -101,7 +92,7 @@ def main(options: Namespace) -> None:
             from stages.plan import this_machine  # noqa: PLC0415  (imports torch)
 
             print()
-            for line in this_machine.described(counter, found, values, options.budget):
+            for line in this_machine.described(counter, counts, values, options.budget):
                 print(line, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The plan as a picture: a bar a technique and the cards it fits, and growth with the tokens."""
+"""Charts of the plan: a bar per technique with the cards it fits, and peak against tokens."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ PARTS = {
     "activations": ("activations_bytes",),
     "logits, workspace": ("logits_bytes", "workspace_bytes"),
 }
-IN_SIGHT = 0.05, 1.2  # cards from and up to these shares of the longest bar have a line
+IN_SIGHT = 0.05, 1.2  # cards between these shares of the longest bar get a line
 
 
 def draw(
@@ -30,15 +30,7 @@ def draw(
     tokens: int,
     path: Path,
 ) -> None:
-    """Write the picture as SVG.
-
-    Args:
-        techniques: as in the JSON.
-        growth: bytes at each length, by technique.
-        lengths: tokens of a conversation.
-        tokens: of the micro-batch that the bars are for.
-        path: of the file.
-    """
+    """Write the charts as SVG; `growth` holds a technique's peak bytes at each of `lengths`."""
     height = 1.2 + 0.36 * len(techniques)
     figure = Figure(figsize=(9.0, 3.2 + height))
     bars, lines = figure.subplots(2, 1, height_ratios=[height, 2.6])
@@ -58,7 +50,7 @@ def draw(
 
 
 def _bars(axes: Axes, techniques: Mapping[str, Mapping[str, Any]], tokens: int) -> None:
-    """The least memory at the top, each with the smallest card that holds it."""
+    """Bars by ascending peak, each with the smallest card that holds it."""
     ways = dict(sorted(techniques.items(), key=lambda item: item[1]["peak_bytes"]))
     longest = max(way["peak_bytes"] for way in ways.values())
     unit, scale = unit_of(longest)
@@ -77,8 +69,8 @@ def _bars(axes: Axes, techniques: Mapping[str, Mapping[str, Any]], tokens: int) 
     shown = [size for size in sizes if IN_SIGHT[0] * longest <= size <= IN_SIGHT[1] * longest]
     for size in shown:
         axes.axvline(size / scale, color="C5", linewidth=1, linestyle="--")
-        label, place = f"{size // GIB} GiB", (size / scale, 1)
-        axes.annotate(label, place, xycoords=("data", "axes fraction"), fontsize=7, rotation=30)
+        label, position = f"{size // GIB} GiB", (size / scale, 1)
+        axes.annotate(label, position, xycoords=("data", "axes fraction"), fontsize=7, rotation=30)
     axes.set_axisbelow(True)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

@@ -1,4 +1,4 @@
-"""The parameters that `plan` reads; other stages own them."""
+"""Parameters of `plan`, owned by other stages."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from stages.shared.step.memory import DensePrecision, Precision
 
 
 class Quantize(BorrowedSection):
-    """The keys of `quantize` that memory depends on."""
+    """Keys of `quantize` that memory depends on."""
 
     precision: Precision
     double_quant: bool
@@ -16,11 +16,11 @@ class Quantize(BorrowedSection):
 
 
 class Plan(Section):
-    """Nothing to choose yet."""
+    """No keys yet."""
 
 
 class Params(Section):
-    """The sections that `plan` declares."""
+    """The sections that `plan` declares in dvc.yaml."""
 
     quantize: Quantize
     lora: Lora
@@ -28,4 +28,4 @@ class Params(Section):
     plan: Plan
 
 
-Tried = Literal["quantize", "lora", "train"]  # sections that `--set` changes
+Tried = Literal["quantize", "lora", "train"]  # by `--set`

@@ -1,6 +1,7 @@
-"""The amount of training data: what `prepare` counted, or one step of the longest conversations."""
+"""Training data counts: of `prepare`, or one step of the longest conversations."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -11,56 +12,45 @@ from stages.shared.step.config import Train
 
 @dataclass(frozen=True)
 class Data:
-    """The training conversations: their number, their tokens and targets, the longest's tokens."""
+    """Counts of the training conversations."""
 
     conversations: int
     tokens: int
     supervised_tokens: int
-    longest: int
+    longest: int  # tokens of the longest conversation
 
     @property
     def supervised_share(self) -> float:
-        """Share of the tokens that are targets."""
+        """Share of the tokens that are supervised."""
         return self.supervised_tokens / self.tokens
 
     @property
     def mean_length(self) -> float:
-        """Tokens of a conversation."""
+        """Mean tokens of a conversation."""
         return self.tokens / self.conversations
 
 
 def data_of(max_length: int | None, batch_size: int, counts: Path) -> Data:
-    """The counts of `prepare`, or a step of conversations of `max_length` tokens, all targets."""
+    """Counts of `prepare`, or of one step of `max_length` tokens a conversation, all supervised."""
     if max_length is None:
         return read_counts(counts)
-    tokens = batch_size * max_length
+    tokens = batch_size * max_length  # a conversation's first is never a target
     return Data(batch_size, tokens, tokens - batch_size, max_length)
 
 
 def read_counts(path: Path) -> Data:
-    """The training split in the report of `prepare`.
-
-    Raises:
-        UserError: it is missing, no JSON, or without training conversations.
-    """
-    try:
+    """Read the train counts in the report of `prepare`."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
         train = json.loads(path.read_text(encoding="utf-8"))["train"]
-        data = Data(
-            train["conversations"],
-            train["tokens"],
-            train["supervised_tokens"],
-            train["longest_tokens"],
-        )
-        usable = min(data.conversations, data.tokens, data.longest) > 0
-    except (OSError, ValueError, KeyError, TypeError):
-        usable = False
-    if not usable:
-        raise UserError(f"{path}: no counts of training conversations. Run `dvc repro prepare`.")
-    return data
+        names = ("conversations", "tokens", "supervised_tokens", "longest_tokens")
+        data = Data(*(train[name] for name in names))
+        if min(data.conversations, data.tokens, data.longest) > 0:
+            return data
+    raise UserError(f"{path}: no counts of training conversations. Run `dvc repro prepare`.")
 
 
 def schedule(data: Data, train: Train) -> dict[str, int]:
-    """Steps and tokens of a training that does not stop early."""
+    """Steps and tokens of a training without early stopping."""
     steps = train.epochs * ceil(data.conversations / train.batch_size)
     return {
         "steps": min(steps, train.max_steps or steps),

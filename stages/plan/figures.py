@@ -1,4 +1,4 @@
-"""The figures of the plan: a pure function of the model's config, the data and the parameters."""
+"""Figures of the plan: a pure function of config, data and parameters."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,18 +18,14 @@ NOTE = (
     "Predicted peaks of live tensors in a training step on CUDA, by part: the step was run on "
     "tensors without values. A card must hold an assumed context besides."
 )
-MICRO_BATCH_TOKENS = 2048  # of the comparison, where the data has so many
+MICRO_BATCH_TOKENS = 2048  # of the comparison, if the data has as many
 LENGTHS = (512, 2048, 8192, 32_768)
 KEPT_CHECKPOINTS = 2  # unless QLORA_KEEP_CHECKPOINTS says otherwise
-MERGED_BYTES = 2  # a parameter of the merged model, in fp16 or bf16
+MERGED_BYTES = 2  # per parameter: fp16 or bf16
 
 
 def configured(values: Params, device: Device = "cuda", *, bf16: bool = True) -> TrainingSetup:
-    """The setup that params.yaml describes.
-
-    Raises:
-        UserError: a full fine-tune of weights that cannot be trained.
-    """
+    """The setup of params.yaml; `UserError` for full tuning of quantized weights."""
     precision = values.quantize.precision
     if values.train.method == "full" and precision not in ("fp32", "bf16"):
         raise UserError(
@@ -40,19 +36,19 @@ def configured(values: Params, device: Device = "cuda", *, bf16: bool = True) ->
 
 
 def request(
-    counter: StepCounter, values: Params, found: Data, setup: TrainingSetup, total_bytes: int
+    counter: StepCounter, values: Params, counts: Data, setup: TrainingSetup, total_bytes: int
 ) -> Request:
-    """A training with so much memory, where only counts of the data are known."""
-    work = workload_of_counts(found.longest, values.train.batch_size, found.supervised_share)
+    """A training within `total_bytes`, with only counts of the data known."""
+    work = workload_of_counts(counts.longest, values.train.batch_size, counts.supervised_share)
     lora = lora_of(values.lora)
     return Request(counter, setup, work, total_bytes, instead_of_full=lora)
 
 
-def plan(counter: StepCounter, found: Data, values: Params) -> dict[str, Any]:
-    """All figures, nested as `reports/plan.json` has them."""
+def plan(counter: StepCounter, counts: Data, values: Params) -> dict[str, Any]:
+    """All figures, nested as in `reports/plan.json`."""
     setup, model = configured(values), counter.model()
-    asked = request(counter, values, found, setup, 0)
-    batches = asked.workload.micro_batches(MICRO_BATCH_TOKENS)
+    requested = request(counter, values, counts, setup, 0)
+    batches = requested.workload.micro_batches(MICRO_BATCH_TOKENS)
     batch = max(batches, key=lambda one: one.tokens)
     compared = {"configured": techniques.figures(counter, "configured", setup, batch)}
     left_out = {}
@@ -66,27 +62,27 @@ def plan(counter: StepCounter, found: Data, values: Params) -> dict[str, Any]:
         "note": NOTE,
         "model": model["parameters"],
         "adapter": {"parameters": counter.persistent(lora)["trainable"]},
-        "training": data.schedule(found, values.train),
+        "training": data.schedule(counts, values.train),
         "micro_batch": {"tokens": batch.tokens, "supervised": batch.supervised},
         "techniques": compared,
         "left_out": left_out,
         "configured_on": {
             card: {
-                **chosen(replace(asked, total_bytes=gib * GIB)),
+                **chosen(replace(requested, total_bytes=gib * GIB)),
                 "instead_of_bf16": techniques.instead_of_bf16(card, setup),
             }
             for card, gib in techniques.CARDS_GIB.items()
         },
         "disk": disk(counter, setup),
-        "operations_per_token": operations(counter, setup, found),
+        "operations_per_token": operations(counter, setup, counts),
     }
 
 
-def chosen(asked: Request, choice: Choice | None = None) -> dict[str, Any]:
-    """How a step would be computed with so much memory, or that it cannot be."""
-    choice = choice or fit.choose(asked)
+def chosen(requested: Request, choice: Choice | None = None) -> dict[str, Any]:
+    """The step's execution plan within the requested memory, or that it does not fit."""
+    choice = choice or fit.choose(requested)
     if choice is None:
-        return {"fits": False, "peak_bytes": fit.smallest(asked).prediction.total_bytes}
+        return {"fits": False, "peak_bytes": fit.smallest(requested).prediction.total_bytes}
     return {
         "fits": True,
         "peak_bytes": choice.prediction.total_bytes,
@@ -95,8 +91,8 @@ def chosen(asked: Request, choice: Choice | None = None) -> dict[str, Any]:
     }
 
 
-def growth(counter: StepCounter, values: Params, found: Data) -> dict[str, list[int]]:
-    """Peaks of LoRA and QLoRA against the tokens of one conversation, `LENGTHS`."""
+def growth(counter: StepCounter, values: Params, counts: Data) -> dict[str, list[int]]:
+    """Peak bytes of LoRA and QLoRA for one conversation of each of `LENGTHS` tokens."""
     ways = techniques.standard(lora_of(values.lora))
     drawn = {"LoRA bf16": ways["lora_bf16"], "QLoRA nf4": ways["qlora_nf4_double"]}
     drawn |= {
@@ -105,7 +101,7 @@ def growth(counter: StepCounter, values: Params, found: Data) -> dict[str, list[
     }
     return {
         name: [
-            counter.predict(way, MicroBatch((n,), round(n * found.supervised_share))).total_bytes
+            counter.predict(way, MicroBatch((n,), round(n * counts.supervised_share))).total_bytes
             for n in LENGTHS
         ]
         for name, way in drawn.items()
@@ -113,11 +109,7 @@ def growth(counter: StepCounter, values: Params, found: Data) -> dict[str, list[
 
 
 def disk(counter: StepCounter, setup: TrainingSetup) -> dict[str, int]:
-    """Bytes that a run writes: models, resume state while it trains, what DVC's cache keeps.
-
-    The base is counted in bf16. A checkpoint holds what is trained, its optimizer's states, and a
-    link to the best weights; one more than is kept exists while it is written.
-    """
+    """Bytes on disk: models (the base in bf16), checkpoints while it trains, DVC's cache."""
     held, parameters = counter.persistent(setup), counter.model()["parameters"]["parameters"]
     trained = 4 * held["trainable"]
     checkpoint = trained + held["optimizer"]
@@ -132,28 +124,25 @@ def disk(counter: StepCounter, setup: TrainingSetup) -> dict[str, int]:
     return {
         **models,
         "checkpoint_bytes": checkpoint,
+        # One more than is kept exists while it is written; each links the best weights.
         "resume_state_bytes": (KEPT_CHECKPOINTS + 1) * checkpoint + 2 * tuned,
         "cache_bytes": sum(models.values()),
     }
 
 
-def operations(counter: StepCounter, setup: TrainingSetup, found: Data) -> dict[str, int]:
-    """Floating-point operations of a token in a training step; a product and a sum are two.
+def operations(counter: StepCounter, setup: TrainingSetup, counts: Data) -> dict[str, int]:
+    """FLOPs of a token in a training step; a multiply-add is two.
 
-    Backward through frozen weights costs what forward does, the gradient of the input alone; with
-    the gradient of a trained matrix twice that. Checkpointing runs the blocks' forward again.
-    Attention: products with keys and with values over the half that is not masked, 2·L·q·T.
-
-    Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, arXiv:2001.08361, section
-    2.1, for the trained case.
+    Backward through frozen weights costs one forward, with the weight's gradient two. Checkpointing
+    runs the blocks' forward again. Attention: the unmasked half of QK and PV, 2·L·q·T.
+    Source, where weights train: Kaplan et al. 2020, arXiv:2001.08361, section 2.1.
     """
     model, full = counter.model(), setup.lora is None
     blocks = 2.0 * model["per_token"]
-    head = 2.0 * model["vocabulary"] * model["hidden"] * found.supervised_share
-    attention = 2.0 * model["layers"] * model["query"] * found.mean_length
+    head = 2.0 * model["vocabulary"] * model["hidden"] * counts.supervised_share
+    attention = 2.0 * model["layers"] * model["query"] * counts.mean_length
     adapter = 0.0 if full else 2.0 * counter.persistent(setup)["trainable"]
     backward = blocks + head + 2 * (attention + adapter) + (blocks + head if full else 0)
     again = blocks + attention + adapter if setup.gradient_checkpointing else 0.0
     forward = blocks + head + attention + adapter
-    costs = {"forward": forward, "backward": backward, "second_forward": again}
-    return {name: round(value) for name, value in costs.items()}
+    return {"forward": round(forward), "backward": round(backward), "second_forward": round(again)}

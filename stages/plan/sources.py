@@ -1,4 +1,4 @@
-"""The model's config: of the base model, a file, a shipped one, or one of the hub."""
+"""Model configs: the base model's, a file, a shipped one, or one of the hub."""
 
 import re
 from pathlib import Path
@@ -12,27 +12,20 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([0-9a-f]{40}))?", re.ASCII)
 
 
 def names() -> str:
-    """The shipped configs, for a message."""
+    """Names of the shipped configs, for a message."""
     return ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
 
 
 def config_path(model: str | None) -> Path:
-    """The `config.json` of a folder, a file, a shipped name, or `owner/name[@commit]` of the hub.
-
-    Args:
-        model: None for the base model.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Find the config of a folder, file, shipped name or `owner/name[@commit]`; None: the base."""
     if model is None:
         return BASE
     path, shipped = Path(model), CONFIGS / f"{model}.json"
     path = path / "config.json" if path.is_dir() else path
     if path.is_file() or shipped.is_file():
         return path if path.is_file() else shipped
-    if found := HUB_NAME.fullmatch(model):
-        return _of_hub(found[1], found[2])
+    if match := HUB_NAME.fullmatch(model):
+        return _of_hub(match[1], match[2])
     raise UserError(
         f"--model: {model!r} is no folder with a config.json and no such file. Name one, "
         f"owner/name of the hub, or one of {names()}."
@@ -40,7 +33,7 @@ def config_path(model: str | None) -> Path:
 
 
 def _of_hub(name: str, commit: str | None) -> Path:
-    """One file, into the user's cache; says which commit it is of."""
+    """Download one file into the user's cache and print its commit."""
     from huggingface_hub import hf_hub_download  # noqa: PLC0415  (half a second)
 
     from stages.shared.hub.repository import Repository  # noqa: PLC0415  (imports the client)

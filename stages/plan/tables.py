@@ -1,4 +1,4 @@
-"""The plan for a terminal: what fits first, then its parts."""
+"""Terminal tables of the plan."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,30 +10,37 @@ from stages.shared.step.limits import GIB
 
 
 def cards(plan: Mapping[str, Any]) -> str:
-    """A line a card: how params.yaml's training would be computed there, and what fits."""
+    """Table of cards: the execution plan of params.yaml, and the techniques that fit."""
     rows = {}
-    for card, found in plan["configured_on"].items():
-        bf16 = found["instead_of_bf16"]
+    for card, chosen in plan["configured_on"].items():
+        bf16 = chosen["instead_of_bf16"]
         needs = f"; no bf16: set {bf16}" if bf16 else ""
         needs += "; bytes alone" if card in BYTES_ALONE else ""
         fitting = [name for name, way in plan["techniques"].items() if way["fits"][card]]
         standard = [name for name in fitting if name != "configured"]
-        rows[_name(card)] = {
-            "params.yaml": choice(found) + needs,
+        rows[card.replace("_", " ").replace("GiB", " GiB")] = {
+            "params.yaml": choice(chosen) + needs,
             "techniques that fit": f"{standard[0]} and below" if standard else "none",
         }
     return f"what fits\n{_table(rows)}"
 
 
 def techniques(plan: Mapping[str, Any]) -> str:
-    """A line a technique: the smallest card that holds it, its peak, and its parts."""
+    """Table of techniques: smallest card, peak, and its parts."""
     ways = plan["techniques"]
     unit, scale = unit_of(max(way["peak_bytes"] for way in ways.values()))
-    rows = {
-        name: {"fits from": smallest_card(way)}
-        | {part: f"{size / scale:,.2f}" for part, size in _cells(way).items()}
-        for name, way in ways.items()
-    }
+    rows = {}
+    for name, way in ways.items():
+        sizes = {
+            "peak": way["peak_bytes"],
+            "weights": way["weights_bytes"] + way["adapter_bytes"],
+            "gradients": way["gradients_bytes"],
+            "optimizer": way["optimizer_bytes"],
+            "activations": way["activations_bytes"],
+            "rest": way["logits_bytes"] + way["workspace_bytes"],
+        }
+        cells = {part: f"{size / scale:,.2f}" for part, size in sizes.items()}
+        rows[name] = {"fits from": smallest_card(way), **cells}
     lines = [
         f"peak of a step with micro-batches of {plan['micro_batch']['tokens']:,} tokens, {unit}",
         _table(rows),
@@ -47,20 +54,20 @@ def techniques(plan: Mapping[str, Any]) -> str:
 
 
 def disk(plan: Mapping[str, Any]) -> str:
-    """One line: bytes that a run writes."""
+    """Bytes on disk, as one line."""
     sizes = plan["disk"]
     names = ("base", "quantized", "adapter", "merged", "resume_state", "cache")
     listed = ", ".join(f"{n.replace('_', ' ')} {sizes[f'{n}_bytes'] / 1e9:,.2f}" for n in names)
     return f"disk, GB: {listed}"
 
 
-def choice(found: Mapping[str, Any]) -> str:
-    """How a step would be computed, in words."""
-    needed = f"{found['peak_bytes'] / GIB:.2f} GiB"
-    if not found["fits"]:
+def choice(chosen: Mapping[str, Any]) -> str:
+    """The execution plan of a step, in words."""
+    needed = f"{chosen['peak_bytes'] / GIB:.2f} GiB"
+    if not chosen["fits"]:
         return f"does not fit: {needed} at the least"
-    checkpointed = ", checkpointed" if found["gradient_checkpointing"] else ""
-    return f"{needed}: micro-batches of {found['micro_batch_tokens']:,} tokens{checkpointed}"
+    checkpointed = ", checkpointed" if chosen["gradient_checkpointing"] else ""
+    return f"{needed}: micro-batches of {chosen['micro_batch_tokens']:,} tokens{checkpointed}"
 
 
 def smallest_card(way: Mapping[str, Any]) -> str:
@@ -72,21 +79,6 @@ def smallest_card(way: Mapping[str, Any]) -> str:
 def unit_of(largest: int) -> tuple[str, float]:
     """GB or MB, and its bytes."""
     return ("GB", 1e9) if largest >= 1e10 else ("MB", 1e6)
-
-
-def _cells(way: Mapping[str, Any]) -> dict[str, int]:
-    return {
-        "peak": way["peak_bytes"],
-        "weights": way["weights_bytes"] + way["adapter_bytes"],
-        "gradients": way["gradients_bytes"],
-        "optimizer": way["optimizer_bytes"],
-        "activations": way["activations_bytes"],
-        "rest": way["logits_bytes"] + way["workspace_bytes"],
-    }
-
-
-def _name(card: str) -> str:
-    return card.replace("_", " ").replace("GiB", " GiB")
 
 
 def _table(rows: Mapping[str, Mapping[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""The techniques that are compared, and the cards that they are for."""
+"""Techniques to compare, and the cards to compare them for."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,18 +24,16 @@ CARDS_GIB = {
     "H200_141GiB": 141,
     "MI300X_192GiB": 192,
 }
-BYTES_ALONE = ("MI300X_192GiB",)  # nothing of this project has run there
+BYTES_ALONE = ("MI300X_192GiB",)  # never run there
 WITHOUT_BF16 = ("T4_16GiB",)  # compute capability 7.5; `quantize` refuses bf16 below 8.0
-PAGED = "_paged"
+PAGED = "_paged"  # all pageable optimizer states are off the device
 
 
 def standard(lora: dict[str, Any]) -> dict[str, TrainingSetup]:
-    """The named techniques on CUDA with AdamW, from the most memory to the least.
+    """Named techniques on CUDA with AdamW, by descending memory.
 
-    `full_mixed` trains fp32 masters under bf16 autocast: 4 bytes of weights, 4 of gradients and 8
-    of moments a parameter, the same 16 as the usual count of 2 + 2 + 4 + 8 (Rajbhandari et al.
-    2019, ZeRO, arXiv:1910.02054, section 3.1). `paged`: the optimizer's states have left the
-    device, as far as they may.
+    `full_mixed`: fp32 masters under bf16 autocast, bytes a parameter: 4 of weights, 4 of gradients,
+    8 of moments; 16 as in ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054, section 3.1).
     """
     double = TrainingSetup("nf4", lora, double_quant=True)
     checkpointed = replace(double, gradient_checkpointing=True)
@@ -62,10 +60,11 @@ def figures(
     if name.endswith(PAGED):
         parts["optimizer"] -= pageable
     persistent = sum(parts[part] for part in PARTS[:4])
-    needed = {
-        "persistent_fits": Prediction({"persistent": persistent}, ""),
-        "fits": Prediction(parts, prediction.phase),
-    }
+
+    def fits(needed: Prediction) -> dict[str, bool]:
+        size = fit.device_bytes(counter, setup, needed)
+        return {card: size <= gib * GIB for card, gib in CARDS_GIB.items()}
+
     return {
         **{f"{part}_bytes": parts[part] for part in PARTS},
         "persistent_bytes": persistent,
@@ -73,18 +72,13 @@ def figures(
         "phase": prediction.phase,
         "upper_bound": setup.precision == "int8",  # outliers of LLM.int8 depend on values
         "pageable_bytes": pageable,
-        **{
-            key: {
-                card: fit.device_bytes(counter, setup, one) <= gib * GIB
-                for card, gib in CARDS_GIB.items()
-            }
-            for key, one in needed.items()
-        },
+        "persistent_fits": fits(Prediction({"persistent": persistent}, "")),
+        "fits": fits(Prediction(parts, prediction.phase)),
     }
 
 
 def instead_of_bf16(card: str, setup: TrainingSetup) -> str | None:
-    """The parameter to set on a card without bf16; None where nothing is to be changed."""
+    """The parameter to set on a card without bf16, if any."""
     if card not in WITHOUT_BF16 or setup.stored != "bf16":
         return None
     if setup.precision not in DENSE_BYTES:

@@ -20,7 +20,7 @@ METRICS = Path("reports/prepare.json")
 
 
 def main() -> None:
-    """Read, prepare, write."""
+    """Prepare both splits and write the metrics."""
     settings = params.load(Params, "prepare")
     # Imported late: a mistake in params.yaml is told before the seconds that transformers takes.
     from stages.prepare.dataset import prepare  # noqa: PLC0415

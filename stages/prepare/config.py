@@ -8,7 +8,7 @@ from stages.shared.core.params import Section
 
 
 class Prepare(Section):
-    """`prepare`: how conversations are read, rendered, cut and split."""
+    """`prepare`: row format, template, supervision, limits and split."""
 
     format: Literal["auto", "guanaco", "messages", "alpaca"]
     template: Literal["guanaco", "llama2", "chatml", "tokenizer"]

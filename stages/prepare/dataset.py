@@ -1,7 +1,6 @@
-"""Train and eval files of raw rows: encoded by `datasets` in several processes, split, written.
+"""Train and eval Parquet files of raw rows: encoded by `datasets`, split, written.
 
-A file is encoded a chunk at a time, so that a longer one takes no more memory and disk. The bytes
-that are written do not depend on the number of processes.
+Chunks bound memory and disk; the bytes written do not depend on the number of processes.
 """
 
 import ctypes
@@ -50,7 +49,7 @@ ENCODED = pa.schema(
     {
         **{column.name: column.type for column in SCHEMA},
         "line": pa.int64(),
-        "reason": pa.string(),  # why it is rejected; it has no other column then
+        "reason": pa.string(),  # of the rejection; other columns are null then
         "question": pa.string(),  # a digest
         "is_held_out": pa.bool_(),
         "supervised_tokens": pa.int64(),
@@ -64,21 +63,12 @@ CHUNK_BYTES = 8 << 20
 BYTES_PER_PROCESS = 1 << 20  # at least
 BATCH_ROWS = 1000
 _GROUP_ROWS = 1000
-_SHOWN = 20  # languages, and unknown fields, by name
-_COUNTED = 1000  # different reasons, and fields: a file may have as many as rows
+_SHOWN = 20  # languages and unknown fields in the metrics
+_COUNTED = 1000  # distinct reasons and fields, of which a file may have as many as rows
 
 
 def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Table:
-    """Parse lines, render and encode their conversations, make loss masks.
-
-    Args:
-        lines: of `LINES`.
-        tokenizer: its folder.
-        parameters: of the stage.
-
-    Returns:
-        Of `ENCODED`, a row for each line that is not blank.
-    """
+    """Parse, render and encode a table of `LINES`: of `ENCODED`, a row per non-blank line."""
     rows: list[dict[str, Any]] = []
     parsed: list[tuple[dict[str, Any], Conversation]] = []
     for line, row in zip(lines["line"].to_pylist(), lines["row"].to_pylist(), strict=True):
@@ -118,7 +108,7 @@ def _columns(conversation: Conversation, one: Example, parameters: Prepare) -> d
     }
 
 
-@lru_cache(maxsize=1)  # a forked process has its parent's
+@lru_cache(maxsize=1)  # forked processes inherit it
 def _encoder(folder: str, parameters: Prepare) -> ExampleEncoder:
     tokenizer = load_tokenizer(Path(folder))
     template = templates.make(parameters.template, tokenizer)
@@ -128,34 +118,24 @@ def _encoder(folder: str, parameters: Prepare) -> ExampleEncoder:
 def encode_chunks(
     source: Source, cache: Path, processes: int, **arguments: Any
 ) -> Iterator[tuple[pa.Table, int]]:
-    """Encode a file, a chunk at a time.
-
-    Args:
-        source: the file.
-        cache: a folder for the files of `datasets`.
-        processes: at most so many.
-        arguments: of `encode_rows`.
-
-    Yields:
-        A table of `ENCODED`, and the bytes that were read for it.
-    """
-    # Here, since the tokenizer's module has switched the hub off by now.
+    """Encode a file chunk by chunk: a table of `ENCODED` and the bytes read for it, each time."""
+    # Imported late: the tokenizer's module must switch the hub off first.
     from datasets import Dataset, Features, disable_progress_bars  # noqa: PLC0415
 
     disable_progress_bars()
-    place = {"position": 0, "line": 1}
-    while place["position"] < source.path.stat().st_size:
+    start = {"position": 0, "line": 1}
+    while start["position"] < source.path.stat().st_size:
         shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(parents=True)
         lines = Dataset.from_generator(
             read_lines,
             features=Features.from_arrow_schema(LINES),
             cache_dir=str(cache),
-            gen_kwargs={"path": str(source.path), "max_bytes": CHUNK_BYTES, **place},
+            gen_kwargs={"path": str(source.path), "max_bytes": CHUNK_BYTES, **start},
             fingerprint="lines",
         )
-        last, before = lines[-1], place["position"]
-        place = {"position": last["position"], "line": last["line"] + 1}
+        last, before = lines[-1], start["position"]
+        start = {"position": last["position"], "line": last["line"] + 1}
         workers = min(processes, (last["position"] - before) // BYTES_PER_PROCESS)
         with _signals_deferred() if workers > 1 else nullcontext():
             encoded = lines.with_format("arrow").map(
@@ -189,10 +169,7 @@ os.register_at_fork(after_in_child=_end_with_the_parent)
 
 @contextmanager
 def _signals_deferred() -> Iterator[None]:
-    """Answer Ctrl-C and SIGTERM when the block has ended.
-
-    An exception where `multiprocess` starts or ends processes leaves some of them behind.
-    """
+    """Defer Ctrl-C and SIGTERM: an exception while `multiprocess` forks or joins leaves orphans."""
     global _deferring  # noqa: PLW0603  (a fork has no other way to know)
     caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -210,7 +187,7 @@ def _signals_deferred() -> Iterator[None]:
 
 @dataclass
 class SplitFile:
-    """One split: its file and its figures."""
+    """One split: its Parquet file and its counts."""
 
     writer: pq.ParquetWriter
     count: Counter[str] = field(default_factory=Counter)
@@ -219,10 +196,11 @@ class SplitFile:
     last_id: int = 0
 
     def add(self, rows: pa.Table) -> None:
-        """Add rows of `ENCODED`."""
+        """Append rows of `ENCODED`."""
         if not len(rows):
             return
-        table = rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks()  # else pages follow them
+        # Combined, since pages follow chunks.
+        table = rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
         self.writer.write_table(table, row_group_size=_GROUP_ROWS)
         lengths, ids = pc.list_value_length(rows["input_ids"]), pc.list_flatten(rows["input_ids"])
         self.count["conversations"] += len(rows)
@@ -233,10 +211,10 @@ class SplitFile:
         self.languages.update(rows["language"].to_pylist())
 
     def figures(self) -> dict[str, Any]:
-        """What describes the split."""
-        figures = {n: self.count[n] for n in ("conversations", "tokens", "supervised_tokens")}
+        """Metrics of the split."""
+        names = ("conversations", "tokens", "supervised_tokens")
         return {
-            **figures,
+            **{name: self.count[name] for name in names},
             "longest_tokens": self.longest,
             "languages": _most_common(self.languages),
         }
@@ -244,14 +222,14 @@ class SplitFile:
 
 @dataclass
 class Rejections:
-    """Rejected rows: in a file of their own, counted by reason."""
+    """Rejected rows: rejected.jsonl, and counts by reason."""
 
     file: TextIO
     reasons: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, source: Source, rows: pa.Table) -> None:
-        """Write down rows of `ENCODED` that have a reason."""
+        """Append rows of `ENCODED` that have a reason."""
         for line, reason in zip(rows["line"].to_pylist(), rows["reason"].to_pylist(), strict=True):
             name, unit, number = source.place(line)
             entry = {"file": name, unit: number, "reason": reason}
@@ -265,27 +243,12 @@ class Rejections:
 def prepare(
     raw: Path,
     tokenizer: Path,
-    model: Path | None,
+    model: Path | None,  # config.json, for its limits
     folder: Path,
     parameters: Prepare,
-    processes: int | None = None,
+    processes: int | None = None,  # one per core
 ) -> dict[str, Any]:
-    """Write both splits, the rejected rows and the format.
-
-    Args:
-        raw: what `fetch_data` wrote.
-        tokenizer: its folder.
-        model: its config.json, whose limits the conversations are held against.
-        folder: where to write.
-        parameters: of the stage.
-        processes: at most so many; None: one a core.
-
-    Returns:
-        The metrics.
-
-    Raises:
-        UserError: too many rows are rejected, a split is empty, or the model cannot take a row.
-    """
+    """Write both splits, rejected.jsonl and format.json to `folder`; return the metrics."""
     sources = find_sources(raw)
     template = _encoder(str(tokenizer), parameters).template
     splitter = Splitter("eval" in sources, parameters.max_rows)
@@ -296,7 +259,11 @@ def prepare(
         stack.callback(shutil.rmtree, cache, ignore_errors=True)
         path = stack.enter_context(files.whole_file(folder / "rejected.jsonl"))
         rejections = Rejections(stack.enter_context(path.open("w", encoding="utf-8")))
-        splits = {split: stack.enter_context(_split_file(folder, split)) for split in SPLITS}
+        splits = dict[Split, SplitFile]()
+        for split in SPLITS:
+            partial = stack.enter_context(files.whole_file(folder / f"{split}.parquet"))
+            writer = pq.ParquetWriter(partial, SCHEMA, compression="zstd")
+            splits[split] = SplitFile(stack.enter_context(writer))
         size = sum(source.path.stat().st_size for source in sources.values())
         bar = stack.enter_context(progress.bar(total=size, desc="prepare", unit="B"))
         arguments = {"tokenizer": str(tokenizer), "parameters": parameters}
@@ -345,15 +312,6 @@ def _assign(splitter: Splitter, rows: pa.Table, split: Split) -> np.ndarray:
     return splitter.assign(pc.is_null(rows["reason"]).to_numpy(), is_eval, ids, questions)
 
 
-@contextmanager
-def _split_file(folder: Path, split: Split) -> Iterator[SplitFile]:
-    with (
-        files.whole_file(folder / f"{split}.parquet") as partial,
-        pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer,
-    ):
-        yield SplitFile(writer)
-
-
 def _add(counter: Counter[str], name: str) -> None:
     if name in counter or len(counter) < _COUNTED:
         counter[name] += 1
@@ -364,5 +322,5 @@ def _most_common(counter: Counter[str]) -> dict[str, int]:
 
 
 def _printable(text: str) -> str:
-    """Half surrogate pairs, which no encoding holds, spelled out."""
+    """Escape lone surrogates, which UTF-8 cannot encode."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,7 +1,6 @@
-"""Forms of rows: Guanaco, messages, Alpaca, prompt and completion, each into a conversation.
+"""Row formats (Guanaco, messages, Alpaca, prompt and completion), each into a conversation.
 
-A field that carries meaning and is not read rejects its row by the field's name; others that are
-not read are named.
+An unread field that carries meaning rejects its row; other unread fields are reported.
 """
 
 import json
@@ -54,35 +53,22 @@ _RENAMES = {
     **dict.fromkeys(("conversation", "dialogue", "dialog", "chat"), "messages"),
     "context": "input",
 }
-# What UTF-16 and Windows-1252 leave where they were converted as ISO-8859-1: NUL and C1.
+# NUL and C1: UTF-16 or Windows-1252 converted as ISO-8859-1.
 _CONTROL = re.compile("[\0\x80-\x9f]")
 
 
 class Conversation(NamedTuple):
-    """A conversation as its row has it.
+    """A row's conversation."""
 
-    Attributes:
-        messages: normalized; the last is a reply.
-        answer: what the last reply comes to, or None.
-        language: the row's own, or by the rule of `language_of`.
-        dropped_turn: whether a last turn of the user without a reply was dropped.
-        unknown: fields that were not read; of messages as `messages.<field>`.
-    """
-
-    messages: list[Message]
-    answer: str | None
-    language: str
-    dropped_turn: bool
-    unknown: list[str]
+    messages: list[Message]  # normalized; the last is a reply
+    answer: str | None  # the short answer that the last reply comes to
+    language: str  # the row's own, else by `language_of`
+    dropped_turn: bool  # a final user turn without a reply was dropped
+    unknown: list[str]  # unread fields; of messages as `messages.<field>`
 
 
 def parse(fields: dict[str, Any], form: Form | Literal["auto"] = "auto") -> Conversation:
-    """Make a conversation of a row's fields, none of them null or NaN.
-
-    Raises:
-        RejectedRow: it has no known form, its turns make no conversation, two fields contradict
-            each other, or one carries meaning that is not read.
-    """
+    """Parse a row's fields, none of them null or NaN, into a conversation, or reject it."""
     unknown: set[str] = set()
     chosen = form_of(fields) if form == "auto" else form
     messages = _with_system(fields, _turns(fields, chosen, unknown))
@@ -110,11 +96,7 @@ def parse(fields: dict[str, Any], form: Form | Literal["auto"] = "auto") -> Conv
 
 
 def form_of(fields: dict[str, Any]) -> Form:
-    """The form that a row's fields show.
-
-    Raises:
-        RejectedRow: none.
-    """
+    """Detect a row's format by its fields; `RejectedRow` where none is known."""
     text = fields.get("text")
     if isinstance(text, str) and "### Human:" in text:
         return "guanaco"
@@ -122,9 +104,8 @@ def form_of(fields: dict[str, Any]) -> Form:
         return "messages"
     renames = _renames(fields.keys())
     complete = ({"instruction", "output"}, {"prompt", "completion"})
-    if any(names <= fields.keys() for names in complete) or (
-        "instruction" in fields and not renames
-    ):
+    is_complete = any(names <= fields.keys() for names in complete)
+    if is_complete or ("instruction" in fields and not renames):
         return "alpaca"
     _unknown(fields, fields.keys() - {"context", "history"})
     if isinstance(text, str):
@@ -137,7 +118,6 @@ def form_of(fields: dict[str, Any]) -> Form:
 
 
 def _renames(names: Set[str]) -> dict[str, str]:
-    """Names of fields under which they would be read."""
     reply = "completion" if "prompt" in names else "output"
     new = _RENAMES | dict.fromkeys(_REPLIES, reply)
     if names.isdisjoint(_REPLIES | {"output", "completion"}):
@@ -163,7 +143,7 @@ def _turns(fields: dict[str, Any], form: Form, unknown: set[str]) -> list[Messag
         context = _messages(prompt, unknown)
         for message in context:
             if message["role"] == "assistant":
-                message["weight"] = 0  # as TRL does: of the completion alone there is a loss
+                message["weight"] = 0  # as in TRL: loss on the completion alone
         return [*context, *_messages(completion, unknown)]
     user, reply = "instruction", "output"
     if prompt is not None and user not in fields:
@@ -177,7 +157,7 @@ def _turns(fields: dict[str, Any], form: Form, unknown: set[str]) -> list[Messag
 
 
 def _messages(value: Any, unknown: set[str]) -> list[Message]:
-    """OpenAI's `role` and `content` or ShareGPT's `from` and `value`, perhaps written as JSON."""
+    """Parse OpenAI's `role`/`content` or ShareGPT's `from`/`value`, also as a JSON string."""
     value = _loaded(value)
     if not isinstance(value, list):
         raise RejectedRow(f"the messages are {kind_of(value)}, expected a list")
@@ -195,10 +175,8 @@ def _message(number: int, fields: Any, unknown: set[str]) -> Message:
         fields = present(fields)  # Parquet gives every message the fields of all
         rest = fields.keys() - {"role", "from", "content", "value", *_WEIGHTS}
         unknown |= {f"messages.{name}" for name in _unknown(fields, rest, where)}
-    role, content = (
-        _one_of(fields, "role", "from", where),
-        _one_of(fields, "content", "value", where),
-    )
+    role = _one_of(fields, "role", "from", where)
+    content = _one_of(fields, "content", "value", where)
     if not isinstance(role, str) or role not in _ROLES:
         raise RejectedRow(
             f"message {number} is of role {role!r}, expected one of {', '.join(_ROLES)}"
@@ -214,7 +192,6 @@ def _message(number: int, fields: Any, unknown: set[str]) -> Message:
 
 
 def _part(part: Any, where: str, unknown: set[str]) -> str:
-    """The text of a part of a message."""
     if isinstance(part, dict):
         part = present(part)
         if part.get("type", "text") not in ("text", "input_text", "output_text"):
@@ -238,7 +215,7 @@ def _has_no_weight(fields: dict[str, Any], where: str) -> bool:
 
 
 def _history(value: Any) -> list[Message]:
-    """Alpaca's earlier exchanges, a list of pairs."""
+    """Parse Alpaca's earlier exchanges, a list of pairs."""
     messages: list[Message] = []
     value = _loaded(value) if _says(value) else []
     for pair in value if isinstance(value, list) else [value]:
@@ -252,7 +229,7 @@ def _history(value: Any) -> list[Message]:
 
 
 def _with_system(fields: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages, behind the row's own system message where it has one."""
+    """Prepend the row's own system message, if any."""
     contents = {_text(fields, name) for name in _SYSTEM if _says(fields.get(name))}
     if not contents:
         return messages
@@ -277,7 +254,7 @@ def _text(fields: dict[str, Any], name: str) -> str:
 
 
 def _loaded(value: Any) -> Any:
-    """The value of a text that is JSON, as lists are written in CSV."""
+    """Parse a string that is JSON, as lists are written in CSV."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -285,11 +262,7 @@ def _loaded(value: Any) -> Any:
 
 
 def _unknown(fields: dict[str, Any], names: Set[str], where: str = "") -> set[str]:
-    """Those of the names that say something.
-
-    Raises:
-        RejectedRow: one of them carries meaning.
-    """
+    """Filter names of non-empty fields; `RejectedRow` for one that carries meaning."""
     said = {name for name in names if _says(fields[name])}
     for name in sorted(said & _UNREAD.keys()):
         if not (_UNREAD[name] == _WEIGHT and fields[name] == 1):
@@ -299,7 +272,7 @@ def _unknown(fields: dict[str, Any], names: Set[str], where: str = "") -> set[st
 
 
 def _require_agreement(others: dict[str, Any], messages: list[Message]) -> None:
-    """Refuse fields of other forms that say something else than the messages."""
+    """Refuse fields of other formats that contradict the messages."""
     contents = [message["content"] for message in messages]
     for name in sorted(filter(lambda name: _says(others[name]), others)):
         value = others[name]
@@ -317,7 +290,7 @@ def _require_agreement(others: dict[str, Any], messages: list[Message]) -> None:
 
 
 def _says(value: Any) -> bool:
-    """Whether a value is more than null, NaN and emptiness, at any depth."""
+    """Whether a value is more than null, NaN or empty, at any depth."""
     if isinstance(value, dict | list):
         return any(map(_says, value.values() if isinstance(value, dict) else value))
     if isinstance(value, str):
@@ -332,14 +305,14 @@ def _answer(value: Any) -> str | None:
 
 
 def _require_characters(text: str) -> None:
-    """Refuse what no encoding holds, and what a wrong conversion leaves."""
+    """Refuse lone surrogates, and control characters of a wrong conversion."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise RejectedRow("a text holds half a surrogate pair, which is no character") from None
-    if found := _CONTROL.search(text):
-        origin = "UTF-16" if found[0] == "\0" else "Windows-1252"
+    if match := _CONTROL.search(text):
+        origin = "UTF-16" if match[0] == "\0" else "Windows-1252"
         raise RejectedRow(
-            f"a text holds the control character U+{ord(found[0]):04X}, left where {origin} was "
+            f"a text holds the control character U+{ord(match[0]):04X}, left where {origin} was "
             "converted as ISO-8859-1"
         )

@@ -1,7 +1,6 @@
-"""Guanaco's form: one text in which `### Human:` and `### Assistant:` begin the turns.
+"""Guanaco's format: one text in which `### Human:` and `### Assistant:` begin the turns.
 
-In the real files no line end stands between turns (`…of Norway?### Assistant: Oslo.### Human: …`),
-and people write about these markers in their messages too. `starts_turn` decides which is which.
+Real files have no line end between turns (`…Norway?### Assistant: Oslo.### Human: …`).
 """
 
 import re
@@ -18,13 +17,7 @@ _BRACKETS = "([{<“‘«„‹"
 
 
 def parse(text: str) -> list[Message]:
-    """Split a text into its turns; what stands before the first one is the system message.
-
-    Raises:
-        RejectedRow: two turns of one role follow each other: either a reply is missing or a message
-            quotes the marker, and nothing in the text says which. Or all marks of replies are
-            part of a message.
-    """
+    """Split a text into turns; text before the first is the system message."""
     messages: list[Message] = []
     role: Role = "system"
     begin = 0
@@ -44,12 +37,10 @@ def parse(text: str) -> list[Message]:
 
 
 def starts_turn(before: str) -> bool:
-    """Whether a marker begins a turn, from what stands before it in the current one.
+    """Tell a marker that begins a turn from a quoted one, by the current turn's text before it.
 
-    It does where the message is empty so far, at the beginning of a line, and directly after a
-    character. It is part of the message after any other white space (mid-sentence), after an
-    opening quotation mark or bracket, and in a longer row of `#` that stands free (a Markdown
-    heading).
+    A marker is quoted after white space within a line, an opening quotation mark or bracket, and
+    in a Markdown heading; it begins a turn in an empty message, on a new line, or after a word.
     """
     last = before[-1:]
     if not last or last == "\n":
@@ -60,15 +51,10 @@ def starts_turn(before: str) -> bool:
         return not _stands_free(before.rstrip("#"))
     if last in _BRACKETS:
         return not _stands_free(before[:-1])
-    return last not in _QUOTES or not _opens_quote(before)
+    if last not in _QUOTES or before.count(last) % 2 == 0:  # an even one closes a quotation
+        return True
+    return _BEFORE_QUOTE.search(before.rstrip(last)[-3:]) is None
 
 
 def _stands_free(before: str) -> bool:
     return not before or before[-1].isspace()
-
-
-def _opens_quote(before: str) -> bool:
-    mark = before[-1]
-    if before.count(mark) % 2 == 0:
-        return False  # it closes what another opened
-    return _BEFORE_QUOTE.search(before.rstrip(mark)[-3:]) is not None

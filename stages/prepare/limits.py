@@ -1,4 +1,4 @@
-"""Limits: too many rejected rows, an empty split, conversations that the model cannot take."""
+"""Limits: the share of rejected rows, empty splits, the model's positions and embeddings."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ from stages.prepare.rows import SPLITS
 from stages.prepare.splitting import Splitter
 from stages.shared.core.errors import UserError
 
-# Decoders whose positions are rows of a table, beyond whose end is an index error.
+# Learned position embeddings: a position beyond the table is an index error.
 _TABLES = {"gpt2", "gpt-sw3", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "opt", "biogpt"}
 _TABLES |= {"openai-gpt", "ctrl"}
 _FOLDER = "data.path a folder with train.jsonl and eval.jsonl"
@@ -21,14 +21,7 @@ _FOLDER = "data.path a folder with train.jsonl and eval.jsonl"
 def require_rows(
     parameters: Prepare, metrics: Mapping[str, Any], reasons: Counter[str], first: Mapping[str, str]
 ) -> None:
-    """Refuse a source of which too many rows are rejected.
-
-    Args:
-        parameters: of the stage.
-        metrics: of all rows.
-        reasons: how many rows were rejected for each.
-        first: where the first row of each is.
-    """
+    """Refuse a source with too many rejected rows; `reasons` counts them, `first` locates each."""
     rows, rejected = metrics["rows_in"], metrics["rejected"]
     if rejected <= parameters.max_rejected * rows:
         return
@@ -49,7 +42,7 @@ def require_rows(
 
 
 def require_splits(metrics: Mapping[str, Any], splitter: Splitter) -> None:
-    """Refuse a source that leaves a split empty."""
+    """Refuse an empty split."""
     for split in SPLITS:
         if metrics[split]["conversations"]:
             continue
@@ -69,14 +62,7 @@ def require_splits(metrics: Mapping[str, Any], splitter: Splitter) -> None:
 
 
 def require_fit(model: Path, parameters: Prepare, longest: int, last_id: int) -> None:
-    """Refuse conversations that the model has no positions or no embeddings for.
-
-    Args:
-        model: its config.json.
-        parameters: of the stage.
-        longest: tokens of the longest conversation.
-        last_id: the largest token id.
-    """
+    """Refuse conversations beyond the positions or embeddings of the model's config.json."""
     from transformers import AutoConfig  # noqa: PLC0415  (once params.yaml is known to be right)
 
     model.open().close()  # transformers would ask the hub

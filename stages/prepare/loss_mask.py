@@ -15,9 +15,9 @@ TrainOn = Literal["assistant", "last", "all"]
 
 
 class Example(NamedTuple):
-    """A conversation as it is trained on."""
+    """A training example."""
 
-    messages: list[Message]  # whole exchanges; of a single one that is too long, all of it
+    messages: list[Message]  # whole exchanges; a single overlong one is kept whole
     text: str  # of the tokens
     input_ids: np.ndarray  # int32 [tokens], at most max_length
     loss_mask: np.ndarray  # bool [tokens], which are supervised; never the first, nor BOS
@@ -28,7 +28,7 @@ class Example(NamedTuple):
 
 
 class ExampleEncoder:
-    """Makes training examples of conversations."""
+    """Encoder of conversations into training examples."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class ExampleEncoder:
         self._max_length = max_length
 
     def encode(self, batch: Sequence[list[Message]]) -> list[Example | RejectedRow]:
-        """Encode conversations; of each the example, or why it is rejected."""
+        """Encode conversations: an example, or the rejection, for each."""
         rendered = [_or_reason(self._render, messages) for messages in batch]
         tokens = iter(self._encoder.encode([r for r in rendered if isinstance(r, Rendered)]))
         return [
@@ -63,29 +63,39 @@ class ExampleEncoder:
     def _truncate(
         self, messages: list[Message], rendered: Rendered, tokens: Tokens | RejectedRow
     ) -> Example:
-        """Leave out exchanges that do not fit, else cut the tokens of the first."""
+        """Drop exchanges that do not fit; cut the tokens of a single one."""
         if isinstance(tokens, RejectedRow):
             raise tokens
-        kept = messages_that_fit(messages, rendered, tokens, self._max_length)
-        whole = kept == len(messages)
-        if not whole:
-            # Encoded anew and not cut: the tokens of a turn's end may depend on what follows it.
-            messages = messages[:kept]
+        # A reply fits to its end token; white space of the template after it may be cut off.
+        ends = tokens.starts.searchsorted([end for _, end in rendered.replies])
+        fit = int((ends <= self._max_length).sum())
+        left_out = len(ends) - max(fit, 1)
+        if left_out:
+            # Encoded again, not cut: tokens at a turn's end may depend on the text after it.
+            messages = messages[: -2 * left_out]
             rendered = self._render(messages)
             [tokens] = self._encoder.encode([rendered])
             if isinstance(tokens, RejectedRow):
                 raise tokens
-        return self._mask(messages, rendered, tokens, whole)
+        return self._mask(messages, rendered, tokens, left_out > 0, fit == len(ends))
 
     def _mask(
-        self, messages: list[Message], rendered: Rendered, tokens: Tokens, whole: bool
+        self,
+        messages: list[Message],
+        rendered: Rendered,
+        tokens: Tokens,
+        truncated: bool,
+        answered: bool,
     ) -> Example:
-        text, cut = rendered.text, len(tokens) > self._max_length
-        answered = whole and _tokens_until(tokens, rendered.replies[-1][1]) <= self._max_length
-        if cut:
+        text = rendered.text
+        if len(tokens) > self._max_length:
+            truncated = True
             tokens = tokens[: self._max_length]
             text = text[: tokens.ends.max()]
-        mask = tokens.overlap(self._supervised_spans(rendered))
+        spans = rendered.replies[-1:] if self._train_on == "last" else rendered.replies
+        if self._train_on == "all":
+            spans = ((0, len(rendered.text)),)
+        mask = tokens.overlap(spans)
         mask &= ~tokens.overlap(_spans_without_weight(messages, rendered))
         mask &= ~np.isin(tokens.input_ids, self.template.bos_ids)
         mask[:1] = False  # nothing predicts it
@@ -99,33 +109,13 @@ class ExampleEncoder:
             loss_mask=mask,
             supervised_tokens=int(mask.sum()),
             text_bytes=_utf8_bytes(rendered.text, tokens, plain),
-            truncated=cut or not whole,
+            truncated=truncated,
             answered=answered,
         )
 
-    def _supervised_spans(self, rendered: Rendered) -> Sequence[Span]:
-        if self._train_on == "all":
-            return ((0, len(rendered.text)),)
-        return rendered.replies[-1:] if self._train_on == "last" else rendered.replies
-
-
-def messages_that_fit(
-    messages: Sequence[Message], rendered: Rendered, tokens: Tokens, max_length: int
-) -> int:
-    """How many messages to keep: exchanges whose last reply ends within `max_length`; at least one.
-
-    The white space that a template puts after a reply's end may be left out.
-    """
-    fit = sum(_tokens_until(tokens, end) <= max_length for _, end in rendered.replies)
-    return len(messages) - 2 * (len(rendered.replies) - max(fit, 1))
-
-
-def _tokens_until(tokens: Tokens, character: int) -> int:
-    return int(tokens.starts.searchsorted(character))
-
 
 def _spans_without_weight(messages: Sequence[Message], rendered: Rendered) -> list[Span]:
-    """The messages of weight 0: of a reply with all that the model has to write."""
+    """Spans of messages of weight 0; a reply's includes its end token."""
     if not any("weight" in message for message in messages):
         return []
     replies = iter(rendered.replies)
@@ -137,14 +127,13 @@ def _spans_without_weight(messages: Sequence[Message], rendered: Rendered) -> li
 
 
 def _utf8_bytes(text: str, tokens: Tokens, mask: np.ndarray) -> int:
-    """Bytes of the characters that some tokens stand for, bool [tokens]; never the first."""
+    """UTF-8 bytes of the masked tokens' characters; mask: bool [tokens]."""
     firsts, lasts = np.diff(mask, prepend=False, append=False).nonzero()[0].reshape(-1, 2).T
     runs = zip(tokens.starts[firsts].tolist(), tokens.ends[lasts - 1].tolist(), strict=True)
     return sum(len(text[start:end].encode()) for start, end in runs)
 
 
 def _or_reason(function: Callable[..., T], *args: Any) -> T | RejectedRow:
-    """Its result, or the reason why it rejects a row."""
     try:
         return function(*args)
     except RejectedRow as reason:

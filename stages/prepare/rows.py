@@ -1,4 +1,4 @@
-"""Rows: which JSON Lines there are, and the fields of a line."""
+"""Raw rows: the JSON Lines files of data/raw, and the fields of a line."""
 
 import json
 import math
@@ -17,31 +17,20 @@ SPLITS: tuple[Split, ...] = ("train", "eval")
 
 @dataclass(frozen=True)
 class Source:
-    """A file of data/raw.
-
-    Attributes:
-        split: which split its rows belong to.
-        path: where it lies.
-        parts: the user's files that it was made of: of each its `name`, its `first_line` here, and
-            whether it is `counted_in` lines or rows.
-    """
+    """One split's file in data/raw."""
 
     split: Split
     path: Path
-    parts: list[dict[str, Any]]
+    parts: list[dict[str, Any]]  # the user's files: `name`, `first_line` here, `counted_in`
 
     def place(self, line: int) -> tuple[str, str, int]:
-        """The user's file that a line comes from, "line" or "row", and its number there."""
+        """Locate a line in the user's file: its name, "line" or "row", the number there."""
         part = [part for part in self.parts if part["first_line"] <= line][-1]
         return part["name"], part["counted_in"], line - part["first_line"] + 1
 
 
 def find_sources(folder: Path) -> dict[Split, Source]:
-    """The files that `fetch_data` wrote, by split: `train`, and `eval` where there is one.
-
-    Raises:
-        UserError: there is no source.json.
-    """
+    """Find the files that `fetch_data` lists in source.json: `train`, and `eval` if present."""
     try:
         listed = files.read_json(folder / "source.json")["files"]
     except FileNotFoundError:
@@ -53,11 +42,7 @@ def find_sources(folder: Path) -> dict[Split, Source]:
 
 
 def read_lines(path: str, position: int, line: int, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """Lines from byte `position`, where line number `line` begins, to the first past `max_bytes`.
-
-    Yields:
-        `line`, its number; `row`, its bytes; `position`, the byte after it.
-    """
+    """Read `LINES` from byte `position`, line number `line`, to the first past `max_bytes`."""
     end = position + max_bytes
     with Path(path).open("rb") as file:
         file.seek(position)
@@ -69,11 +54,7 @@ def read_lines(path: str, position: int, line: int, max_bytes: int) -> Iterator[
 
 
 def parse_line(row: bytes) -> dict[str, Any]:
-    """The fields of a line, without those that are null or NaN.
-
-    Raises:
-        RejectedRow: it is no JSON object, not UTF-8, or has a key twice.
-    """
+    """Parse a line into its fields that are neither null nor NaN, or reject it."""
     try:
         value = _DECODER.decode(row.decode().rstrip().removeprefix("\ufeff"))
     except RejectedRow:
@@ -115,12 +96,12 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def present(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are neither null nor NaN."""
+    """Filter fields that are neither null nor NaN."""
     return {k: value for k, value in fields.items() if value is not None and not is_nan(value)}
 
 
 def is_nan(value: Any) -> bool:
-    """Whether a value is NaN, pandas' way to say that there is none."""
+    """Whether a value is NaN, as pandas writes a missing one."""
     return isinstance(value, float) and math.isnan(value)
 
 

@@ -1,4 +1,4 @@
-"""Splitting into train and eval, duplicates and leaks."""
+"""Splitter into train and eval; finds duplicates and leaks."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -11,24 +11,18 @@ _NONE = np.empty(0, "S32")
 
 @dataclass
 class Splitter:
-    """Splits by the first user message, so that no prompt is in both splits.
+    """Splits by the first user message, so that no prompt is in both splits."""
 
-    Attributes:
-        own_eval: whether the source has an eval split of its own; what begins like one of it is
-            then taken out of train.
-        max_rows: at most so many conversations of train, the first ones.
-    """
-
-    own_eval: bool
-    max_rows: int | None
+    own_eval: bool  # the source has an eval file: train rows that begin like one of it leak
+    max_rows: int | None  # of train, the first ones
     _train_rows: int = 0
-    _seen: np.ndarray = field(default_factory=_NONE.copy)  # sorted digests, as the next two
+    _seen: np.ndarray = field(default_factory=_NONE.copy)  # sorted digests, like the next two
     _held_out: np.ndarray = field(default_factory=_NONE.copy)
     _questions: np.ndarray = field(default_factory=_NONE.copy)  # at most two
 
     @property
     def is_full(self) -> bool:
-        """Whether train has as many conversations as it may."""
+        """Whether train has `max_rows` conversations."""
         return self.max_rows is not None and self._train_rows >= self.max_rows
 
     @property
@@ -39,17 +33,7 @@ class Splitter:
     def assign(
         self, usable: np.ndarray, is_eval: np.ndarray, ids: np.ndarray, questions: np.ndarray
     ) -> np.ndarray:
-        """Assign the next rows.
-
-        Args:
-            usable: bool [rows]; the others are rejected.
-            is_eval: bool [rows], whether it goes to eval.
-            ids: S32 [rows], digests of the conversations.
-            questions: S32 [rows], digests of their first messages.
-
-        Returns:
-            str [rows], of `OUTCOMES`.
-        """
+        """Assign the next rows to `OUTCOMES`, str [rows]; flags are bool, digests S32 [rows]."""
         leaked = usable & ~is_eval & _contains(self._held_out, questions)
         candidates = (usable & ~leaked).nonzero()[0]
         _, first = np.unique(ids[candidates], return_index=True)
@@ -68,13 +52,13 @@ class Splitter:
 
 
 def is_held_out(question: str, fraction: float, seed: int) -> bool:
-    """Whether a conversation that begins with this message is held out."""
+    """Whether conversations with this first message are held out."""
     digest = hashlib.sha256(f"{seed}\0{question}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 < fraction
 
 
 def digest_of(question: str) -> str:
-    """32 hex digits: no two of a billion messages share them."""
+    """SHA-256 of a message, cut to 32 hex digits."""
     return hashlib.sha256(question.encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""The one form that a conversation has inside the pipeline, whatever form it came in."""
+"""Conversation schema of the pipeline, whatever the source's format."""
 
 import hashlib
 import re
@@ -8,8 +8,8 @@ from typing import Literal, NotRequired, TypedDict
 Role = Literal["system", "user", "assistant"]
 
 
-class RejectedRow(ValueError):  # noqa: N818  (a finding about somebody's row, not an error of ours)
-    """A row or conversation that cannot be trained on; the message is the reason."""
+class RejectedRow(ValueError):  # noqa: N818  (about data, not an error of the program)
+    """A row that cannot be trained on; the message is the reason."""
 
 
 class Message(TypedDict):
@@ -17,20 +17,17 @@ class Message(TypedDict):
 
     role: Role
     content: str  # normalized
-    weight: NotRequired[Literal[0]]  # it stays in the context, and no token of it is supervised
+    weight: NotRequired[Literal[0]]  # in the context, but not supervised
 
 
 def normalize(content: str) -> str:
-    r"""Unify line ends to `\n`, strip both ends: white space there is the template's own."""
+    """Convert line ends to LF and strip; white space at the ends is the template's."""
     return content.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def conversation_id(messages: list[Message]) -> str:
-    """SHA-256 (64 hex digits) of the messages as compact JSON: `[[role, content], ...]`.
-
-    `[role, content, 0]` for a message of weight 0. Put together here: `json.dumps` takes longer
-    than all the rest.
-    """
+    """SHA-256, 64 hex digits, of compact JSON: `[[role, content], ...]`, `,0` for weight 0."""
+    # Formatted by hand: json.dumps takes longer than all the rest.
     turns = ",".join(
         f'["{m["role"]}",{encode_basestring(m["content"])}{",0" if "weight" in m else ""}]'
         for m in messages
@@ -39,11 +36,7 @@ def conversation_id(messages: list[Message]) -> str:
 
 
 def problem_with(messages: list[Message]) -> str | None:
-    """Why these messages are no conversation that can be trained on, or None.
-
-    Roles alternate, user first and a reply last; only a system message may precede them. An empty
-    reply is allowed (the model then learns to end its turn); an empty user turn is not.
-    """
+    """Why messages cannot be trained on, or None; an empty reply is valid (ends its turn)."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if not turns:
         return "no turns"
@@ -59,7 +52,7 @@ def problem_with(messages: list[Message]) -> str | None:
 
 
 def drop_unanswered(messages: list[Message]) -> list[Message]:
-    """The messages without a final user turn that nobody answered."""
+    """Drop a final user turn without a reply."""
     return messages[:-1] if messages and messages[-1]["role"] == "user" else messages
 
 
@@ -71,11 +64,10 @@ _ENGLISH = frozenset(
 
 
 def language_of(messages: list[Message]) -> Literal["en", "other"]:
-    """Language of a conversation whose source states none, system messages aside.
+    """Guess the language of a conversation whose source states none, without system messages.
 
-    `en` where at most one character in fifty is outside the Latin script, punctuation and symbols,
-    and at least one word in sixteen, and one at all, is a common English function word. Crude, but
-    the same for every variant that is compared.
+    `en`: at most one character in 50 outside Latin script, punctuation and symbols, and at least
+    one word in 16, and one at all, a common English function word.
     """
     text = " ".join(m["content"] for m in messages if m["role"] != "system")
     words = _WORD.findall(text.lower())

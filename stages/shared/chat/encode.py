@@ -1,8 +1,7 @@
-"""Tokens of rendered conversations; no text of a message becomes a control token, nor a turn.
+"""Encoder of rendered conversations; message text never forges a control token or a turn.
 
-A conversation has the tokens that `apply_chat_template` gives. Only where a message holds the
-string of a control token (`<|im_end|>`), all but the template's own control tokens is encoded as
-plain text. A message that holds a plain-text marker of a turn (`### Human:`) is rejected.
+Tokens are those of `apply_chat_template`, except that a control token's string in a message
+(`<|im_end|>`) is plain text. A plain-text turn marker there (`### Human:`) rejects the row.
 """
 
 import copy
@@ -24,12 +23,9 @@ _PLACEHOLDERS = 0xF0000  # a plane of Unicode for private use
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens and the characters [start, end) that each stands for; int32 [tokens].
+    """Tokens and their characters [start, end); tokens within one character share its span."""
 
-    Where several tokens share the bytes of one character, each of them stands for it.
-    """
-
-    input_ids: np.ndarray
+    input_ids: np.ndarray  # int32 [tokens], as the next two
     starts: np.ndarray
     ends: np.ndarray
 
@@ -40,7 +36,7 @@ class Tokens:
         return Tokens(self.input_ids[which], self.starts[which], self.ends[which])
 
     def overlap(self, spans: Sequence[Span]) -> np.ndarray:
-        """Which tokens hold a character of a span, bool [tokens]."""
+        """Mask of tokens that overlap a span, bool [tokens]."""
         mask = np.zeros(len(self), dtype=bool)
         for start, end in spans:
             if start < end:
@@ -49,7 +45,7 @@ class Tokens:
 
 
 class Encoder:
-    """Encodes what a template renders for a tokenizer."""
+    """Encoder of a template's rendered conversations for a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
         self._template = template
@@ -59,46 +55,37 @@ class Encoder:
         self._is_control = np.zeros(max(self._backend.get_vocab().values()) + 1, dtype=bool)
         self._is_control[[*self._control]] = True
         self._unknown = (tokenizer.unk_token_id, tokenizer.unk_token)
-        # Keyed by how the model reads them; what it does not read at all is no marker.
+        # Keyed by how the model reads them, if at all.
         markers = zip(self._read_back(template.markers), template.markers, strict=True)
         self._markers = {seen: marker for seen, marker in markers if seen}
 
     def encode(self, batch: Sequence[Rendered]) -> list[Tokens | RejectedRow]:
-        """Encode rendered conversations; of each its tokens, or why it is rejected."""
+        """Encode rendered conversations: tokens, or the rejection, for each."""
         encodings = self._encode([rendered.text for rendered in batch])
         markers = self._find_markers(batch) if self._markers else [None] * len(batch)
-        results: list[Tokens | RejectedRow] = []
-        for rendered, encoding, marker in zip(batch, encodings, markers, strict=True):
-            if marker is not None:
-                name = self._template.name
-                results.append(
-                    RejectedRow(
-                        f"a message holds {marker!r}, which is how prepare.template {name!r} "
-                        "marks a turn"
-                    )
-                )
-                continue
-            tokens = _tokens(encoding)
-            forged = self._is_forged(tokens, rendered)
-            results.append(self._encode_as_text(rendered) if forged else _without_gaps(tokens))
-        return results
+        return [*map(self._check, batch, encodings, markers)]
+
+    def _check(
+        self, rendered: Rendered, encoding: Encoding, marker: str | None
+    ) -> Tokens | RejectedRow:
+        if marker is not None:
+            return RejectedRow(
+                f"a message holds {marker!r}, which is how prepare.template "
+                f"{self._template.name!r} marks a turn"
+            )
+        tokens = _tokens(encoding)
+        forged = self._is_forged(tokens, rendered)
+        return self._encode_as_text(rendered) if forged else _without_gaps(tokens)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation that ends with a user's turn, and the generation prompt.
-
-        Raises:
-            RejectedRow: it cannot be rendered or encoded; `prepare` accepts no such conversation.
-        """
+        """Encode messages up to a user turn, and the generation prompt, or raise `RejectedRow`."""
         [tokens] = self.encode([self._template.render(messages, prompt=True)])
         if isinstance(tokens, RejectedRow):
             raise tokens
         return [int(token) for token in tokens.input_ids]
 
     def control_mask(self, tokens: Tokens, text: str) -> np.ndarray:
-        """Which tokens are control tokens, bool [tokens].
-
-        The one for what is unknown is none where it stands for other characters than its own.
-        """
+        """Mask of control tokens, bool [tokens]; the unknown token only for its own string."""
         control = self._is_control[tokens.input_ids]
         token, name = self._unknown
         for at in (control & (tokens.input_ids == token)).nonzero()[0]:
@@ -106,21 +93,21 @@ class Encoder:
         return control
 
     def _encode(self, texts: Sequence[str]) -> list[Encoding]:
-        # Settings of tokenizer.json that are meant for other uses.
+        # tokenizer.json may set these for other uses.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = False
         return self._backend.encode_batch(texts, add_special_tokens=False)
 
     def _read_back(self, texts: Sequence[str]) -> list[str]:
-        """Texts as the model reads them: normalized, without what the vocabulary drops."""
-        # Behind a letter, since some decoders drop spaces of a first token.
+        """Decode texts as the model reads them: normalized, without unknown characters."""
+        # After a letter: some decoders strip the first token.
         ids = [encoding.ids for encoding in self._encode([f"a {text}" for text in texts])]
         decoded = self._backend.decode_batch(ids, skip_special_tokens=False)
         return [text.strip().removeprefix("a").strip() for text in decoded]
 
     def _find_markers(self, batch: Sequence[Rendered]) -> list[str | None]:
-        """Of each conversation a marker that one of its messages holds."""
+        """Find a marker in each conversation's messages, or None."""
         contents = [rendered.text[a:b] for rendered in batch for a, b in rendered.contents]
         held = map(self._marker_in, self._read_back(contents))
         return [
@@ -128,19 +115,16 @@ class Encoder:
         ]
 
     def _marker_in(self, content: str) -> str | None:
-        for seen, marker in self._markers.items():
-            # Also one that a message begins and the marker after it completes: "=" before "==".
-            if seen in (content + seen)[:-1]:
-                return marker
-        return None
+        # Also one that the next marker would complete: "=" before "==".
+        held = (m for seen, m in self._markers.items() if seen in (content + seen)[:-1])
+        return next(held, None)
 
     @cached_property
     def _plain(self) -> tuple[Tokenizer, dict[str, str], np.ndarray]:
-        """A tokenizer to which control tokens are plain text, but placeholders of them are not.
+        """Tokenizer that reads control tokens as plain text, and their placeholders as tokens.
 
-        Returns:
-            It; the placeholder of each control token, as long as its string, so that every
-            character keeps its place; and the original of each of its tokens, int32 [vocabulary].
+        Also the placeholder of each control token (of equal length, so offsets hold), and the
+        original id of each of its tokens, int32 [vocabulary].
         """
         plain = copy.deepcopy(self._backend)
         plain.encode_special_tokens = True
@@ -173,7 +157,7 @@ class Encoder:
         return _without_gaps(tokens)
 
     def _is_forged(self, tokens: Tokens, rendered: Rendered) -> bool:
-        """Whether a control token holds a character of a message."""
+        """Whether a control token overlaps a message."""
         control = tokens[self.control_mask(tokens, rendered.text)]
         return bool(control.overlap(rendered.contents).any())
 
@@ -185,6 +169,6 @@ def _tokens(encoding: Encoding) -> Tokens:
 
 
 def _without_gaps(tokens: Tokens) -> Tokens:
-    """Some tokenizers leave the white space before a word out of its span."""
+    """Extend spans over white space, which some tokenizers leave out before a word."""
     starts = np.minimum(tokens.starts, np.append(np.int32(0), tokens.ends[:-1]))
     return Tokens(tokens.input_ids, starts, tokens.ends)

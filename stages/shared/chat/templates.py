@@ -1,8 +1,7 @@
-"""Chat templates: a conversation as text, and where each message and reply stands in it.
+"""Chat templates: a conversation as text, with the spans of its messages and replies.
 
-Every template is Jinja, the same that the merged model carries. It is rendered once for each
-sequence of roles, with placeholders for the messages; a conversation is put together from these
-literals and its messages. So the characters of a message are known, whatever it says.
+The Jinja of the merged model is rendered once per sequence of roles, with placeholders for the
+messages. Text is joined from these literals and the messages, so spans are always exact.
 """
 
 import contextlib
@@ -23,14 +22,14 @@ from stages.shared.core.errors import UserError
 
 Span = tuple[int, int]
 
-# Each is preceded by `set begin, end`: the token that opens a turn of llama2, and the end token.
+# `begin` opens a turn of llama2, `end` is the end token; `make` sets both.
 _CHATML = r"""
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + end + '\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
-# The prompt ends at the colon: the space belongs to the first token of the reply.
+# The prompt ends at the colon: the space belongs to the reply's first token.
 _GUANACO = r"""
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{- message['content'] + '\n' -}}
@@ -51,13 +50,13 @@ _LLAMA2 = r"""
 {%- else -%}{{- ' ' + message['content'] + ' ' + end -}}{%- endif -%}
 {%- endfor -%}
 """
-# With the markers of each that are plain text, unless the tokenizer has a token for them.
+# With markers that are plain text unless the tokenizer has a token for them.
 _JINJA = {
     "chatml": (_CHATML, ("<|im_start|>",)),
     "guanaco": (_GUANACO, ("### Human:", "### Assistant:")),
     "llama2": (_LLAMA2, ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")),
 }
-# A model's own template that prints a date gets the same one every day, wherever it is rendered.
+# The date for a model's own template, the same every day.
 _DATE = '{% set date_string = "26 Jul 2024" %}'
 _TURNS: tuple[Role, ...] = ("user", "assistant") * 2
 _PROBES: tuple[tuple[Role, ...], ...] = (_TURNS, ("system", *_TURNS))
@@ -66,11 +65,11 @@ _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipyth
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text. Spans are (start, end) in its characters."""
+    """A conversation as text; spans are [start, end) in characters."""
 
     text: str
-    contents: tuple[Span, ...]  # of each message its own characters, in order
-    replies: tuple[Span, ...]  # of each reply: from its prompt's end to its end token's end
+    contents: tuple[Span, ...]  # of the messages
+    replies: tuple[Span, ...]  # from the prompt's end to the end token's end
 
 
 class Format(BaseModel):
@@ -91,17 +90,7 @@ def read_format(path: Path) -> Format:
 
 
 class Template:
-    """How conversations are rendered for one tokenizer.
-
-    Attributes:
-        name: as in `prepare.template`.
-        chat_template: Jinja; `apply_chat_template` renders the same text with it, BOS included.
-        control_tokens: the special tokens, and the other added tokens that the template writes.
-        eos_token: the control token that ends a reply.
-        stop_ids: tokens that end a generated reply: that one, and the tokenizer's own end token.
-        bos_ids: tokens that begin a text and end none; never supervised.
-        markers: plain text that delimits turns; no message may hold it.
-    """
+    """A chat template for one tokenizer; `chat_template` is its Jinja, which writes BOS itself."""
 
     def __init__(
         self,
@@ -110,12 +99,7 @@ class Template:
         chat_template: str,
         markers: Sequence[str] | None = None,
     ) -> None:
-        """Probe a Jinja template, the model's own where no markers are given.
-
-        Raises:
-            RejectedRow: the template renders no conversation.
-            UserError: it cannot be trained on.
-        """
+        """Probe a Jinja template, the model's own if `markers` is None."""
         self.name, self.chat_template = name, chat_template
         self._tokenizer, self._own = tokenizer, markers is None
         self._literals = functools.cache(self._render_literals)
@@ -127,15 +111,17 @@ class Template:
         literals, [*_, (_, _, tail)] = self._skeleton(_TURNS, False)
         self.eos_token = literals[-1][:tail].strip()
         ids = [tokenizer.convert_tokens_to_ids(self.eos_token), tokenizer.eos_token_id]
-        self.stop_ids: list[int] = list(dict.fromkeys(ids))
+        self.stop_ids: list[int] = list(dict.fromkeys(ids))  # end a generated reply
+        # Tokens that begin a text and end none; never supervised.
         bos_ids = tokenizer.encode(bos, add_special_tokens=False)
         self.bos_ids = [token for token in bos_ids if token not in self.stop_ids]
         if markers is None:
             markers = self._find_markers({self.eos_token, bos})
+        # Plain text that delimits turns; no message may hold it.
         self.markers = tuple(marker for marker in markers if marker not in self.control_tokens)
 
     def format(self) -> Format:
-        """What is saved of the template."""
+        """Content of format.json."""
         return Format(
             template=self.name,
             chat_template=self.chat_template,
@@ -144,11 +130,7 @@ class Template:
         )
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> Rendered:
-        """Render normalized messages; a prompt ends with the generation prompt.
-
-        Raises:
-            RejectedRow: the model's own chat template refuses the messages, or alters one.
-        """
+        """Render normalized messages; a prompt ends with the generation prompt."""
         literals, edges = self._skeleton(tuple(m["role"] for m in messages), prompt)
         text, contents = literals[0], list[Span]()
         for message, literal in zip(messages, literals[1:], strict=True):
@@ -164,10 +146,7 @@ class Template:
     def _split(
         self, roles: tuple[Role, ...], prompt: bool
     ) -> tuple[tuple[str, ...], list[tuple[int, int, int]]]:
-        """Literals around the messages; of each reply its index, and the lengths of its edges.
-
-        The edges are what the model has to write before and after the message itself.
-        """
+        """Literals around the messages; per reply: index, characters written before and after."""
         literals = self._literals(roles, prompt)
         if not all(text.strip() for text in literals[1:-1]):
             raise RejectedRow(
@@ -202,18 +181,18 @@ class Template:
                     chat_template=self.chat_template,
                     tokenize=False,
                     add_generation_prompt=prompt,
-                    # A date of today would make other tokens tomorrow: a call of it is an error.
+                    # Today's date would change the tokens daily: calling it is an error.
                     **({"strftime_now": None} if self._own else {}),
                 )
             )
         except TypeError as error:
             today = "strftime_now" in self.chat_template
             raise self._unfit("prints today's date" if today else f"fails: {error}") from None
-        except Exception as error:  # the template is a program of somebody else
+        except Exception as error:  # the template is third-party code
             raise RejectedRow(f"the model's own chat template refuses it: {error}") from None
 
     def _begin_with(self, bos: str) -> None:
-        """Put BOS into the Jinja, unless it writes it."""
+        """Prepend BOS to the Jinja, unless it writes BOS."""
         begins = {literals[0].startswith(bos) for literals in self._probe()}
         if len(begins) > 1:
             raise self._unfit(f"begins only some conversations with {bos!r}")
@@ -230,11 +209,8 @@ class Template:
         return rendered
 
     def _find_control_tokens(self) -> frozenset[str]:
-        """The special tokens, and the other added tokens that the template writes for any role.
-
-        Many role tokens are not flagged special (`<｜User｜>` of DeepSeek). A token such as
-        `<|observation|>` may be written for a role of its name.
-        """
+        """Special tokens, and other added tokens that the template writes for any role."""
+        # Role tokens may lack the special flag: `<｜User｜>` (DeepSeek), `<|observation|>` (GLM).
         special, other = added_tokens(self._tokenizer)
         names = (re.sub(r"\W", "", token) for token in other)
         roles = dict.fromkeys([*_ROLES, *(name for name in names if re.fullmatch(r"\D+", name))])
@@ -247,7 +223,7 @@ class Template:
         return special | {token for token in other if token.strip() and token in text}
 
     def _find_markers(self, ends: set[str]) -> list[str]:
-        """Plain text that opens a turn of the model's own template, behind an end token or BOS."""
+        """Plain text after an end token or BOS that opens a turn of the model's own template."""
         end = pattern_of(ends - {""}).pattern
         literals = (literal for probe in self._probe() for literal in probe[:-1])
         openings = (re.sub(rf"^(?:\s|{end})+", "", literal).strip() for literal in literals)
@@ -258,22 +234,20 @@ class Template:
 
 
 def make(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template of this name (as in `prepare.template`) for this tokenizer.
-
-    Its vocabulary stays as it is: turns of chatml end with `<|im_end|>` where it has that token,
-    else with its end token.
-
-    Raises:
-        UserError: the tokenizer has no end token; the model has no chat template of its own, or
-            one that cannot be trained on.
-    """
+    """Make the template `prepare.template` for a tokenizer, whose vocabulary stays as it is."""
     if tokenizer.eos_token is None:
         raise UserError(
             "models/tokenizer: the tokenizer has no end token. Set eos_token in "
             "tokenizer_config.json, or choose another model."
         )
     if name == "tokenizer":
-        return _make_own(tokenizer)
+        try:
+            chat_template = tokenizer.get_chat_template()
+            date = _DATE if "date_string" in chat_template else ""
+            return Template(name, tokenizer, date + chat_template)
+        except (RejectedRow, ValueError) as error:  # several templates, none of them the default
+            reason = str(error) if tokenizer.chat_template else "the model has no chat template"
+            raise _unfit(name, reason) from None
     chat_template, markers = _JINJA[name]
     begin = special_prefix(tokenizer) or tokenizer.bos_token or ""
     end = tokenizer.eos_token
@@ -281,16 +255,6 @@ def make(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
         end = "<|im_end|>"
     head = f"{{%- set begin, end = {_quote(begin)}, {_quote(end)} -%}}"
     return Template(name, tokenizer, head + chat_template.strip("\n"), markers)
-
-
-def _make_own(tokenizer: PreTrainedTokenizerBase) -> Template:
-    try:
-        chat_template = tokenizer.get_chat_template()
-        date = _DATE if "date_string" in chat_template else ""
-        return Template("tokenizer", tokenizer, date + chat_template)
-    except (RejectedRow, ValueError) as error:  # several templates, and none of them the default
-        reason = str(error) if tokenizer.chat_template else "the model has no chat template"
-        raise _unfit("tokenizer", reason) from None
 
 
 def _unfit(name: str, reason: str) -> UserError:
@@ -309,5 +273,5 @@ def _placeholders(roles: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _quote(text: str) -> str:
-    """A Jinja string: JSON without escapes, since Jinja knows no surrogate pairs."""
+    """A Jinja string: JSON without escapes, as Jinja knows no surrogate pairs."""
     return json.dumps(text, ensure_ascii=False)
