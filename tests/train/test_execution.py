@@ -11,6 +11,7 @@ from stages.shared.core.errors import UserError
 from stages.shared.model.packing import read_examples
 from stages.shared.step import fit
 from stages.shared.weights import heap
+from stages.train import recipe
 from stages.train.execution import ExecutionPlan, make_plan
 from tests import tiny
 from tests.train.running import run, settings, train_on
@@ -114,4 +115,4 @@ def test_unset_settings_are_chosen_and_set_ones_kept(
     processes = fit.PROCESS_BYTES + (0 if tokens else fit.WORKER_BYTES)
     assert 0 < metrics["predicted_memory_bytes"] - processes < 3e7
     if tokens:
-        assert limits == [metrics["predicted_memory_bytes"]] * 2
+        assert limits == [round(recipe.TRIM_ABOVE * metrics["predicted_memory_bytes"])] * 2

@@ -129,7 +129,7 @@ def test_each_status_says_what_to_do(
         ({"listed": "login"}, "does not answer as the hub does"),
         ({"listed": sized(4)}, "me/tiny: the hub sends more than the 4 bytes that it lists"),
         ({"listed": sized(10**18)}, r"needs 1000000000\.00 GB"),
-        ({"drip": 0.01}, r"127\.0\.0\.1: sent \d+ bytes in 0 seconds"),
+        ({"drip": 0.05}, r"127\.0\.0\.1: sent \d+ bytes in 0 seconds"),
         ({"status": 201, "headers": {"Content-Encoding": "gzip"}}, "sends compressed data unasked"),
         ({"status": 429, "headers": {"Retry-After": "86400"}}, r"is busy\. .* in 86400 seconds"),
     ],
