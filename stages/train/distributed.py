@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -46,6 +47,7 @@ from stages.train.interruption import HEARD, Interruption
 
 PATIENCE = timedelta(days=7)  # of a process, for another that evaluates or writes a checkpoint
 ALIGNMENT = 64  # bytes, a cache line
+BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's
 
 
 class PeerLost(Exception):  # noqa: N818  (the error is another process's)
@@ -99,12 +101,19 @@ class Group:
         return sum(map(_own_peak_bytes, self.workers))
 
     def all_reduce(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, in place."""
+        """Replace each tensor by its sum over all processes, in place.
+
+        In flat buckets: one by one, the adapter's 420 gradients take 0.4 of a step's 1.1 seconds.
+        """
         if self.size > 1:
-            with _peers():
-                pending = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
-                for work in pending:
-                    work.wait()
+            for bucket in _take_tensors(list(tensors), BUCKET_BYTES):
+                flat = _flatten_dense_tensors(bucket)
+                with _peers():
+                    distributed.all_reduce(flat)
+                for tensor, total in zip(
+                    bucket, _unflatten_dense_tensors(flat, bucket), strict=True
+                ):
+                    tensor.copy_(total)
 
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether it is so in any of the processes."""
