@@ -189,6 +189,9 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
         try:
             answer = agent.result()[0]
         except ChildFailedError as failed:
+            if stop.heard and not errors.first():  # one left its setup, and the others lost it
+                message = f"training was ended by {stop.heard.name} while it was set up; "
+                raise Stopped(message + "`dvc repro` begins where it began", stop.heard) from None
             raise (errors.first() or _ended(failed, size)) from None
     if isinstance(answer, Stopped):
         raise answer

@@ -113,6 +113,7 @@ def _train_on(
                     checkpoints.require_space(recipe.trainable_parameters, state_bytes)
         except Interrupted:
             raise _stopped(stop, "while it was set up; `dvc repro` begins where it began") from None
+        group.wait()  # a signal ends the setup of each process, and what follows for all of them
         with distributed.forked(plan.workers, recipe.trainable, recipe.work) as workers:
             recipe.run(stop, workers)
             return TrainResult(recipe.metrics(), recipe.history, environment(device))
