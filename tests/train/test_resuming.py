@@ -173,7 +173,7 @@ def test_two_devices_stop_in_their_first_evaluation(tmp_path: Path) -> None:
         said += os.read(running.stderr.fileno(), 1000)
     os.killpg(running.pid, signal.SIGINT)
     said += running.stderr.read()
-    assert running.wait(timeout=60) == 130
+    assert running.wait(timeout=60) == 130, said.decode()
     *_, line = said.decode().splitlines()
     assert line.startswith("stopped: training was ended by SIGINT after step 0 of 6; .checkpoints/")
     assert b"Traceback" not in said and b"resource_tracker" not in said
