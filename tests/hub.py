@@ -3,12 +3,12 @@
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from time import sleep  # bound here, as `serve_here` replaces that of the module
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -163,7 +163,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             for number in range(len(body)):
                 self.wfile.write(body[number : number + 1])
-                time.sleep(hub.drip)
+                sleep(hub.drip)
 
         def log_message(self, *_: object) -> None:
             pass
