@@ -21,8 +21,8 @@ from json import JSONDecodeError
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
-from stages.shared.core import files
 from stages.shared.core.errors import UserError
+from stages.shared.data.encoding import encoding_advice
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,7 +109,7 @@ def _require_utf8(file: File, name: str, path: Path | None) -> None:
         high += len(line) - len(line.translate(None, _HIGH))
         offset += len(line)
     if 2 * undecoded > high:
-        advice = files.encoding_advice(path, first) if path else "Unpack it and save it as UTF-8."
+        advice = encoding_advice(path, first) if path else "Unpack it and save it as UTF-8."
         raise UserError(f"{name}:{where}: is not UTF-8. {advice}")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from stages.shared.chat.conversation import RejectedRow
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
+from stages.shared.data.encoding import encoding_of
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -60,7 +61,7 @@ def parse_line(row: bytes) -> dict[str, Any]:
     except RejectedRow:
         raise
     except UnicodeDecodeError as error:
-        encoding = files.encoding_of(row)
+        encoding = encoding_of(row)
         like = f", but looks like {encoding}" if encoding else ""
         raise RejectedRow(f"not UTF-8 in byte {error.start + 1}{like}") from None
     except json.JSONDecodeError as error:

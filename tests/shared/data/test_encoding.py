@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared.core.files import encoding_advice, encoding_of
+from stages.shared.data.encoding import encoding_advice, encoding_of
 
 FRENCH = "Prix 0 €? «oui» – ça va"
 CASES = [
