@@ -54,6 +54,9 @@ def run(
     try:
         options = _parse(sys.modules[main.__module__], add_options)
         main(*([options] if add_options else []))
+        from stages.shared.core import integrity  # noqa: PLC0415  (imports this module)
+
+        integrity.record()
     except UserError as error:
         _exit_with(str(error))
     except FileNotFoundError as error:

@@ -36,6 +36,7 @@ class Machine(BaseSettings):
     memory_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # GiB
     checkpoint_steps: int = Field(default=25, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    verify: bool = False  # true: every dependency is hashed before it is read, not just new ones
 
 
 def root() -> Path:

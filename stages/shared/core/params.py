@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
-from stages.shared.core import progress
+from stages.shared.core import integrity, progress
 from stages.shared.core.errors import UserError
 
 FILE = Path("params.yaml")
@@ -36,10 +36,11 @@ def load(schema: type[P], stage: str) -> P:
 
     Through DVC, so that a stage cannot depend on a parameter that DVC does not know of. The other
     stages' sections are checked too: a mistake in one is told before the training, not after it.
+    Then the files that the stage depends on are verified.
 
     Raises:
         UserError: a key is unknown, missing, of a wrong type or out of range; or DVC cannot read
-            the file.
+            the file; or a dependency rotted.
     """
     with progress.quick_imports():  # half a second that the unit tests of a schema need not pay
         import dvc.api  # noqa: PLC0415
@@ -56,6 +57,7 @@ def load(schema: type[P], stage: str) -> P:
     whole = YAML(typ="safe").load(FILE)  # as DVC reads it
     for other in _schemas():
         validate(other, {name: whole[name] for name in other.model_fields if name in whole})
+    integrity.verify(stage)
     return mine
 
 
