@@ -24,12 +24,12 @@ import pyarrow.parquet as pq
 
 from stages.prepare import limits
 from stages.prepare.config import Prepare
-from stages.prepare.forms import Conversation, parse
+from stages.prepare.forms import parse
 from stages.prepare.loss_mask import Example, ExampleEncoder
 from stages.prepare.rows import SPLITS, Source, Split, find_sources, parse_line, read_lines
 from stages.prepare.splitting import OUTCOMES, Splitter, digest_of, is_held_out
 from stages.shared.chat import templates
-from stages.shared.chat.conversation import RejectedRow, conversation_id
+from stages.shared.chat.conversation import Conversation, RejectedRow, conversation_id
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import files, progress
 
@@ -79,13 +79,13 @@ def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Tabl
             except RejectedRow as reason:
                 rows[-1]["reason"] = _printable(str(reason))
     encoder = _encoder(tokenizer, parameters)
-    examples = encoder.encode([conversation.messages for _, conversation in parsed])
+    examples = encoder.encode_conversations([conversation for _, conversation in parsed])
     for (columns, conversation), one in zip(parsed, examples, strict=True):
         columns["unknown"] = [*map(_printable, conversation.unknown)]
         if isinstance(one, RejectedRow):
             columns["reason"] = str(one)
         else:
-            columns.update(_columns(conversation, one, parameters))
+            columns.update(_columns(conversation, one[0], parameters))
     return pa.Table.from_pylist(rows, schema=ENCODED)
 
 

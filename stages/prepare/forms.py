@@ -1,16 +1,18 @@
-"""Row formats (Guanaco, messages, Alpaca, prompt and completion), each into a conversation.
+"""Row forms (Guanaco, messages, Alpaca, trees, plain text), each into a conversation.
 
 An unread field that carries meaning rejects its row; other unread fields are reported.
 """
 
-import json
+import math
 import re
-from collections.abc import Set
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Set
+from typing import Any, Literal
 
 from stages.prepare import guanaco
+from stages.prepare.messages import THOUGHTS, add_thoughts, loaded, parse_messages, says, unread
 from stages.prepare.rows import is_nan, kind_of, present
 from stages.shared.chat.conversation import (
+    Conversation,
     Message,
     RejectedRow,
     Role,
@@ -20,33 +22,24 @@ from stages.shared.chat.conversation import (
     problem_with,
 )
 
-Form = Literal["guanaco", "messages", "alpaca"]
+Form = Literal["guanaco", "messages", "alpaca", "oasst", "text"]
 
 _FIELDS: dict[Form, set[str]] = {
     "guanaco": {"text"},
     "messages": {"messages", "conversations"},
-    "alpaca": {"instruction", "input", "output", "history", "prompt", "completion"},
+    "alpaca": {"instruction", "input", "output", "history", "prompt", "completion", *THOUGHTS},
+    "oasst": {"prompt"},
+    "text": {"text"},
 }
-_TURNS = set[str]().union(*_FIELDS.values()) - {"history"}
+_TURNS = {"text", "messages", "conversations", "instruction", "input", "output"}
+_TURNS |= {"prompt", "completion"}
 _SYSTEM = ("system", "system_prompt")
-_ROLES: dict[str, Role] = {"system": "system", "developer": "system"}
-_ROLES |= {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_WEIGHTS = ("weight", "train")  # of a message: OpenAI's and TRL's, Axolotl's
-_TOOLS, _THOUGHTS, _MEDIA = "tool calls", "thoughts", "images, audio or video"
-_PREFERENCE, _WEIGHT = "preference data", "weight"
-_UNREAD = {
-    **dict.fromkeys(("tools", "tool_calls", "tool_call_id", "functions", "function_call"), _TOOLS),
-    **dict.fromkeys(("reasoning", "reasoning_content", "reasoning_details"), _THOUGHTS),
-    **dict.fromkeys(("thinking", "thought", "thoughts"), _THOUGHTS),
-    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
-    **dict.fromkeys(("chosen", "rejected", "rejected_response", "label", "kto_tag"), _PREFERENCE),
-    **dict.fromkeys(("loss", "trainable", "training", "train_detail", "weights"), _WEIGHT),
-    **dict.fromkeys(_WEIGHTS, _WEIGHT),  # of a whole row
-    **dict.fromkeys(("context", "contexts", "documents"), "context"),
-    "history": "earlier turns",
-    "refusal": "refusal",
-    "chat_template_kwargs": "template arguments",
-}
+_TOOLS = ("tools", "functions")
+_KWARGS = "chat_template_kwargs"
+_CONTEXT = {*_SYSTEM, *_TOOLS, _KWARGS, "answer"}
+# Arguments of apply_chat_template that prepare sets.
+_RESERVED = {"messages", "conversation", "tools", "documents", "chat_template", "tokenize"}
+_RESERVED |= {"add_generation_prompt", "continue_final_message", "strftime_now"}
 _REPLIES = {"response", "reply", "target"}
 _RENAMES = {
     **dict.fromkeys(("question", "query"), "instruction"),
@@ -55,65 +48,112 @@ _RENAMES = {
 }
 # NUL and C1: UTF-16 or Windows-1252 converted as ISO-8859-1.
 _CONTROL = re.compile("[\0\x80-\x9f]")
+# Turns that another template has rendered, which are no plain text.
+_RENDERED = re.compile(
+    r"<\|(?:im_start|start_header_id|user|assistant|start)\|>|<start_of_turn>|\[INST\]"
+    r"|^### (?:Instruction|Response):|<｜(?:User|Assistant)｜>",
+    re.MULTILINE,
+)
+_TREE = {"text", "role", "replies", "rank", "lang", "deleted"}
 
 
-class Conversation(NamedTuple):
-    """A row's conversation."""
+def parse(
+    fields: dict[str, Any],
+    form: Form | Literal["auto"] = "auto",
+    columns: Mapping[str, str] | None = None,
+) -> Conversation:
+    """Parse a row's fields, none of them null or NaN, into a conversation, or reject it.
 
-    messages: list[Message]  # normalized; the last is a reply
-    answer: str | None  # the short answer that the last reply comes to
-    language: str  # the row's own, else by `language_of`
-    dropped_turn: bool  # a final user turn without a reply was dropped
-    unknown: list[str]  # unread fields; of messages as `messages.<field>`
-
-
-def parse(fields: dict[str, Any], form: Form | Literal["auto"] = "auto") -> Conversation:
-    """Parse a row's fields, none of them null or NaN, into a conversation, or reject it."""
+    `columns` maps fields to the columns of the row that hold them.
+    """
     unknown: set[str] = set()
+    if columns:
+        fields = _mapped(fields, columns, unknown)
     chosen = form_of(fields) if form == "auto" else form
-    messages = _with_system(fields, _turns(fields, chosen, unknown))
-    rest = fields.keys() - _FIELDS[chosen] - {"answer", "language", *_SYSTEM}
+    text = _text(fields, "text") if chosen == "text" else None
+    messages = _with_system(fields, _turns(fields, chosen, unknown)) if text is None else []
+    rest = fields.keys() - _FIELDS[chosen] - {"language"}
+    rest -= _CONTEXT if text is None else set()
     if rest:
         if form == "auto":
             _require_agreement({name: fields[name] for name in rest & _TURNS}, messages)
             rest -= _TURNS
-        unknown |= _unknown(fields, rest)
+        unknown |= unread(fields, rest)
     kept = drop_unanswered(messages)
-    if (problem := problem_with(kept)) is not None:
+    if text == "":
+        raise RejectedRow("`text` is empty")
+    if text is None and (problem := problem_with(kept)) is not None:
         replied = any(message["role"] == "assistant" for message in messages)
         raise RejectedRow(problem if replied else "no reply")
-    answer, language = _answer(fields.get("answer")), fields.get("language")
-    for text in (*(message["content"] for message in kept), answer, language):
-        if isinstance(text, str):
-            _require_characters(text)
+    tools, kwargs = _tools(fields), _kwargs(fields)
+    answer = _answer(fields.get("answer")) if text is None else None
+    language = fields.get("language") or (chosen == "oasst" and fields["prompt"].get("lang"))
+    for one in (*(message["content"] for message in kept), text, answer, language):
+        if isinstance(one, str):
+            _require_characters(one)
+    for message in kept:
+        if len(message) > 2:
+            _require_characters(*_texts_of([*message.values()]))
+    if tools or kwargs:
+        _require_characters(*_texts_of([tools, kwargs]))
+    if not isinstance(language, str) or not language:
+        language = language_of(kept or [{"role": "user", "content": text or ""}])
     return Conversation(
         messages=kept,
+        tools=tools,
+        template_kwargs=kwargs,
+        text=text,
         answer=answer,
-        language=language if isinstance(language, str) and language else language_of(kept),
+        language=language,
+        form=chosen,
         dropped_turn=len(kept) < len(messages),
         unknown=sorted(unknown),
     )
 
 
+def _mapped(
+    fields: dict[str, Any], columns: Mapping[str, str], unknown: set[str]
+) -> dict[str, Any]:
+    """Fields under their names; a column that has the name of a mapped one is not read."""
+    rest = fields.keys() - {*columns.values()}
+    unknown |= {name for name in rest & columns.keys() if says(fields[name])}
+    mapped = {name: fields[column] for name, column in columns.items() if column in fields}
+    if not mapped:
+        lacks = ", ".join(f"`{column}`" for column in columns.values())
+        raise RejectedRow(f"prepare.columns names {lacks}, but the row has {', '.join(fields):.80}")
+    return {name: fields[name] for name in fields if name in rest - columns.keys()} | mapped
+
+
 def form_of(fields: dict[str, Any]) -> Form:
-    """Detect a row's format by its fields; `RejectedRow` where none is known."""
+    """Detect a row's form by its fields; `RejectedRow` where none is known."""
     text = fields.get("text")
     if isinstance(text, str) and "### Human:" in text:
         return "guanaco"
     if not fields.keys().isdisjoint(_FIELDS["messages"]):
         return "messages"
+    if isinstance(fields.get("prompt"), dict):
+        return "oasst"
     renames = _renames(fields.keys())
     complete = ({"instruction", "output"}, {"prompt", "completion"})
     is_complete = any(names <= fields.keys() for names in complete)
     if is_complete or ("instruction" in fields and not renames):
         return "alpaca"
-    _unknown(fields, fields.keys() - {"context", "history"})
-    if isinstance(text, str):
+    unread(fields, fields.keys() - {"context", "history", *THOUGHTS, *_CONTEXT})
+    if isinstance(text, str) and not renames:
         if not text.strip() or "### Assistant:" in text:
             return "guanaco"
-        raise RejectedRow("`text` has no `### Human:`; plain text is not read")
-    pairs = [f"`{name}` to `{new}`" for name, new in renames.items()]
-    advice = f"; rename {' and '.join(pairs)}" if pairs else ""
+        if "parent_id" in fields:
+            raise RejectedRow("a row is one message of a tree; take the export of whole trees")
+        if match := _RENDERED.search(text):
+            raise RejectedRow(
+                f"`text` is a chat rendered with {match[0]!r}; give its messages, or set "
+                "prepare.format: text"
+            )
+        return "text"
+    advice = ""
+    if renames:
+        pairs = ", ".join(f"{new}: {name}" for name, new in renames.items())
+        advice = f"; set prepare.columns: {{{pairs}}}"
     raise RejectedRow(f"no known form in {', '.join(fields)[:80] or 'an empty row'}{advice}")
 
 
@@ -131,93 +171,65 @@ def _turns(fields: dict[str, Any], form: Form, unknown: set[str]) -> list[Messag
     if form == "guanaco":
         return guanaco.parse(_text(fields, "text"))
     if form == "messages":
-        names = (name for name in _FIELDS[form] if _says(fields.get(name)))
-        lists = [_messages(fields[name], unknown) for name in names]
+        names = (name for name in _FIELDS[form] if says(fields.get(name)))
+        lists = [parse_messages(fields[name], unknown) for name in names]
         if not lists:
             raise RejectedRow(f"no `messages`, but {', '.join(fields)[:80]}")
         if lists[0] != lists[-1]:
             raise RejectedRow("`messages` and `conversations` differ; remove one")
         return lists[0]
-    prompt, completion = fields.get("prompt"), fields.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        context = _messages(prompt, unknown)
-        for message in context:
-            if message["role"] == "assistant":
-                message["weight"] = 0  # as in TRL: loss on the completion alone
-        return [*context, *_messages(completion, unknown)]
-    user, reply = "instruction", "output"
-    if prompt is not None and user not in fields:
-        user, reply = "prompt", "completion"
+    if form == "oasst":
+        return parse_messages([*_best_path(fields.get("prompt"))], unknown)
+    user, output = "instruction", "output"
+    if "prompt" in fields and "instruction" not in fields:
+        user, output = "prompt", "completion"
+        if isinstance(fields["prompt"], list) or isinstance(fields.get("completion"), list):
+            return _prompt_completion(fields, unknown)
     texts = [_text(fields, name) for name in (user, "input") if name == user or name in fields]
-    return [
-        *_history(fields.get("history")),
-        {"role": "user", "content": "\n\n".join(filter(None, texts))},
-        {"role": "assistant", "content": _text(fields, reply)},
-    ]
+    reply: Message = {"role": "assistant", "content": _text(fields, output)}
+    add_thoughts(reply, fields, "")
+    question: Message = {"role": "user", "content": "\n\n".join(filter(None, texts))}
+    return [*_history(fields.get("history")), question, reply]
 
 
-def _messages(value: Any, unknown: set[str]) -> list[Message]:
-    """Parse OpenAI's `role`/`content` or ShareGPT's `from`/`value`, also as a JSON string."""
-    value = _loaded(value)
-    if not isinstance(value, list):
-        raise RejectedRow(f"the messages are {kind_of(value)}, expected a list")
-    messages = [_message(number, one, unknown) for number, one in enumerate(value, start=1)]
-    empty_system = messages and messages[0]["role"] == "system" and not messages[0]["content"]
-    return messages[1:] if empty_system else messages
+def _prompt_completion(fields: dict[str, Any], unknown: set[str]) -> list[Message]:
+    """Parse TRL's conversational prompt and completion, each messages or one message's text."""
+    sides: tuple[tuple[str, Role], ...] = (("prompt", "user"), ("completion", "assistant"))
+    prompt, completion = (
+        parse_messages(fields[name], unknown)
+        if isinstance(fields.get(name), list)
+        else [Message(role=role, content=_text(fields, name))]
+        for name, role in sides
+    )
+    for message in prompt:
+        if message["role"] == "assistant":
+            message["weight"] = 0  # as in TRL: loss on the completion alone
+    return [*prompt, *completion]
 
 
-def _message(number: int, fields: Any, unknown: set[str]) -> Message:
-    if not isinstance(fields, dict):
-        raise RejectedRow(f"message {number} is {kind_of(fields)}, expected an object")
-    where = f" of message {number}"
-    plain = fields.keys() == {"role", "content"}
-    if not plain:
-        fields = present(fields)  # Parquet gives every message the fields of all
-        rest = fields.keys() - {"role", "from", "content", "value", *_WEIGHTS}
-        unknown |= {f"messages.{name}" for name in _unknown(fields, rest, where)}
-    role = _one_of(fields, "role", "from", where)
-    content = _one_of(fields, "content", "value", where)
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RejectedRow(
-            f"message {number} is of role {role!r}, expected one of {', '.join(_ROLES)}"
-        )
-    if isinstance(content, list):
-        content = "".join(_part(part, where, unknown) for part in content)
-    if not isinstance(content, str):
-        raise RejectedRow(f"message {number} holds {kind_of(content)}, expected a text")
-    message: Message = {"role": _ROLES[role], "content": normalize(content)}
-    if not plain and _has_no_weight(fields, where):
-        message["weight"] = 0
-    return message
+def _best_path(node: Any) -> Iterable[dict[str, Any]]:
+    """Messages of an OpenAssistant tree, from its prompt to a leaf: each the best ranked reply."""
+    number = 1
+    while node is not None:
+        if not isinstance(node, dict):
+            raise RejectedRow(f"message {number} of the tree is {kind_of(node)}")
+        node, number = present(node), number + 1
+        rest = {name: node[name] for name in node.keys() - _TREE}
+        yield {"role": node.get("role"), "content": node.get("text"), **rest}
+        replies = node.get("replies", [])
+        ranked = [r for r in replies if not (isinstance(r, dict) and r.get("deleted"))]
+        node = min(ranked, key=_rank, default=None)
 
 
-def _part(part: Any, where: str, unknown: set[str]) -> str:
-    if isinstance(part, dict):
-        part = present(part)
-        if part.get("type", "text") not in ("text", "input_text", "output_text"):
-            raise RejectedRow(f"a part{where} is of type {part['type']!r}, which is not read")
-        names = _unknown(part, part.keys() - {"type", "text"}, f" of a part{where}")
-        unknown |= {f"messages.content.{name}" for name in names}
-        part = part.get("text")
-    if not isinstance(part, str):
-        raise RejectedRow(f"a part{where} is {kind_of(part)}, expected a text")
-    return part
-
-
-def _has_no_weight(fields: dict[str, Any], where: str) -> bool:
-    weights = {name: fields[name] for name in _WEIGHTS if _says(fields.get(name))}
-    for name, weight in weights.items():
-        if weight not in (0, 1):
-            raise RejectedRow(f"`{name}`{where} is {weight!r}; only 0 and 1 are read")
-    if len(set(weights.values())) > 1:
-        raise RejectedRow(f"`weight` and `train`{where} differ; remove one")
-    return 0 in weights.values()
+def _rank(reply: Any) -> float:
+    rank = reply.get("rank") if isinstance(reply, dict) else None
+    return float(rank) if isinstance(rank, int | float) else math.inf
 
 
 def _history(value: Any) -> list[Message]:
     """Parse Alpaca's earlier exchanges, a list of pairs."""
     messages: list[Message] = []
-    value = _loaded(value) if _says(value) else []
+    value = loaded(value) if says(value) else []
     for pair in value if isinstance(value, list) else [value]:
         match pair:
             case [str(question), str(reply)]:
@@ -230,19 +242,13 @@ def _history(value: Any) -> list[Message]:
 
 def _with_system(fields: dict[str, Any], messages: list[Message]) -> list[Message]:
     """Prepend the row's own system message, if any."""
-    contents = {_text(fields, name) for name in _SYSTEM if _says(fields.get(name))}
+    contents = {_text(fields, name) for name in _SYSTEM if says(fields.get(name))}
     if not contents:
         return messages
     first = [message["content"] for message in messages[:1] if message["role"] == "system"]
     if len(contents.union(first)) > 1:
         raise RejectedRow("the row has two system messages that differ; remove one")
     return messages if first else [{"role": "system", "content": contents.pop()}, *messages]
-
-
-def _one_of(fields: dict[str, Any], name: str, other: str, where: str) -> Any:
-    if name in fields and other in fields and fields[name] != fields[other]:
-        raise RejectedRow(f"`{name}` and `{other}`{where} differ; remove one")
-    return fields.get(name, fields.get(other))
 
 
 def _text(fields: dict[str, Any], name: str) -> str:
@@ -253,31 +259,13 @@ def _text(fields: dict[str, Any], name: str) -> str:
     return normalize(value)
 
 
-def _loaded(value: Any) -> Any:
-    """Parse a string that is JSON, as lists are written in CSV."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return value
-
-
-def _unknown(fields: dict[str, Any], names: Set[str], where: str = "") -> set[str]:
-    """Filter names of non-empty fields; `RejectedRow` for one that carries meaning."""
-    said = {name for name in names if _says(fields[name])}
-    for name in sorted(said & _UNREAD.keys()):
-        if not (_UNREAD[name] == _WEIGHT and fields[name] == 1):
-            advice = "; rename it to `input`" if name == "context" else ""
-            raise RejectedRow(f"`{name}`{where} is not read ({_UNREAD[name]}){advice}")
-    return said - _UNREAD.keys()
-
-
 def _require_agreement(others: dict[str, Any], messages: list[Message]) -> None:
     """Refuse fields of other formats that contradict the messages."""
     contents = [message["content"] for message in messages]
-    for name in sorted(filter(lambda name: _says(others[name]), others)):
+    for name in sorted(filter(lambda name: says(others[name]), others)):
         value = others[name]
         if not isinstance(value, str):
-            same = all(message in messages for message in _messages(value, set()))
+            same = all(message in messages for message in parse_messages(value, set()))
         elif name == "text":  # all of it, rendered by some template
             text = normalize(value)
             same = all(part in text for content in contents for part in content.split("\n\n"))
@@ -289,23 +277,61 @@ def _require_agreement(others: dict[str, Any], messages: list[Message]) -> None:
             )
 
 
-def _says(value: Any) -> bool:
-    """Whether a value is more than null, NaN or empty, at any depth."""
-    if isinstance(value, dict | list):
-        return any(map(_says, value.values() if isinstance(value, dict) else value))
-    if isinstance(value, str):
-        return value.strip() not in ("", "[]", "{}", "null")
-    return value is not None and not is_nan(value)
-
-
 def _answer(value: Any) -> str | None:
     if value is None or isinstance(value, bool | list | dict) or is_nan(value):
         return None
     return str(value).strip() or None
 
 
-def _require_characters(text: str) -> None:
+def _tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Parse function schemas, OpenAI's or bare ones, also as JSON text."""
+    lists = [loaded(fields[name]) for name in _TOOLS if says(fields.get(name))]
+    if not lists:
+        return None
+    given = [value if isinstance(value, list) else [value] for value in lists]
+    tools = [[_tool(number, one) for number, one in enumerate(some, start=1)] for some in given]
+    if tools[0] != tools[-1]:
+        raise RejectedRow("`tools` and `functions` differ; remove one")
+    return tools[0]
+
+
+def _tool(number: int, value: Any) -> dict[str, Any]:
+    value = loaded(value)
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value, name = {"type": "function"} | value, value["function"].get("name")
+    elif isinstance(value, dict):
+        value, name = {"type": "function", "function": value}, value.get("name")
+    else:
+        raise RejectedRow(f"tool {number} is {kind_of(value)}, expected a function's schema")
+    if not isinstance(name, str) or not name or value["type"] != "function":
+        raise RejectedRow(f"tool {number} is no schema of a function with a name")
+    return value
+
+
+def _kwargs(fields: dict[str, Any]) -> dict[str, Any]:
+    """Parse the row's own arguments for the chat template."""
+    value = loaded(fields.get(_KWARGS))
+    if not says(value):
+        return {}
+    if not isinstance(value, dict):
+        raise RejectedRow(f"`{_KWARGS}` is {kind_of(value)}, expected an object")
+    if reserved := sorted(value.keys() & _RESERVED):
+        raise RejectedRow(f"`{_KWARGS}` sets `{reserved[0]}`, which the row or prepare gives")
+    return present(value)
+
+
+def _texts_of(value: Any) -> Iterable[str]:
+    """All strings of a JSON value, names of fields among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
+            yield from _texts_of(one)
+
+
+def _require_characters(*texts: str) -> None:
     """Refuse lone surrogates, and control characters of a wrong conversion."""
+    text = "\n".join(texts)
     try:
         text.encode()
     except UnicodeEncodeError:

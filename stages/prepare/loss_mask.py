@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.chat.conversation import Conversation, Message, RejectedRow
 from stages.shared.chat.encode import Encoder, Tokens
 from stages.shared.chat.templates import Rendered, Span, Template
 
@@ -25,6 +25,8 @@ class Example(NamedTuple):
     text_bytes: int  # UTF-8 bytes of the supervised text; a control token counts none
     truncated: bool
     answered: bool  # its original last reply is complete
+    turn: int | None = None  # the one message supervised, where a conversation has several rows
+    weights: np.ndarray | None = None  # fp32 [tokens], 0 where not supervised; None: all are 1
 
 
 class ExampleEncoder:
@@ -41,6 +43,16 @@ class ExampleEncoder:
         self._encoder = Encoder(tokenizer, template)
         self._train_on = train_on
         self._max_length = max_length
+
+    def encode_conversations(
+        self, batch: Sequence[Conversation]
+    ) -> list[list[Example] | RejectedRow]:
+        """Encode conversations: the examples, at least one, or the rejection, for each."""
+        reasons = [_or_reason(_require_rendered, one) for one in batch]
+        plain = [one for one, reason in zip(batch, reasons, strict=True) if reason is None]
+        encoded = iter(self.encode([one.messages for one in plain]))
+        examples = (next(encoded) if reason is None else reason for reason in reasons)
+        return [one if isinstance(one, RejectedRow) else [one] for one in examples]
 
     def encode(self, batch: Sequence[list[Message]]) -> list[Example | RejectedRow]:
         """Encode conversations: an example, or the rejection, for each."""
@@ -131,6 +143,17 @@ def _utf8_bytes(text: str, tokens: Tokens, mask: np.ndarray) -> int:
     firsts, lasts = np.diff(mask, prepend=False, append=False).nonzero()[0].reshape(-1, 2).T
     runs = zip(tokens.starts[firsts].tolist(), tokens.ends[lasts - 1].tolist(), strict=True)
     return sum(len(text[start:end].encode()) for start, end in runs)
+
+
+def _require_rendered(conversation: Conversation) -> None:
+    """Refuse what is not rendered yet."""
+    if conversation.text is not None:
+        raise RejectedRow("plain text is not rendered yet")
+    if conversation.tools or conversation.template_kwargs:
+        raise RejectedRow("tools and template arguments are not rendered yet")
+    for message in conversation.messages:
+        if message.keys() - {"role", "content", "weight"} or message.get("weight", 0) > 0:
+            raise RejectedRow("tool calls, thoughts and weights are not rendered yet")
 
 
 def _or_reason(function: Callable[..., T], *args: Any) -> T | RejectedRow:

@@ -96,6 +96,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON text; `RejectedRow` for a key that stands twice in one object."""
+    return _DECODER.decode(text.strip())
+
+
 def present(fields: dict[str, Any]) -> dict[str, Any]:
     """Filter fields that are neither null nor NaN."""
     return {k: value for k, value in fields.items() if value is not None and not is_nan(value)}

@@ -198,7 +198,9 @@ def test_what_is_held_out_is_taken_out_of_train(stage: Stage) -> None:
 def test_max_rows_counts_conversations_that_are_accepted(stage: Stage) -> None:
     whole = stage.prepare(ROWS)
     held_out, train = stage.rows("eval"), stage.rows("train")
-    figures = stage.prepare([{"text": "x"}, ROWS[0], *ROWS], max_rows=5, max_rejected=0.1)
+    figures = stage.prepare(
+        [{"text": "### Human: x"}, ROWS[0], *ROWS], max_rows=5, max_rejected=0.1
+    )
     assert stage.rows("train") == train[:5]
     assert stage.rows("eval") == held_out
     assert figures["beyond_max_rows"] + 5 == whole["train"]["conversations"]

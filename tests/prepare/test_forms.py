@@ -25,6 +25,13 @@ def messages(*turns: dict[str, Any], **row: Any) -> dict[str, Any]:
     return {"messages": [user("two"), *turns], **row}
 
 
+ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def call(arguments: Any = "{}") -> dict[str, Any]:
+    return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
 def reply(**fields: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": "four", **fields}
 
@@ -97,8 +104,10 @@ def test_empty_fields_are_harmless(name: str, value: Any) -> None:
     ("fields", "reason"),
     [
         ({}, "no known form in an empty row"),
-        ({"instruction": "two", "context": "c", "output": "four"}, "rename it to `input`"),
-        ({"text": "an article"}, "`text` has no `### Human:`; plain text is not read"),
+        ({"instruction": "two", "context": "c", "output": "four"}, "{input: context}"),
+        ({"text": "<s>[INST] two [/INST] four"}, "a chat rendered with '[INST]'; give its"),
+        ({"text": "two", "role": "prompter", "parent_id": "1"}, "one message of a tree"),
+        ({"text": "two", "response": "four"}, "no known form in text, response; set prepare.col"),
         ({"text": "### Human: two"}, "no reply"),
         ({"text": "### Human: ### Assistant: four"}, "turn 1 of the user is empty"),
         ({"text": "### Human: two ### Assistant: four"}, "after a space"),
@@ -107,7 +116,9 @@ def test_empty_fields_are_harmless(name: str, value: Any) -> None:
         ({"messages": "not json"}, "the messages are a text, expected a list"),
         ({"messages": {"role": ["user"]}}, "an object, expected a list"),
         ({"messages": ["two"]}, "message 1 is a text, expected an object"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "of role 'tool'"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "of role 'critic'"),
+        ({"messages": [user("a"), {"role": "tool", "content": "x"}, assistant("b")]},
+         "turn 2 is of role tool, expected assistant"),
         ({"messages": [{"role": "user", "content": None}]}, "holds null"),
         ({"messages": [*TWO, *TWO, system("S")]}, "turn 5 is of role system"),
         ({"messages": [*TWO, user("a"), user("b")]}, "no reply after the last turn"),
@@ -119,16 +130,26 @@ def test_empty_fields_are_harmless(name: str, value: Any) -> None:
         ({"prompt": "two", "chosen": "a", "rejected": "b"}, "`chosen` is not read (pref"),
         ({"prompt": "two", "completion": "four", "label": False}, "`label` is not read (pref"),
         (messages(reply(), images=["a.png"]), "`images` is not read (images, audio or video)"),
-        (messages(reply(), tools=[{"name": "add"}]), "`tools` is not read (tool calls)"),
+        (messages(reply(), tools=["add"]), "tool 1 is a text, expected a function's schema"),
+        (messages(reply(), tools=[{"description": "add"}]), "tool 1 is no schema of a function"),
+        (messages(reply(), tools=[ADD], functions=[{"name": "b"}]), "`tools` and `functions` diff"),
+        (messages(reply(), chat_template_kwargs={"tools": 1}), "sets `tools`, which the row"),
         (messages(reply(), history=[["a", "b"]]), "`history` is not read (earlier turns)"),
         (messages(reply(), weight=0.5), "`weight` is not read (weight)"),
-        (messages(reply(tool_calls=[{"id": "1"}])), "`tool_calls` of message 2 is not"),
-        (messages({"role": "assistant", "content": None, "function_call": {"name": "add"}}),
-         "`function_call` of message 2"),
-        (messages(reply(reasoning_content="a")), "`reasoning_content` of message 2 is not"),
-        (messages(reply(weight=0.5)), "`weight` of message 2 is 0.5; only 0 and 1 are read"),
-        (messages(reply(loss=False)), "`loss` of message 2 is not read (weight)"),
-        (messages(reply(trainable=False)), "`trainable` of message 2 is not read (weight)"),
+        (messages(reply(tool_calls=[{"id": "1"}])), "`name` of call 1 of message 2 is null"),
+        (messages(reply(tool_calls=[{"type": "custom", "name": "add"}])), "is 'custom', which is"),
+        (messages(reply(tool_calls=[call("[1]")])), "`arguments` of call 1 of message 2 is a list"),
+        (messages(reply(tool_calls=[call('{"a": ')])), "`arguments` of call 1 of message 2 is no"),
+        (messages(reply(tool_calls=[call('{"a": 1, "a": 2}')])), "the key `a` stands twice"),
+        (messages(reply(tool_calls=[call({"a": "\0"})])), "U+0000, left where UTF-16"),
+        ({"messages": [user("two") | {"tool_calls": [call()]}, reply()]},
+         "`tool_calls` of message 1 is not read (tool calls)"),
+        ({"messages": [user("two") | {"reasoning": "x"}, reply()]}, "`reasoning` of message 1 is"),
+        ({"conversations": [user("two"), {"from": "function_call", "value": "add 1"}]},
+         "call 1 of message 2 is a text: 'add 1'"),
+        (messages(reply(reasoning="a", thinking="b")), "the thoughts of message 2 stand twice"),
+        (messages(reply(weight=-1)), "`weight` of message 2 is -1, expected a number of at least"),
+        (messages(reply(weight="x")), "`weight` of message 2 is 'x', expected a number"),
         (messages(reply(weight=0, train=True)), "`weight` and `train` of message 2 differ"),
         (messages(reply(value="5")), "`content` and `value` of message 2 differ"),
         (messages(reply() | {"from": "human"}), "`role` and `from` of message 2 differ"),
@@ -182,8 +203,8 @@ def test_a_form_that_is_insisted_on(form: Form, reason: str | None) -> None:
 def test_advised_names_are_read(fields: dict[str, Any], renamed: dict[str, Any]) -> None:
     with pytest.raises(RejectedRow) as error:
         parse(fields)
-    advice = dict(re.findall(r"`(\w+)` to `(\w+)`", str(error.value)))
-    assert {advice.get(name, name): value for name, value in fields.items()} == renamed
+    columns: Any = dict(re.findall(r"(\w+): (\w+)", str(error.value)))
+    assert parse(fields, columns=columns) == parse(renamed)
     assert parse(renamed).messages[-1] == assistant("four")
 
 

@@ -15,12 +15,11 @@ LONG = [row("two plus " * 99 + str(i)) for i in range(20)]
     ("train", "held_out", "changed", "message"),
     [
         (
-            [*ROWS, {"text": "x"}],
+            [*ROWS, {"text": "### Human: x"}],
             None,
             {},
-            "params.yaml: prepare.max_rejected is 0.0; 1 of 21 rows are rejected: `text` has no "
-            "`### Human:`; plain text is not read (1, first my/train.jsonl:21). Mend these rows, "
-            "or raise prepare.max_rejected.",
+            "params.yaml: prepare.max_rejected is 0.0; 1 of 21 rows are rejected: no reply (1, "
+            "first my/train.jsonl:21). Mend these rows, or raise prepare.max_rejected.",
         ),
         (ROWS, None, {"format": "alpaca"}, "(20, first my/train.jsonl:1). Mend the file"),
         (LONG, None, {}, "params.yaml: prepare.max_length is 64; 20 of 20 rows are rejected: no "),

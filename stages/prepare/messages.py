@@ -1,0 +1,229 @@
+"""Messages of OpenAI's form and of ShareGPT's: roles, parts, tool calls, thoughts and weights."""
+
+import json
+import math
+import re
+from collections.abc import Set
+from typing import Any, Literal
+
+from stages.prepare.rows import is_nan, kind_of, parse_json, present
+from stages.shared.chat.conversation import Message, RejectedRow, Role, ToolCall, normalize
+
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("tool_response", "function_response"), "tool"),
+    **dict.fromkeys(("tool_call", "function_call"), "assistant"),  # ShareGPT: its value is calls
+}
+_CALLS = ("tool_calls", "function_call")
+_CALL_ROLES = ("tool_call", "function_call")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
+_WEIGHTS = ("weight", "train", "loss", "trainable", "training")
+_OF_TOOLS: tuple[Literal["tool_call_id", "name"], ...] = ("tool_call_id", "name")
+_READ = {"role", "from", "content", "value", *_WEIGHTS}
+_READ_OF: dict[str, set[str]] = {"assistant": {*_CALLS, *THOUGHTS}, "tool": {*_OF_TOOLS}}
+_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+
+_TOOLS, _MEDIA = "tool calls", "images, audio or video"
+_UNREAD = {
+    **dict.fromkeys(("tools", "tool_calls", "tool_call_id", "functions", "function_call"), _TOOLS),
+    **dict.fromkeys(("reasoning_details", *THOUGHTS), "thoughts"),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response"), "preference data"),
+    **dict.fromkeys(("label", "kto_tag"), "preference data"),
+    **dict.fromkeys((*_WEIGHTS, "train_detail", "weights"), "weight"),
+    **dict.fromkeys(("context", "contexts", "documents"), "context"),
+    "history": "earlier turns",
+    "refusal": "refusal",
+    "chat_template_kwargs": "template arguments",
+}
+
+
+def parse_messages(value: Any, unknown: set[str]) -> list[Message]:
+    """Parse OpenAI's `role`/`content` or ShareGPT's `from`/`value`, also as a JSON string.
+
+    Names of unread fields are added to `unknown`.
+    """
+    value = loaded(value)
+    if not isinstance(value, list):
+        raise RejectedRow(f"the messages are {kind_of(value)}, expected a list")
+    messages: list[Message] = []
+    for number, one in enumerate(value, start=1):
+        message, is_call = _message(number, one, unknown)
+        if is_call and messages and messages[-1]["role"] == "assistant":
+            calls = message["tool_calls"]  # of the reply before it, or parallel ones
+            messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), *calls]
+        else:
+            messages.append(message)
+    empty_system = messages and messages[0]["role"] == "system" and not messages[0]["content"]
+    return messages[1:] if empty_system else messages
+
+
+def _message(number: int, fields: Any, unknown: set[str]) -> tuple[Message, bool]:
+    """Parse a message, and whether it is ShareGPT's turn of calls alone."""
+    if not isinstance(fields, dict):
+        raise RejectedRow(f"message {number} is {kind_of(fields)}, expected an object")
+    where = f" of message {number}"
+    plain = fields.keys() == {"role", "content"}
+    if not plain:
+        fields = present(fields)  # Parquet gives every message the fields of all
+    spelled = one_of(fields, "role", "from", where)
+    role = _ROLES.get(spelled.lower()) if isinstance(spelled, str) else None
+    if role is None:
+        known = ", ".join(_ROLES)
+        raise RejectedRow(f"message {number} is of role {spelled!r}, expected one of {known}")
+    content = one_of(fields, "content", "value", where)
+    calls, is_call = list[ToolCall](), spelled.lower() in _CALL_ROLES
+    if is_call:
+        calls, content = parse_calls(content, where, unknown), None
+    elif role == "assistant" and not plain:
+        calls = _calls_of(fields, where, unknown)
+    if isinstance(content, list):
+        content = "".join(_part(part, where, unknown) for part in content)
+    if not isinstance(content, str) and not (content is None and calls):
+        raise RejectedRow(f"message {number} holds {kind_of(content)}, expected a text")
+    message: Message = {"role": role, "content": normalize(content or "")}
+    if role == "assistant":
+        add_thoughts(message, fields, where)
+    if calls:
+        message["tool_calls"] = calls
+    if not plain:
+        _add_fields(message, fields, where, unknown)
+    return message, is_call
+
+
+def _add_fields(message: Message, fields: dict[str, Any], where: str, unknown: set[str]) -> None:
+    """Add what a message may have beside role and content, and tell what is not read."""
+    if message["role"] == "tool":
+        for name in _OF_TOOLS:
+            if says(fields.get(name)):
+                message[name] = str(fields[name])
+    rest = fields.keys() - _READ - _READ_OF.get(message["role"], set())
+    unknown |= {f"messages.{name}" for name in unread(fields, rest, where)}
+    if (weight := _weight(fields, where)) != 1:
+        message["weight"] = weight
+
+
+def _part(part: Any, where: str, unknown: set[str]) -> str:
+    if isinstance(part, dict):
+        part = present(part)
+        if part.get("type", "text") not in ("text", "input_text", "output_text"):
+            raise RejectedRow(f"a part{where} is of type {part['type']!r}, which is not read")
+        names = unread(part, part.keys() - {"type", "text"}, f" of a part{where}")
+        unknown |= {f"messages.content.{name}" for name in names}
+        part = part.get("text")
+    if not isinstance(part, str):
+        raise RejectedRow(f"a part{where} is {kind_of(part)}, expected a text")
+    return part
+
+
+def _calls_of(fields: dict[str, Any], where: str, unknown: set[str]) -> list[ToolCall]:
+    names = [name for name in _CALLS if says(fields.get(name))]
+    if len(names) > 1:
+        raise RejectedRow(f"`tool_calls` and `function_call`{where} both stand; remove one")
+    return parse_calls(fields[names[0]], where, unknown) if names else []
+
+
+def parse_calls(value: Any, where: str, unknown: set[str]) -> list[ToolCall]:
+    """Parse calls, one or a list, or the JSON text of them."""
+    value = loaded(value)
+    calls = value if isinstance(value, list) else [value]
+    if not calls:
+        raise RejectedRow(f"the calls{where} are an empty list")
+    return [_call(one, f" of call {n}{where}", unknown) for n, one in enumerate(calls, start=1)]
+
+
+def _call(value: Any, where: str, unknown: set[str]) -> ToolCall:
+    """Parse OpenAI's `{id, function: {name, arguments}}`, or `{name, arguments}`."""
+    value = loaded(value)
+    if not isinstance(value, dict):
+        raise RejectedRow(
+            f"call{where.removeprefix(' of call')} is {kind_of(value)}: {value!r:.40}"
+        )
+    fields = present(value)
+    if isinstance(function := fields.pop("function", None), dict):
+        fields |= present(function)
+    if fields.pop("type", "function") != "function":
+        raise RejectedRow(f"`type`{where} is {value['type']!r}, which is not read")
+    names = unread(fields, fields.keys() - {"id", "name", "arguments"}, where)
+    unknown |= {f"messages.tool_calls.{name}" for name in names}
+    name, arguments = fields.get("name"), fields.get("arguments", {})
+    if not isinstance(name, str) or not name:
+        raise RejectedRow(f"`name`{where} is {kind_of(name)}, expected a function's name")
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except (json.JSONDecodeError, RecursionError):
+            raise RejectedRow(f"`arguments`{where} is no JSON: {arguments:.40}") from None
+    if not isinstance(arguments, dict):
+        raise RejectedRow(f"`arguments`{where} is {kind_of(arguments)}, expected an object")
+    call: ToolCall = {"name": name, "arguments": arguments}
+    if says(fields.get("id")):
+        call["id"] = str(fields["id"])
+    return call
+
+
+def add_thoughts(message: Message, fields: dict[str, Any], where: str) -> None:
+    """Add the thoughts of a reply: of its fields, or of `<think>` at the beginning of its text."""
+    thoughts = set[str]()
+    for name in THOUGHTS:
+        if says(value := fields.get(name)):
+            if not isinstance(value, str):
+                raise RejectedRow(f"`{name}`{where} is {kind_of(value)}, expected a text")
+            thoughts.add(normalize(value))
+    if "<think>" in message["content"] and (match := _THINK.fullmatch(message["content"])):
+        thoughts.add(normalize(match[1]))
+        message["content"] = normalize(match[2])
+    if len(thoughts) > 1:
+        raise RejectedRow(f"the thoughts{where} stand twice and differ; remove one")
+    if thoughts:
+        message["reasoning"] = thoughts.pop()
+
+
+def _weight(fields: dict[str, Any], where: str) -> float:
+    weights = {name: fields[name] for name in _WEIGHTS if says(fields.get(name))}
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise RejectedRow(f"`{name}`{where} is {weight!r:.40}, expected a number of at least 0")
+    if len(set(weights.values())) > 1:
+        names = " and ".join(f"`{name}`" for name in weights)
+        raise RejectedRow(f"{names}{where} differ; remove one")
+    return float(next(iter(weights.values()), 1))
+
+
+def one_of(fields: dict[str, Any], name: str, other: str, where: str) -> Any:
+    """Value of one of two spellings; both must agree."""
+    if name in fields and other in fields and fields[name] != fields[other]:
+        raise RejectedRow(f"`{name}` and `{other}`{where} differ; remove one")
+    return fields.get(name, fields.get(other))
+
+
+def loaded(value: Any) -> Any:
+    """Parse a string that is JSON, as lists are written in CSV."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except (json.JSONDecodeError, RecursionError):
+        return value
+
+
+def unread(fields: dict[str, Any], names: Set[str], where: str = "") -> set[str]:
+    """Filter names of non-empty fields; `RejectedRow` for one that carries meaning."""
+    said = {name for name in names if says(fields[name])}
+    for name in sorted(said & _UNREAD.keys()):
+        if not (_UNREAD[name] == "weight" and fields[name] == 1):
+            advice = "; map it by prepare.columns: {input: context}" if name == "context" else ""
+            raise RejectedRow(f"`{name}`{where} is not read ({_UNREAD[name]}){advice}")
+    return said - _UNREAD.keys()
+
+
+def says(value: Any) -> bool:
+    """Whether a value is more than null, NaN or empty, at any depth."""
+    if isinstance(value, dict | list):
+        return any(map(says, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    return value is not None and not is_nan(value)
