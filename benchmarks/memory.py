@@ -318,9 +318,9 @@ def count_gpu() -> None:
 
 PROCESSES: dict[str, dict[str, Any]] = {
     "default": {},
-    "one worker": {"QLORA_WORKERS": "1"},
-    "one worker, checkpointed": {"QLORA_WORKERS": "1", "QLORA_GRADIENT_CHECKPOINTING": "true"},
-    "four workers": {"QLORA_WORKERS": "4"},
+    "checkpointed": {"QLORA_GRADIENT_CHECKPOINTING": "true"},
+    "rank 128": {"lora.r": 128},
+    "not fused": {"QLORA_FUSED": "false"},
     "micro-batches of 128": {"QLORA_MICRO_BATCH_TOKENS": "128"},
     "int8": {"quantize.precision": "int8"},
     "fp32": {"quantize.precision": "fp32"},
@@ -333,7 +333,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
 
 
 def measure_processes() -> None:
-    """Peak memory of short trainings of the default model, workers included."""
+    """Peak memory of short trainings of the default model."""
     rows = []
     for name, changes in PROCESSES.items():
         environment = {key: value for key, value in changes.items() if key.startswith("QLORA_")}
@@ -350,9 +350,9 @@ def measure_processes() -> None:
             metrics = space.read_json("reports/train.json")
         predicted, peak = metrics["predicted_memory_bytes"], metrics["peak_memory_bytes"]
         sizes = f"{predicted / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{predicted / peak - 1:+.1%}"
-        rows.append((name, metrics["workers"], metrics["micro_batch_tokens"], *sizes))
+        rows.append((name, metrics["micro_batch_tokens"], *sizes))
         print(rows[-1], flush=True)
-    columns = ["training", "workers", "micro-batch", "predicted, GB", "held, GB", "error"]
+    columns = ["training", "micro-batch", "predicted, GB", "held, GB", "error"]
     publish("processes", pd.DataFrame(rows, columns=columns), machine(), PAGE)
 
 

@@ -3,7 +3,7 @@
 Both train a LoRA adapter on the same conversations for one epoch, in the same number of steps, at a
 learning rate that changes nothing: the two mean losses must agree within 1 %. Every mode of the
 peer runs once; the fastest then alternates with ours (A B A B), each in its own process. Peak
-memory is the whole process, for ours with its workers. The bound is the time of the step's frozen
+memory is the whole process. The bound is the time of the step's frozen
 matmuls alone at the machine's matmul rate, measured before each process. Nothing else should run on
 the machine; LD_PRELOAD and QLORA_* have their effect.
 

@@ -11,7 +11,7 @@ from stages.plan import figures, sources, tables, techniques
 from stages.plan.config import Params
 from stages.plan.data import Data
 from stages.shared.core.errors import UserError
-from stages.shared.core.machine import device, machine
+from stages.shared.core.machine import device
 from stages.shared.step import fit
 from stages.shared.step.count import StepCounter
 from stages.shared.step.fit import Request
@@ -34,16 +34,12 @@ def described(
     total = total_memory_bytes(device_type, budget)
     setup = figures.configured(values, device_type, bf16=precision.has_bf16_matmuls(device_type))
     requested = figures.request(counter, values, counts, setup, total)
-    if device_type == "cpu":
-        workers = fit.most_workers(values.train.batch_size, machine().workers)
-        requested = replace(requested, workers=workers)
     yield f"this machine ({device_type}, {total / GIB:.1f} GiB)"
     choice = fit.choose(requested)
     if choice is None:
         yield f"  {fit.refusal(requested)}"
         return
-    suffix = f", {choice.workers} workers" if choice.workers > 1 else ""
-    yield f"  {tables.choice(figures.chosen(requested, choice))}{suffix}"
+    yield f"  {tables.choice(figures.chosen(requested, choice))}"
     yield f"  the process will hold about {choice.device_bytes / GIB:.2f} GiB"
     yield from _fitting(requested, values)
     setup = replace(setup, gradient_checkpointing=choice.gradient_checkpointing)

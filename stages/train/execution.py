@@ -29,7 +29,7 @@ from stages.train.config import Params
 from stages.train.schedule import Schedule
 
 MOST_STEPS = 10_000  # that are looked at; the longest conversations stand for more
-SAVED = ["micro_batch_tokens", "gradient_checkpointing", "workers", "processes", "unfused_because"]
+SAVED = ["micro_batch_tokens", "gradient_checkpointing", "processes", "unfused_because"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class ExecutionPlan:
         processes: devices that share a step.
         predicted_bytes: memory that each device, or a CPU's processes, will hold.
         unfused_because: why transformers and peft compute the step; None if it is fused.
-        workers: processes of a CPU that share a step.
         storage_dtype: in which trained base weights are saved.
     """
 
@@ -55,7 +54,6 @@ class ExecutionPlan:
     processes: int = 1
     predicted_bytes: int | None = None
     unfused_because: str | None = None
-    workers: int = 1
     storage_dtype: torch.dtype = torch.float32
 
     @property
@@ -88,7 +86,6 @@ def make_plan(
     target, requested = device(), _requested(saved)
     device_type: Device = "cuda" if target.type == "cuda" else "cpu"
     processes = _processes(target, requested)
-    forks = device_type == "cpu" and processes == 1
     config = model_folder / "config.json"
     setup = setup_of(
         stored_as(config),
@@ -109,7 +106,6 @@ def make_plan(
             requested.micro_batch_tokens,
             requested.gradient_checkpointing,
             scored=frozenset(map(micro_batch_of, packing.bins(held_out, scoring.SCORING_TOKENS))),
-            workers=fit.most_workers(settings.train.batch_size, requested.workers) if forks else 1,
             processes=processes if device_type == "cpu" else 1,
             instead_of_full=lora_of(settings.lora),
         )
@@ -125,7 +121,6 @@ def make_plan(
         processes=processes,
         predicted_bytes=choice.device_bytes,
         unfused_because=unfused_because,
-        workers=choice.workers,
         storage_dtype=loading.stored_dtype(model_folder),
     )
 

@@ -26,7 +26,7 @@ import torch
 from stages.shared.core import files, progress
 from stages.shared.core.errors import Stopped, UserError
 from stages.shared.core.machine import machine
-from stages.shared.model import scoring
+from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, read_examples
 from stages.shared.step import adapter, gradient, optim
 from stages.shared.step.config import Train
@@ -114,9 +114,8 @@ def _train_on(
         except Interrupted:
             raise _stopped(stop, "while it was set up; `dvc repro` begins where it began") from None
         group.wait()  # a signal ends the setup of each process, and what follows for all of them
-        with distributed.forked(plan.workers, recipe.trainable, recipe.work) as workers:
-            recipe.run(stop, workers)
-            return TrainResult(recipe.metrics(), recipe.history, environment(device))
+        recipe.run(stop)
+        return TrainResult(recipe.metrics(), recipe.history, environment(device))
 
 
 def load_model(
@@ -146,7 +145,7 @@ class Recipe:
     ) -> None:
         """Set up fused modules, optimizer and schedule."""
         self.model, self.data, self.params, self.plan = model, data, params, plan
-        self.checkpoints, self.group, self.workers = checkpoints, group, Group()
+        self.checkpoints, self.group = checkpoints, group
         if plan.fused:
             fuse(model)
         if plan.gradient_checkpointing:
@@ -171,9 +170,8 @@ class Recipe:
 
     # ------------------------------------------------------------------------------------- loop
 
-    def run(self, stop: Interruption, workers: Group) -> None:
-        """Train to the end, or to a signal; `workers` share each step on a CPU."""
-        self.workers = workers
+    def run(self, stop: Interruption) -> None:
+        """Train to the end, or to a signal."""
         total = self.schedule.total
         with progress.bar(total=total, desc="train", unit="step", initial=self.step) as bar:
             while True:
@@ -219,10 +217,8 @@ class Recipe:
     def take_step(self, stop: Interruption) -> float:
         """Gradient, clipping, optimizer, schedule; returns the loss, nats a supervised token."""
         started = time.perf_counter()
-        self.workers.wait()  # they see the weights of the step before
         with self._repeatable(stop):
-            sharing = self.workers if self.workers.size > 1 else self.group
-            loss, counts = self.backward(self.step, sharing)
+            loss, counts = self.backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.params.max_grad_norm).item()
         rate = self.optimizer.param_groups[0]["lr"]
@@ -244,34 +240,26 @@ class Recipe:
         self.seconds += time.perf_counter() - started
         return loss
 
-    def backward(self, step: int, group: Group) -> tuple[float, TokenCounts]:
-        """Gradient of a step's mean loss, summed over the group, in the parameters' `grad`."""
+    def backward(self) -> tuple[float, TokenCounts]:
+        """Gradient of the step's mean loss, summed over the group, in the parameters' `grad`."""
         if self.plan.device.type == "cpu" and self.plan.predicted_bytes:
-            heap.trim_above(round(TRIM_ABOVE * group.own_bytes(self.plan.predicted_bytes)))
+            heap.trim_above(round(TRIM_ABOVE * self.plan.predicted_bytes))
         self.model.train()
-        self.schedule.seed(step, group.rank)
-        examples = [self.data.train[row] for row in self.schedule.rows(step)]
+        self.schedule.seed(self.step, self.group.rank)
+        examples = [self.data.train[row] for row in self.schedule.rows(self.step)]
         limit = self.plan.micro_batch_tokens
-        parts = group.divide(examples, limit)
+        parts = packing.partition(examples, limit, self.group.size)
         counts = TokenCounts.of(examples, list(chain(*parts)), limit)
-        with group.cores(len(parts)):
-            loss = gradient.accumulate(
-                self.model,
-                parts[group.rank] if group.rank < len(parts) else [],
-                counts.supervised_tokens,
-                dtype=self.plan.compute_dtype,
-                fused=self.plan.fused,
-                scaler=self.scaler,
-                all_reduce=group.all_reduce,
-            )
+        loss = gradient.accumulate(
+            self.model,
+            parts[self.group.rank],
+            counts.supervised_tokens,
+            dtype=self.plan.compute_dtype,
+            fused=self.plan.fused,
+            scaler=self.scaler,
+            all_reduce=self.group.all_reduce,
+        )
         return loss.item(), counts
-
-    def work(self, group: Group) -> None:
-        """A forked CPU worker's part of each step that is to come."""
-        for step in range(self.step, self.schedule.total):
-            group.wait()
-            self.backward(step, group)
-            self.model.zero_grad(set_to_none=True)
 
     def _refuse_nonfinite(self, loss: float, norm: float, rate: float) -> None:
         """Before the optimizer has touched a weight."""
@@ -375,8 +363,7 @@ class Recipe:
             "best_step": history.best_step,
             "best_epoch": history.rows[history.best_step]["epoch"],
             "stopped_early": self.step < self.schedule.total,
-            "peak_memory_bytes": execution.peak_memory_bytes(plan.device)
-            + self.workers.workers_peak_bytes(),
+            "peak_memory_bytes": execution.peak_memory_bytes(plan.device),
             "predicted_memory_bytes": plan.predicted_bytes,
             "tokens_per_second": round(counts.tokens / self.seconds, 1),
             "supervised_tokens_per_second": round(counts.supervised_tokens / self.seconds, 1),
@@ -384,7 +371,6 @@ class Recipe:
             "packing_efficiency": round(counts.input_tokens / counts.capacity_tokens, 4),
             "device": plan.device.type,
             "devices": plan.processes,
-            "workers": plan.workers,
             "optimizer": type(self.optimizer).__name__,
             "micro_batch_tokens": plan.micro_batch_tokens,
             "gradient_checkpointing": plan.gradient_checkpointing,

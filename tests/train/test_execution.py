@@ -77,23 +77,13 @@ def test_saved_plan_holds_but_for_what_is_set_now(
                 environment.setenv(f"QLORA_{name.upper()}", value)
             return plan(folders, before).saved
 
-    first = saved(
-        None, micro_batch_tokens="77", gradient_checkpointing="true", workers="1", devices="2"
-    )
+    first = saved(None, micro_batch_tokens="77", gradient_checkpointing="true", devices="2")
     assert saved(first) == first
     again = saved(first, micro_batch_tokens="55", fused="false", devices="1")
     assert again["micro_batch_tokens"] == 55
     assert again["unfused_because"] == "QLORA_FUSED is false"
     assert again["processes"] == 1
     assert again["gradient_checkpointing"]
-
-
-def test_workers_are_no_more_than_conversations(
-    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("QLORA_WORKERS", "12")
-    assert fit.most_workers(3, 12) == 3
-    assert plan(folders, train__batch_size=2).workers == 2
 
 
 @pytest.mark.parametrize("tokens", [None, 77])
@@ -103,16 +93,11 @@ def test_unset_settings_are_chosen_and_set_ones_kept(
     """And above the prediction, freed memory is given back before each step."""
     limits: list[int] = []
     monkeypatch.setattr(heap, "trim_above", limits.append)
-    monkeypatch.setattr(fit, "most_workers", lambda batch_size, requested: requested or 2)
     if tokens:
-        monkeypatch.setenv("QLORA_WORKERS", "1")
         monkeypatch.setenv("QLORA_MICRO_BATCH_TOKENS", str(tokens))
         monkeypatch.setenv("QLORA_GRADIENT_CHECKPOINTING", "true")
     metrics, *_ = run(tmp_path, tiny.prepared(tmp_path / "prepared"), "nf4", train__max_steps=2)
-    assert metrics["workers"] == (1 if tokens else 2)
-    assert metrics["micro_batch_tokens"] == (tokens or fit.WORKER_TOKENS)
+    assert metrics["micro_batch_tokens"] == (tokens or fit.MICRO_BATCH_TOKENS["cpu"][0])
     assert metrics["gradient_checkpointing"] == bool(tokens)
-    processes = fit.PROCESS_BYTES + (0 if tokens else fit.WORKER_BYTES)
-    assert 0 < metrics["predicted_memory_bytes"] - processes < 3e7
-    if tokens:
-        assert limits == [round(recipe.TRIM_ABOVE * metrics["predicted_memory_bytes"])] * 2
+    assert 0 < metrics["predicted_memory_bytes"] - fit.PROCESS_BYTES < 3e7
+    assert limits == [round(recipe.TRIM_ABOVE * metrics["predicted_memory_bytes"])] * 2

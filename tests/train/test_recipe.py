@@ -16,7 +16,6 @@ from stages.shared.core.errors import Stopped, UserError
 from stages.shared.model import packing
 from stages.shared.model.packing import read_examples
 from stages.shared.step import adapter, gradient
-from stages.train import distributed
 from stages.train import recipe as recipes
 from stages.train.checkpoints import Checkpoints, claim
 from stages.train.distributed import Group
@@ -45,7 +44,7 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step(
         parameter = next(p for n, p in model.named_parameters() if "lora_B" in n)
         parameter.register_hook(lambda g: g * torch.inf if recipe.step == 3 else g)
         with pytest.raises(UserError) as error:
-            recipe.run(Interruption(), Group())
+            recipe.run(Interruption())
         line = str(error.value)
         assert line.startswith("training stopped at step 4: the gradient norm is")
         assert "; learning rate 0.00" in line
@@ -68,7 +67,7 @@ def test_a_model_that_scores_nothing_finite_is_refused_at_once(tmp_path: Path) -
     with claim(tmp_path, "name", keep=2) as checkpoints:
         recipe = Recipe(model, data, params.train, how, checkpoints, Group())
         with pytest.raises(UserError, match="after step 0: the held-out loss is nan"):
-            recipe.run(Interruption(), Group())
+            recipe.run(Interruption())
 
 
 def test_a_schedule_is_that_of_its_parameters(tmp_path: Path) -> None:
@@ -80,17 +79,16 @@ def test_a_schedule_is_that_of_its_parameters(tmp_path: Path) -> None:
     how = ExecutionPlan(CPU, torch.float32, 4096, False, 1)
     with claim(tmp_path, "name", keep=2) as checkpoints:
         recipe = Recipe(model, data, params.train, how, checkpoints, Group())
-        recipe.run(Interruption(), Group())
+        recipe.run(Interruption())
     assert all(weight.grad is None for weight in model.parameters())  # none beside an evaluation
     rates = [recipe.history.rows[step]["learning_rate"] for step in range(1, 13)]
     assert rates == pytest.approx([0, *(0.001 * left for left in range(11, 0, -1))])
     assert [r for r, row in recipe.history.rows.items() if "eval_loss" in row] == [0, 6, 12]
 
 
-def finish(folder: Path, data: Path, workers: int) -> dict[str, bytes]:
+def finish(folder: Path, data: Path) -> dict[str, bytes]:
     """Train to the end, from wherever the folder's checkpoints stand."""
     result = train_on(SHORT, data, folder.parent / "quantized", folder / "adapter")
-    assert result.metrics["workers"] == workers
     result.history.write(folder / "loss.csv")
     kept = [folder / "loss.csv", folder / "adapter/adapter_model.safetensors"]
     return {path.name: path.read_bytes() for path in kept}
@@ -99,20 +97,19 @@ def finish(folder: Path, data: Path, workers: int) -> dict[str, bytes]:
 SHORT = settings(train__max_steps=4, train__eval_steps=2, train__patience=9, lora__dropout=0.1)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "two workers"])
+@pytest.fixture(scope="module")
 def uninterrupted(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, Path, int, dict[str, bytes]]]:
-    """A folder, its data, how many workers train, and what a training without a signal ends in."""
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, Path, dict[str, bytes]]]:
+    """A folder, its data, and what a training without a signal ends in."""
     root = tmp_path_factory.mktemp("stops")
     data = tiny.prepared(root / "prepared")
     tiny.quantize(root / "quantized", "nf4")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLORA_WORKERS", str(request.param))
         patch.setenv("QLORA_CHECKPOINT_STEPS", "1")
         machine.machine.cache_clear()
         (root / "whole").mkdir()
-        yield root, data, request.param, finish(root / "whole", data, request.param)
+        yield root, data, finish(root / "whole", data)
     machine.machine.cache_clear()
 
 
@@ -120,7 +117,6 @@ def uninterrupted(
     ("owner", "name", "call", "steps"),
     [
         pytest.param(adapter, "load_for_lora", 1, None, id="while it loads"),
-        pytest.param(distributed, "_shared_like", 1, None, id="while workers fork"),
         pytest.param(packing, "pack", 1, None, id="in the first evaluation"),
         pytest.param(adapter, "save", 1, 0, id="while the best is saved"),
         pytest.param(Checkpoints, "write", 1, 1, id="while the first checkpoint is written"),
@@ -131,16 +127,14 @@ def uninterrupted(
     ],
 )
 def test_a_signal_anywhere_stops_and_the_resumed_run_ends_in_the_same_bytes(
-    uninterrupted: tuple[Path, Path, int, dict[str, bytes]],
+    uninterrupted: tuple[Path, Path, dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,
     owner: Any,
     name: str,
     call: int,
     steps: int | None,
 ) -> None:
-    root, data, workers, expected = uninterrupted
-    if name == "_shared_like" and workers == 1:
-        pytest.skip("nothing forks")
+    root, data, expected = uninterrupted
     number = signal.SIGINT if call % 2 else signal.SIGTERM
     folder = Path(tempfile.mkdtemp(dir=root))
     original, calls = getattr(owner, name), itertools.count(1)
@@ -158,4 +152,4 @@ def test_a_signal_anywhere_stops_and_the_resumed_run_ends_in_the_same_bytes(
     assert stopped.value.signal == number
     written = sorted(p.name for p in folder.glob(".checkpoints/*/step-*"))
     assert written[-1:] == ([] if steps is None else [f"step-{steps:06d}"])
-    assert finish(folder, data, workers) == expected
+    assert finish(folder, data) == expected

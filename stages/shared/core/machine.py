@@ -4,6 +4,7 @@ From the environment or a git-ignored `.env` at the repository's root; no stage 
 """
 
 import os
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,7 +30,7 @@ class Machine(BaseSettings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int | None = Field(default=None, ge=1)  # how many share a step; unset: all GPUs
-    workers: int | None = Field(default=None, ge=1)  # of a CPU, that share a step; unset: chosen
+    workers: int | None = Field(default=None, ge=1)  # accepted, without effect: see `machine`
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
     fused: bool = True  # false: a step is computed by the library's own modules
@@ -50,7 +51,7 @@ def machine() -> Machine:
     file = root() / ".env"
     try:
         _refuse_unknown({*os.environ, *dotenv_values(file)})
-        return Machine(_env_file=file)
+        settings = Machine(_env_file=file)
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {error.start} is not UTF-8. Save it as UTF-8.") from None
     except ValidationError as error:
@@ -60,6 +61,10 @@ def machine() -> Machine:
         raise UserError(
             f"{name} (environment or .env) is {first['input']!r}; expected {expected}"
         ) from None
+    if settings.workers is not None:
+        # Two on two cores: 4 to 7 % slower in bf16, as fast in fp32, 0.2 GB more.
+        print("QLORA_WORKERS has no effect: one process uses all cores.", file=sys.stderr)
+    return settings
 
 
 def _refuse_unknown(names: set[str]) -> None:

@@ -6,7 +6,6 @@ each conversation and closed between them (`find_packed_sequence_indices` in
 `attention.py` uses `lengths` instead where it can.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +18,6 @@ import pyarrow.parquet as pq
 import torch
 
 from stages.shared.core.errors import UserError
-
-UNEVEN = 1.1  # tokens of the fullest part over an even share, at most
 
 # Architectures that may pack, each tested, with a sliding window shorter than a conversation where
 # it has one. Positions and lengths separate conversations in attention only: recurrent states
@@ -162,19 +159,10 @@ def bins(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
 
 
 def partition(
-    examples: Sequence[Example], max_tokens: int, workers: int, uneven: float = UNEVEN
+    examples: Sequence[Example], max_tokens: int, devices: int
 ) -> list[list[list[Example]]]:
-    """Micro-batches of each of at most `workers` workers, balanced by tokens.
-
-    Fewer work, with more cores each, if the fullest would have more than `uneven` times an even
-    share. A single worker's micro-batches are as small as if all worked, to need no more memory.
-    """
-    for count in range(workers, 1, -1):
-        parts = _even_parts(examples, count)
-        if max(map(input_tokens, parts)) * count <= uneven * input_tokens(examples):
-            return [bins(part, max_tokens) for part in parts]
-    share = math.ceil(UNEVEN * input_tokens(examples) / workers)
-    return [bins(examples, min(max_tokens, share))]
+    """Micro-batches of each device, balanced by tokens."""
+    return [bins(part, max_tokens) for part in _even_parts(examples, devices)]
 
 
 def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:

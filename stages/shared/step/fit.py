@@ -5,29 +5,24 @@ never of free memory or of a timing, so that the same machine always computes in
 """
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stages.shared.step.count import TRANSIENT, Prediction, StepCounter, undominated
+from stages.shared.step.count import Prediction, StepCounter, undominated
 from stages.shared.step.limits import GIB
 from stages.shared.step.setup import MicroBatch, TrainingSetup
 from stages.shared.step.workload import Workload
 
 # Larger micro-batches gain nothing more. On a CPU: 300 tokens/s at 1,024 and 295 at 2,048.
 MICRO_BATCH_TOKENS = {"cuda": (8192, 4096, 2048, 1024, 512, 256), "cpu": (1024, 512, 256, 128)}
-WORKER_TOKENS = 512  # at most, where several workers compute: two at 512 are as fast as at 1,024
 # Tokens that take as long as what a micro-batch costs however short it is: dequantizing, and the
 # host's work. On an H200 8,192 tokens of an 8B took 0.51 s and 2,048 of a 7B 0.23 s.
 FIXED_TOKENS = {"cuda": 3000, "cpu": 20}
-MOST_WORKERS = 4  # each dequantizes the weights for itself; two have been measured
-ALONE = 1.1  # how much longer a step takes with all cores in one process; measured on two
 
-# A CPU's process, taken from three (docs/memory.md): Python with its libraries; each worker
-# beside the first; pages held for each byte that lives within a step.
+# A CPU's process (docs/memory.md): Python with its libraries; pages held for each byte that lives
+# within a step.
 PROCESS_BYTES = 560 * 10**6
-WORKER_BYTES = 120 * 10**6
 PAGES_PER_BYTE = 1.6
 # A training is refused where its prediction and this share of it more are not there.
 MARGIN = {"cpu": 1.1, "cuda": 1.0}
@@ -51,7 +46,6 @@ class Request:
         micro_batch_tokens: None to choose.
         gradient_checkpointing: None to choose.
         scored: micro-batches that held-out conversations are scored in, between steps.
-        workers: the most processes of a CPU that compute parts of a step, see `packing.partition`.
         processes: trainings of a CPU that share a step and this memory.
         instead_of_full: the keys of `lora` that could be trained instead of all weights.
     """
@@ -63,7 +57,6 @@ class Request:
     micro_batch_tokens: int | None = None
     gradient_checkpointing: bool | None = None
     scored: frozenset[MicroBatch] = frozenset()
-    workers: int = 1
     processes: int = 1
     instead_of_full: dict[str, Any] | None = None
 
@@ -74,19 +67,8 @@ class Choice:
 
     micro_batch_tokens: int
     gradient_checkpointing: bool
-    workers: int
     prediction: Prediction
     device_bytes: int
-
-
-def most_workers(batch_size: int, requested: int | None = None) -> int:
-    """How many processes of this machine's CPU may compute a step: a core and a conversation each.
-
-    Args:
-        batch_size: conversations a step.
-        requested: `QLORA_WORKERS`, if set.
-    """
-    return min(requested or min(len(os.sched_getaffinity(0)), MOST_WORKERS), batch_size)
 
 
 def choose(request: Request) -> Choice | None:
@@ -101,7 +83,6 @@ def smallest(request: Request) -> Choice:
         micro_batch_tokens=request.micro_batch_tokens
         or MICRO_BATCH_TOKENS[request.setup.device][-1],
         gradient_checkpointing=request.gradient_checkpointing is not False,
-        workers=1,
     )
     return _counted(next(_candidates(least)))
 
@@ -111,10 +92,8 @@ def fits(request: Request, choice: Choice) -> bool:
     return MARGIN[request.setup.device] * choice.device_bytes <= request.total_bytes
 
 
-def device_bytes(
-    counter: StepCounter, setup: TrainingSetup, prediction: Prediction, workers: int = 1
-) -> int:
-    """Memory that a GPU must have, or that the processes of a CPU hold: beside tensors too.
+def device_bytes(counter: StepCounter, setup: TrainingSetup, prediction: Prediction) -> int:
+    """Memory that a GPU must have, or that a CPU's process holds: beside tensors too.
 
     Sources: torch 2.13, c10/cuda/CUDACachingAllocator.cpp, `kMinBlockSize`, `kLargeBuffer`;
     aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`.
@@ -124,49 +103,40 @@ def device_bytes(
         beside = CONTEXT_BYTES + ALLOCATOR_BYTES + MATMUL_BYTES + rounding
         return prediction.total_bytes + beside
     pages = int((PAGES_PER_BYTE - 1) * prediction.transient_bytes)
-    return PROCESS_BYTES + WORKER_BYTES * (workers - 1) + prediction.total_bytes + pages
+    return PROCESS_BYTES + prediction.total_bytes + pages
 
 
-_Candidate = tuple[Request, int, bool, int]
+_Candidate = tuple[Request, int, bool]
 
 
 def _candidates(request: Request) -> Iterator[_Candidate]:
-    """Tokens, checkpointing and workers, the fastest first."""
+    """Tokens and checkpointing, the fastest first."""
     tokens, checkpointing = request.micro_batch_tokens, request.gradient_checkpointing
     found = [
-        (request, limit, on, workers)
-        for workers in range(1, request.workers + 1)
+        (request, limit, on)
         for limit in ([tokens] if tokens else MICRO_BATCH_TOKENS[request.setup.device])
         for on in ((False, True) if checkpointing is None else (checkpointing,))
-        if tokens or workers == 1 or limit <= WORKER_TOKENS
     ]
     return iter(sorted(found, key=_cost))
 
 
-def _cost(candidate: _Candidate) -> tuple[float, int]:
+def _cost(candidate: _Candidate) -> float:
     """Time of a token, in passes over the weights: forward, backward, and forward again."""
-    request, tokens, checkpointing, workers = candidate
-    passes = (3 if checkpointing else 2) * (1.0 if workers > 1 else ALONE)
-    return passes * (1 + FIXED_TOKENS[request.setup.device] / tokens), -workers
+    request, tokens, checkpointing = candidate
+    passes = 3 if checkpointing else 2
+    return passes * (1 + FIXED_TOKENS[request.setup.device] / tokens)
 
 
 def _counted(candidate: _Candidate) -> Choice:
-    request, tokens, checkpointing, workers = candidate
+    request, tokens, checkpointing = candidate
     counter = request.counter
     setup = replace(request.setup, gradient_checkpointing=checkpointing)
-    batches = request.workload.micro_batches(tokens, workers)
-    trained = _side_by_side(counter.largest(setup, batches), workers)
+    batches = request.workload.micro_batches(tokens)
+    trained = counter.largest(setup, batches)
     scored = [counter.predict_scoring(setup, batch) for batch in undominated(request.scored)]
-    held = [(device_bytes(counter, setup, p, workers), p) for p in (trained, *scored)]
+    held = [(device_bytes(counter, setup, p), p) for p in (trained, *scored)]
     most, prediction = max(held, key=lambda one: one[0])
-    return Choice(tokens, checkpointing, workers, prediction, most * request.processes)
-
-
-def _side_by_side(alone: Prediction, workers: int) -> Prediction:
-    """All workers at their peak at once; weights and the optimizer are shared by them."""
-    each = (*TRANSIENT, "gradients")
-    parts = {name: size * (workers if name in each else 1) for name, size in alone.parts.items()}
-    return replace(alone, parts=parts)
+    return Choice(tokens, checkpointing, prediction, most * request.processes)
 
 
 def refusal(request: Request) -> str:

@@ -19,25 +19,20 @@ class Workload:
     """
 
     steps: Sequence[Sequence[Example]]
-    _packed: dict[tuple[int, int], set[MicroBatch]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _packed: dict[int, set[MicroBatch]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest conversation, as it goes through the model."""
         return max(example.input_tokens for step in self.steps for example in step)
 
-    def micro_batches(self, tokens: int, workers: int = 1) -> set[MicroBatch]:
+    def micro_batches(self, tokens: int) -> set[MicroBatch]:
         """The micro-batches of at most so many tokens; a longer conversation stands alone."""
-        if (tokens, workers) not in self._packed:
-            self._packed[tokens, workers] = {
-                micro_batch_of(batch)
-                for step in self.steps
-                for part in packing.partition(step, tokens, workers)
-                for batch in part
+        if tokens not in self._packed:
+            self._packed[tokens] = {
+                micro_batch_of(batch) for step in self.steps for batch in packing.bins(step, tokens)
             }
-        return self._packed[tokens, workers]
+        return self._packed[tokens]
 
     def cut(self, length: int) -> "Workload":
         """The same with conversations of at most so many tokens, about as `prepare` cuts them."""

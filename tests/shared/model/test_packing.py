@@ -200,21 +200,3 @@ def test_partition_evens_out_by_exchange() -> None:
     assert sorted(chain(*lengths[0], *lengths[1])) == [4, 5, 6, 7, 8]
     assert [sum(map(sum, part)) for part in lengths] == [15, 15]
     assert all(sum(batch) <= 11 for part in lengths for batch in part)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "workers"),
-    [((9,), 1), ((9, 4), 1), ((9, 9), 2), ((9, 9, 9), 3), ((30, 10, 10, 10), 2)],
-)
-def test_partition_uses_fewer_workers_where_uneven(lengths: tuple[int, ...], workers: int) -> None:
-    parts = packing.partition(of_input_tokens(*lengths), 100, 3)
-    assert len(parts) == workers
-    rows = [e.row for part in parts for batch in part for e in batch]
-    assert sorted(rows) == list(range(len(lengths)))
-
-
-def test_one_worker_needs_no_more_memory_than_several() -> None:
-    examples = conversations()
-    assert packing.partition(examples, 20, 1) == [packing.bins(examples, 20)]
-    [alone] = packing.partition(of_input_tokens(30, 10, 10, 2), 100, 2)
-    assert [[e.input_tokens for e in batch] for batch in alone] == [[30], [10, 10, 2]]

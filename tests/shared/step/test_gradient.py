@@ -129,29 +129,6 @@ def test_gradient_is_the_same_on_two_devices(folders: Folders) -> None:
         assert loss == pytest.approx(step(folders, rows, 1)[0], rel=1e-6)
 
 
-@fused_or_stock
-@rows_of_a_step
-@pytest.mark.parametrize("workers", [2, 3])
-def test_gradient_is_the_same_with_cpu_workers(
-    folders: Folders, rows: list[int], workers: int, fused: bool
-) -> None:
-    """In a second step too, which holds nothing of the first."""
-    model, examples = moved(folders[0]), chosen(folders, rows)
-    if fused:
-        fuse(model)
-
-    def work(group: Group) -> None:
-        for _ in range(2):
-            accumulate(model, examples, 70, fused, group)
-
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    with distributed.forked(workers, trainable, work) as group:
-        for _ in range(2):
-            loss = accumulate(model, examples, 70, fused, group)
-    assert distance(gradients_of(model), by_the_book(folders, rows)) < 1e-5
-    assert loss == pytest.approx(step(folders, rows, 70, fused=fused)[0], rel=1e-6)
-
-
 def test_gradient_differs_if_averaged_by_micro_batch(folders: Folders) -> None:
     """Trainers that divide by the tokens of each micro-batch would not pass these tests."""
     rows = ROWS["whole"]
