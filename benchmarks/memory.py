@@ -125,7 +125,12 @@ class Setting:
             "dropout": self.dropout,
             "rslora": False,
         }
-        values |= {"target_modules": "all-linear", "modules_to_save": None, "bias": "none"}
+        values |= {
+            "target_modules": "all-linear",
+            "modules_to_save": None,
+            "bias": "none",
+            "experts": None,
+        }
         return Lora.model_validate(values | {"init": self.init, "dora": self.dora})
 
     @property

@@ -48,6 +48,22 @@ BESIDES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS | HEAD | {"moe_intermediate_size": 32},
     "seed_oss": HEAD,
 }
+# Mixtures beside those of `BESIDES` and `OTHERS`.
+MOE = EXPERTS | HEAD | {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1}
+MOE |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "dots1": MOE,
+    "ernie4_5_moe": MOE | {"moe_num_experts": 4, "moe_k": 2},
+    "exaone_moe": MOE
+    | {"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense", "sparse"]},
+    "flex_olmo": MOE,
+    "glm4_moe": MOE,
+    "lfm2_moe": MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "minimax": MOE,
+    "minimax_m2": MOE,
+    "olmoe": MOE,
+    "solar_open": MOE,
+}
 # Of those that share no row: attention that no kernel of torch has, masks and states of their own.
 OTHERS: dict[str, dict[str, Any]] = {
     "gemma2": WINDOW | HEAD | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
@@ -99,3 +115,9 @@ def saved(folder: Path, kind: str, besides: dict[str, Any]) -> Path:
     config = CONFIG_MAPPING[kind](**SHAPE | besides)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
+
+
+MIXTURES |= {kind: BESIDES[kind] for kind in ("mixtral", "qwen2_moe", "qwen3_moe")}
+MIXTURES |= {kind: OTHERS[kind] for kind in ("deepseek_v3", "qwen3_next")}
+MIXTURES["deepseek_v2"] = OTHERS["deepseek_v3"] | {"num_experts": 4, "head_dim": 8}
+MIXTURES["glm4_moe_lite"] = OTHERS["deepseek_v3"] | MOE

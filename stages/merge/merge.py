@@ -79,9 +79,10 @@ def restore_conv1d(model: PreTrainedModel) -> None:
     """Turn linear layers, [out, in], back into GPT-2's Conv1D, [in, out]; quantization did it."""
     with torch.device("meta"):
         stored = type(model)(model.config)
-    for name, layer in stored.named_modules():
+    transposing = ((n, m) for n, m in stored.named_modules() if isinstance(m, Conv1D))
+    for name, layer in transposing:
         loaded = model.get_submodule(name)
-        if isinstance(layer, Conv1D) and isinstance(loaded, nn.Linear):
+        if isinstance(loaded, nn.Linear):
             transposed = Conv1D(layer.nf, layer.nx)
             transposed.weight = nn.Parameter(loaded.weight.t().contiguous())
             transposed.bias = loaded.bias

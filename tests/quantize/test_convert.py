@@ -23,7 +23,7 @@ from stages.shared.core.params import validate
 from stages.shared.model import loading
 from stages.shared.weights.checkpoint import Weights
 from tests import tiny
-from tests.architectures import BESIDES, EXPERTS, saved
+from tests.architectures import BESIDES, OTHERS, saved
 
 CPU = torch.device("cpu")
 IDS = torch.arange(10, 42)[None]
@@ -131,7 +131,7 @@ def test_matrices_stored_in_by_out(tmp_path: Path, precision: str) -> None:
 
 
 def test_experts_that_stay_dense_are_refused(tmp_path: Path) -> None:
-    base = saved(tmp_path / "base", "mixtral", EXPERTS)
+    base = saved(tmp_path / "base", "llama4_text", OTHERS["llama4_text"])
     with pytest.raises(UserError, match=r"nf4, 4\.\d+ bits .* \d\d\.\d+ were written: .*experts"):
         run(base, tmp_path / "out", "nf4")
     assert not any((tmp_path / "out").rglob("*"))

@@ -4,7 +4,10 @@
 
 import os
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 # oneDNN compiles and caches each matmul shape: 0.56 MB each, 1,024 by default. A micro-batch has
 # about 50 shapes: with 64 it hardly compiles more often, with 32 three times as often.
@@ -13,13 +16,17 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 warnings.filterwarnings("ignore", message="`loftq_config` specified")  # merging reads it
 
-from stages.shared.weights import bnb, precision  # before peft imports bitsandbytes
+from stages.shared.weights import bnb, experts, precision  # before peft imports bitsandbytes
 from stages.shared.weights.checkpoint import Weights, load_strictly, require_finite
 
 # isort: split
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import (
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+    transformers_weight_conversion,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -91,9 +98,12 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
     config = PeftConfig.from_pretrained(adapter)
     config.inference_mode = True
     weights = Weights(adapter)
-    tuned = PeftModelForCausalLM(model, config)
+    with adapting(model):
+        tuned = PeftModelForCausalLM(model, config)
     # peft's own load result leaves out `modules_to_save`.
-    expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    own = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    names = saved_names(tuned, own)
+    expected = {names[name]: tensor for name, tensor in own.items()}
     tensors = {name: weights.tensor(name) for name in weights.lazy_tensors()}
     for name in sorted(expected.keys() - tensors.keys()):
         raise weights.error(name, "is missing from the adapter")
@@ -104,8 +114,44 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
             shapes = f"{list(tensor.shape)}, but the model makes it {list(expected[name].shape)}"
             raise weights.error(name, f"has shape {shapes}")
     require_finite(tensors, weights)
-    set_peft_model_state_dict(tuned, tensors)
+    with adapting(model):
+        set_peft_model_state_dict(tuned, {name: tensors[names[name]] for name in own})
     return tuned.eval()
+
+
+@contextmanager
+def adapting(model: nn.Module) -> Iterator[None]:
+    """Context in which peft adapts unfused experts as the linear layers they are.
+
+    By itself it would adapt the fused parameters that it expects of the architecture, and the
+    router, and would leave out shared experts and dense layers.
+    """
+    if not experts.layers(model):
+        yield
+        return
+    with (
+        patch.object(transformers_weight_conversion, "_convert_peft_config_moe", lambda *_: None),
+        patch.object(
+            transformers_weight_conversion,
+            "convert_peft_adapter_state_dict_for_transformers",
+            lambda adapter_state_dict, **_: adapter_state_dict,
+        ),
+    ):
+        yield
+
+
+def saved_names(tuned: PeftModel, names: Iterable[str]) -> dict[str, str]:
+    """Names of an adapter's tensors in its file: a mixture's have those of the hub's files.
+
+    peft, vLLM and SGLang look for them there; with the library's own names Mixtral's experts are
+    left out without a word.
+    """
+    base, prefix = tuned.get_base_model(), "base_model.model."
+    if not experts.layers(base):
+        return {name: name for name in names}
+    short = {name: name.removeprefix(prefix) for name in names}
+    hub = experts.hub_names(base, short.values())
+    return {name: prefix + hub[short[name]] for name in names}
 
 
 def without_adapter(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """The model that is trained: LoRA on frozen weights, or all weights; and how it is saved."""
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from inspect import signature
@@ -10,17 +11,18 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
-from stages.shared.step import initialisation
+from stages.shared.step import initialisation, targets
 from stages.shared.step.config import Lora
 from stages.shared.step.masters import as_saved, make_masters
-from stages.shared.weights import bnb
+from stages.shared.weights import bnb, experts
 from stages.shared.weights.bnb import Linear8bitLt
 
 
@@ -32,19 +34,25 @@ def load_for_lora(
     `original` is the folder of the weights before quantization, for LoftQ.
     """
     base = loading.load_model(folder, device)
+    targets.refuse_without_experts(base, lora)
     _refuse_for_precision(base, lora, device)
     rank, alpha = initialisation.rank_and_alpha(lora)
+    mixture, rslora = bool(experts.layers(base)), lora.rslora
+    if (
+        mixture and rslora
+    ):  # peft doubles the rank where it fuses gate and up: their scale is alpha / r
+        alpha, rslora = alpha * math.sqrt(rank), False
     saved = lora.modules_to_save or []
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        **targets.of_mixture(base, lora) if mixture else {"target_modules": lora.target_modules},
         modules_to_save=list(saved) or None,  # a copy: peft takes names out of the list
         ensure_weight_tying=_saves_both_ends_of_a_tie(base, saved),
         bias=lora.bias,
-        use_rslora=lora.rslora,
+        use_rslora=rslora,
         use_dora=lora.dora,
         base_model_name_or_path=folder.as_posix(),
     )
@@ -53,7 +61,8 @@ def load_for_lora(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # see merge.py
-            model = cast(PeftModel, get_peft_model(base, config))
+            with loading.adapting(base):
+                model = cast(PeftModel, get_peft_model(base, config))
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -87,11 +96,21 @@ def save(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype) -
         if isinstance(model, PeftModel):
             state = initialisation.ordinary_state(model)
             model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+            _rename(folder / SAFETENSORS_WEIGHTS_NAME, model)
             _sort_config(folder / "adapter_config.json")
             (folder / "README.md").unlink(missing_ok=True)
         else:
             model.config.dtype = dtype
             model.save_pretrained(folder)
+
+
+def _rename(path: Path, model: PeftModel) -> None:
+    """Give the tensors of a mixture the names of the hub's files."""
+    tensors = load_file(path)
+    names = loading.saved_names(model, tensors)
+    if any(name != saved for name, saved in names.items()):
+        renamed = {names[name]: tensor for name, tensor in tensors.items()}
+        save_file(renamed, path, metadata={"format": "pt"})
 
 
 def _sort_config(path: Path) -> None:
@@ -149,9 +168,11 @@ def _refuse_embedding_with_mask(model: PeftModel) -> None:
 def _refuse_missing(model: PeftModel, lora: Lora) -> None:
     """Peft passes over names without a module, as long as one of them has one."""
     copies = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
-    targets = lora.target_modules if isinstance(lora.target_modules, list) else []
+    named = lora.target_modules if isinstance(lora.target_modules, list) else []
+    tuner = model.base_model
+    routers = [name.removesuffix(".weight") for name in tuner.targeted_parameter_names]
     for key, ends, modules in (
-        ("target_modules", targets, model.base_model.targeted_module_names),
+        ("target_modules", named, [*tuner.targeted_module_names, *routers]),
         ("modules_to_save", lora.modules_to_save or [], copies),
     ):
         for end in ends:

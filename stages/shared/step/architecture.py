@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.shared.core.errors import UserError
 from stages.shared.step import fake_model
+from stages.shared.weights import experts
 
 KINDS = ("embedding", "head", "linear", "experts", "norm", "bias", "other")
 
@@ -123,7 +124,8 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     text = config.get_text_config()
     head, quantized = model.get_output_embeddings(), fake_model.quantizable(model)
     kinds: Counter[str] = Counter()
-    attention = per_token = 0
+    attention = per_token = idle = 0
+    unfused = text.model_type in experts.FAMILIES
     for path, layer in model.named_modules():
         for name, p in layer.named_parameters(recurse=False):
             kind = _kind(name, layer, p, head)
@@ -134,16 +136,19 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
                 attention += p.numel() if "attn" in path else 0
                 per_token += p.numel()
             elif kind == "experts":
-                active = getattr(text, "num_experts_per_tok", None) or 1
-                per_token += p.numel() // p.shape[0] * active
+                active = p.numel() // p.shape[0] * (getattr(text, "num_experts_per_tok", None) or 1)
+                per_token += active
+                idle += p.numel() - active
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return {
         "parameters": {
             "parameters": sum(kinds.values()),
+            "active": sum(kinds.values()) - idle,
             **{kind: kinds[kind] for kind in KINDS},
             "attention": attention,
             "mlp": kinds["linear"] - attention,
-            "quantizable": sum(layer.weight.numel() for layer in quantized.values()),
+            "quantizable": sum(layer.weight.numel() for layer in quantized.values())
+            + kinds["experts"] * unfused,
             "tied_head": head is not None and head.weight is model.get_input_embeddings().weight,
         },
         "per_token": per_token,

@@ -18,6 +18,7 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)]
     dropout: Fraction
     target_modules: str | list[str]
+    experts: bool | None
     modules_to_save: list[str] | None
     bias: Literal["none", "all", "lora_only"]
     init: Literal["default", "pissa", "olora", "loftq"]
@@ -59,6 +60,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)]  # .inf: never clipped
     optimizer: Literal["adamw", "adamw_8bit"]
+    router_aux_loss: Annotated[float, Field(ge=0)] | None
     eval_steps: Count | None
     patience: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]  # as torch takes it

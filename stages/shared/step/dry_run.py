@@ -42,7 +42,7 @@ from stages.shared.step.fused import cross_entropy, gpu, liger, lora
 from stages.shared.step.fused import patch as fused_patch
 from stages.shared.step.live_bytes import LiveBytes
 from stages.shared.step.setup import SWITCHED_OFF, MicroBatch, TrainingSetup
-from stages.shared.weights import bnb, precision
+from stages.shared.weights import bnb, experts, precision
 from stages.shared.weights.bnb import Params4bit
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -70,18 +70,28 @@ def answer(
     if setup is None:
         return architecture.describe(whole)
     training = TrainingSetup(**setup)
-    if batch is None:
-        model = prepare(whole, training)
-        unfused = unfused_because(training, model)
-        held = persistent(training, model, fused=unfused is None)
-        return {**held, "unfused_because": unfused}
     pattern = architecture.pattern_of(whole)
     few = architecture.first_blocks(whole, pattern.run)
+    if batch is None:
+        extend = _same_targets_in_all_blocks(training, whole)
+        model = prepare(few if extend else whole, training)
+        unfused = unfused_because(training, model)
+        held = persistent(
+            training, model, fused=unfused is None, pattern=pattern if extend else None
+        )
+        return {**held, "unfused_because": unfused}
     micro_batch = MicroBatch(tuple(batch["lengths"]), batch["supervised"])
     live, held_bytes = run(few, training, micro_batch, scoring_only=kind == "scoring")
     phases = extended(live, held_bytes, pattern)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     return {"phase": _in_words(phase, pattern), "parts": phases[phase]}
+
+
+def _same_targets_in_all_blocks(setup: TrainingSetup, config: PretrainedConfig) -> bool:
+    """Whether few blocks of a mixture stand for all: Qwen3-30B-A3B has 18,432 experts' layers."""
+    chosen = (setup.lora or {}).get("target_modules")
+    mixture = config.get_text_config().model_type in experts.FAMILIES
+    return mixture and (isinstance(chosen, list) or chosen == "all-linear")
 
 
 def _in_words(phase: str, pattern: Pattern) -> str:
@@ -99,7 +109,8 @@ def prepare(config: PretrainedConfig, setup: TrainingSetup) -> Any:
     compute = precision.DTYPES[setup.compute]
     full = setup.lora is None
     dtype = torch.float32 if full and setup.masters else compute
-    model = fake_model.model_on_meta(config, dtype)
+    with experts.unfused(config):
+        model = fake_model.model_on_meta(config, dtype)
     if full:
         return model.requires_grad_(True)
     fake_model.quantize_on_meta(model, setup.precision, setup.double_quant, compute)
@@ -158,29 +169,37 @@ def unfused_because(setup: TrainingSetup, model: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def persistent(setup: TrainingSetup, model: nn.Module, *, fused: bool) -> dict[str, int]:
+def persistent(
+    setup: TrainingSetup, model: nn.Module, *, fused: bool, pattern: Pattern | None = None
+) -> dict[str, int]:
     """What a training holds from step to step, in bytes by part, and what of it may be paged.
 
     Args:
         setup: of the training.
-        model: from `prepare`, of all blocks.
+        model: from `prepare`, of all blocks, or of those that `pattern` runs.
+        pattern: how often each of these blocks counts.
         fused: on a CPU the fused step dequantizes the constants of double quantization for good.
     """
     nested = setup.double_quant and not (fused and setup.device == "cpu")
-    weights = adapter = 0
+    times = _times(model, pattern)
+    weights = adapter = gradients = tensors = 0
     sizes: list[int] = []
     for p in model.parameters():
+        count = times.get(p, 1)
+        tensors += count
         if isinstance(p, Params4bit):
-            weights += memory.four_bit_bytes(p.quant_state.shape.numel(), nested)
+            weights += count * memory.four_bit_bytes(p.quant_state.shape.numel(), nested)
         elif setup.precision == "int8" and p.dtype == torch.int8:
-            weights += memory.int8_bytes(*p.shape)
+            weights += count * memory.int8_bytes(*p.shape)
         elif p.requires_grad and setup.lora:
-            adapter += p.nbytes
+            adapter += count * p.nbytes
         else:
-            weights += p.nbytes
-        sizes += [p.numel()] * p.requires_grad
-    adapter += sum(b.nbytes for name, b in model.named_buffers() if name.endswith(".frozen"))
-    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            weights += count * p.nbytes
+        if p.requires_grad:
+            gradients += count * p.nbytes
+            sizes += [p.numel()] * count
+    frozen = (b for name, b in model.named_buffers() if name.endswith(".frozen"))
+    adapter += sum(times.get(b, 1) * b.nbytes for b in frozen)
     return {
         "weights": weights,
         "adapter": adapter,
@@ -188,8 +207,17 @@ def persistent(setup: TrainingSetup, model: nn.Module, *, fused: bool) -> dict[s
         "optimizer": memory.optimizer_bytes(setup.optimizer, sizes),
         "pageable": memory.pageable_bytes(setup.optimizer, sizes),
         "trainable": sum(sizes),
-        "tensors": sum(1 for _ in model.parameters()) + 4 * len(sizes),
+        "tensors": tensors + 4 * len(sizes),
     }
+
+
+def _times(model: nn.Module, pattern: Pattern | None) -> dict[torch.Tensor, int]:
+    """How often tensors of the blocks that stand for several count."""
+    if pattern is None:
+        return {}
+    repeated = [architecture.blocks_of(model)[i] for i in pattern.repeated]
+    tensors = [t for block in repeated for t in (*block.parameters(), *block.buffers())]
+    return dict.fromkeys(tensors, 1 + pattern.repeats)
 
 
 def run(
@@ -359,6 +387,7 @@ def _without_values(
         (torch._meta_registrations, "_meta_grouped_mm_common", any_grouped_mm),
         (packing, "unpack", lambda _: [packing.pack([one], CPU) for one in examples]),
         (packing, "to_device", to_device),
+        (experts, "tokens_by_expert", _tokens_of_few_experts),
         (lora, "dequantize_4bit_into", lambda _, state, buffer: buffer(state.shape, state.dtype)),
     ]
     if setup.device == "cuda":
@@ -382,6 +411,12 @@ def _without_values(
             stack.enter_context(patch.dict(sizes, cpu=sizes["cuda"]))
         attention.cumulative_lengths.cache_clear()
         yield
+
+
+def _tokens_of_few_experts(index: torch.Tensor, count: int) -> list[int]:
+    """An upper bound, as routing depends on values: all tokens go to the same experts."""
+    tokens, each = index.shape
+    return [tokens] * each + [0] * (count - each)
 
 
 _KERNELS = {  # of a GPU: in place, but for a dequantized matrix

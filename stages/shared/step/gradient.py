@@ -47,8 +47,9 @@ def accumulate(
         for micro_batch in micro_batches:
             batch = packing.pack(micro_batch, device)
             loss += _backward(model, batch, supervised_tokens, dtype, fused, scaler)
+    gradients = _gradients(model)
     if all_reduce is not None:
-        all_reduce([loss, *_gradients(model)])
+        all_reduce([loss, *gradients])
     return loss
 
 
@@ -73,7 +74,10 @@ def _backward(
 
 
 def _gradients(model: nn.Module) -> list[torch.Tensor]:
-    """Of all trainable parameters, zeros included: a short step may leave a process no work."""
+    """Of all trainable parameters: zeros where no token went to an expert, or none to a process.
+
+    Without, AdamW would pass over them, and what it did would depend on the number of processes.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         if parameter.grad is None:

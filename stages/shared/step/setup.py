@@ -13,7 +13,16 @@ from stages.shared.step.memory import DENSE_BYTES
 Device = Literal["cpu", "cuda"]
 SWITCHED_OFF = "QLORA_FUSED is false"
 DENSE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-LORA_KEYS = ("r", "dropout", "target_modules", "modules_to_save", "bias", "init", "dora")
+LORA_KEYS = (
+    "r",
+    "dropout",
+    "target_modules",
+    "experts",
+    "modules_to_save",
+    "bias",
+    "init",
+    "dora",
+)
 
 
 @dataclass(frozen=True)

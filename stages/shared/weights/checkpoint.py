@@ -21,12 +21,13 @@ from stages.shared.weights import bnb  # before transformers and peft import bit
 # isort: split
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from stages.shared.core.errors import UserError
+from stages.shared.weights import experts
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -191,14 +192,16 @@ def load_strictly(weights: Weights, loader: Any, **options: Any) -> PreTrainedMo
     """`loader.from_pretrained`, where every weight comes from the files and is finite.
 
     transformers initializes missing weights at random and ignores unknown ones. Here both raise a
-    UserError, as do wrong shapes.
+    UserError, as do wrong shapes. Experts are unfused where they can be.
     """
     if not weights.parameters:  # also checks the constants of quantized matrices
         raise weights.error("*", "are no tensors")
     source = None if "state_dict" in options else weights.folder
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    config = options.get("config") or AutoConfig.from_pretrained(source, trust_remote_code=False)
     try:
-        model, info = loader.from_pretrained(source, **options)
+        with experts.unfused(config):
+            model, info = loader.from_pretrained(source, **options)
     except RuntimeError as error:
         _require_exact(weights, _loading_info(error))
         raise

@@ -19,7 +19,7 @@ from stages.shared.step.setup import MicroBatch, TrainingSetup
 
 LENGTHS = (40, 90, 50)
 LORA = {"r": 8, "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": None}
-LORA |= {"bias": "none", "init": "default", "dora": False}
+LORA |= {"bias": "none", "init": "default", "dora": False, "experts": None}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,10 @@ def test_count_equals_a_real_step(work: Path, model: str, setting: Setting) -> N
     measured = memory.measure(base, setting)
     predicted = memory.predict(base / "config.json", setting)
     off = 0.015 if setting.init == "pissa" else 0.001  # its gradients share a storage by halves
-    assert predicted.total_bytes == pytest.approx(measured, rel=off)
+    if model == "Mixtral":  # counted as if all tokens went to the same experts
+        assert 0.999 * measured <= predicted.total_bytes <= 1.1 * measured
+    else:
+        assert predicted.total_bytes == pytest.approx(measured, rel=off)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.architectures import BESIDES, OTHERS, SHAPE
 
 LORA = {"r": 16, "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": None}
-LORA |= {"bias": "none", "init": "default", "dora": False}
+LORA |= {"bias": "none", "init": "default", "dora": False, "experts": None}
 LLAMA_2_7B = 6_738_415_616
 
 
@@ -54,8 +54,12 @@ def test_full_tuning_takes_16_bytes_a_parameter_and_pure_bf16_12() -> None:
         assert sum(found[part] for part in parts) == size * LLAMA_2_7B
 
 
-def test_mixtral_stays_dense_in_four_bits() -> None:
-    assert held("Mixtral-8x7B", TrainingSetup("nf4", LORA, double_quant=True))["weights"] > 90e9
+def test_mixtral_has_four_bits_a_parameter_of_its_experts() -> None:
+    found = held("Mixtral-8x7B", TrainingSetup("nf4", LORA, double_quant=True))
+    ends = 2 * (2 * 32_000 * 4096 + 32 * 8 * 4096)  # embedding, head and routers, in bf16
+    assert found["weights"] == pytest.approx(46.44e9 * 4.127 / 8 + ends, rel=1e-3)
+    each = 32 * 3 * 8 * (4096 + 14336) + 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
+    assert found["trainable"] == 16 * each
 
 
 @pytest.mark.parametrize("changes", [{"dora": True}, {"target_modules": ["q_proj"]}])

@@ -1,0 +1,73 @@
+"""Modules of a mixture that get an adapter, and its trainable parameters by kind."""
+
+import re
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from stages.shared.core.errors import UserError
+from stages.shared.step.config import Lora
+from stages.shared.weights import experts
+
+KINDS = {  # by the name of a parameter; the first that matches
+    "experts": experts.EXPERT,
+    "router": re.compile(r"\.(gate|router|shared_expert_gate)\."),
+    "shared_experts": re.compile(r"shared_expert|shared_mlp"),
+    "attention": re.compile(r"attn|attention"),
+    "mlp": re.compile(r"\.(mlp|feed_forward)\."),
+}
+
+
+def refuse_without_experts(base: nn.Module, lora: Lora) -> None:
+    """Raise a UserError if `lora.experts` asks for adapters that the model has no place for."""
+    if lora.experts and not experts.layers(base):
+        raise UserError(
+            "lora.experts: this model has no experts that an adapter could lie on. Set it to null."
+        )
+
+
+def of_mixture(base: Any, lora: Lora) -> dict[str, Any]:
+    """Arguments of `LoraConfig` that say which modules of an unfused mixture get an adapter.
+
+    All linear layers are those beside the head and the routers, a shared expert's among them. A
+    router that `lora.target_modules` name is a parameter to peft, as it is no linear layer.
+    """
+    linear = {n for n, m in base.named_modules() if hasattr(m, "in_features")}
+    own = experts.layers(base)[0].names
+    chosen: Any = lora.target_modules
+    parameters: list[str] = []
+    if chosen == "all-linear":
+        head = base.get_output_embeddings()
+        heads = {n for n, m in base.named_modules() if m is head}
+        chosen = sorted({n.rpartition(".")[2] for n in linear - heads if not _is_router(n)})
+    elif lora.experts and isinstance(chosen, str):
+        chosen = rf"(?:{chosen})|.*\.experts\.\d+\.(?:{'|'.join(own)})"
+    elif lora.experts:
+        most = max(map(len, experts.layers(base)))
+        chosen = [*chosen, *(f"experts.{i}.{name}" for i in range(most) for name in own)]
+    if isinstance(chosen, list):
+        routers = {n.rpartition(".")[2] for n, m in base.named_modules() if _is_router(n)} - {
+            n.rpartition(".")[2] for n in linear
+        }
+        parameters = [f"{name}.weight" for name in chosen if name in routers]
+        chosen = [name for name in chosen if name not in routers]
+    return {
+        "target_modules": chosen,
+        "target_parameters": parameters or None,
+        "exclude_modules": rf".*{experts.EXPERT.pattern}.*" if lora.experts is False else None,
+    }
+
+
+def _is_router(module: str) -> bool:
+    return bool(KINDS["router"].search(f".{module}.")) and not experts.EXPERT.search(f"{module}.")
+
+
+def trainable_by_kind(model: nn.Module) -> dict[str, int]:
+    """Trainable parameters of each kind that a mixture has; 0 where a kind is left frozen."""
+    found: Counter[str] = Counter()
+    for name, p in model.named_parameters():
+        kind = next((k for k, pattern in KINDS.items() if pattern.search(name)), "other")
+        if kind != "other" or p.requires_grad:
+            found[kind] += p.numel() * p.requires_grad
+    return dict(found)
