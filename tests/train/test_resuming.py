@@ -35,6 +35,8 @@ def make(root: Path) -> Workspace:
     made = workspace.make(root, SMALL)
     tiny.prepared(made.root / "data/prepared", conversations=36, held_out=8)
     tiny.quantize(made.root / "models/quantized", "nf4")
+    tiny.tokenizer().save_pretrained(made.root / "models/tokenizer")
+    files.write_json(made.root / "models/source.json", {"source": "path"})
     return made
 
 
@@ -219,7 +221,10 @@ def pipeline(space: Workspace) -> None:
     path = space.root / "dvc.yaml"
     stages = yaml.safe_load(path.read_text())["stages"]
     path.write_text(yaml.safe_dump({"stages": {"train": stages["train"]}}))
-    for name in ("data/prepared/train.parquet", "data/prepared/eval.parquet", "models/quantized"):
+    prepared = (
+        f"data/prepared/{name}" for name in ("train.parquet", "eval.parquet", "format.json")
+    )
+    for name in (*prepared, *(f"models/{n}" for n in ("quantized", "tokenizer", "source.json"))):
         assert space.dvc("add", name).returncode == 0
     commit(space)
 

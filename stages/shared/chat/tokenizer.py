@@ -37,14 +37,6 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     return prefix
 
 
-def add_no_special_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Stop adding BOS and EOS, which a chat template writes itself; return whether it did."""
-    added = any(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"])
-    if added:
-        tokenizer.add_bos_token = tokenizer.add_eos_token = False  # rewrites the post-processor
-    return added
-
-
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[str], frozenset[str]]:
     """Added tokens, matched before a text is split: those flagged special, and the others."""
     added = tokenizer.added_tokens_decoder.values()
