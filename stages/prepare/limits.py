@@ -12,9 +12,12 @@ from stages.prepare.rows import SPLITS
 from stages.prepare.splitting import Splitter
 from stages.shared.core.errors import UserError
 
-# Learned position embeddings: a position beyond the table is an index error.
-_TABLES = {"gpt2", "gpt-sw3", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "opt", "biogpt"}
-_TABLES |= {"openai-gpt", "ctrl"}
+# Beyond a table of positions there is an index error. All but rotary models have one, and these.
+_NO_TABLE = {"inkling_text", "inkling2_text", "jamba", "kimi_linear", "nemotron_h", "rwkv"}
+_NO_TABLE |= {"xglm", "zamba"}
+# RoBERTa's first rows, up to that of the padding token, are no positions.
+_PADDED = {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"}
+_PADDED |= {"xlm-roberta-xl", "xmod"}
 _FOLDER = "data.path a folder with train.jsonl and eval.jsonl"
 
 
@@ -73,11 +76,14 @@ def require_fit(model: Path, parameters: Prepare, longest: int, last_id: int) ->
             f"{config.vocab_size} ({model}: vocab_size). Change prepare.template or the model."
         )
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if config.model_type in _PADDED:
+        positions -= config.pad_token_id + 1
     if longest > positions:
         fault = (
             f"params.yaml: prepare.max_length is {parameters.max_length}; the longest conversation "
             f"has {longest} tokens, the model {positions} positions ({model})"
         )
-        if config.model_type in _TABLES:
+        rotary = getattr(config, "rope_parameters", None)
+        if not rotary and config.model_type not in _NO_TABLE:
             raise UserError(f"{fault}. Lower prepare.max_length to {positions}.")
         print(f"{fault}. Beyond them it was not trained.", file=sys.stderr)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import BartConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 from stages.shared.core.errors import UserError
 from tests.prepare.helpers import ROWS, Stage, row
@@ -68,9 +68,12 @@ def test_positions_that_the_model_lacks(
     LlamaConfig(vocab_size=384, max_position_embeddings=longest).save_pretrained(stage.model.parent)
     stage.prepare(ROWS)
     assert ("Beyond them it was not trained" in capsys.readouterr().err) == (longest == 12)
-    GPT2Config(vocab_size=384, n_positions=longest).save_pretrained(stage.model.parent)
-    if longest == 64:
-        stage.prepare(ROWS)
-        return
-    with pytest.raises(UserError, match=r"Lower prepare.max_length to 12\."):
-        stage.prepare(ROWS)
+    sizes = {"vocab_size": 384, "max_position_embeddings": longest}
+    padded = RobertaConfig(**sizes | {"max_position_embeddings": longest + 2}, pad_token_id=1)
+    for config in (GPT2Config(vocab_size=384, n_positions=longest), BartConfig(**sizes), padded):
+        config.save_pretrained(stage.model.parent)
+        if longest == 64:
+            stage.prepare(ROWS)
+            continue
+        with pytest.raises(UserError, match=r"Lower prepare.max_length to 12\."):
+            stage.prepare(ROWS)
