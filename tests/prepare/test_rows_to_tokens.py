@@ -84,7 +84,7 @@ class Rows:
         for role, text, weight in turns:
             parts = [{"type": "text", "text": part} for part in re.split("(?<=t)", text)]
             content = self.random.choice([text, text, parts])
-            message = {keys[0]: self.random.choice(ROLES[role]), keys[1]: content}
+            message: dict[str, Any] = {keys[0]: self.random.choice(ROLES[role]), keys[1]: content}
             if role == "assistant" and (not weight or self.random.random() < 0.3):
                 message[self.random.choice(["weight", "train"])] = bool(weight)
             if self.random.random() < 0.1:
