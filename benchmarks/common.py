@@ -103,7 +103,7 @@ class Workspace:
         env = {"QLORA_DEVICE": device}
         env |= {f"QLORA_{name.upper()}": str(value) for name, value in variables.items()}
         self.run("stages.train", env=env)
-        return self.read_json("reports/train.json")
+        return self.read_json("reports/details/train.json") | self.read_json("reports/train.json")
 
     def train_peer(self, name: str, python: str = sys.executable, **job: Any) -> dict[str, Any]:
         """Metrics of the same training by a peer."""

@@ -352,7 +352,8 @@ def measure_processes() -> None:
                 pq.write_table(pq.read_table(ROOT / file).slice(0, count), space.root / file)
             space.run("stages.quantize")
             space.run("stages.train", env=environment)
-            metrics = space.read_json("reports/train.json")
+            metrics = space.read_json("reports/details/train.json")
+            metrics |= space.read_json("reports/train.json")
         predicted, peak = metrics["predicted_memory_bytes"], metrics["peak_memory_bytes"]
         sizes = f"{predicted / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{predicted / peak - 1:+.1%}"
         rows.append((name, metrics["micro_batch_tokens"], *sizes))

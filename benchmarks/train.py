@@ -7,8 +7,8 @@ memory is the whole process. The bound is the time of the step's frozen
 matmuls alone at the machine's matmul rate, measured before each process. Nothing else should run on
 the machine; LD_PRELOAD and QLORA_* have their effect.
 
-Reads:  models/quantized, models/tokenizer, reports/quantize.json of `dvc repro`; the sample, and
-        ../shared/data/conversations where present
+Reads:  models/quantized, models/tokenizer, reports/details/quantize.json of `dvc repro`; the
+        sample, and ../shared/data/conversations where present
 Writes: a table in docs/benchmarks.md
 Run:    make bench
 """
@@ -69,7 +69,7 @@ def bound_operations(work: Workspace, lengths: pd.Series, supervised: pd.Series)
     4·P per token, P the parameters of the blocks' linear layers, and 4·V·h per supervised token.
     """
     config = files.read_json(work.root / "models/quantized/config.json")
-    linear = files.read_json(ROOT / "reports/quantize.json")["linear_parameters"]
+    linear = files.read_json(ROOT / "reports/details/quantize.json")["linear_parameters"]
     head = config["vocab_size"] * config["hidden_size"]
     return 4 * (linear + head * float(supervised.sum() / lengths.sum()))
 

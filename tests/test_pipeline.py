@@ -73,17 +73,16 @@ def metrics(space: Workspace, name: str) -> dict[str, Any]:
     return files.read_json(space.root / "reports" / name)
 
 
-def test_every_metric_of_the_design_is_there(space: Workspace) -> None:
+def test_metrics_are_those_of_the_design_and_no_more(space: Workspace) -> None:
     expected = {
-        "prepare.json": "rows_in rejected duplicates truncated train eval",
+        "prepare.json": "rows_in rejected duplicates leaked truncated train eval",
         "quantize.json": "parameters bytes bits_per_parameter relative_error",
         "train.json": "trainable_parameters steps loss eval_loss best_step stopped_early "
         "peak_memory_bytes predicted_memory_bytes tokens_per_second supervised_tokens_per_second "
         "device optimizer micro_batch_tokens gradient_checkpointing resumed_from_step "
-        "best_epoch generalization_gap padding_fraction packing_efficiency checkpoint_bytes",
-        "environment.json": "versions device threads",
+        "generalization_gap",
         "merge.json": "onto kl_divergence top1_agreement runtime_kl_divergence "
-        "runtime_top1_agreement runtime_dtype bytes",
+        "runtime_top1_agreement bytes",
         **{
             f"evaluate/{v.partition('@')[2]}.json": "loss perplexity bits_per_byte tokens "
             "stop_rate exact_match by_language"
@@ -91,13 +90,16 @@ def test_every_metric_of_the_design_is_there(space: Workspace) -> None:
         },
     }
     for name, keys in expected.items():
-        assert set(keys.split()) <= set(metrics(space, name)), name
-    for split in ("train", "eval"):
-        assert set(metrics(space, "prepare.json")[split]) >= {
-            "conversations",
-            "tokens",
-            "supervised_tokens",
+        assert set(metrics(space, name)) == set(keys.split()), name
+        assert not set(metrics(space, f"details/{name}")) & {*keys.split()} - {
+            *("train", "eval", "by_language")
         }
+    counts = {"conversations", "tokens", "supervised_tokens", "longest_tokens"}
+    for split in ("train", "eval"):
+        assert set(metrics(space, "prepare.json")[split]) == counts
+    assert {"versions", "device"} <= metrics(space, "details/train.json")["environment"].keys()
+    shown = json.loads(space.dvc("metrics", "show", "--json").stdout)[""]["data"]
+    assert not [name for name in shown if "details" in name or "plan" in name]
     assert "<svg" in (space.root / "reports/report.html").read_text()
     assert (space.root / "reports/model_card.md").exists()
 

@@ -2,7 +2,8 @@
 
 Reads:  data/prepared/eval.parquet, data/prepared/format.json, models/tokenizer, and of
         models/{base,quantized,adapter,merged} the variant's own
-Writes: reports/evaluate/<variant>.json, reports/answers/<variant>.json
+Writes: reports/evaluate/<variant>.json, reports/details/evaluate/<variant>.json,
+        reports/answers/<variant>.json
 Run:    python -m stages.evaluate base | quantized | adapter | merged
 """
 
@@ -23,6 +24,9 @@ MODELS = {
     "merged": Path("models/merged"),
 }
 METRICS = Path("reports/evaluate")
+DETAILS = Path("reports/details/evaluate")
+KEYS = ("loss", "perplexity", "bits_per_byte", "tokens", "stop_rate", "exact_match")
+COMPARED = {*KEYS, *(f"by_language.{name}.{key}" for name in ("en", "other") for key in KEYS)}
 ANSWERS = Path("reports/answers")
 
 
@@ -43,7 +47,8 @@ def main(options: Namespace) -> None:
         variant, MODELS[variant], QUANTIZED, TOKENIZER, PREPARED, settings.evaluate
     )
     files.write_json(ANSWERS / f"{variant}.json", answers)
-    files.write_json(METRICS / f"{variant}.json", metrics)
+    name = f"{variant}.json"
+    files.write_report(METRICS / name, DETAILS / name, metrics, COMPARED)
 
 
 if __name__ == "__main__":

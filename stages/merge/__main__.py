@@ -2,7 +2,7 @@
 
 Reads:  models/adapter, models/quantized, models/base, models/tokenizer,
         data/prepared/eval.parquet, data/prepared/format.json
-Writes: models/merged, reports/merge.json
+Writes: models/merged, reports/merge.json, reports/details/merge.json
 Run:    python -m stages.merge
 """
 
@@ -18,6 +18,9 @@ TOKENIZER = Path("models/tokenizer")
 PREPARED = Path("data/prepared")
 MERGED = Path("models/merged")
 METRICS = Path("reports/merge.json")
+DETAILS = Path("reports/details/merge.json")
+COMPARED = {"onto", "kl_divergence", "top1_agreement", "bytes"}
+COMPARED |= {"runtime_kl_divergence", "runtime_top1_agreement"}
 
 
 def main() -> None:
@@ -29,7 +32,7 @@ def main() -> None:
 
     with files.whole_folder(MERGED) as partial:
         metrics = merge(settings.merge, ADAPTER, WEIGHTS, TOKENIZER, PREPARED, partial)
-    files.write_json(METRICS, metrics)
+    files.write_report(METRICS, DETAILS, metrics, COMPARED)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Reads:  data/raw, models/tokenizer, models/base/config.json
 Writes: data/prepared/train.parquet, data/prepared/eval.parquet, data/prepared/rejected.jsonl,
-        data/prepared/format.json, reports/prepare.json
+        data/prepared/format.json, reports/prepare.json, reports/details/prepare.json
 Run:    python -m stages.prepare
 """
 
@@ -17,6 +17,10 @@ TOKENIZER = Path("models/tokenizer")
 MODEL = Path("models/base/config.json")
 PREPARED = Path("data/prepared")
 METRICS = Path("reports/prepare.json")
+DETAILS = Path("reports/details/prepare.json")
+COUNTS = ("conversations", "tokens", "supervised_tokens", "longest_tokens")
+COMPARED = {"rows_in", "rejected", "duplicates", "leaked", "truncated"}
+COMPARED |= {f"{split}.{count}" for split in ("train", "eval") for count in COUNTS}
 
 
 def main() -> None:
@@ -25,7 +29,8 @@ def main() -> None:
     # Imported late: a mistake in params.yaml is told before the seconds that transformers takes.
     from stages.prepare.dataset import prepare  # noqa: PLC0415
 
-    files.write_json(METRICS, prepare(RAW, TOKENIZER, MODEL, PREPARED, settings.prepare))
+    metrics = prepare(RAW, TOKENIZER, MODEL, PREPARED, settings.prepare)
+    files.write_report(METRICS, DETAILS, metrics, COMPARED)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Quantize the base model and measure its quantization error.
 
 Reads:  models/base
-Writes: models/quantized, reports/quantize.json, reports/quantize.svg
+Writes: models/quantized, reports/quantize.json, reports/details/quantize.json,
+        reports/quantize.svg
 Run:    python -m stages.quantize
 """
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 BASE = Path("models/base")
 QUANTIZED = Path("models/quantized")
 REPORT = Path("reports/quantize.json")
+DETAILS = Path("reports/details/quantize.json")
+COMPARED = {"parameters", "bytes", "bits_per_parameter", "relative_error"}
 CHART = Path("reports/quantize.svg")
 
 
@@ -61,7 +64,7 @@ def main() -> None:
     """Run the stage."""
     settings = load(Params, "quantize").quantize
     report = quantize(BASE, QUANTIZED, CHART, settings, machine.device())
-    files.write_json(REPORT, report)
+    files.write_report(REPORT, DETAILS, report, COMPARED)
 
 
 if __name__ == "__main__":

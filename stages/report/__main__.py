@@ -1,8 +1,9 @@
 """Report: one HTML page that opens offline, and the model card.
 
-Reads:  params.yaml, matplotlibrc, reports/{prepare,quantize,train,environment,merge,plan}.json,
-        reports/{quantize,plan}.svg, reports/train/loss.csv, reports/evaluate/<variant>.json,
-        reports/answers/<variant>.json; the commit, dvc.lock
+Reads:  params.yaml, matplotlibrc, reports/{prepare,quantize,train,merge,plan}.json,
+        reports/evaluate/<variant>.json, their reports/details/<stage>.json,
+        reports/answers/<variant>.json, reports/train/loss.csv, reports/{quantize,plan}.svg;
+        the commit, dvc.lock
 Writes: reports/report.html, reports/model_card.md
 Run:    python -m stages.report
 """

@@ -14,31 +14,28 @@ from ruamel.yaml.error import YAMLError
 from stages.shared.core.errors import UserError
 
 VARIANTS = ("base", "quantized", "adapter", "merged")
+STAGES = ("prepare", "quantize", "train", "merge")  # with metrics and details
+REPORTS, DETAILS = Path("reports"), Path("reports/details")
 FILES = {
     "parameters": Path("params.yaml"),
-    "prepare": Path("reports/prepare.json"),
-    "quantize": Path("reports/quantize.json"),
     "quantize_chart": Path("reports/quantize.svg"),
-    "train": Path("reports/train.json"),
-    "environment": Path("reports/environment.json"),
     "history": Path("reports/train/loss.csv"),
-    "merge": Path("reports/merge.json"),
     "plan": Path("reports/plan.json"),
     "plan_chart": Path("reports/plan.svg"),
 }
-EVALUATE, ANSWERS = Path("reports/evaluate"), Path("reports/answers")
+ANSWERS = Path("reports/answers")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Contents of the files; a missing key is shown as a dash later."""
+    """Contents of the files, metrics with their details; a missing key is a dash later."""
 
     parameters: dict[str, Any]
     prepare: dict[str, Any]
     quantize: dict[str, Any]
     quantize_chart: str
     train: dict[str, Any]
-    environment: dict[str, Any]
+    environment: dict[str, Any]  # of the training
     history: pd.DataFrame  # loss.csv; NaN where nothing was measured
     merge: dict[str, Any]
     plan: dict[str, Any]
@@ -50,11 +47,26 @@ class Sources:
 def read(root: Path) -> Sources:
     """Read every input below `root`."""
     answers = {variant: _read(root / ANSWERS / f"{variant}.json") for variant in VARIANTS}
+    reports = {stage: _read_report(root, f"{stage}.json") for stage in STAGES}
     return Sources(
         **{name: _read(root / path) for name, path in FILES.items()},
-        evaluate={variant: _read(root / EVALUATE / f"{variant}.json") for variant in VARIANTS},
+        **reports,
+        environment=reports["train"].pop("environment", {}),
+        evaluate={variant: _read_report(root, f"evaluate/{variant}.json") for variant in VARIANTS},
         answers={variant: content.get("answers") or [] for variant, content in answers.items()},
     )
+
+
+def _read_report(root: Path, name: str) -> dict[str, Any]:
+    """Metrics of a stage joined with its details."""
+    return _join(_read(root / REPORTS / name), _read(root / DETAILS / name))
+
+
+def _join(metrics: Any, details: Any) -> Any:
+    if not (isinstance(metrics, dict) and isinstance(details, dict)):
+        return metrics
+    joined = {key: _join(value, details.get(key)) for key, value in metrics.items()}
+    return joined | {key: value for key, value in details.items() if key not in joined}
 
 
 def _read(path: Path) -> Any:

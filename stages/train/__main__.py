@@ -3,7 +3,7 @@
 Reads:  data/prepared/train.parquet, data/prepared/eval.parquet, models/quantized,
         models/base (for lora.init loftq); data/prepared/format.json, models/tokenizer and
         models/source.json, which go with the adapter
-Writes: models/adapter, reports/train.json, reports/train/loss.csv, reports/environment.json
+Writes: models/adapter, reports/train.json, reports/details/train.json, reports/train/loss.csv
 Run:    python -m stages.train
         Stopped or killed, it resumes from its last checkpoint when it is run again. The loss
         so far is in .checkpoints/<fingerprint>/loss.csv after every step.
@@ -31,7 +31,13 @@ HANDED_OVER = {
 ADAPTER = Path("models/adapter")
 METRICS = Path("reports/train.json")
 CURVE = Path("reports/train/loss.csv")
-ENVIRONMENT = Path("reports/environment.json")
+DETAILS = Path("reports/details/train.json")  # with the machine and versions
+COMPARED = {
+    *("trainable_parameters", "steps", "loss", "eval_loss", "generalization_gap", "best_step"),
+    *("stopped_early", "peak_memory_bytes", "predicted_memory_bytes", "tokens_per_second"),
+    *("supervised_tokens_per_second", "device", "optimizer", "micro_batch_tokens"),
+    *("gradient_checkpointing", "resumed_from_step"),
+}
 
 
 def main() -> None:
@@ -58,8 +64,8 @@ def main() -> None:
             files.link_folder(checkpoints.best, partial)
             hand_over(partial, HANDED_OVER)
         result.history.write(CURVE)
-        files.write_json(METRICS, result.metrics)
-        files.write_json(ENVIRONMENT, result.environment)
+        report = result.metrics | {"environment": result.environment}
+        files.write_report(METRICS, DETAILS, report, COMPARED)
         checkpoints.clear()
 
 

@@ -65,7 +65,7 @@ class Data:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`reports/train.json`, `reports/train/loss.csv` and `reports/environment.json`."""
+    """Metrics, `reports/train/loss.csv`, and the machine."""
 
     metrics: dict[str, Any]
     history: History
@@ -348,7 +348,7 @@ class Recipe:
     # ------------------------------------------------------------------------------------- save
 
     def metrics(self) -> dict[str, Any]:
-        """`reports/train.json`."""
+        """Metrics of `reports/train.json` and `reports/details/train.json`."""
         history, plan, counts = self.history, self.plan, self.counts
         loss = history.train_loss(history.best_step, self.schedule.per_epoch)
         path = f"stock: {plan.unfused_because}"

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from stages.evaluate.__main__ import COMPARED
 from stages.report.sources import VARIANTS
+from stages.shared.core import files as core_files
 
 ROOT = Path(__file__).parents[2]
 SVG = '<?xml version="1.0"?>\n<svg width="9pt" viewBox="0 0 9 9"><g id="figure_1"/></svg>\n'
@@ -56,7 +58,6 @@ def contents() -> dict[str, Any]:
             "bytes": 112_000_000,
             "bits_per_parameter": 4.127,
             "relative_error": 0.095,
-            "errors": {"nf4": 0.095, "fp4": 0.13},
         },
         "reports/train.json": {
             "trainable_parameters": 4_884_480,
@@ -69,15 +70,19 @@ def contents() -> dict[str, Any]:
         },
         "reports/train/loss.csv": "step,epoch,learning_rate,loss,eval_loss,gradient_norm\n"
         "0,0.0,,,2.125,\n1,0.25,0.0002,2.0,,0.5\n2,0.5,0.0001,1.5,1.0,0.4\n",
-        "reports/environment.json": {"versions": {"torch": "2.13.0+cpu"}, "device": "AMD EPYC"},
+        "reports/details/prepare.json": {"dropped_turns": 3, "train": {"languages": {"en": 900}}},
+        "reports/details/quantize.json": {"errors": {"nf4": 0.095, "fp4": 0.13}},
+        "reports/details/train.json": {
+            "workers": 2,
+            "environment": {"versions": {"torch": "2.13.0+cpu"}, "device": "AMD EPYC"},
+        },
+        "reports/details/merge.json": {"runtime_dtype": "bfloat16", "positions": 4096},
         "reports/merge.json": {
             "onto": "quantized",
             "kl_divergence": 1.2e-5,
             "top1_agreement": 0.9976,
             "runtime_top1_agreement": 0.98,
-            "runtime_dtype": "bfloat16",
             "bytes": 269_060_552,
-            "positions": 4096,
         },
         "reports/plan.json": {"note": "predicted", "techniques": {"qlora_nf4": way}},
         "reports/plan.svg": SVG,
@@ -85,7 +90,9 @@ def contents() -> dict[str, Any]:
     }
     for variant in VARIANTS:
         by_language = {"en": metrics(variant), "other": metrics(variant)}
-        files[f"reports/evaluate/{variant}.json"] = metrics(variant) | {"by_language": by_language}
+        compared, rest = core_files.split(metrics(variant) | {"by_language": by_language}, COMPARED)
+        files[f"reports/evaluate/{variant}.json"] = compared
+        files[f"reports/details/evaluate/{variant}.json"] = rest
         files[f"reports/answers/{variant}.json"] = {
             "variant": variant,
             "answers": [answer(variant)],
@@ -94,11 +101,15 @@ def contents() -> dict[str, Any]:
 
 
 def write(root: Path, **changes: Any) -> Path:
-    """Lay all files out below `root`; a changed JSON is named by its stem, or `parent_stem`."""
+    """Lay all files out below `root`; a changed JSON is named by its stem, or `parent_stem`.
+
+    An evaluation that is changed has no details.
+    """
     for name, usual in contents().items():
         path = root / name
         key = path.stem if path.parent.name == "reports" else f"{path.parent.name}_{path.stem}"
         content = changes.get(key, usual) if path.suffix == ".json" else usual
+        content = {} if "details/evaluate" in name and key in changes else content
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     shutil.copy(ROOT / "params.yaml", root)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,33 @@ def write_text(target: Path, text: str) -> None:
 def write_json(target: Path, value: Any) -> None:
     """Write indented JSON; NaN is refused, since JSON has none."""
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_report(
+    metrics: Path, details: Path, values: dict[str, Any], compared: Collection[str]
+) -> None:
+    """Write what DVC compares (dotted keys, `train.tokens`) to `metrics`, the rest to `details`."""
+    kept, rest = split(values, compared)
+    write_json(details, rest)
+    write_json(metrics, kept)
+
+
+def split(
+    values: dict[str, Any], compared: Collection[str], prefix: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split nested values: those of the dotted keys, and all others."""
+    kept: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name in compared:
+            kept[key] = value
+        elif any(other.startswith(f"{name}.") for other in compared):
+            kept[key], others = split(value, compared, f"{name}.")
+            rest |= {key: others} if others else {}
+        else:
+            rest[key] = value
+    return kept, rest
 
 
 def read_json(path: Path) -> Any:
