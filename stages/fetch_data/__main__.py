@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from pydantic import Field
+
 from stages.fetch_data import formats, sources
 from stages.fetch_data.sources import Part
 from stages.shared.core import files, params
@@ -30,27 +32,38 @@ class Data(params.Section):
     revision: str | None
 
 
+class RowLimit(params.BorrowedSection):
+    """What `fetch_data` reads of the section `prepare`."""
+
+    max_row_bytes: int = Field(ge=1000, le=10**8)
+
+
 class Params(params.Section):
     """Sections that dvc.yaml declares for this stage."""
 
     data: Data
+    prepare: RowLimit
 
 
-def fetch(data: Data, raw: Path) -> None:
+def fetch(data: Data, raw: Path, max_row_bytes: int) -> None:
     """Write `raw/<split>.jsonl` and `raw/source.json`."""
     if data.source == "hub":
         repository = pin("dataset", data.repo, data.revision)
         with download_folder(repository) as folder:
-            written = write(sources.fetch(repository, data.config, folder), raw)
+            parts = sources.fetch(repository, data.config, folder)
+            written = write(parts, raw, max_row_bytes)
         pinned = {"repo": data.repo, "revision": data.revision, "config": data.config}
     else:
         with TemporaryDirectory(dir=raw) as scratch:
-            written = write(sources.find(Path(data.path), data.config), raw, Path(scratch, "copy"))
+            parts = sources.find(Path(data.path), data.config)
+            written = write(parts, raw, max_row_bytes, Path(scratch, "copy"))
         pinned = {}
     files.write_json(raw / "source.json", {"source": data.source, **pinned, "files": written})
 
 
-def write(parts: list[Part], raw: Path, copy: Path | None = None) -> list[dict[str, Any]]:
+def write(
+    parts: list[Part], raw: Path, max_row_bytes: int, copy: Path | None = None
+) -> list[dict[str, Any]]:
     """Write all rows; the entries of `source.json`.
 
     A local file may change meanwhile, so it is hashed and read from `copy`.
@@ -60,7 +73,7 @@ def write(parts: list[Part], raw: Path, copy: Path | None = None) -> list[dict[s
     lines = {"train": 0, "eval": 0}
     for part in parts:
         path = shutil.copyfile(part.path, copy) if copy else part.path
-        unit, rows = formats.read(part.path, part.name, path)
+        unit, rows = formats.read(part.path, part.name, path, max_row_bytes)
         entry: dict[str, Any] = {"split": part.split, "name": part.name}
         entry |= {"sha256": files.sha256(path), "bytes": path.stat().st_size}
         written.append({**entry, "first_line": lines[part.split] + 1, "counted_in": unit})
@@ -75,9 +88,9 @@ def write(parts: list[Part], raw: Path, copy: Path | None = None) -> list[dict[s
 
 def main() -> None:
     """Read parameters, fetch."""
-    data = params.load(Params, "fetch_data").data
+    settings = params.load(Params, "fetch_data")
     with files.whole_folder(RAW) as raw:
-        fetch(data, raw)
+        fetch(settings.data, raw, settings.prepare.max_row_bytes)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ _DROPPED = re.compile(
     r"|(use_)?return_dict(_in_generate)?|torchscript|use_bfloat16|gradient_checkpointing"
     r"|device_map|use_kernels|kernel_config|compile_config"
 )
+# Ids beyond the embedding: some models have a padding token there, which is never used.
+_UNUSED_IDS = 1024
+_LARGEST_VOCABULARY = 1 << 22
 _PROBE = "Two plus two is 4.\n\n\tДва и два — 四。 <|im_end|></s> def f(x): return</s>x  # 🙂"
 
 
@@ -185,6 +188,7 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
     if original.eos_token_id is None:
         what = "its tokenizer has no eos_token, and a reply could not end"
         raise UserError(f"{name}: {what}. Name it in {TOKENIZER_CONFIG}.")
+    _require_embedded(original, checkpoint)
     original.save_pretrained(target)
     config = target / TOKENIZER_CONFIG
     settings = _portable(_read(config, name))
@@ -194,6 +198,20 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
     if _fingerprint(_load_tokenizer(target, name)) != _fingerprint(original):
         what = "its tokenizer encodes text differently without the model's config"
         raise UserError(f"{name}: {what}. Choose another model.")
+
+
+def _require_embedded(tokenizer: "PreTrainedTokenizerBase", checkpoint: Checkpoint) -> None:
+    """Refuse ids far beyond the embedding: arrays are as long as the largest."""
+    text_config = checkpoint.config.get("text_config")
+    config = text_config if isinstance(text_config, dict) else checkpoint.config
+    size = config.get("vocab_size")
+    size = min(size if isinstance(size, int) else _LARGEST_VOCABULARY, _LARGEST_VOCABULARY)
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= size + _UNUSED_IDS:
+        raise UserError(
+            f"{checkpoint.name}: its tokenizer has the token id {last}, its {CONFIG} a vocabulary "
+            f"of {size}. Fetch the tokenizer of this model."
+        )
 
 
 def _load_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":

@@ -13,11 +13,12 @@ class Prepare(Section):
     format: Literal["auto", "guanaco", "messages", "alpaca"]
     template: Literal["guanaco", "llama2", "chatml", "tokenizer"]
     train_on: Literal["assistant", "last", "all"]
-    max_length: Annotated[int, Field(ge=2)]  # tokens
-    max_rows: Annotated[int, Field(ge=1)] | None
+    max_length: Annotated[int, Field(ge=2, le=1 << 20)]  # tokens
+    max_row_bytes: Annotated[int, Field(ge=1000, le=10**8)]
+    max_rows: Annotated[int, Field(ge=1, le=10**9)] | None
     max_rejected: Annotated[float, Field(ge=0, le=1)]
     eval_fraction: Annotated[float, Field(gt=0, lt=1)]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Params(Section):

@@ -26,7 +26,15 @@ from stages.prepare import limits
 from stages.prepare.config import Prepare
 from stages.prepare.forms import parse
 from stages.prepare.loss_mask import Example, ExampleEncoder
-from stages.prepare.rows import SPLITS, Source, Split, find_sources, parse_line, read_lines
+from stages.prepare.rows import (
+    SPLITS,
+    Source,
+    Split,
+    find_sources,
+    parse_line,
+    read_lines,
+    require_length,
+)
 from stages.prepare.splitting import OUTCOMES, Splitter, digest_of, is_held_out
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import Conversation, RejectedRow, conversation_id
@@ -75,6 +83,7 @@ def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Tabl
         if row.strip():
             rows.append({"line": line})
             try:
+                require_length(row, parameters.max_row_bytes)
                 parsed.append((rows[-1], parse(parse_line(row), parameters.format)))
             except RejectedRow as reason:
                 rows[-1]["reason"] = _printable(str(reason))
@@ -131,7 +140,12 @@ def encode_chunks(
             read_lines,
             features=Features.from_arrow_schema(LINES),
             cache_dir=str(cache),
-            gen_kwargs={"path": str(source.path), "max_bytes": CHUNK_BYTES, **start},
+            gen_kwargs={
+                "path": str(source.path),
+                "max_bytes": CHUNK_BYTES,
+                "max_row_bytes": arguments["parameters"].max_row_bytes,
+                **start,
+            },
             fingerprint="lines",
         )
         last, before = lines[-1], start["position"]

@@ -42,16 +42,29 @@ def find_sources(folder: Path) -> dict[Split, Source]:
     return {split: Source(split, folder / f"{split}.jsonl", some) for split, some in parts.items()}
 
 
-def read_lines(path: str, position: int, line: int, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """Read `LINES` from byte `position`, line number `line`, to the first past `max_bytes`."""
+def read_lines(
+    path: str, position: int, line: int, max_bytes: int, max_row_bytes: int
+) -> Iterator[dict[str, Any]]:
+    """Read `LINES` from byte `position`, line number `line`, to the first past `max_bytes`.
+
+    Of a row that is too long the first bytes are read, one more than `max_row_bytes`.
+    """
     end = position + max_bytes
     with Path(path).open("rb") as file:
         file.seek(position)
-        for number, row in enumerate(file, start=line):
-            position += len(row)
-            yield {"line": number, "row": row, "position": position}
-            if position >= end:
-                return
+        while position < end and (row := file.readline(max_row_bytes + 1)):
+            rest = row
+            while len(row) > max_row_bytes and rest and not rest.endswith(b"\n"):
+                rest = file.readline(1 << 20)
+            position = file.tell()
+            yield {"line": line, "row": row, "position": position}
+            line += 1
+
+
+def require_length(row: bytes, max_row_bytes: int) -> None:
+    """Reject a row of which `read_lines` read the beginning alone."""
+    if len(row) > max_row_bytes:
+        raise RejectedRow(f"longer than prepare.max_row_bytes, {max_row_bytes:,}")
 
 
 def parse_line(row: bytes) -> dict[str, Any]:

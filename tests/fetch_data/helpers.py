@@ -29,11 +29,11 @@ def arrow(rows: list[dict[str, Any]], stream: bool) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def from_file(path: Path, raw: Path, **changes: Any) -> dict[str, Any]:
+def from_file(path: Path, raw: Path, max_row_bytes: int = 10**7, **changes: Any) -> dict[str, Any]:
     """Run the stage; its source.json."""
     values = {"source": "file", "path": str(path), "repo": "me/set", "revision": hubs.COMMIT}
     with files.whole_folder(raw) as partial:
-        fetch(Data(**{**values, "config": None, **changes}), partial)
+        fetch(Data(**{**values, "config": None, **changes}), partial, max_row_bytes)
     return json.loads((raw / "source.json").read_text())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from stages.fetch_data import formats
 from stages.shared.core.errors import UserError
 from tests.fetch_data.helpers import CSV, JSONL, ROWS, arrow, from_file, parquet, rows
 
@@ -180,3 +181,79 @@ def test_encoding_is_named_with_the_command(iconv: str, name: str, tmp_path: Pat
     )
     packed = refusal(tmp_path, f"{name}.gz", gzip.compress(content))
     assert packed == f"{name}.gz:1: is not UTF-8. Unpack it and save it as UTF-8."
+
+
+LONG = {"text": "a" * 5000}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.arrow"])
+def test_long_row_becomes_its_reason(name: str, tmp_path: Path) -> None:
+    content = {
+        ".parquet": parquet,
+        ".arrow": lambda made: arrow(made, stream=True),
+        ".json": lambda made: json.dumps(made).encode(),
+    }.get(Path(name).suffix, lambda made: b"".join(json.dumps(r).encode() + b"\n" for r in made))
+    data = content([ROWS[0], LONG, ROWS[1]])
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("z") else data)
+    from_file(tmp_path / name, tmp_path / "raw", max_row_bytes=4000 if name != "a.json" else 5000)
+    reason = rows(tmp_path / "raw/train.jsonl")
+    assert reason[::2] == ROWS[:2]
+    assert reason[1].startswith("longer than prepare.max_row_bytes, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (
+            "a.jsonl",
+            b'{"a": "' + b"x" * 9000 + b'"}',
+            "a.jsonl:1: no line is .* [(]longer than prep",
+        ),
+        (
+            "a.json",
+            b'[{"a": 1},\n{"a": "' + b"x" * 9000 + b'"}]',
+            "a.json:2: item 2 is longer than",
+        ),
+        ("a.csv", b"a\n" + b"x" * 9000, "a.csv:2: a row is longer than prepare.max_row_bytes"),
+        ("a.csv", b'a\n1\n"' + b"x\n" * 9000, "a.csv:1502: a row is longer than prepare.max_row"),
+    ],
+)
+def test_row_that_cannot_be_passed_over_ends_in_one_line(
+    name: str, content: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "_BLOCK", 1000)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        from_file(tmp_path / name, tmp_path / "raw", max_row_bytes=3000)
+
+
+def _wide_bomb() -> bytes:
+    """One row of 4 GB in a few kB: a list of references to one text."""
+    text = pa.array(["x" * 1_000_000])
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), text)
+    return parquet(pa.table({"text": pa.ListArray.from_arrays([0, 4000], words)}))
+
+
+def _long_bomb() -> bytes:
+    """Many rows, each within the limit, 60 GB in all."""
+    text = pa.array(["x" * 1_000_000])
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 60_000, pa.int32()), text)
+    return parquet(pa.table({"text": words}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.parquet", _wide_bomb, "row 1 or one after it takes more than 1.1 GB of memory"),
+        ("a.parquet", _long_bomb, "expands to more than 0.0 GB"),
+        ("a.jsonl.gz", lambda: gzip.compress(JSONL * 200_000), "expands to more than 0.0 GB"),
+    ],
+)
+def test_file_that_expands_without_end_is_refused(
+    name: str, content: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "_SMALL", 10**6)
+    packed = content()
+    assert len(packed) < 2 * 10**6
+    monkeypatch.setattr(formats, "_EXPANSION", 1)
+    assert re.search(reason, refusal(tmp_path, name, packed))

@@ -127,6 +127,20 @@ def test_model_that_cannot_be_tuned_is_refused(
     refused(from_path(mine), reason, tmp_path / "out")
 
 
+@pytest.mark.parametrize("beyond", [1023, 1024, 2**31])
+def test_token_ids_are_bounded_by_the_embedding(beyond: int, mine: Path, tmp_path: Path) -> None:
+    size = json.loads((mine / CONFIG).read_text())["vocab_size"]
+    tokenizer = json.loads((mine / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[max(vocabulary, key=lambda token: vocabulary[token])] = size + beyond
+    (mine / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if beyond < 1024:
+        fetched(from_path(mine), tmp_path / "out")
+    else:
+        reason = f"has the token id {size + beyond}, its config.json a vocabulary of {size}"
+        refused(from_path(mine), reason, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -14,6 +14,7 @@ DEFAULTS: dict[str, Any] = {
     "template": "chatml",
     "train_on": "assistant",
     "max_length": 64,
+    "max_row_bytes": 100_000,
     "max_rows": None,
     "max_rejected": 0.0,
     "eval_fraction": 0.3,

@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.prepare import dataset
+from stages.prepare.__main__ import COMPARED
 from stages.prepare.config import Prepare
 from stages.prepare.dataset import SCHEMA
 from stages.shared.chat.conversation import conversation_id
 from stages.shared.chat.templates import read_format
+from stages.shared.core import files
 from tests import tiny, workspace
 from tests.prepare.helpers import DEFAULTS, ROWS, Stage, row
 
@@ -244,7 +246,8 @@ def test_as_a_user_runs_it(stage: Stage, tmp_path: Path) -> None:
     good = made.stage("prepare")
     assert good.returncode == 0, good.stderr
     written: dict[str, Any] = json.loads((made.root / "reports/prepare.json").read_text("utf-8"))
-    assert written == figures
+    details = json.loads((made.root / "reports/details/prepare.json").read_text("utf-8"))
+    assert (written, details) == files.split(figures, COMPARED)
     (stage.raw / "train.jsonl").write_text('{"text": "### Human: two"}\n', encoding="utf-8")
     bad = made.stage("prepare")
     assert bad.returncode == 1

@@ -50,16 +50,28 @@ def test_a_line_is_rejected_with_its_fault(line: bytes, reason: str) -> None:
 def test_lines_are_read_from_any_of_them_on(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"one\n\nthree\nfour")
-    whole = [*rows.read_lines(str(path), 0, 1, 1000)]
+    whole = [*rows.read_lines(str(path), 0, 1, 1000, 1000)]
     assert [(row["line"], row["row"]) for row in whole] == [
         *((1, b"one\n"), (2, b"\n"), (3, b"three\n"), (4, b"four"))
     ]
     parts: list[dict[str, Any]] = []
     at, line = 0, 1
     while at < path.stat().st_size:
-        parts += rows.read_lines(str(path), at, line, max_bytes=5)
+        parts += rows.read_lines(str(path), at, line, max_bytes=5, max_row_bytes=1000)
         at, line = parts[-1]["position"], parts[-1]["line"] + 1
     assert parts == whole
+
+
+def test_long_line_is_read_in_part_and_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"one\n" + b"x" * (3 << 20) + b"\nthree\n" + b"y" * 50)
+    read = [*rows.read_lines(str(path), 0, 1, 1 << 30, 10)]
+    assert [(row["line"], row["row"]) for row in read] == [
+        *((1, b"one\n"), (2, b"x" * 11), (3, b"three\n"), (4, b"y" * 11))
+    ]
+    assert read[-1]["position"] == path.stat().st_size
+    with pytest.raises(RejectedRow, match=r"longer than prepare\.max_row_bytes, 10"):
+        rows.require_length(read[1]["row"], 10)
 
 
 def test_the_place_of_a_row_is_that_of_the_users_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.shared.chat.conversation import Message, RejectedRow, Role
 from stages.shared.chat.tokenizer import added_tokens, pattern_of, special_prefix
-from stages.shared.core import files
+from stages.shared.core import bounds, files
 from stages.shared.core.errors import UserError
 
 Span = tuple[int, int]
@@ -60,6 +60,7 @@ _JINJA = {
 _DATE = '{% set date_string = "26 Jul 2024" %}'
 _TURNS: tuple[Role, ...] = ("user", "assistant") * 2
 _PROBES: tuple[tuple[Role, ...], ...] = (_TURNS, ("system", *_TURNS))
+_WRITTEN = 1 << 20  # characters that a template may add to the messages
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 
 
@@ -175,16 +176,22 @@ class Template:
 
     def _apply(self, messages: Sequence[tuple[str, str]], prompt: bool) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [{"role": role, "content": content} for role, content in messages],
-                    chat_template=self.chat_template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    # Today's date would change the tokens daily: calling it is an error.
-                    **({"strftime_now": None} if self._own else {}),
+            with bounds.limited():
+                text = str(
+                    self._tokenizer.apply_chat_template(
+                        [{"role": role, "content": content} for role, content in messages],
+                        chat_template=self.chat_template,
+                        tokenize=False,
+                        add_generation_prompt=prompt,
+                        # Today's date would change the tokens daily: calling it is an error.
+                        **({"strftime_now": None} if self._own else {}),
+                    )
                 )
-            )
+            if len(text) > _WRITTEN + 2 * sum(len(content) for _, content in messages):
+                raise bounds.Exceeded(f"writes more than {_WRITTEN:,} characters of its own")
+            return text
+        except bounds.Exceeded as exceeded:
+            raise self._unfit(str(exceeded)) from exceeded
         except TypeError as error:
             today = "strftime_now" in self.chat_template
             raise self._unfit("prints today's date" if today else f"fails: {error}") from None
@@ -217,8 +224,11 @@ class Template:
         written = set[str]()
         for role in roles if other else ():
             for turns in ((role,), ("user", role), (role, "user"), ("user", "assistant", role)):
-                with contextlib.suppress(RejectedRow, UserError):
+                try:
                     written.add(self._apply(_placeholders(turns), True))
+                except (RejectedRow, UserError) as error:
+                    if isinstance(error.__cause__, bounds.Exceeded):
+                        raise
         text = "\n".join(written)
         return special | {token for token in other if token.strip() and token in text}
 

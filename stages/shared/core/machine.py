@@ -4,6 +4,7 @@ From the environment or a git-ignored `.env` at the repository's root; no stage 
 """
 
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,15 @@ from dotenv import dotenv_values
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from stages.shared.core.bounds import require_regular
 from stages.shared.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 PREFIX = "QLORA_"
+# What libraries and pip read from the environment alone: in .env it would have no effect.
+_ENVIRONMENT_ONLY = re.compile(r"(HF|HUGGING_?FACE|TRANSFORMERS|PIP|CUDA|DVC)_.*|.*_PROXY", re.I)
 
 
 class Machine(BaseSettings):
@@ -29,14 +33,14 @@ class Machine(BaseSettings):
     )
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int | None = Field(default=None, ge=1)  # how many share a step; unset: all GPUs
-    workers: int | None = Field(default=None, ge=1)  # accepted, without effect: see `machine`
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    devices: int | None = Field(default=None, ge=1, le=1024)  # share a step; unset: all GPUs
+    workers: int | None = Field(default=None, ge=1, le=1024)  # without effect: see `machine`
+    micro_batch_tokens: int | None = Field(default=None, ge=1, le=2**24)
     gradient_checkpointing: bool | None = None
     fused: bool = True  # false: a step is computed by the library's own modules
-    memory_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # GiB
-    checkpoint_steps: int = Field(default=25, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    memory_budget: float | None = Field(default=None, gt=0, le=1e6, allow_inf_nan=False)  # GiB
+    checkpoint_steps: int = Field(default=25, ge=1, le=10**9)
+    keep_checkpoints: int = Field(default=2, ge=1, le=10**6)
     verify: bool = False  # true: every dependency is hashed before it is read, not just new ones
 
 
@@ -48,9 +52,15 @@ def root() -> Path:
 @cache
 def machine() -> Machine:
     """The settings of this machine, read once; a wrong value or name raises a UserError."""
-    file = root() / ".env"
+    file = require_regular(root() / ".env")
     try:
-        _refuse_unknown({*os.environ, *dotenv_values(file)})
+        values = dotenv_values(file)
+        _refuse_unknown({*os.environ, *values})
+        for name in filter(_ENVIRONMENT_ONLY.fullmatch, values):
+            raise UserError(
+                f"{name} ({file}): only QLORA_* are read from there. Remove it, and export it in "
+                "your shell (a token: or run `hf auth login`)."
+            )
         settings = Machine(_env_file=file)
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {error.start} is not UTF-8. Save it as UTF-8.") from None

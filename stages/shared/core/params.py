@@ -1,6 +1,7 @@
 """Parameters of params.yaml, checked against the schema of each stage."""
 
 import importlib
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
-from stages.shared.core import integrity, progress
+from stages.shared.core import bounds, integrity, progress
 from stages.shared.core.errors import UserError
 
 FILE = Path("params.yaml")
@@ -46,6 +47,7 @@ def load(schema: type[P], stage: str) -> P:
         import dvc.api  # noqa: PLC0415
         from dvc.exceptions import DvcException  # noqa: PLC0415
 
+    bounds.require_small_yaml(FILE)
     try:
         values = dvc.api.params_show(stages=stage)
     except DvcException as error:
@@ -104,8 +106,12 @@ def _known_keys(schema: type[BaseModel], path: list[str]) -> str:
     return ", ".join(fields) or "none at all"
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
+
+
 def _show(value: Any) -> str:
-    return f"the text {value!r}" if isinstance(value, str) else repr(value)
+    return f"the text {_SHORT.repr(value)}" if isinstance(value, str) else _SHORT.repr(value)
 
 
 def _is_number(text: str) -> bool:

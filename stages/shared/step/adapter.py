@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from inspect import signature
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from stages.shared.core import files
+from stages.shared.core import bounds, files
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.shared.step import initialisation, targets
@@ -34,6 +35,7 @@ def load_for_lora(
     `original` is the folder of the weights before quantization, for LoftQ.
     """
     base = loading.load_model(folder, device)
+    _refuse_endless_pattern(base, lora)
     targets.refuse_without_experts(base, lora)
     _refuse_for_precision(base, lora, device)
     rank, alpha = initialisation.rank_and_alpha(lora)
@@ -152,6 +154,19 @@ def _refuse_for_precision(base: PreTrainedModel, lora: Lora, device: torch.devic
                     f"lora.modules_to_save: {end!r} takes in {name}, whose quantized weights have "
                     "no gradient. Name dense modules, such as lm_head."
                 )
+
+
+def _refuse_endless_pattern(base: PreTrainedModel, lora: Lora) -> None:
+    """Match names as peft does; `(.*)*x` takes exponential time."""
+    try:
+        with bounds.limited():
+            for name, _ in base.named_modules() if isinstance(lora.target_modules, str) else ():
+                re.fullmatch(lora.target_modules, name)
+    except bounds.Exceeded as exceeded:
+        raise UserError(
+            f"lora.target_modules: {lora.target_modules!r:.80} {exceeded} to match the names of "
+            "this model's modules. Write a simpler pattern, or a list of names."
+        ) from None
 
 
 def _refuse_embedding_with_mask(model: PeftModel) -> None:

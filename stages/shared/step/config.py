@@ -8,14 +8,14 @@ from pydantic import Field, field_validator
 from stages.shared.core.params import Section
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**8)]
 
 
 class Lora(Section):
     """`lora`: the shape of the adapter."""
 
-    r: Count
-    alpha: Annotated[float, Field(gt=0)]
+    r: Annotated[int, Field(ge=1, le=65_536)]
+    alpha: Annotated[float, Field(gt=0, le=1e6)]
     dropout: Fraction
     target_modules: str | list[str]
     experts: bool | None
@@ -51,13 +51,13 @@ class Train(Section):
     """`train`: what is trained, on how much, and how fast."""
 
     method: Literal["lora", "full"]
-    epochs: Count
+    epochs: Annotated[int, Field(ge=1, le=10_000)]
     max_steps: Count | None
-    batch_size: Count
-    learning_rate: Annotated[float, Field(gt=0)]
+    batch_size: Annotated[int, Field(ge=1, le=65_536)]
+    learning_rate: Annotated[float, Field(gt=0, le=10)]
     scheduler: Literal["cosine", "linear", "constant"]
     warmup: Fraction
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0, le=10)]
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)]  # .inf: never clipped
     optimizer: Literal["adamw", "adamw_8bit"]
     router_aux_loss: Annotated[float, Field(ge=0)] | None

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.core import bounds
 from stages.shared.core.errors import UserError
 from tests import tiny, vocabularies
 from tests.conversations import FORGED, PLAIN, assistant, system, user
@@ -132,6 +133,28 @@ def test_template_that_cannot_be_trained_on_is_refused(
     with pytest.raises(UserError, match=reason) as error:
         templates.make("tokenizer", with_template(chat_template))
     assert str(error.value).startswith("params.yaml: prepare.template is 'tokenizer'")
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "reason"),
+    [
+        (OWN + LOOP, "takes more than 0.05 seconds of CPU time"),
+        (OWN + "{% if messages[-1]['role'] == 'tool' %}" + LOOP + "{% endif %}", "takes more than"),
+        (OWN + "{{ 'x' * 10**11 }}", "takes more than 1.1 GB of memory"),
+        (OWN + "{{ 'x' * 5000000 }}", "writes more than 1,048,576 characters of its own"),
+    ],
+)
+def test_template_without_bound_is_refused(
+    chat_template: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "SECONDS", 0.05)
+    tokenizer = with_template(chat_template)
+    tokenizer.add_tokens("<role>")  # so that every role is tried
+    with pytest.raises(UserError, match=f"the chat template {reason}"):
+        templates.make("tokenizer", tokenizer)
 
 
 def test_template_needs_no_generation_prompt_without_a_lead() -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from stages.shared.core import errors, files
 from tests import workspace
-from tests.test_contract import ROOT, STAGE_FOLDERS, declared, python_files
+from tests.test_contract import ROOT, STAGE_FOLDERS, declared, python_files, sections
 from tests.workspace import Workspace
 
 TOOLS = sorted(
@@ -48,7 +48,7 @@ def test_help_and_unknown_arguments_run_nothing(space: Workspace, command: str) 
         stage = next(body for name, body in declared().items() if command[7:] == name.split("@")[0])
         assert "Reads:" in shown.stdout and "Writes:" in shown.stdout
         values = yaml.safe_load((space.root / "params.yaml").read_text())
-        for section in stage["params"]:
+        for section in sections(stage):
             assert f"\n{section}:" in shown.stdout
             assert all(f"\n  {key}:" in shown.stdout for key in values[section])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from stages.shared.core import files, machine
+from stages.shared.core import bounds, files, machine
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.shared.step import adapter, masters
@@ -112,6 +112,12 @@ def test_impossible_adapter_is_refused_in_one_line(
         load(tmp_path, **lora)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < (340 if lora == {"target_modules": ".*"} else 161)
+
+
+def test_pattern_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"^lora.target_modules: '\(\.\*\)\*x' takes more than 0.1"):
+        load(tmp_path, target_modules="(.*)*x")
 
 
 @pytest.mark.parametrize(
