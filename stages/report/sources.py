@@ -47,7 +47,7 @@ class Sources:
 def read(root: Path) -> Sources:
     """Read every input below `root`."""
     answers = {variant: _read(root / ANSWERS / f"{variant}.json") for variant in VARIANTS}
-    reports = {stage: _read_report(root, f"{stage}.json") for stage in STAGES}
+    reports: dict[str, Any] = {stage: _read_report(root, f"{stage}.json") for stage in STAGES}
     return Sources(
         **{name: _read(root / path) for name, path in FILES.items()},
         **reports,
