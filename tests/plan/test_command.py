@@ -13,7 +13,9 @@ from stages.plan import __main__ as stage
 from stages.plan import charts, figures, sources, this_machine
 from stages.shared.core.errors import UserError
 from stages.shared.step.count import StepCounter
+from tests import hub as hubs
 from tests import tiny, workspace
+from tests.hub import COMMIT
 from tests.plan.cases import DATA, settings, written
 
 
@@ -48,6 +50,24 @@ def test_model_is_named_by_folder_file_or_shipped_name(tmp_path: Path, name: str
     given = {"folder": tmp_path, "file": tmp_path / "config.json", "shipped": "Llama-3-8B"}[name]
     assert sources.config_path(str(given)).is_file()
     assert sources.config_path(None) == sources.BASE
+
+
+@pytest.mark.parametrize(("suffix", "said"), [("", "main"), (f"@{COMMIT}", "pinned")])
+def test_model_of_the_hub_is_one_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    suffix: str,
+    said: str,
+) -> None:
+    with hubs.serve_here(monkeypatch, tmp_path) as hub:
+        hub.repositories["me/tiny"] = {"config.json": b"{}", "model.safetensors": b"large"}
+        assert sources.config_path(f"me/tiny{suffix}").read_text() == "{}"
+        with pytest.raises(UserError, match=r"me/none"):
+            sources.config_path("me/none")
+    assert capsys.readouterr().out.startswith(f"me/tiny at {COMMIT} ({said})\n")
+    got = [path for path, _ in hub.requests if path.startswith("GET ") and "me/tiny" in path]
+    assert got and all(path.endswith("/config.json") for path in got)
 
 
 def test_model_that_is_missing_is_told_with_those_that_exist(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from benchmarks.memory import Setting
 from stages.plan.sources import CONFIGS
 from stages.shared.core.errors import UserError
 from stages.shared.step import architecture, count, dry_run
-from stages.shared.step.count import StepCounter, undominated
+from stages.shared.step.count import StepCounter, few, undominated
 from stages.shared.step.limits import GIB
 from stages.shared.step.setup import MicroBatch, TrainingSetup
 
@@ -180,7 +180,17 @@ def test_undominated_micro_batches_decide() -> None:
     random = torch.Generator().manual_seed(0)
     sizes = torch.randint(2, 2000, (300, 2), generator=random).tolist()
     batches = [MicroBatch((max(pair),), min(pair)) for pair in sizes]
-    few = undominated(batches)
-    assert 1 < len(few) < 40
+    kept = undominated(batches)
+    assert 1 < len(kept) < 40
     for batch in batches:
-        assert any(b.tokens >= batch.tokens and b.supervised >= batch.supervised for b in few)
+        assert any(b.tokens >= batch.tokens and b.supervised >= batch.supervised for b in kept)
+
+
+def test_few_of_many_micro_batches_are_counted() -> None:
+    """Those that are largest in one size are among them."""
+    batches = [MicroBatch((2 * n, 200 - n), 300 - 2 * n) for n in range(20, 60)]
+    chosen = few(batches)
+    assert len(chosen) == count.MOST_COUNTED < len(batches)
+    for size in range(5):
+        assert max(b.sizes[size] for b in chosen) == max(b.sizes[size] for b in batches)
+    assert sorted(few(batches[:3]), key=batches.index) == batches[:3]
