@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -33,7 +32,7 @@ from torch.multiprocessing import (  # type: ignore[attr-defined]
 )
 
 from stages.shared.core.errors import Stopped, UserError
-from stages.train.interruption import HEARD, Interruption
+from stages.train.interruption import HEARD, SET_UP, Interruption
 
 PATIENCE = timedelta(days=7)  # of a process, for another that evaluates or writes a checkpoint
 BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's
@@ -60,15 +59,13 @@ class Group:
 
         In flat buckets: one by one, the adapter's 420 gradients take 0.4 of a step's 1.1 seconds.
         """
-        if self.size > 1:
-            for bucket in _take_tensors(list(tensors), BUCKET_BYTES):
-                flat = _flatten_dense_tensors(bucket)
-                with _peers():
-                    distributed.all_reduce(flat)
-                for tensor, total in zip(
-                    bucket, _unflatten_dense_tensors(flat, bucket), strict=True
-                ):
-                    tensor.copy_(total)
+        for bucket in _buckets(tensors) if self.size > 1 else ():
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            with _peers():
+                distributed.all_reduce(flat)
+            totals = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, total in zip(bucket, totals, strict=True):
+                tensor.copy_(total.view_as(tensor))
 
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether it is so in any of the processes."""
@@ -83,6 +80,19 @@ class Group:
         if self.size > 1:
             with _peers():
                 distributed.barrier()
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Runs of tensors of one dtype, of at most `BUCKET_BYTES` or one tensor."""
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        size = sum(other.nbytes for other in bucket) + tensor.nbytes
+        if bucket and (size > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 @contextmanager
@@ -145,8 +155,7 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
             answer = agent.result()[0]
         except ChildFailedError as failed:
             if stop.heard and not errors.first():  # one left its setup, and the others lost it
-                message = f"training was ended by {stop.heard.name} while it was set up; "
-                raise Stopped(message + "`dvc repro` begins where it began", stop.heard) from None
+                raise stop.stopped(SET_UP) from None
             raise (errors.first() or _ended(failed, size)) from None
     if isinstance(answer, Stopped):
         raise answer

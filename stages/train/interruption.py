@@ -6,7 +6,10 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
+from stages.shared.core.errors import Stopped
+
 HEARD = (signal.SIGTERM, signal.SIGINT)
+SET_UP = "while it was set up; `dvc repro` begins where it began"
 
 
 class Interrupted(BaseException):
@@ -33,6 +36,11 @@ class Interruption:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def stopped(self, when: str) -> Stopped:
+        """The exception that ends a training, "after step 25"."""
+        heard = self.heard or signal.SIGTERM  # another process's, whose kind is not known
+        return Stopped(f"training was ended by {heard.name} {when}", heard)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.heard is None:
