@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from stages.fetch_data.formats import SUPPORTED, is_readable
+from stages.shared.core.bounds import require_regular
 from stages.shared.core.errors import UserError
 from stages.shared.hub.repository import Repository, download, require_inside
 
@@ -38,7 +39,8 @@ class Part:
 def find(path: Path, config: str | None) -> list[Part]:
     """Local files: one file, a folder with train.* and eval.*, or one laid out as on the hub."""
     if path.is_dir():
-        names = [f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file()]
+        found = [f for f in path.rglob("*") if not f.is_dir() and f.exists()]
+        names = [f.relative_to(path).as_posix() for f in map(require_regular, found)]
         chosen = _by_stem(names, path) or choose(names, path / _CARD, config, str(path))
         paths = [(split, path / name) for split, names in chosen.items() for name in names]
         return [Part(split, file, str(file)) for split, file in paths]

@@ -40,6 +40,7 @@ from stages.shared.chat import templates
 from stages.shared.chat.conversation import Conversation, RejectedRow, conversation_id
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import files, progress
+from stages.shared.core.display import visible
 
 SCHEMA = pa.schema(
     {
@@ -86,13 +87,13 @@ def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Tabl
                 require_length(row, parameters.max_row_bytes)
                 parsed.append((rows[-1], parse(parse_line(row), parameters.format)))
             except RejectedRow as reason:
-                rows[-1]["reason"] = _printable(str(reason))
+                rows[-1]["reason"] = visible(str(reason))
     encoder = _encoder(tokenizer, parameters)
     examples = encoder.encode_conversations([conversation for _, conversation in parsed])
     for (columns, conversation), one in zip(parsed, examples, strict=True):
-        columns["unknown"] = [*map(_printable, conversation.unknown)]
+        columns["unknown"] = [*map(visible, conversation.unknown)]
         if isinstance(one, RejectedRow):
-            columns["reason"] = str(one)
+            columns["reason"] = visible(str(one))
         else:
             columns.update(_columns(conversation, one[0], parameters))
     return pa.Table.from_pylist(rows, schema=ENCODED)
@@ -333,8 +334,3 @@ def _add(counter: Counter[str], name: str) -> None:
 
 def _most_common(counter: Counter[str]) -> dict[str, int]:
     return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN])
-
-
-def _printable(text: str) -> str:
-    """Escape lone surrogates, which UTF-8 cannot encode."""
-    return text.encode(errors="backslashreplace").decode()

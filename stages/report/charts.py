@@ -7,6 +7,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from stages.shared.core.display import visible
 from stages.shared.core.errors import UserError
 
 ACTIVE = re.compile(r"<script|<foreignobject|<iframe|\son\w+\s*=|javascript:", re.IGNORECASE)
@@ -52,7 +53,8 @@ def inline(svg: str, name: str, label: str) -> Markup:
     start, end = svg.find("<svg"), svg.rfind("</svg>")
     if start < 0 or end < 0 or ACTIVE.search(svg):
         raise UserError(f"reports/{name}.svg: not a plain chart. Run `dvc repro -f {name}`.")
-    body = re.sub(r"<metadata>.*?</metadata>", "", svg[start : end + len("</svg>")], flags=re.S)
+    body = visible(svg[start : end + len("</svg>")])
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'(href="#|url\(#)', rf"\1{name}-", body)
     head, _, rest = body.partition(">")

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 from jinja2 import Undefined
 
+from stages.shared.core.display import visible
+
 MISSING = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}
-# C0 and C1 controls except tab and newline, and bidirectional controls.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def is_missing(item: Any) -> bool:
@@ -96,11 +96,6 @@ def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: nested}
     parts = [flat(item, f"{prefix}.{key}".lstrip(".")) for key, item in nested.items()]
     return {key: item for part in parts for key, item in part.items()}
-
-
-def visible(text: str) -> str:
-    r"""Text with control characters spelled out, as `\x1b`."""
-    return CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 def markdown(text: Any) -> str:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from stages.report import charts, comparison, formatting
 from stages.report.provenance import origin_of, provenance
 from stages.report.sources import VARIANTS, Sources
+from stages.shared.core.display import visible
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Section → key of reports/<section>.json → label, or [label, explanation].
@@ -41,7 +42,7 @@ def _finalize(item: Any) -> Any:
     if formatting.is_missing(item):
         return formatting.MISSING
     plain = isinstance(item, str) and not isinstance(item, Markup)
-    return formatting.visible(item) if plain else item
+    return visible(item.replace("\r\n", "\n")) if plain else item
 
 
 def label(section: str, key: str) -> tuple[str, str]:

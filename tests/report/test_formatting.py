@@ -32,7 +32,6 @@ NB = "\N{NO-BREAK SPACE}"
         (formatting.scientific(0), "0"),
         (formatting.yaml_value([None, False, "q_proj"]), "null, false, q_proj"),
         (formatting.markdown("a|b *c*\n<d>\x1b"), r"a\|b \*c\* &lt;d&gt;\\x1b"),
-        (formatting.visible("a\x1b[31m\u202eb\x85\r\n\tc\r"), "a\\x1b[31m\\u202eb\\x85\n\tc\\r"),
     ],
 )
 def test_formatting(shown, expected):

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import NoReturn
 
+from stages.shared.core import display
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -50,6 +52,8 @@ def run(
     for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 ends no stage
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if main.__module__ == "__main__":  # a test keeps its streams
+        display.guard()
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         options = _parse(sys.modules[main.__module__], add_options)
@@ -65,7 +69,7 @@ def run(
     except OSError as error:
         _exit_with(_of_the_disk(error))
     except Stopped as stopped:
-        print(f"stopped: {stopped.message}", file=sys.stderr)
+        print(f"stopped: {display.one_line(stopped.message)}", file=sys.stderr)
         sys.exit(128 + stopped.signal)  # as a shell reports a process that a signal ended
     except Exception as error:
         if not _is_of_a_full_disk(error):
@@ -110,7 +114,9 @@ def _parse(
 def _section(name: str) -> str:
     """A section of params.yaml as it stands there, its comments included."""
     path = Path("params.yaml")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
     starts = [i for i, line in enumerate(lines) if line.startswith(f"{name}:")]
     if not starts:
         return f"{name}:"
@@ -142,5 +148,5 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _exit_with(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {display.one_line(message)}", file=sys.stderr)
     sys.exit(1)

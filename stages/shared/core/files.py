@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stages.shared.core.bounds import require_regular
 from stages.shared.core.errors import UserError
 
 
@@ -78,7 +79,7 @@ def split(
 
 def read_json(path: Path) -> Any:
     """Read a JSON file that a stage of ours wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(require_regular(path).read_text(encoding="utf-8"))
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,51 @@
+"""Display of foreign text: names, messages and model output, on a terminal and in HTML."""
+
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+# C0 and C1 controls but tab and newline, line separators, bidirectional controls, surrogates.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# Of an address, also where a path made one slash of two.
+_PASSWORD = re.compile(r"(?<=[a-z]:)(/{1,2})[^/\s'\"<>]*@", re.IGNORECASE)
+LONGEST = 600  # characters of a line
+
+
+def visible(text: str) -> str:
+    r"""Spell out control characters, as `\x1b`, and leave out the password of an address."""
+    text = _PASSWORD.sub(r"\1***@", text)
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """Visible text in one line; of a long one the beginning, and the end, which says what to do."""
+    line = visible(" ".join(text.split()))
+    cut = len(line) - LONGEST
+    return line if cut <= 0 else f"{line[: LONGEST * 2 // 3]} […] {line[LONGEST * 2 // 3 + cut :]}"
+
+
+class _Visible:
+    """Stream of visible text; a carriage return may begin what is written, as of a progress bar."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        begin = text[:1] if text[:1] == "\r" else ""
+        self._stream.write(begin + visible(text[len(begin) :].replace("\r\n", "\n")))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+
+def guard() -> None:
+    """Make all that this process prints visible, of a progress bar, a warning or a library too."""
+    sys.stdout, sys.stderr = (_Visible(stream) for stream in (sys.stdout, sys.stderr))
