@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from stages.evaluate import generate
 from stages.evaluate.config import Evaluate
 from stages.shared.chat import templates
+from stages.shared.chat.conversation import Conversation
 from stages.shared.chat.encode import Encoder
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import machine
@@ -36,12 +37,12 @@ def evaluate(
     require_vocabulary(examples, len(model.get_input_embeddings().weight))
     sums, tokens = scoring.score(model, examples, device, dtype, f"{variant}: loss")
 
-    encoder = Encoder(tokenizer, templates.make(form.template, tokenizer))
+    encoder = Encoder(tokenizer, templates.make(form.template, tokenizer, form.template_name))
     prompts: dict[int, list[int]] = {}
     for row in generate.order_rows([r["answer"] is not None for r in rows], settings.seed):
         if len(prompts) == max(settings.generate_rows, settings.prompts):
             break
-        prompt = encoder.encode_prompt(rows[row]["messages"][:-1])
+        prompt = encoder.encode_prompt(Conversation(rows[row]["messages"]))
         if len(prompt) < len(examples[row]):  # else truncated inside the prompt
             prompts[row] = prompt
     inputs, limit = list(prompts.values()), settings.max_new_tokens

@@ -1,6 +1,7 @@
-"""Training examples: tokens, loss mask, and truncation between turns of a long conversation."""
+"""Training examples: tokens, loss mask and weights; truncation between turns."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from stages.shared.chat.templates import Rendered, Span, Template
 
 T = TypeVar("T")
 TrainOn = Literal["assistant", "last", "all"]
+Thinking = Literal["keep", "last", "drop"]
 
 
 class Example(NamedTuple):
@@ -25,7 +27,8 @@ class Example(NamedTuple):
     text_bytes: int  # UTF-8 bytes of the supervised text; a control token counts none
     truncated: bool
     answered: bool  # its original last reply is complete
-    turn: int | None = None  # the one message supervised, where a conversation has several rows
+    # Where a conversation has several rows: the message that is supervised, or the part of a text.
+    turn: int | None = None
     weights: np.ndarray | None = None  # fp32 [tokens], 0 where not supervised; None: all are 1
 
 
@@ -38,79 +41,178 @@ class ExampleEncoder:
         template: Template,
         train_on: TrainOn,
         max_length: int,
+        thinking: Thinking = "keep",
+        *,
+        merge_system: bool = False,
     ) -> None:
+        """With `merge_system`, a template without system messages has them in the first turn."""
         self.template = template
         self._encoder = Encoder(tokenizer, template)
-        self._train_on = train_on
-        self._max_length = max_length
+        self._eos = str(tokenizer.eos_token)
+        self._train_on, self._thinking, self._max_length = train_on, thinking, max_length
+        self.merges_system = merge_system and not template.takes_system
 
     def encode_conversations(
         self, batch: Sequence[Conversation]
     ) -> list[list[Example] | RejectedRow]:
         """Encode conversations: the examples, at least one, or the rejection, for each."""
-        reasons = [_or_reason(_require_rendered, one) for one in batch]
-        plain = [one for one, reason in zip(batch, reasons, strict=True) if reason is None]
-        encoded = iter(self.encode([one.messages for one in plain]))
-        examples = (next(encoded) if reason is None else reason for reason in reasons)
-        return [one if isinstance(one, RejectedRow) else [one] for one in examples]
-
-    def encode(self, batch: Sequence[list[Message]]) -> list[Example | RejectedRow]:
-        """Encode conversations: an example, or the rejection, for each."""
-        rendered = [_or_reason(self._render, messages) for messages in batch]
-        tokens = iter(self._encoder.encode([r for r in rendered if isinstance(r, Rendered)]))
+        batch = [self._transform(one) for one in batch]
+        rendered = [_or_reason(self._render, one) for one in batch]
+        every = [row for rows in rendered if isinstance(rows, list) for row in rows]
+        tokens = iter(self._encoder.encode(every))
         return [
-            one
-            if isinstance(one, RejectedRow)
-            else _or_reason(self._truncate, messages, one, next(tokens))
-            for messages, one in zip(batch, rendered, strict=True)
+            rows
+            if isinstance(rows, RejectedRow)
+            else _or_reason(self._examples, one, rows, [next(tokens) for _ in rows])
+            for one, rows in zip(batch, rendered, strict=True)
         ]
 
-    def _render(self, messages: list[Message]) -> Rendered:
-        replies = [message for message in messages if message["role"] == "assistant"]
-        selected = replies[-1:] if self._train_on == "last" else replies
-        if self._train_on != "all" and all("weight" in reply for reply in selected):
-            raise RejectedRow(f"no reply that prepare.train_on = {self._train_on} takes has weight")
-        return self.template.render(messages)
+    def encode(self, batch: Sequence[list[Message]]) -> list[Example | RejectedRow]:
+        """Encode messages that make one row each."""
+        found = self.encode_conversations([Conversation(messages) for messages in batch])
+        return [one if isinstance(one, RejectedRow) else one[0] for one in found]
 
-    def _truncate(
-        self, messages: list[Message], rendered: Rendered, tokens: Tokens | RejectedRow
-    ) -> Example:
-        """Drop exchanges that do not fit; cut the tokens of a single one."""
-        if isinstance(tokens, RejectedRow):
-            raise tokens
+    def _transform(self, conversation: Conversation) -> Conversation:
+        """Leave out thoughts by `prepare.thinking`, and merge a system message."""
+        messages = conversation.messages
+        if self._thinking != "keep" and any("reasoning" in message for message in messages):
+            last = len(messages) - 1 if self._thinking == "last" else None
+            messages = [
+                m if i == last else {k: v for k, v in m.items() if k != "reasoning"}  # type: ignore[misc]
+                for i, m in enumerate(messages)
+            ]
+        if self.merges_system and messages and messages[0]["role"] == "system":
+            system, first, *rest = messages
+            content = f"{system['content']}\n\n{first['content']}"
+            messages = [{**first, "content": content}, *rest]
+        if messages is conversation.messages:
+            return conversation
+        return replace(conversation, messages=messages)
+
+    def _render(self, conversation: Conversation) -> list[Rendered]:
+        if conversation.text is not None:
+            raise RejectedRow("plain text is not rendered yet")
+            return [self.template.render_text(conversation.text, self._eos)]
+        replies = _replies(conversation.messages)
+        selected = replies[-1:] if self._train_on == "last" else replies
+        selected = [i for i in selected if conversation.messages[i].get("weight", 1)]
+        if self._train_on == "all":
+            return self.template.rows(conversation, [])
+        if not selected:
+            raise RejectedRow(f"no reply that prepare.train_on = {self._train_on} takes has weight")
+        return self.template.rows(conversation, selected)
+
+    def _examples(
+        self,
+        conversation: Conversation,
+        rows: Sequence[Rendered],
+        encoded: Sequence[Tokens | RejectedRow],
+    ) -> list[Example]:
+        """Examples of a conversation's rows; what does not fit is left out, or a single one cut."""
+        tokens = [_require(one) for one in encoded]
+        if conversation.text is not None:
+            return self._parts(rows[0], tokens[0])
         # A reply fits to its end token; white space of the template after it may be cut off.
-        ends = tokens.starts.searchsorted([end for _, end in rendered.replies])
-        fit = int((ends <= self._max_length).sum())
-        left_out = len(ends) - max(fit, 1)
-        if left_out:
+        ends = [
+            one.starts.searchsorted([end for _, end in row.replies])
+            for row, one in zip(rows, tokens, strict=True)
+        ]
+        fit = [int((end <= self._max_length).sum()) for end in ends]
+        if len(rows) > 1:
+            kept = [i for i, fits in enumerate(fit) if fits] or [0]
+            dropped = len(kept) < len(rows)
+            return [
+                self._mask(conversation, rows[i], tokens[i], dropped, fit[i] == 1) for i in kept
+            ]
+        count = max(fit[0], 1)
+        if len(ends[0]) > count:
             # Encoded again, not cut: tokens at a turn's end may depend on the text after it.
-            messages = messages[: -2 * left_out]
-            rendered = self._render(messages)
-            [tokens] = self._encoder.encode([rendered])
-            if isinstance(tokens, RejectedRow):
-                raise tokens
-        return self._mask(messages, rendered, tokens, left_out > 0, fit == len(ends))
+            replies = _replies(conversation.messages)
+            shorter = replace(
+                conversation, messages=conversation.messages[: replies[count - 1] + 1]
+            )
+            again = self._render(shorter)
+            found = self._examples(shorter, again, self._encoder.encode(again))
+            return [one._replace(truncated=True, answered=False) for one in found]
+        answered = fit[0] == len(ends[0])
+        return [self._mask(conversation, rows[0], tokens[0], False, answered)]
+
+    def _parts(self, rendered: Rendered, tokens: Tokens) -> list[Example]:
+        """A plain text in parts of `max_length`."""
+        starts = range(0, len(tokens), self._max_length)
+        parts = [tokens[at : at + self._max_length] for at in starts]
+        parts = [part for part in parts if len(part) > 1] or [tokens]  # one token predicts nothing
+        examples = []
+        for number, part in enumerate(parts):
+            mask = ~np.isin(part.input_ids, self.template.bos_ids)
+            mask[:1] = False
+            weights = mask.astype(np.float32)
+            turn = number if len(parts) > 1 else None
+            text = rendered.text[part.starts.min() : part.ends.max()]
+            examples.append(self._example([], rendered, text, part, weights, False, True, turn))
+        return examples
 
     def _mask(
         self,
-        messages: list[Message],
+        conversation: Conversation,
         rendered: Rendered,
         tokens: Tokens,
         truncated: bool,
         answered: bool,
     ) -> Example:
-        text = rendered.text
+        text, messages = rendered.text, conversation.messages
         if len(tokens) > self._max_length:
             truncated = True
             tokens = tokens[: self._max_length]
             text = text[: tokens.ends.max()]
-        spans = rendered.replies[-1:] if self._train_on == "last" else rendered.replies
+        if rendered.turn is not None:
+            answered = answered and rendered.turn == len(messages) - 1
+            messages = messages[: rendered.turn + 1]
+        weights = np.zeros(len(tokens), np.float32)
+        for weight, spans in self._weighted_spans(messages, rendered):
+            weights[tokens.overlap(spans)] = weight
+        weights[np.isin(tokens.input_ids, self.template.bos_ids)] = 0
+        weights[:1] = 0  # nothing predicts it
+        return self._example(
+            messages, rendered, text, tokens, weights, truncated, answered, rendered.turn
+        )
+
+    def _weighted_spans(
+        self, messages: Sequence[Message], rendered: Rendered
+    ) -> list[tuple[float, list[Span]]]:
+        """Spans by weight; the last that overlaps a token decides. A reply has its end token."""
+        indices = _replies(messages) if rendered.turn is None else [rendered.turn]
+        spans = dict(zip(indices, rendered.replies, strict=False))
+        if self._train_on == "last":
+            spans = dict([*spans.items()][-1:])
+        found: dict[float, list[Span]] = {}
         if self._train_on == "all":
-            spans = ((0, len(rendered.text)),)
-        mask = tokens.overlap(spans)
-        mask &= ~tokens.overlap(_spans_without_weight(messages, rendered))
-        mask &= ~np.isin(tokens.input_ids, self.template.bos_ids)
-        mask[:1] = False  # nothing predicts it
+            found[1.0] = [(0, len(rendered.text))]
+            owners = rendered.owners or range(len(messages))
+            parts = [
+                (owner, part)
+                for owner, part in zip(owners, rendered.contents, strict=True)
+                if owner not in spans
+            ]
+            parts = [(owner, part) for owner, part in (*spans.items(), *parts) if owner >= 0]
+        else:
+            parts = [*spans.items()]
+        for owner, part in parts:
+            found.setdefault(messages[owner].get("weight", 1.0), []).append(part)
+        return sorted(found.items(), reverse=True)
+
+    def _example(
+        self,
+        messages: list[Message],
+        rendered: Rendered,
+        text: str,
+        tokens: Tokens,
+        weights: np.ndarray,
+        truncated: bool,
+        answered: bool,
+        turn: int | None,
+    ) -> Example:
+        mask = weights > 0
         if not mask.any():
             raise RejectedRow(f"no supervised token within prepare.max_length = {self._max_length}")
         plain = mask & ~self._encoder.control_mask(tokens, rendered.text)
@@ -123,19 +225,19 @@ class ExampleEncoder:
             text_bytes=_utf8_bytes(rendered.text, tokens, plain),
             truncated=truncated,
             answered=answered,
+            turn=turn,
+            weights=None if np.all(weights[mask] == 1) else weights,
         )
 
 
-def _spans_without_weight(messages: Sequence[Message], rendered: Rendered) -> list[Span]:
-    """Spans of messages of weight 0; a reply's includes its end token."""
-    if not any("weight" in message for message in messages):
-        return []
-    replies = iter(rendered.replies)
-    spans = [
-        next(replies) if message["role"] == "assistant" else content
-        for message, content in zip(messages, rendered.contents, strict=True)
-    ]
-    return [span for span, m in zip(spans, messages, strict=True) if "weight" in m]
+def _replies(messages: Sequence[Message]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _require(tokens: Tokens | RejectedRow) -> Tokens:
+    if isinstance(tokens, RejectedRow):
+        raise tokens
+    return tokens
 
 
 def _utf8_bytes(text: str, tokens: Tokens, mask: np.ndarray) -> int:
@@ -143,17 +245,6 @@ def _utf8_bytes(text: str, tokens: Tokens, mask: np.ndarray) -> int:
     firsts, lasts = np.diff(mask, prepend=False, append=False).nonzero()[0].reshape(-1, 2).T
     runs = zip(tokens.starts[firsts].tolist(), tokens.ends[lasts - 1].tolist(), strict=True)
     return sum(len(text[start:end].encode()) for start, end in runs)
-
-
-def _require_rendered(conversation: Conversation) -> None:
-    """Refuse what is not rendered yet."""
-    if conversation.text is not None:
-        raise RejectedRow("plain text is not rendered yet")
-    if conversation.tools or conversation.template_kwargs:
-        raise RejectedRow("tools and template arguments are not rendered yet")
-    for message in conversation.messages:
-        if message.keys() - {"role", "content", "weight"} or message.get("weight", 0) > 0:
-            raise RejectedRow("tool calls, thoughts and weights are not rendered yet")
 
 
 def _or_reason(function: Callable[..., T], *args: Any) -> T | RejectedRow:

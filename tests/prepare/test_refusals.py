@@ -11,8 +11,7 @@ from tests.prepare.helpers import ROWS, Stage, row
 
 TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-DIFFERENTLY = "renders the same turns differently once others follow"
-THOUGHT = "{% if loop.last and m['role'] == 'assistant' %}<think>\n</think>\n{% endif %}"
+NO_END = "puts no end token after a reply"
 # As models that think do: what they thought in earlier replies is taken out.
 STRIPPED = "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}"
 
@@ -31,15 +30,11 @@ def stage_with(folder: Path, chat_template: str) -> Stage:
 @pytest.mark.parametrize(
     ("chat_template", "reason"),
     [
-        (each(TURN.replace("<|im_end|>", "")), "puts no end token after a reply"),
-        (
-            each("{% if loop.last %}{{ m['content'] }}{% else %}" + TURN + "{% endif %}"),
-            DIFFERENTLY,
-        ),
-        (each(TURN.replace("{{ m['content'] }}", THOUGHT + "{{ m['content'] }}")), DIFFERENTLY),
-        (each(TURN, PROMPT.replace("assistant", "robot")), DIFFERENTLY),
+        (each(TURN.replace("<|im_end|>", "")), NO_END),
+        (each("{% if loop.last %}{{ m['content'] }}{% else %}" + TURN + "{% endif %}"), NO_END),
+        (each(TURN, PROMPT.replace("assistant", "robot")), "is not how its replies begin"),
     ],
-    ids=["no end", "no end at the last", "a thought at the last", "another prompt"],
+    ids=["no end", "no end at the last", "another prompt"],
 )
 def test_refused_chat_template_writes_nothing(
     tmp_path: Path, chat_template: str, reason: str
@@ -61,6 +56,6 @@ def test_reply_that_the_template_strips_later_is_rejected(tmp_path: Path) -> Non
     stage.prepare([*ROWS, one, two], **changed, max_rejected=0.05)
     [rejected] = stage.rejected()
     assert rejected["line"] == 22
-    assert rejected["reason"] == "the model's own chat template alters the text of a message"
-    with pytest.raises(UserError, match=r"template alters .* first my/train.jsonl:22"):
+    assert rejected["reason"] == "the chat template takes the text of a message apart"
+    with pytest.raises(UserError, match=r"takes the text .* first my/train.jsonl:22"):
         stage.prepare([*ROWS, one, two], **changed)

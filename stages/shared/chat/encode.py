@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.chat.conversation import Conversation, RejectedRow
 from stages.shared.chat.templates import Rendered, Span, Template
 from stages.shared.chat.tokenizer import pattern_of
 
@@ -74,12 +74,47 @@ class Encoder:
                 f"{self._template.name!r} marks a turn"
             )
         tokens = _tokens(encoding)
-        forged = self._is_forged(tokens, rendered)
-        return self._encode_as_text(rendered) if forged else _without_gaps(tokens)
+        if not self._is_forged(tokens, rendered):
+            return self._separate(rendered, _without_gaps(tokens))
+        found = self._encode_as_text(rendered)
+        return found if isinstance(found, RejectedRow) else self._separate(rendered, found)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Encode messages up to a user turn, and the generation prompt, or raise `RejectedRow`."""
-        [tokens] = self.encode([self._template.render(messages, prompt=True)])
+    def _separate(self, rendered: Rendered, tokens: Tokens) -> Tokens | RejectedRow:
+        """Encode prompts and replies apart where one token holds the end of one and the other.
+
+        A server's prompt has no such token: two line ends, of which `<think>` has the first.
+        """
+        cuts = [
+            start
+            for start, _ in rendered.replies
+            if ((tokens.starts < start) & (tokens.ends > start)).any()
+        ]
+        fixed = not self._template.is_own and rendered.owners is None
+        if not cuts or fixed or self._adds_space:
+            return tokens
+        parts = list[Tokens]()
+        for start, end in pairwise([0, *cuts, len(rendered.text)]):
+            text = rendered.text[start:end]
+            spans = ((max(a, start) - start, min(b, end) - start) for a, b in rendered.contents)
+            one = Rendered(text, tuple((a, b) for a, b in spans if a < b), ())
+            [encoding] = self._encode([text])
+            part = self._check(one, encoding, None)
+            if isinstance(part, RejectedRow):
+                return part
+            parts.append(Tokens(part.input_ids, part.starts + start, part.ends + start))
+        columns = ((p.input_ids, p.starts, p.ends) for p in parts)
+        return Tokens(*map(np.concatenate, zip(*columns, strict=True)))
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether a text gets a space before its first word: parts of one would get more."""
+        [encoding] = self._encode(["a"])
+        return encoding.tokens[0][:1] in ("▁", "Ġ")
+
+    def encode_prompt(self, conversation: Conversation) -> list[int]:
+        """Encode all but the last message, and the generation prompt, or raise `RejectedRow`."""
+        prompt = self._template.prompt(conversation, len(conversation.messages) - 1)
+        [tokens] = self.encode([prompt])
         if isinstance(tokens, RejectedRow):
             raise tokens
         return [int(token) for token in tokens.input_ids]

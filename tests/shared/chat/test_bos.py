@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from stages.merge.merge import make_standalone
 from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
 from stages.shared.chat import templates
+from stages.shared.chat.conversation import Conversation
 from stages.shared.chat.encode import Encoder
 from stages.shared.chat.templates import Template
 from stages.shared.chat.tokenizer import load_tokenizer
@@ -62,7 +63,7 @@ def test_bos_is_there_once_in_training_and_prompts(family: str, template_name: s
         [one] = encoder.encode([messages])
         assert isinstance(one, Example)
         assert one.text.startswith(bos)
-        prompt = Encoder(tokenizer, template).encode_prompt(messages[:-1])
+        prompt = Encoder(tokenizer, template).encode_prompt(Conversation(messages))
         for ids in (one.input_ids.tolist(), prompt):
             assert begins_once(ids, tokenizer, bos)
 
@@ -118,7 +119,7 @@ def test_the_merged_tokenizer_writes_bos_once(
         options: dict[str, Any] = {"add_generation_prompt": True}
         ids = merged.apply_chat_template(chat, return_dict=False, **options)
         text = merged.apply_chat_template(chat, tokenize=False, **options)
-        assert ids == Encoder(tokenizer, template).encode_prompt(messages[:-1])
+        assert ids == Encoder(tokenizer, template).encode_prompt(Conversation(messages))
         assert merged(text).input_ids == ids
         assert begins_once(ids, merged, bos)
 

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from stages.shared.chat import templates
-from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.chat.conversation import Conversation, Message, RejectedRow
 from stages.shared.chat.encode import Encoder, Tokens
 from stages.shared.chat.templates import Rendered, Template
 from tests import tiny, vocabularies
@@ -66,7 +66,7 @@ def test_encode_gives_the_tokens_of_apply_chat_template(
     for field in ("input_ids", "starts", "ends"):
         assert getattr(careful, field).tolist() == getattr(tokens, field).tolist()
     prompt = reference(tokenizer, template, conversation[:-1], add_generation_prompt=True)
-    assert encoder.encode_prompt(conversation[:-1]) == prompt
+    assert encoder.encode_prompt(Conversation(conversation)) == prompt
 
 
 @pytest.mark.parametrize("name", NAMES)

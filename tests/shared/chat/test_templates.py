@@ -119,12 +119,11 @@ def test_markers_are_what_opens_a_turn_in_plain_text(
     [
         (None, "has no chat template"),
         (OWN.replace("<|im_end|>", ""), "no end token after a reply"),
-        (OWN.replace("{{ m['role'] }}", "{{ loop.length }}"), "differently once others follow"),
+        (OWN.replace("{{ m['role'] }}", "{{ loop.length }}"), "is not how its replies begin"),
         (OWN.replace("{{ m['content'] }}", "hello"), "leaves a message out"),
         (OWN + "{{ raise_exception('no chat') }}", "refuses it: no chat"),
-        ("{{ strftime_now('%Y') }}" + OWN, "prints today's date"),
         (OWN.partition("{% if add")[0], "has no generation prompt: .* '<|im_start|>assistant"),
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "nothing but white space"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no end token after a reply"),
     ],
 )
 def test_template_that_cannot_be_trained_on_is_refused(
