@@ -13,11 +13,14 @@ from torch import nn
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading, scoring
 from stages.shared.model.packing import Example
+from stages.shared.weights import experts
 from stages.shared.weights.precision import autocast
 
 POSITIONS = 4096  # enough to tell an agreement of 0.99 from 0.98
 MIN_TOP1_AGREEMENT = 0.99
 MAX_KL_DIVERGENCE = 1e-3  # nats a token
+MAX_EXPERT_ERROR = 0.05  # bf16's rounding gives about 0.005
+PROBES = 2  # random inputs of each expert
 FP16_MAX = torch.finfo(torch.float16).max
 CPU = torch.device("cpu")
 
@@ -41,8 +44,9 @@ def verify(
     required: bool,
 ) -> dict[str, Any]:
     """Compare the merged with the trained model in fp32, and in this device's compute dtype."""
-    trained = trained_exactly(adapter, quantized, examples, device)
+    trained, expected = trained_exactly(adapter, quantized, examples, device)
     model = loading.load_model(merged, CPU, torch.float32)
+    expert_error = largest_expert_error(expected, expert_outputs(model))
     largest = _LargestActivation(model)
     saved = log_probabilities(model, examples, CPU, torch.float32, "verify: merged")
     del model
@@ -51,6 +55,7 @@ def verify(
     stored = loading.stored_dtype(merged)
     if required:
         require(exact, stored)
+        require_experts(expert_error)
     if stored == torch.float16 and largest.value > FP16_MAX:
         raise UserError(
             f"params.yaml: merge.dtype is fp16, which ends at {FP16_MAX:.0f}, but activations "
@@ -70,19 +75,24 @@ def verify(
         "runtime_dtype": str(dtype).removeprefix("torch."),
         "dtype": str(stored).removeprefix("torch."),
         "positions": exact.positions,
+        **({"expert_error": expert_error} if expected else {}),
     }
 
 
 def trained_exactly(
     adapter: Path, quantized: Path, examples: Sequence[Example], device: torch.device
-) -> list[torch.Tensor]:
-    """Log-probabilities of the trained model in fp32, with the weights that `device` multiplies."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probabilities and expert outputs of the trained model in fp32.
+
+    Its weights are those that `device` multiplies with.
+    """
     model: nn.Module
     if loading.is_adapter(adapter):
         model = loading.attach(loading.load_dequantized(quantized, device), adapter)
     else:
         model = loading.load_model(adapter, CPU, torch.float32)
-    return log_probabilities(model, examples, CPU, torch.float32, "verify: trained")
+    outputs = expert_outputs(model)
+    return log_probabilities(model, examples, CPU, torch.float32, "verify: trained"), outputs
 
 
 def trained_as_run(
@@ -92,6 +102,34 @@ def trained_as_run(
     dtype = loading.compute_dtype(quantized if loading.is_adapter(adapter) else adapter, device)
     model = loading.load_adapted(adapter, quantized, device)
     return log_probabilities(model, examples, device, dtype, "runtime: adapter")
+
+
+@torch.inference_mode()
+def expert_outputs(model: Any) -> list[torch.Tensor]:
+    """Outputs of each expert for the same random inputs: fp32 [experts, PROBES, hidden] a layer.
+
+    Held-out conversations may never reach an expert.
+    """
+    random = torch.Generator().manual_seed(0)
+    width = model.config.get_text_config().hidden_size
+    inputs = torch.randn(PROBES, width, generator=random)
+    return [torch.stack([expert(inputs) for expert in layer]) for layer in experts.layers(model)]
+
+
+def largest_expert_error(expected: Sequence[torch.Tensor], merged: Sequence[torch.Tensor]) -> float:
+    """Largest relative error of an expert's output (Frobenius)."""
+    pairs = zip(expected, merged, strict=True)
+    errors = [((y - x).norm(dim=(1, 2)) / x.norm(dim=(1, 2)).clamp_min(1e-30)) for x, y in pairs]
+    return max((error.max().item() for error in errors), default=0.0)
+
+
+def require_experts(error: float) -> None:
+    """Raise a UserError if an expert was merged wrongly, or rounded too much."""
+    if error > MAX_EXPERT_ERROR:
+        raise UserError(
+            f"models/merged: an expert's output differs from the trained one's by {error:.1%} (at "
+            f"most {MAX_EXPERT_ERROR:.0%}); nothing was written. Set merge.dtype to fp16 or fp32."
+        )
 
 
 class _LargestActivation:

@@ -36,7 +36,7 @@ COMPARED = {
     *("trainable_parameters", "steps", "loss", "eval_loss", "generalization_gap", "best_step"),
     *("stopped_early", "peak_memory_bytes", "predicted_memory_bytes", "tokens_per_second"),
     *("supervised_tokens_per_second", "device", "optimizer", "micro_batch_tokens"),
-    *("gradient_checkpointing", "resumed_from_step"),
+    *("gradient_checkpointing", "resumed_from_step", "trainable_by_kind"),
 }
 
 

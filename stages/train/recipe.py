@@ -13,7 +13,7 @@ Source: Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs.
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -27,11 +27,12 @@ from stages.shared.core.errors import UserError
 from stages.shared.core.machine import machine
 from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, read_examples
-from stages.shared.step import adapter, gradient, optim
+from stages.shared.step import adapter, gradient, optim, router_loss, targets
 from stages.shared.step.config import Train
 from stages.shared.step.fused import liger
 from stages.shared.step.fused.patch import fuse
-from stages.shared.weights import heap
+from stages.shared.step.router_loss import RouterLoss
+from stages.shared.weights import experts, heap
 from stages.train import distributed, execution
 from stages.train.checkpoints import Checkpoint, Checkpoints
 from stages.train.config import Params
@@ -104,6 +105,8 @@ def _train_on(
             with stop.at_once():
                 plan = replace(plan, device=device)
                 model = load_model(settings, inputs, device)
+                if group.is_main and (line := targets.left_out(model)):
+                    print(line, file=sys.stderr)
                 recipe = Recipe(model, data, settings.train, plan, checkpoints, group)
                 if checkpoint is not None:
                     recipe.load_state(checkpoint.state())
@@ -152,6 +155,9 @@ class Recipe:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_parameters = sum(p.numel() for p in self.trainable)
+
+        weight = router_loss.weight_of(model.config, params.router_aux_loss)
+        self.router = RouterLoss(model, weight) if weight else None
 
         self.schedule = Schedule.of(params, len(data.train))
         self.optimizer = optim.make_optimizer(model, params, plan.device)
@@ -233,6 +239,7 @@ class Recipe:
             learning_rate=rate,
             loss=loss,
             gradient_norm=norm,
+            **({"router_aux_loss": self.router.total.item()} if self.router else {}),
         )
         self.counts += counts
         self.seconds += time.perf_counter() - started
@@ -256,6 +263,7 @@ class Recipe:
             fused=self.plan.fused,
             scaler=self.scaler,
             all_reduce=self.group.all_reduce,
+            router=self.router,
         )
         return loss.item(), counts
 
@@ -277,7 +285,7 @@ class Recipe:
         """Score with the evaluator's scorer; keep the weights if they are the best so far."""
         plan = self.plan
         with adapter.as_saved(self.model, plan.storage_dtype, plan.compute_dtype):
-            with self._repeatable(stop):
+            with self._repeatable(stop), experts.counted(self.model) as use:
                 sums, tokens = scoring.score(
                     self.model,
                     self.data.held_out,
@@ -286,8 +294,8 @@ class Recipe:
                     "held-out loss",
                     slice(self.group.rank, None, self.group.size),
                 )
-            scored = torch.from_numpy(sums).to(plan.device)
-            self.group.all_reduce([scored])
+            scored, use = torch.from_numpy(sums).to(plan.device), use.to(plan.device)
+            self.group.all_reduce([scored, *([use] if use.numel() else [])])
         loss = scoring.mean_loss(scored.cpu().numpy(), tokens)
         if not math.isfinite(loss):
             raise UserError(
@@ -297,7 +305,8 @@ class Recipe:
         if loss < self.history.best_loss and self.group.is_main:
             with files.whole_folder(self.checkpoints.best) as partial:
                 adapter.save(self.model, partial, plan.storage_dtype)
-        self.history.record_evaluation(self.step, self.schedule.epochs_after(self.step), loss)
+        epoch = self.schedule.epochs_after(self.step)
+        self.history.record_evaluation(self.step, epoch, loss, use.tolist())
 
     def _repeatable(self, stop: Interruption) -> AbstractContextManager[None]:
         """Work that changes nothing that is kept; several devices wait for the others' part."""
@@ -354,6 +363,7 @@ class Recipe:
             path = "fused, liger-kernel" if liger.covers(plan.device) else "fused"
         return {
             "trainable_parameters": self.trainable_parameters,
+            **self._mixture(),
             "steps": self.step,
             "loss": loss,
             "eval_loss": history.best_loss,
@@ -376,3 +386,28 @@ class Recipe:
             "checkpoint_bytes": self.checkpoints.newest_bytes(),
             "resumed_from_step": self.resumed_from,
         }
+
+    def _mixture(self) -> dict[str, Any]:
+        """Of a mixture: what is trained, the load-balancing loss, and the use of its experts."""
+        if not experts.layers(self.model):
+            return {}
+        history = self.history
+        loss = history.mean("router_aux_loss", history.best_step, self.schedule.per_epoch)
+        return {
+            "trainable_by_kind": targets.trainable_by_kind(self.model),
+            "router_aux_loss": {"weight": self.router.weight if self.router else 0.0, "loss": loss},
+            "expert_use": {when: expert_use(use) for when, use in history.expert_use.items()},
+        }
+
+
+def expert_use(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Shares of the tokens that went to each expert of a layer.
+
+    `idle` experts got none; `largest` is the largest share, in even shares.
+    """
+    shares = [[round(n / sum(layer), 5) for n in layer] for layer in tokens]
+    return {
+        "idle": sum(n == 0 for layer in tokens for n in layer),
+        "largest": max(round(max(layer) * len(layer) / sum(layer), 3) for layer in tokens),
+        "shares": shares,
+    }

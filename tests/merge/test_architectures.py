@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate
+from stages.merge import verify
 from stages.merge.config import Merge
 from stages.merge.merge import merge
 from stages.quantize.config import Quantize
@@ -16,7 +17,7 @@ from stages.quantize.convert import convert
 from stages.shared.core.errors import UserError
 from stages.shared.step.adapter import load_for_lora
 from tests import tiny
-from tests.architectures import BESIDES, OTHERS, saved
+from tests.architectures import BESIDES, MIXTURES, OTHERS, saved
 from tests.train.running import settings, train_on
 
 
@@ -31,7 +32,6 @@ from tests.train.running import settings, train_on
         ("lfm2", {}),
         ("mixtral", {}),
         ("qwen3_moe", {}),
-        ("deepseek_v3", {}),
         ("gpt2", {"target_modules": ["wte", "c_attn"]}),
         ("gpt2", {"target_modules": ["wpe", "lm_head"]}),
         ("gpt2", {"modules_to_save": ["wte", "wpe"]}),
@@ -68,6 +68,8 @@ def test_pipeline_of_an_architecture_agrees(
     assert found["loss"] == pytest.approx(trained["eval_loss"], abs=1e-12)
     assert after["loss"] == pytest.approx(found["loss"], rel=0.01)
     assert proof["top1_agreement"] >= 0.99
+    assert proof.get("expert_error", 0.0) < 1e-5
+    assert ("expert_error" in proof) == ("expert_use" in trained) == (kind in MIXTURES)
     AutoModelForCausalLM.from_pretrained(merged)
 
 
@@ -76,3 +78,12 @@ def test_embedding_called_with_a_mask_is_no_target(tmp_path: Path) -> None:
     lora = settings(lora__target_modules=["embed_positions", "q_proj"]).lora
     with pytest.raises(UserError, match=r"lora\.target_modules: .*embed_positions is a OPT"):
         load_for_lora(base, lora, torch.device("cpu"))
+
+
+def test_merge_refuses_an_expert_that_no_conversation_reaches() -> None:
+    outputs = [torch.randn(4, 2, 8)]
+    wrong = [outputs[0].clone()]
+    wrong[0][3] = wrong[0][2]
+    verify.require_experts(verify.largest_expert_error(outputs, outputs))
+    with pytest.raises(UserError, match="an expert's output differs"):
+        verify.require_experts(verify.largest_expert_error(outputs, wrong))

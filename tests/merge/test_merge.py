@@ -147,7 +147,7 @@ def test_merge_and_unload_would_not_pass(nf4: Path, tmp_path: Path) -> None:
     examples = read_examples(nf4 / "prepared/eval.parquet")
     model = loading.load_model(tmp_path, CPU, torch.float32)
     agreement = verify.compare(
-        verify.trained_exactly(nf4 / "adapter", nf4 / "quantized", examples, CPU),
+        verify.trained_exactly(nf4 / "adapter", nf4 / "quantized", examples, CPU)[0],
         verify.log_probabilities(model, examples, CPU, torch.float32, "merged"),
     )
     with pytest.raises(UserError, match="nothing was written"):

@@ -1,6 +1,7 @@
 """Gradient of one optimizer step, however its conversations are divided into micro-batches."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, Packed
 from stages.shared.step.fused import patch
 from stages.shared.step.fused.lora import step_cache
+from stages.shared.step.router_loss import RouterLoss
 from stages.shared.weights.precision import autocast
 
 AllReduce = Callable[[Sequence[torch.Tensor]], None]  # sums each over all processes, in place
@@ -23,6 +25,7 @@ def accumulate(
     fused: bool,
     scaler: torch.amp.GradScaler,
     all_reduce: AllReduce | None = None,
+    router: RouterLoss | None = None,
 ) -> torch.Tensor:
     """Add the gradient of a step's mean loss to the parameters' `grad`.
 
@@ -37,19 +40,22 @@ def accumulate(
         fused: the model was patched by `patch.fuse`.
         scaler: enabled for fp16 on a GPU.
         all_reduce: leaves every process with the whole step's gradient and loss.
+        router: adds the load-balancing loss of a mixture to the gradient.
 
     Returns:
-        The loss in nats a supervised token, fp64 [1].
+        The loss without that, in nats a supervised token, fp64 [1].
     """
     device = next(model.parameters()).device
     loss = torch.zeros(1, dtype=torch.float64, device=device)
+    if router is not None:
+        router.total.zero_()
     with step_cache():
         for micro_batch in micro_batches:
             batch = packing.pack(micro_batch, device)
-            loss += _backward(model, batch, supervised_tokens, dtype, fused, scaler)
+            loss += _backward(model, batch, supervised_tokens, dtype, fused, scaler, router)
     gradients = _gradients(model)
     if all_reduce is not None:
-        all_reduce([loss, *gradients])
+        all_reduce([loss, *([router.total] if router else []), *gradients])
     return loss
 
 
@@ -60,16 +66,18 @@ def _backward(
     dtype: torch.dtype,
     fused: bool,
     scaler: torch.amp.GradScaler,
+    router: RouterLoss | None,
 ) -> torch.Tensor:
     """Add a micro-batch's gradient; returns its part of the loss, fp32 [].
 
     A function of its own, so that no graph outlives its micro-batch: an int8 layer's saved inputs
     would add to those of the next.
     """
-    with autocast(batch.input_ids.device, dtype):
+    with autocast(batch.input_ids.device, dtype), router.watch() if router else nullcontext():
         losses = (patch if fused else scoring).negative_log_likelihoods(model, batch)
     loss = losses.sum() / supervised_tokens
-    scaler.scale(loss).backward()
+    balanced = loss + router.loss(batch, supervised_tokens) if router else loss
+    scaler.scale(balanced).backward()
     return loss.detach()
 
 

@@ -71,3 +71,11 @@ def trainable_by_kind(model: nn.Module) -> dict[str, int]:
         if kind != "other" or p.requires_grad:
             found[kind] += p.numel() * p.requires_grad
     return dict(found)
+
+
+def left_out(model: nn.Module) -> str | None:
+    """A line on the kinds of a mixture's parameters that stay frozen; None if none does."""
+    if not experts.layers(model):
+        return None
+    frozen = [kind for kind, trained in trainable_by_kind(model).items() if not trained]
+    return f"lora: no adapter on {', '.join(frozen)}" if frozen else None

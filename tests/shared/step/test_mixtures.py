@@ -1,0 +1,201 @@
+"""A step of a mixture: the guarantees of dense models, with experts that few tokens reach."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from stages.shared.core.errors import UserError
+from stages.shared.model import loading, packing
+from stages.shared.model.packing import read_examples
+from stages.shared.step import adapter, gradient, targets
+from stages.shared.step.router_loss import RouterLoss, weight_of
+from stages.shared.weights import experts
+from stages.train import distributed
+from stages.train.distributed import Group
+from tests import tiny
+from tests.architectures import MIXTURES, saved
+from tests.shared.step.adapters import CPU, IDS, Gradients, distance, gradients_of, moved
+from tests.train.running import settings
+
+KINDS = ("mixtral", "qwen3_moe")
+ROWS = (5, 0, 9, 3)
+Folders = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    root = tmp_path_factory.mktemp("mixtures")
+    models = {kind: saved(root / kind, kind, MIXTURES[kind]) for kind in KINDS}
+    return models | {"data": tiny.prepared(root / "prepared")}
+
+
+def by_the_book(folders: Folders, kind: str, weight: float) -> Gradients:
+    """Each conversation alone, the library's own load-balancing loss beside its loss."""
+    model = moved(folders[kind])
+    examples = read_examples(folders["data"] / "train.parquet")
+    supervised = sum(examples[row].supervised_tokens for row in ROWS)
+    for row in ROWS:
+        example = examples[row]
+        ids = torch.tensor(example.input_ids)[None, : example.input_tokens + 1]
+        output = model(input_ids=ids[:, :-1], output_router_logits=True)
+        mask = torch.tensor(example.loss_mask[1 : ids.shape[1]])
+        loss = cross_entropy(output.logits[0][mask], ids[0, 1:][mask], reduction="sum")
+        loss += weight * output.aux_loss * example.supervised_tokens
+        (loss / supervised).backward()
+    return gradients_of(model)
+
+
+def step(
+    folders: Folders,
+    kind: str,
+    tokens: int,
+    *,
+    checkpointing: bool = False,
+    weight: float = 0.0,
+    group: Group | None = None,
+) -> tuple[float, Gradients]:
+    """A step of the project's, shared by a group; returns the router's loss and the gradients."""
+    group = group or Group()
+    model = moved(folders[kind])
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    examples = [read_examples(folders["data"] / "train.parquet")[row] for row in ROWS]
+    router = RouterLoss(model, weight)
+    gradient.accumulate(
+        model,
+        packing.partition(examples, tokens, group.size)[group.rank],
+        sum(example.supervised_tokens for example in examples),
+        dtype=torch.float32,
+        fused=False,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        all_reduce=group.all_reduce,
+        router=router if weight else None,
+    )
+    return router.total.item(), gradients_of(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_gradient_of_a_mixture_is_that_of_each_conversation(
+    folders: Folders, kind: str, weight: float
+) -> None:
+    expected = by_the_book(folders, kind, weight)
+    losses = []
+    for tokens, checkpointing in ((4096, False), (1, False), (70, True)):
+        how: dict[str, Any] = {"checkpointing": checkpointing, "weight": weight}
+        loss, gradients = step(folders, kind, tokens, **how)
+        losses.append(loss)
+        assert gradients.keys() >= expected.keys()
+        unhit = [name for name in gradients if name not in expected]
+        assert all(not gradients[name].any() for name in unhit)
+        assert distance({n: gradients[n] for n in expected}, expected) < 1e-5
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    assert (losses[0] > 1) == (weight > 0)
+
+
+def on_each(group: Group, _: torch.device, folders: Folders) -> list[tuple[float, Gradients]]:
+    return [step(folders, kind, 70, weight=0.5, group=group) for kind in KINDS]
+
+
+def test_gradient_of_a_mixture_is_the_same_on_two_devices(folders: Folders) -> None:
+    shared = distributed.launch(2, CPU, on_each, folders)
+    for kind, (loss, gradients) in zip(KINDS, shared, strict=True):
+        alone = step(folders, kind, 70, weight=0.5)
+        assert loss == pytest.approx(alone[0], rel=1e-6)
+        zero = [name for name, g in alone[1].items() if not g.any()]
+        assert all(
+            not gradients.pop(name).any() and alone[1].pop(name) is not None for name in zero
+        )
+        assert distance(gradients, alone[1]) < 1e-5
+
+
+def test_an_expert_without_tokens_has_a_zero_gradient(folders: Folders) -> None:
+    model = moved(folders["mixtral"])
+    for layer in experts.layers(model):
+        layer.register_forward_pre_hook(lambda _, args: (args[0], args[1].clamp(max=2), args[2]))
+    examples = read_examples(folders["data"] / "train.parquet")[:2]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    options: dict[str, Any] = {"dtype": torch.float32, "fused": False, "scaler": scaler}
+    gradient.accumulate(model, [examples], 20, **options)
+    found = {name: bool(g.any()) for name, g in gradients_of(model).items() if ".experts." in name}
+    assert {n for n, moves in found.items() if not moves} == {n for n in found if "experts.3." in n}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "deepseek_v3"])
+def test_adapter_lies_on_experts_and_dense_parts_alike(tmp_path: Path, kind: str) -> None:
+    base = saved(tmp_path, kind, MIXTURES[kind])
+    dense = {"attention", "experts"} | ({"mlp", "shared_experts"} if "deepseek" in kind else set())
+    for chosen, frozen in ((None, set()), (False, {"experts"})):
+        model = adapter.load_for_lora(base, settings(lora__experts=chosen).lora, CPU)
+        kinds = targets.trainable_by_kind(model)
+        assert {k for k, n in kinds.items() if n} == dense - frozen
+        assert (
+            targets.left_out(model)
+            == f"lora: no adapter on {', '.join(k for k in kinds if not kinds[k])}"
+        )
+        assert not kinds["router"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "kinds"),
+    [
+        ({"target_modules": ["q_proj"]}, {"attention"}),
+        ({"target_modules": ["q_proj"], "experts": True}, {"attention", "experts"}),
+        ({"target_modules": ".*q_proj", "experts": True}, {"attention", "experts"}),
+        ({"target_modules": ["q_proj", "gate"]}, {"attention", "router"}),
+        ({"modules_to_save": ["gate"], "experts": False}, {"attention", "router"}),
+        ({"target_modules": ["w2"], "rslora": True, "dora": True}, {"experts"}),
+    ],
+)
+def test_kinds_of_a_mixture_are_chosen(
+    folders: Folders, tmp_path: Path, lora: dict[str, Any], kinds: set[str]
+) -> None:
+    params = settings(**{f"lora__{key}": value for key, value in lora.items()}).lora
+    model = adapter.load_for_lora(folders["mixtral"], params, CPU)
+    assert {kind for kind, n in targets.trainable_by_kind(model).items() if n} == kinds
+    adapter.save(model, tmp_path / "adapter", torch.float32)
+    again = loading.attach(loading.load_model(folders["mixtral"], CPU), tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_reads_the_adapter_on_fused_experts(
+    folders: Folders, tmp_path: Path, kind: str, rslora: bool
+) -> None:
+    torch.manual_seed(1)
+    model = adapter.load_for_lora(folders[kind], settings(lora__rslora=rslora).lora, CPU)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapter.save(model, tmp_path / "adapter", torch.float32)
+    fused = AutoModelForCausalLM.from_pretrained(folders[kind])
+    with torch.no_grad():
+        plain = fused(IDS).logits
+        tuned = PeftModel.from_pretrained(fused, tmp_path / "adapter").eval()(IDS).logits
+        found = model.eval()(IDS).logits
+    assert (tuned - found).abs().max() < 1e-4 < (tuned - plain).abs().max()
+
+
+def test_experts_and_router_loss_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    dense = tiny.quantize(tmp_path / "quantized", "fp32")
+    with pytest.raises(UserError, match=r"lora\.experts: this model has no experts"):
+        adapter.load_for_lora(dense, settings(lora__experts=True).lora, CPU)
+    config = loading.load_model(dense, CPU).config
+    with pytest.raises(UserError, match=r"train\.router_aux_loss: .*no load-balancing loss"):
+        weight_of(config, 0.1)
+    assert weight_of(config, None) == weight_of(config, 0.0) == 0
+
+
+def test_router_loss_has_the_weight_of_the_config(folders: Folders) -> None:
+    config = loading.load_model(folders["mixtral"], CPU).config
+    assert weight_of(config, None) == 0
+    config.output_router_logits = True
+    assert weight_of(config, None) == config.router_aux_loss_coef > 0
+    assert (weight_of(config, 0.0), weight_of(config, 0.2)) == (0.0, 0.2)
