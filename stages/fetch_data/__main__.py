@@ -75,6 +75,7 @@ def write(
         path = shutil.copyfile(part.path, copy) if copy else part.path
         unit, rows = formats.read(part.path, part.name, path, max_row_bytes)
         entry: dict[str, Any] = {"split": part.split, "name": part.name}
+        entry |= {} if part.source is None else {"source": part.source}
         entry |= {"sha256": files.sha256(path), "bytes": path.stat().st_size}
         written.append({**entry, "first_line": lines[part.split] + 1, "counted_in": unit})
         last = [other for other in parts if other.split == part.split][-1]

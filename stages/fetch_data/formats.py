@@ -20,7 +20,8 @@ from functools import partial
 from itertools import chain, islice
 from json import JSONDecodeError
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from stages.shared.core import bounds
 from stages.shared.core.errors import UserError
@@ -29,8 +30,8 @@ from stages.shared.data.encoding import encoding_advice
 if TYPE_CHECKING:
     import pyarrow as pa
 
-File = io.BufferedReader | gzip.GzipFile
-SUPPORTED = ".jsonl .json .csv .parquet .arrow (.gz and .zst of the text formats)"
+File = io.BufferedReader | gzip.GzipFile | IO[bytes]
+SUPPORTED = ".jsonl .json .csv .parquet .arrow, also as .gz or .zst"
 _HIGH = bytes(range(0x80, 0x100))
 _SPACE = re.compile(r"[ \t\r\n]*")
 _UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, by surrogateescape
@@ -41,13 +42,14 @@ _EXPANSION, _SMALL = (
     200,
     1 << 30,
 )  # a file may become so many times its size; at least so many bytes
+# Objects whose fields differ from row to row.
+_SCHEMALESS = {"tool_calls", "function_call", "tools", "functions", "chat_template_kwargs"}
 _TRUNCATED = "The file looks truncated: fetch or export it again."
 
 
 def is_readable(name: str) -> bool:
     """Whether the extension is one of `SUPPORTED`."""
-    extension, compression = _extension(name)
-    return extension in _READERS and not (compression and _READERS[extension] is _table_rows)
+    return _extension(name)[0] in _READERS
 
 
 def read(
@@ -72,8 +74,9 @@ def read(
             reader = _lines  # many .json files on the hub are JSON Lines
 
     def rows() -> Iterator[bytes]:
-        size = 0
-        with _damage_as_one_line(name), _open(copy, compression) as file:
+        size, packed_table = 0, compression and reader is _table_rows
+        with _damage_as_one_line(name), _open(copy, compression) as packed:
+            file = _unpack(packed, name, most) if packed_table else packed
             for row in reader(file, name, limit):
                 size += len(row)
                 if size > most:
@@ -97,6 +100,17 @@ def _open(path: Path, compression: str) -> File:
 
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
     return path.open("rb")
+
+
+def _unpack(packed: File, name: str, most: int) -> IO[bytes]:
+    """Unpack a table, which is read by offset, into a file that goes when it is closed."""
+    file = TemporaryFile()  # noqa: SIM115  (closed with the last reference)
+    while block := packed.read(_BLOCK):
+        if file.tell() + len(block) > most:
+            raise _expands(name, most)
+        file.write(block)
+    file.seek(0)
+    return file
 
 
 @contextmanager
@@ -365,13 +379,22 @@ def _field_names(fields: Iterable["pa.Field"], parent: str = "") -> Iterator[str
 def _batch_rows(batch: "pa.RecordBatch") -> Iterator[bytes]:
     try:
         batch.validate(full=True)  # a damaged offset would be a segmentation fault
-        yield from map(_dump, batch.to_pylist(maps_as_pydicts="strict"))
+        rows = batch.to_pylist(maps_as_pydicts="strict")
+        yield from map(_dump, map(_without_nulls, rows))
     except (ValueError, KeyError, OverflowError) as error:  # encoding; duplicate key; date range
         if batch.num_rows == 1:
             yield _dump(f"cannot be read: {error}")
             return
         for number in range(batch.num_rows):
             yield from _batch_rows(batch.slice(number, 1))
+
+
+def _without_nulls(value: Any, inside: bool = False) -> Any:
+    """Calls and schemas without null fields: a column gives each of them the fields of all."""
+    if isinstance(value, dict):
+        pairs = ((k, _without_nulls(v, inside or k in _SCHEMALESS)) for k, v in value.items())
+        return {k: v for k, v in pairs if not (inside and v is None)}
+    return [_without_nulls(one, inside) for one in value] if isinstance(value, list) else value
 
 
 def _dump(value: Any) -> bytes:

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -24,6 +24,8 @@ _TRAIN = ("train", "training")
 # Names of the held-out split, most preferred first.
 _EVAL = ("eval", "evaluation", "validation", "valid", "val", "dev", "test", "testing")
 _CARD = "README.md"
+_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+_IGNORED = re.compile(r"\.|(README|LICEN[CS]E|CHANGELOG|NOTICE)\b", re.IGNORECASE)
 _INSTEAD = "Download the files you want and set data.source to file."
 
 
@@ -34,24 +36,78 @@ class Part:
     split: Split
     path: Path
     name: str  # for messages: the user's path, or the path in the repository
+    source: str | None = None  # one of several in a folder
 
 
 def find(path: Path, config: str | None) -> list[Part]:
-    """Local files: one file, a folder with train.* and eval.*, or one laid out as on the hub."""
+    """Local files: one file, a folder of one data set, or a folder of several sources.
+
+    The sources that hold nothing out come first, so that `prepare` knows all that is held out when
+    it reads the training rows of the others.
+    """
     if path.is_dir():
-        found = [f for f in path.rglob("*") if not f.is_dir() and f.exists()]
-        names = [f.relative_to(path).as_posix() for f in map(require_regular, found)]
-        chosen = _by_stem(names, path) or choose(names, path / _CARD, config, str(path))
-        paths = [(split, path / name) for split, names in chosen.items() for name in names]
-        return [Part(split, file, str(file)) for split, file in paths]
+        sources = {} if config else _sources(path)
+        parts = [
+            replace(part, source=name)
+            for name, paths in sources.items()
+            for part in (_find_in(paths[0], None) if paths[0].is_dir() else _shards(paths))
+        ]
+        with_eval = {part.source for part in parts if part.split == "eval"}
+        parts.sort(key=lambda part: part.source in with_eval)
+        return parts or _find_in(path, config)
     if not path.is_file():
         raise UserError(
             f"data.path: {str(path)!r} is no file or folder. Correct it (`dvc exp run --temp` and "
             "`--queue` need an absolute path)."
         )
-    if not is_readable(path.name):
-        raise UserError(f"data.path: cannot read {str(path)!r}. Convert it to {SUPPORTED}.")
-    return [Part("train", path, str(path))]
+    return _shards([path])
+
+
+def _find_in(folder: Path, config: str | None) -> list[Part]:
+    """Files of a folder with train.* and eval.*, or of one laid out as on the hub."""
+    found = (f for f in folder.rglob("*") if not f.is_dir() and f.exists())
+    regular = (f for f in map(require_regular, found) if f.name not in _METADATA)
+    names = [f.relative_to(folder).as_posix() for f in regular]
+    chosen = _by_stem(names, folder) or choose(names, folder / _CARD, config, str(folder))
+    paths = [(split, folder / name) for split, names in chosen.items() for name in names]
+    return [Part(split, file, str(file)) for split, file in paths]
+
+
+def _shards(paths: list[Path]) -> list[Part]:
+    for path in paths:
+        if not is_readable(path.name):
+            raise UserError(f"data.path: cannot read {str(path)!r}. Convert it to {SUPPORTED}.")
+    return [Part("train", path, str(path)) for path in paths]
+
+
+def _sources(folder: Path) -> dict[str, list[Path]]:
+    """Files or folder of each source: the folder's entries, shards joined, unless it is one source.
+
+    It is if an entry is named for a split, its README lists data files, or there is one entry.
+    """
+    entries = [
+        entry
+        for entry in sorted(folder.iterdir())
+        if entry.name not in _METADATA and not _IGNORED.match(entry.name)
+    ]
+    sources: dict[str, list[Path]] = {}
+    for entry in entries:
+        stem = entry.name if entry.is_dir() else entry.name.partition(".")[0]
+        if _words(stem) & {*_TRAIN, *_EVAL}:
+            return {}
+        sources.setdefault(re.sub(r"([-_]?\d+(-of)?)+$", "", stem) or stem, []).append(entry)
+    card = folder / _CARD
+    has_card = card.is_file() and "data_files" in card.read_text("utf-8", "replace")
+    if has_card or len(sources) < 2:
+        return {}
+    for name, paths in sources.items():
+        if len(paths) > 1 and any(path.is_dir() for path in paths):
+            raise UserError(f"{folder}: has two sources {name}. Rename one.")
+    return sources
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.lower()))
 
 
 def _by_stem(names: Collection[str], folder: Path) -> dict[Split, list[str]]:
@@ -110,7 +166,7 @@ def choose(
 def _find_split(splits: Iterable[str], names: Collection[str]) -> str | None:
     """The split of that name, else the only one with it as a word, as in `train_sft`."""
     exact = [split for split in splits if split in names]
-    similar = [s for s in splits if not set(re.split(r"[^a-z]+", s.lower())).isdisjoint(names)]
+    similar = [split for split in splits if not _words(split).isdisjoint(names)]
     return exact[0] if exact else similar[0] if len(similar) == 1 else None
 
 

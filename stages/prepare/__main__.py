@@ -18,8 +18,8 @@ MODEL = Path("models/base/config.json")
 PREPARED = Path("data/prepared")
 METRICS = Path("reports/prepare.json")
 DETAILS = Path("reports/details/prepare.json")
-COUNTS = ("conversations", "tokens", "supervised_tokens", "longest_tokens")
-COMPARED = {"rows_in", "rejected", "duplicates", "leaked", "truncated"}
+COUNTS = ("conversations", "rows", "tokens", "supervised_tokens", "longest_tokens", "by_source")
+COMPARED = {"rows_in", "rejected", "duplicates", "leaked", "truncated", "mix"}
 COMPARED |= {f"{split}.{count}" for split in ("train", "eval") for count in COUNTS}
 
 

@@ -6,11 +6,29 @@ from pydantic import Field
 
 from stages.shared.core.params import Section
 
+Column = Literal[
+    "messages",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "history",
+    "text",
+    "system",
+    "tools",
+    "reasoning",
+    "answer",
+    "language",
+]
+
 
 class Prepare(Section):
-    """`prepare`: row format, template, supervision, limits and split."""
+    """`prepare`: row form, sources, template, supervision, limits and split."""
 
-    format: Literal["auto", "guanaco", "messages", "alpaca"]
+    format: Literal["auto", "guanaco", "messages", "alpaca", "oasst", "text"]
+    columns: dict[Column, str] | None  # field: the row's column
+    mix: dict[str, Annotated[float, Field(ge=0)]] | None
     template: Literal["guanaco", "llama2", "chatml", "tokenizer"]
     train_on: Literal["assistant", "last", "all"]
     max_length: Annotated[int, Field(ge=2, le=1 << 20)]  # tokens
@@ -19,6 +37,9 @@ class Prepare(Section):
     max_rejected: Annotated[float, Field(ge=0, le=1)]
     eval_fraction: Annotated[float, Field(gt=0, lt=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a mapping has none
 
 
 class Params(Section):

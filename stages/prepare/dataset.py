@@ -4,28 +4,26 @@ Chunks bound memory and disk; the bytes written do not depend on the number of p
 """
 
 import ctypes
-import json
 import os
 import shutil
 import signal
-import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.prepare import limits
+from stages.prepare import limits, mix
 from stages.prepare.config import Prepare
 from stages.prepare.forms import parse
 from stages.prepare.loss_mask import Example, ExampleEncoder
+from stages.prepare.mix import Mixture
+from stages.prepare.output import FIGURES, SCHEMA, Rejections, SplitFile, Tally
 from stages.prepare.rows import (
     SPLITS,
     Source,
@@ -35,87 +33,101 @@ from stages.prepare.rows import (
     read_lines,
     require_length,
 )
-from stages.prepare.splitting import OUTCOMES, Splitter, digest_of, is_held_out
+from stages.prepare.splitting import Splitter, digest_of, is_held_out
 from stages.shared.chat import templates
-from stages.shared.chat.conversation import Conversation, RejectedRow, conversation_id
+from stages.shared.chat.conversation import (
+    Conversation,
+    RejectedRow,
+    conversation_id,
+    dump,
+    to_columns,
+)
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import files, progress
 from stages.shared.core.display import visible
 
-SCHEMA = pa.schema(
-    {
-        "conversation_id": pa.string(),
-        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
-        "text": pa.string(),
-        "input_ids": pa.list_(pa.int32()),
-        "loss_mask": pa.list_(pa.bool_()),
-        "text_bytes": pa.int64(),
-        "answer": pa.string(),
-        "language": pa.string(),
-    }
-)
 ENCODED = pa.schema(
     {
         **{column.name: column.type for column in SCHEMA},
+        **FIGURES,
         "line": pa.int64(),
         "reason": pa.string(),  # of the rejection; other columns are null then
         "question": pa.string(),  # a digest
         "is_held_out": pa.bool_(),
-        "supervised_tokens": pa.int64(),
         "truncated": pa.bool_(),
         "dropped_turns": pa.bool_(),
         "unknown": pa.list_(pa.string()),
+        "form": pa.string(),
     }
 )
 LINES = pa.schema({"line": pa.int64(), "row": pa.binary(), "position": pa.int64()})
 CHUNK_BYTES = 8 << 20
 BYTES_PER_PROCESS = 1 << 20  # at least
 BATCH_ROWS = 1000
-_GROUP_ROWS = 1000
-_SHOWN = 20  # languages and unknown fields in the metrics
-_COUNTED = 1000  # distinct reasons and fields, of which a file may have as many as rows
 
 
 def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Table:
-    """Parse, render and encode a table of `LINES`: of `ENCODED`, a row per non-blank line."""
-    rows: list[dict[str, Any]] = []
-    parsed: list[tuple[dict[str, Any], Conversation]] = []
-    for line, row in zip(lines["line"].to_pylist(), lines["row"].to_pylist(), strict=True):
-        if row.strip():
-            rows.append({"line": line})
-            try:
-                require_length(row, parameters.max_row_bytes)
-                parsed.append((rows[-1], parse(parse_line(row), parameters.format)))
-            except RejectedRow as reason:
-                rows[-1]["reason"] = visible(str(reason))
+    """Parse, render and encode a table of `LINES`: of `ENCODED`, rows for each non-blank line."""
     encoder = _encoder(tokenizer, parameters)
-    examples = encoder.encode_conversations([conversation for _, conversation in parsed])
-    for (columns, conversation), one in zip(parsed, examples, strict=True):
-        columns["unknown"] = [*map(visible, conversation.unknown)]
-        if isinstance(one, RejectedRow):
-            columns["reason"] = visible(str(one))
-        else:
-            columns.update(_columns(conversation, one[0], parameters))
+    pairs = zip(lines["line"].to_pylist(), lines["row"].to_pylist(), strict=True)
+    parsed = {line: _parse(row, parameters) for line, row in pairs if row.strip()}
+    conversations = [one for one in parsed.values() if isinstance(one, Conversation)]
+    encoded = iter(encoder.encode_conversations(conversations))
+    rows: list[dict[str, Any]] = []
+    for line, one in parsed.items():
+        columns: dict[str, Any] = {"line": line, "is_first": True}
+        result = one if isinstance(one, RejectedRow) else next(encoded)
+        if isinstance(one, Conversation):
+            columns["unknown"] = [*map(visible, one.unknown)]
+            columns["form"] = one.form
+        if isinstance(result, RejectedRow):
+            rows.append({**columns, "reason": visible(str(result))})
+            continue
+        assert isinstance(one, Conversation)
+        for example in _columns(one, result, parameters):
+            rows.append(example | columns)
+            columns = {"line": line, "is_first": False}
     return pa.Table.from_pylist(rows, schema=ENCODED)
 
 
-def _columns(conversation: Conversation, one: Example, parameters: Prepare) -> dict[str, Any]:
-    question = next(m["content"] for m in conversation.messages if m["role"] == "user")
-    return {
-        "conversation_id": conversation_id(one.messages),
-        "messages": one.messages,
-        "text": one.text,
-        "input_ids": one.input_ids,
-        "loss_mask": one.loss_mask,
-        "text_bytes": one.text_bytes,
-        "answer": conversation.answer if one.answered else None,
+def _parse(row: bytes, parameters: Prepare) -> Conversation | RejectedRow:
+    try:
+        require_length(row, parameters.max_row_bytes)
+        return parse(parse_line(row), parameters.format, parameters.columns)
+    except RejectedRow as reason:
+        return reason.with_traceback(None)  # whose frames would hold the batch
+
+
+def _columns(
+    conversation: Conversation, examples: list[Example], parameters: Prepare
+) -> Iterator[dict[str, Any]]:
+    """Columns of each of a conversation's examples; the last holds all its messages."""
+    kept, tools, kwargs = examples[-1], conversation.tools, conversation.template_kwargs
+    context = {"tools": tools, "template_kwargs": kwargs, "text": conversation.text}
+    question = conversation.text or next(m["content"] for m in kept.messages if m["role"] == "user")
+    shared = {
+        "conversation_id": conversation_id(kept.messages, **context),
         "language": conversation.language,
+        "tools": dump(tools) if tools else None,
+        "template_kwargs": dump(kwargs) if kwargs else None,
         "question": digest_of(question),
         "is_held_out": is_held_out(question, parameters.eval_fraction, parameters.seed),
-        "supervised_tokens": one.supervised_tokens,
-        "truncated": one.truncated,
+        "truncated": any(one.truncated for one in examples),
         "dropped_turns": conversation.dropped_turn,
     }
+    for one in examples:
+        yield {
+            **shared,
+            "messages": to_columns(one.messages),
+            "text": one.text,
+            "input_ids": one.input_ids,
+            "loss_mask": one.loss_mask,
+            "text_bytes": one.text_bytes,
+            "answer": conversation.answer if one is kept and one.answered else None,
+            "turn": one.turn,
+            "weights": one.weights,
+            "supervised_tokens": one.supervised_tokens,
+        }
 
 
 @lru_cache(maxsize=1)  # forked processes inherit it
@@ -200,61 +212,6 @@ def _signals_deferred() -> Iterator[None]:
             signal.raise_signal(caught[0])
 
 
-@dataclass
-class SplitFile:
-    """One split: its Parquet file and its counts."""
-
-    writer: pq.ParquetWriter
-    count: Counter[str] = field(default_factory=Counter)
-    languages: Counter[str] = field(default_factory=Counter)
-    longest: int = 0
-    last_id: int = 0
-
-    def add(self, rows: pa.Table) -> None:
-        """Append rows of `ENCODED`."""
-        if not len(rows):
-            return
-        # Combined, since pages follow chunks.
-        table = rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
-        self.writer.write_table(table, row_group_size=_GROUP_ROWS)
-        lengths, ids = pc.list_value_length(rows["input_ids"]), pc.list_flatten(rows["input_ids"])
-        self.count["conversations"] += len(rows)
-        self.count["tokens"] += len(ids)
-        self.count["supervised_tokens"] += pc.sum(rows["supervised_tokens"]).as_py()
-        self.longest = max(self.longest, pc.max(lengths).as_py())
-        self.last_id = max(self.last_id, pc.max(ids).as_py())
-        self.languages.update(rows["language"].to_pylist())
-
-    def figures(self) -> dict[str, Any]:
-        """Metrics of the split."""
-        names = ("conversations", "tokens", "supervised_tokens")
-        return {
-            **{name: self.count[name] for name in names},
-            "longest_tokens": self.longest,
-            "languages": _most_common(self.languages),
-        }
-
-
-@dataclass
-class Rejections:
-    """Rejected rows: rejected.jsonl, and counts by reason."""
-
-    file: TextIO
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, source: Source, rows: pa.Table) -> None:
-        """Append rows of `ENCODED` that have a reason."""
-        for line, reason in zip(rows["line"].to_pylist(), rows["reason"].to_pylist(), strict=True):
-            name, unit, number = source.place(line)
-            entry = {"file": name, unit: number, "reason": reason}
-            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            _add(self.reasons, reason)
-            if reason in self.reasons:
-                at = f"{name}:{number}" if unit == "line" else f"{name}, row {number}"
-                self.first.setdefault(reason, at)
-
-
 def prepare(
     raw: Path,
     tokenizer: Path,
@@ -265,10 +222,11 @@ def prepare(
 ) -> dict[str, Any]:
     """Write both splits, rejected.jsonl and format.json to `folder`; return the metrics."""
     sources = find_sources(raw)
+    mix.require_sources(parameters.mix, sources["train"].names)
     template = _encoder(str(tokenizer), parameters).template
-    splitter = Splitter("eval" in sources, parameters.max_rows)
+    splitter = Splitter("eval" in sources, None if parameters.mix else parameters.max_rows)
     processes = processes or len(os.sched_getaffinity(0))
-    count, unknown = Counter[str](), Counter[str]()
+    tally = Tally()
     with ExitStack() as stack:
         cache = folder / "cache.partial"
         stack.callback(shutil.rmtree, cache, ignore_errors=True)
@@ -279,58 +237,59 @@ def prepare(
             partial = stack.enter_context(files.whole_file(folder / f"{split}.parquet"))
             writer = pq.ParquetWriter(partial, SCHEMA, compression="zstd")
             splits[split] = SplitFile(stack.enter_context(writer))
+        targets: dict[Split, SplitFile | Mixture] = {**splits}
+        if parameters.mix:
+            stored = folder / "mix.partial"
+            stack.callback(stored.unlink, missing_ok=True)
+            targets["train"] = mixture = Mixture(stored, parameters.mix)
         size = sum(source.path.stat().st_size for source in sources.values())
         bar = stack.enter_context(progress.bar(total=size, desc="prepare", unit="B"))
         arguments = {"tokenizer": str(tokenizer), "parameters": parameters}
         for split in sorted(sources):  # eval first: it decides what leaks
             for rows, read_bytes in encode_chunks(sources[split], cache, processes, **arguments):
-                outcomes = _assign(splitter, rows, split)
-                for target, file in splits.items():
-                    file.add(rows.filter(outcomes == target))
-                rejections.add(sources[split], rows.filter(outcomes == "rejected"))
-                count.update(outcomes.tolist())
-                kept = rows.filter(np.isin(outcomes, SPLITS))
-                for name in ("truncated", "dropped_turns"):
-                    count[name] += pc.sum(kept[name]).as_py() or 0
-                for name in pc.list_flatten(rows["unknown"]).to_pylist():
-                    _add(unknown, name)
+                rows, has_own_eval = _with_source(rows, sources[split])  # noqa: PLW2901
+                is_first = rows["is_first"].to_numpy()
+                heads = rows if is_first.all() else rows.filter(rows["is_first"])
+                outcomes = _assign(splitter, heads, split, has_own_eval[is_first])
+                of_rows = outcomes if heads is rows else outcomes[np.cumsum(is_first) - 1]
+                for target, file in targets.items():
+                    file.add(rows.filter(of_rows == target))
+                rejections.add(sources[split], heads.filter(outcomes == "rejected"))
+                tally.add(heads, outcomes)
                 bar.update(read_bytes)
-                if splitter.own_eval and splitter.is_full:
+                if splitter.is_full and sources[split].all_have_eval:
                     break
         bar.close()
-        names = ("rejected", "duplicates", "leaked", "truncated", "dropped_turns")
-        metrics: dict[str, Any] = {
-            "rows_in": sum(count[outcome] for outcome in OUTCOMES),
-            **{name: count[name] for name in (*names, "beyond_max_rows")},
-            "unknown_fields": _most_common(unknown),
-            **{str(split): file.figures() for split, file in splits.items()},
-            "template": parameters.template,
-        }
+        metrics = tally.figures()
         limits.require_rows(parameters, metrics, rejections.reasons, rejections.first)
+        if parameters.mix:
+            metrics["mix"] = mixture.draw(splits["train"], parameters)
+        metrics |= {str(split): file.figures() for split, file in splits.items()}
+        metrics["template"] = parameters.template
         limits.require_splits(metrics, splitter)
         if model is not None:
             longest = max(file.longest for file in splits.values())
             limits.require_fit(model, parameters, longest, max(f.last_id for f in splits.values()))
     files.write_json(folder / "format.json", template.format().model_dump())
-    if unknown:
-        shown = ", ".join(f"{name} ({number} rows)" for name, number in unknown.most_common(5))
-        print(f"prepare: {len(unknown)} fields are not read: {shown}", file=sys.stderr)
+    tally.tell_unknown()
     return metrics
 
 
-def _assign(splitter: Splitter, rows: pa.Table, split: Split) -> np.ndarray:
-    is_eval = pc.fill_null(rows["is_held_out"], False).to_numpy()
-    if splitter.own_eval:
-        is_eval = np.full(len(rows), split == "eval")
+def _with_source(rows: pa.Table, source: Source) -> tuple[pa.Table, np.ndarray]:
+    """Fill `source`; and whether the row's source has an eval split, bool [rows]."""
+    parts = source.parts_of(rows["line"].to_numpy())
+    names = [part.get("source") for part in source.parts]
+    column = pa.array(names, pa.string()).take(pa.array(parts))
+    rows = rows.set_column(rows.schema.get_field_index("source"), "source", column)
+    return rows, np.array([name in source.with_eval for name in names], bool)[parts]
+
+
+def _assign(
+    splitter: Splitter, rows: pa.Table, split: Split, has_own_eval: np.ndarray
+) -> np.ndarray:
+    is_eval = pc.fill_null(rows["is_held_out"], False).to_numpy() & ~has_own_eval
+    if split == "eval":
+        is_eval = np.ones(len(rows), bool)
     columns = (pc.fill_null(rows[name], "") for name in ("conversation_id", "question"))
     ids, questions = (np.array(column.to_pylist(), "S32") for column in columns)
     return splitter.assign(pc.is_null(rows["reason"]).to_numpy(), is_eval, ids, questions)
-
-
-def _add(counter: Counter[str], name: str) -> None:
-    if name in counter or len(counter) < _COUNTED:
-        counter[name] += 1
-
-
-def _most_common(counter: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN])

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any, Literal
 
 from stages.prepare import guanaco
+from stages.prepare.config import Column
 from stages.prepare.messages import THOUGHTS, add_thoughts, loaded, parse_messages, says, unread
 from stages.prepare.rows import is_nan, kind_of, present
 from stages.shared.chat.conversation import (
@@ -60,7 +61,7 @@ _TREE = {"text", "role", "replies", "rank", "lang", "deleted"}
 def parse(
     fields: dict[str, Any],
     form: Form | Literal["auto"] = "auto",
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[Column, str] | None = None,
 ) -> Conversation:
     """Parse a row's fields, none of them null or NaN, into a conversation, or reject it.
 
@@ -112,7 +113,7 @@ def parse(
 
 
 def _mapped(
-    fields: dict[str, Any], columns: Mapping[str, str], unknown: set[str]
+    fields: dict[str, Any], columns: Mapping[Column, str], unknown: set[str]
 ) -> dict[str, Any]:
     """Fields under their names; a column that has the name of a mapped one is not read."""
     rest = fields.keys() - {*columns.values()}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from stages.shared.chat.conversation import RejectedRow
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
@@ -23,6 +25,22 @@ class Source:
     split: Split
     path: Path
     parts: list[dict[str, Any]]  # the user's files: `name`, `first_line` here, `counted_in`
+    with_eval: frozenset[str | None] = frozenset()  # sources (None: the only one) that hold out
+
+    @property
+    def names(self) -> set[str | None]:
+        """Names of the sources; None: there is one."""
+        return {part.get("source") for part in self.parts}
+
+    @property
+    def all_have_eval(self) -> bool:
+        """Whether every source has its own eval split."""
+        return self.names <= self.with_eval
+
+    def parts_of(self, lines: np.ndarray) -> np.ndarray:
+        """Index of the part of each line, int [lines]."""
+        starts = [part["first_line"] for part in self.parts]
+        return np.searchsorted(starts, lines, side="right") - 1
 
     def place(self, line: int) -> tuple[str, str, int]:
         """Locate a line in the user's file: its name, "line" or "row", the number there."""
@@ -39,7 +57,11 @@ def find_sources(folder: Path) -> dict[Split, Source]:
     parts: dict[Split, list[dict[str, Any]]] = {}
     for entry in listed:
         parts.setdefault(entry["split"], []).append(entry)
-    return {split: Source(split, folder / f"{split}.jsonl", some) for split, some in parts.items()}
+    with_eval = frozenset(part.get("source") for part in parts.get("eval", ()))
+    return {
+        split: Source(split, folder / f"{split}.jsonl", some, with_eval)
+        for split, some in parts.items()
+    }
 
 
 def read_lines(

@@ -13,7 +13,7 @@ _NONE = np.empty(0, "S32")
 class Splitter:
     """Splits by the first user message, so that no prompt is in both splits."""
 
-    own_eval: bool  # the source has an eval file: train rows that begin like one of it leak
+    own_eval: bool  # a source has an eval file: train rows that begin like a row of eval leak
     max_rows: int | None  # of train, the first ones
     _train_rows: int = 0
     _seen: np.ndarray = field(default_factory=_NONE.copy)  # sorted digests, like the next two
@@ -34,6 +34,8 @@ class Splitter:
         self, usable: np.ndarray, is_eval: np.ndarray, ids: np.ndarray, questions: np.ndarray
     ) -> np.ndarray:
         """Assign the next rows to `OUTCOMES`, str [rows]; flags are bool, digests S32 [rows]."""
+        if self.own_eval:  # else the first message alone decides, and none leaks
+            self._held_out = _insert(self._held_out, questions[usable & is_eval])
         leaked = usable & ~is_eval & _contains(self._held_out, questions)
         candidates = (usable & ~leaked).nonzero()[0]
         _, first = np.unique(ids[candidates], return_index=True)
@@ -42,8 +44,6 @@ class Splitter:
         new[first[~_contains(self._seen, ids[first])]] = True
         self._seen = _insert(self._seen, ids[new])
         self._questions = _insert(self._questions, questions[new])[:2]
-        if self.own_eval:  # else the first message alone decides, and none leaks
-            self._held_out = _insert(self._held_out, questions[new & is_eval])
         train = new & ~is_eval
         limit = len(ids) if self.max_rows is None else self.max_rows - self._train_rows
         beyond = train & (np.cumsum(train) > limit)

@@ -11,6 +11,8 @@ from stages.prepare.config import Prepare
 
 DEFAULTS: dict[str, Any] = {
     "format": "auto",
+    "columns": None,
+    "mix": None,
     "template": "chatml",
     "train_on": "assistant",
     "max_length": 64,

@@ -82,12 +82,12 @@ def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def to_columns(messages: list[Message]) -> list[dict[str, Any]]:
+def to_columns(messages: list[Message]) -> list[Any]:
     """Messages as Parquet holds them: a call's arguments are JSON text."""
     return [
         {**m, "tool_calls": [{**c, "arguments": dump(c["arguments"])} for c in m["tool_calls"]]}
         if "tool_calls" in m
-        else {**m}
+        else m
         for m in messages
     ]
 
