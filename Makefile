@@ -7,6 +7,7 @@ ENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 EXTRAS := .venv-extras
 # Triton comes with torch for GPUs. On a CPU it would cost each process 80 MB.
 EMULATION := .venv-emulation
+AUDIT := .venv-audit
 TRITON := triton==3.7.1
 PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
@@ -61,6 +62,25 @@ test: $(VENV)/.ready  ## run the tests
 	@$(ENV) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  $(LONGEST) tests
 
+# Before DVC opens its cache of hashes: what lies there is unpickled.
+.PHONY: private sbom audit
+repro: private
+private: $(VENV)/.ready
+	@$(ENV) python -m stages.tools.cache_folder
+
+$(AUDIT)/.ready: .ci/requirements.lock
+	@$(AUDIT)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(AUDIT)
+	@$(call install,$(AUDIT)/bin/python,--requirement .ci/requirements.lock,$(AUDIT))
+	@touch $@
+
+sbom: $(VENV)/.ready $(AUDIT)/.ready  ## list what is installed, as CycloneDX, in sbom.json
+	@$(AUDIT)/bin/cyclonedx-py environment $(VENV) --pyproject pyproject.toml --output-reproducible -o sbom.json
+	@echo "sbom.json: $$(grep -c '"purl"' sbom.json) packages"
+
+audit: $(AUDIT)/.ready  ## look the locked packages up for known vulnerabilities (needs pypi.org)
+	@$(AUDIT)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --format json \
+	  --progress-spinner off 2>/dev/null | $(AUDIT)/bin/python .ci/audit.py
+
 $(EMULATION)/.ready: $(VENV)/.ready
 	@$(call install,$(VENV)/bin/python,--no-deps --upgrade --target $(EMULATION) $(TRITON),$(EMULATION))
 	@touch $@
@@ -93,4 +113,4 @@ format: $(VENV)/.ready  ## ruff, changing files
 	@$(ENV) ruff check --fix .
 
 clean:  ## remove the environments (data, models and DVC's cache stay)
-	rm -rf $(VENV) $(EXTRAS) $(EMULATION) $(VENV).log $(EXTRAS).log $(EMULATION).log
+	rm -rf $(foreach folder,$(VENV) $(EXTRAS) $(EMULATION) $(AUDIT),$(folder) $(folder).log)

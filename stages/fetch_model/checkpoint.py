@@ -85,7 +85,6 @@ def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move:
     with progress.bar(total=len(weights), desc="weights", unit="file") as bar:
         for file in weights:
             (shutil.move if move else shutil.copyfile)(source / file, base / file)
-            (base / file).chmod(0o644)
             bar.update()
 
 

@@ -1,8 +1,10 @@
 """Bounds on what comes from outside: CPU time, memory, kind of file, depth and size of YAML."""
 
+import os
 import resource
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,6 +15,11 @@ from ruamel.yaml import YAML, events
 from ruamel.yaml.error import YAMLError
 
 from stages.shared.core.errors import UserError
+
+# `kernels`, where installed, fetches code from the hub and runs it: transformers asks it unless
+# this is set, bitsandbytes always on a CPU with AVX512-BF16. With None an import of it fails.
+os.environ["USE_HUB_KERNELS"] = "NO"
+sys.modules["kernels"] = None  # type: ignore[assignment]
 
 SECONDS = 10.0  # of CPU: another busy process makes no difference
 MEMORY = 1 << 30  # bytes

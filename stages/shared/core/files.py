@@ -21,10 +21,22 @@ def whole_folder(target: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        _share(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Give files the mode of the umask: libraries write weights by temporary files, mode 0600.
+
+    A folder made under the umask has it. A file that is read-only may be a link into DVC's cache.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o200:
+            path.chmod(mode)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from stages.shared.core import bounds  # noqa: F401  (no code from the hub)
 from stages.shared.weights.precision import compute_dtype
 
 # On a CPU it warns of a missing hub kernel, and of a cast in every int8 matmul.

@@ -1,9 +1,12 @@
 """Files are whole or not there."""
 
+import os
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
@@ -28,6 +31,25 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> Non
         raise ValueError("stop")
     assert (target / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_of_a_folder_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    """As safetensors writes them, mode 0600; a read-only file may be a link into DVC's cache."""
+    cached = tmp_path / "cached"
+    cached.write_bytes(b"")
+    cached.chmod(0o444)
+    before = os.umask(0o027)
+    try:
+        with files.whole_folder(tmp_path / "out") as partial:
+            save_file({"a": np.zeros(3)}, partial / "model.safetensors")
+            (partial / "deep").mkdir()
+            (partial / "deep/b").write_text("")
+            (partial / "deep/b").chmod(0o600)
+            files.link_or_copy(cached, partial / "c")
+    finally:
+        os.umask(before)
+    modes = {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").rglob("*")}
+    assert modes == {"model.safetensors": "0o640", "deep": "0o750", "b": "0o640", "c": "0o444"}
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The machine's settings: from the environment or .env, and never a parameter."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,29 @@ def test_a_name_that_means_nothing_is_told(tmp_path: Path, content: bytes) -> No
     """A mistyped QLORA_MEMORY_BUDGET would set no limit."""
     (tmp_path / ".env").write_bytes(content)
     with pytest.raises(UserError, match=r"means nothing here; expected one of QLORA_DEVICE, "):
+        machine.machine()
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "HF_ENDPOINT", "HUGGING_FACE_HUB_TOKEN", "http_proxy"]
+)
+def test_a_name_that_only_the_shell_can_set_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / ".env").write_text(f"QLORA_WORKERS=2\n{name}=hf_secret\nOTHER=1\n")
+    with pytest.raises(UserError, match=rf"^{name} \(.*\.env\): only QLORA_\* are read") as caught:
+        machine.machine()
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["QLORA_WORKERS", "QLORA_DEVICES", "QLORA_MEMORY_BUDGET"])
+def test_numbers_have_maxima(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1000000000")
+    with pytest.raises(UserError, match=f"{name} .*; expected less than or equal to"):
+        machine.machine()
+
+
+def test_a_pipe_in_its_place_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".env")
+    with pytest.raises(UserError, match=r"\.env: is a pipe"):
         machine.machine()
 
 

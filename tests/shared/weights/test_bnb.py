@@ -1,6 +1,7 @@
 """bitsandbytes: imported without torch's compiler, by one module; and its guard."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -112,3 +113,20 @@ def test_guard_keeps_weights_through_evaluation(tmp_path: Path, guarded: bool) -
     else:
         assert not any(same)
         assert gradient_norm(model) != pytest.approx(before, rel=0.01)
+
+
+def test_kernels_package_is_never_asked_for_code(tmp_path: Path) -> None:
+    """Installed, it fetches code from the hub: bitsandbytes asks it at import on some CPUs."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("raise SystemExit('asked')")
+    (tmp_path / "kernels-0.18.5.dist-info").mkdir()
+    (tmp_path / "kernels-0.18.5.dist-info/METADATA").write_text("Name: kernels\nVersion: 0.18.5\n")
+    script = """
+import stages.shared.model.loading
+from transformers.utils import is_kernels_available
+assert not is_kernels_available()
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
