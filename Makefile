@@ -77,7 +77,7 @@ sbom: $(VENV)/.ready $(AUDIT)/.ready  ## list what is installed, as CycloneDX, i
 	@$(AUDIT)/bin/cyclonedx-py environment $(VENV) --pyproject pyproject.toml --output-reproducible -o sbom.json
 	@echo "sbom.json: $$(grep -c '"purl"' sbom.json) packages"
 
-audit: $(AUDIT)/.ready  ## look the locked packages up for known vulnerabilities (needs pypi.org)
+audit: $(AUDIT)/.ready  ## look the locked packages up for known vulnerabilities (needs PyPI)
 	@$(AUDIT)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --format json \
 	  --progress-spinner off 2>/dev/null | $(AUDIT)/bin/python .ci/audit.py
 

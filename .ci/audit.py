@@ -25,7 +25,7 @@ def judge(report: str) -> tuple[list[str], int]:
     if not audited or skipped:
         lines.append(
             f"NOT AUDITED: {len(skipped) or 'all'} of {len(packages) or 'all'} packages could not "
-            f"be looked up at pypi.org{': ' if skipped else ''}{', '.join(skipped[:10])}"
+            f"be looked up on PyPI{': ' if skipped else ''}{', '.join(skipped[:10])}"
         )
     else:
         lines.append(f"{audited} packages looked up, {len(known)} known vulnerabilities")

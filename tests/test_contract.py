@@ -226,6 +226,13 @@ def test_every_stage_says_what_it_is_for() -> None:
     assert all(stage["desc"] for stage in declared().values())
 
 
+def test_artifacts_are_outs() -> None:
+    artifacts = YAML(typ="safe").load(ROOT / "dvc.yaml")["artifacts"]
+    outs = {path for stage in declared().values() for path in outs_of(stage)}
+    assert {"merged", "adapter"} <= artifacts.keys()
+    assert all(a["path"] in outs and a["type"] == "model" and a["desc"] for a in artifacts.values())
+
+
 if __name__ == "__main__":  # what dvc.yaml should name
     for stage_folder in STAGE_FOLDERS:
         print(f"{stage_folder}:", *code_dependencies(stage_folder), sep="\n      - ")

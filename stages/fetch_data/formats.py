@@ -38,10 +38,8 @@ _UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, by surro
 _BLOCK = 1 << 20  # bytes or characters read at once
 _BATCH_ROWS, _BATCH_BYTES = 256, 64 << 20  # of a table, at most
 _SECONDS = 600.0  # of CPU, for such a batch
-_EXPANSION, _SMALL = (
-    200,
-    1 << 30,
-)  # a file may become so many times its size; at least so many bytes
+# A file may become so many times its size, and in any case so many bytes.
+_EXPANSION, _SMALL = 200, 1 << 30
 # Objects whose fields differ from row to row.
 _SCHEMALESS = {"tool_calls", "function_call", "tools", "functions", "chat_template_kwargs"}
 _TRUNCATED = "The file looks truncated: fetch or export it again."

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from stages.fetch_data.formats import SUPPORTED, is_readable
+from stages.shared.core import bounds
 from stages.shared.core.bounds import require_regular
 from stages.shared.core.errors import UserError
 from stages.shared.hub.repository import Repository, download, require_inside
@@ -190,12 +191,13 @@ def _splits(
         if card.is_file():
             shutil.copyfile(card, folder / _CARD)
         try:
-            known = datasets.get_dataset_config_names(str(folder))
-            chosen = config or datasets.get_dataset_default_config_name(str(folder))
-            if chosen in known:
-                builder = datasets.load_dataset_builder(
-                    str(folder), name=chosen, cache_dir=str(Path(scratch, "cache"))
-                )
+            with bounds.limited(60):  # for YAML and patterns of the card
+                known = datasets.get_dataset_config_names(str(folder))
+                chosen = config or datasets.get_dataset_default_config_name(str(folder))
+                if chosen in known:
+                    builder = datasets.load_dataset_builder(
+                        str(folder), name=chosen, cache_dir=str(Path(scratch, "cache"))
+                    )
         except Exception as error:  # datasets raises many types, of YAML, patterns, formats
             reason = " ".join(str(error).replace(str(folder), where).split())
             raise UserError(f"{where}: splits not found ({reason:.120}). {_INSTEAD}") from None

@@ -24,8 +24,8 @@ SKIPPED = {"name": "c", "skip_reason": "Dependency not found on PyPI"}
     [
         ([CLEAN, CLEAN], "2 packages looked up, 0 known vulnerabilities", 0),
         ([CLEAN, KNOWN], "b 2: PYSEC-1; fixed in 3", 1),
-        ([CLEAN, SKIPPED], "NOT AUDITED: 1 of 2 packages could not be looked up at pypi.org: c", 2),
-        ([], "NOT AUDITED: all of all packages could not be looked up at pypi.org", 2),
+        ([CLEAN, SKIPPED], "NOT AUDITED: 1 of 2 packages could not be looked up on PyPI: c", 2),
+        ([], "NOT AUDITED: all of all packages could not be looked up on PyPI", 2),
     ],
 )
 def test_audit_passes_only_what_was_looked_up(packages: list[Any], line: str, code: int) -> None:
