@@ -253,11 +253,12 @@ class Recipe:
         self.schedule.seed(self.step, self.group.rank)
         examples = [self.data.train[row] for row in self.schedule.rows(self.step)]
         limit = self.plan.micro_batch_tokens
-        parts = packing.partition(examples, limit, self.group.size)
+        packs = self.group.size == 1 or packing.may_pack(self.model.config)
+        parts = packing.partition(examples, limit if packs else 1, self.group.size)
         counts = TokenCounts.of(examples, list(chain(*parts)), limit)
         loss = gradient.accumulate(
             self.model,
-            parts[self.group.rank],
+            packing.even_passes(parts, packs)[self.group.rank],
             counts.supervised_tokens,
             dtype=self.plan.compute_dtype,
             fused=self.plan.fused,
@@ -292,7 +293,7 @@ class Recipe:
                     plan.device,
                     plan.compute_dtype,
                     "held-out loss",
-                    slice(self.group.rank, None, self.group.size),
+                    (self.group.rank, self.group.size),
                 )
             scored, use = torch.from_numpy(sums).to(plan.device), use.to(plan.device)
             self.group.all_reduce([scored, *([use] if use.numel() else [])])

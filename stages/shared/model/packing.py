@@ -58,6 +58,10 @@ class Example:
         return int(self.predictors[-1]) + 1 if len(self.predictors) else len(self)
 
 
+# Predicts nothing: its loss and its gradient are 0.
+IDLE = Example(np.zeros(2, np.int64), np.zeros(2, bool), row=0)
+
+
 def read_examples(path: Path) -> list[Example]:
     """Read a split that `prepare` wrote."""
     table = pq.read_table(path, columns=["input_ids", "loss_mask"])
@@ -163,6 +167,20 @@ def partition(
 ) -> list[list[list[Example]]]:
     """Micro-batches of each device, balanced by tokens."""
     return [bins(part, max_tokens) for part in _even_parts(examples, devices)]
+
+
+def even_passes(parts: Sequence[list[list[Example]]], packs: bool) -> list[list[list[Example]]]:
+    """Give every device the same number of forward passes: those with fewer get `IDLE` ones.
+
+    Each pass gathers sharded weights from all devices, and would wait for ever for one without.
+
+    Args:
+        parts: micro-batches of each device.
+        packs: whether a micro-batch is one pass; else each of its conversations is.
+    """
+    passes = [len(part) if packs else sum(map(len, part)) for part in parts]
+    most = max(passes)
+    return [[*part, *[[IDLE]] * (most - own)] for part, own in zip(parts, passes, strict=True)]
 
 
 def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:

@@ -56,10 +56,19 @@ def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
 
 
 def batches(
-    examples: Sequence[Example], device: torch.device, desc: str, share: slice = slice(None)
+    examples: Sequence[Example],
+    device: torch.device,
+    desc: str,
+    share: tuple[int, int] = (0, 1),
+    packs: bool = True,
 ) -> Iterator[Packed]:
-    """The scorer's micro-batches, or one process's share, with a progress bar."""
-    micro_batches = packing.bins(examples, SCORING_TOKENS)[share]
+    """The scorer's micro-batches, with a progress bar; of a `share` (rank, size), one process's.
+
+    All processes get as many forward passes; `packs` as in `packing.even_passes`.
+    """
+    rank, size = share
+    every = packing.bins(examples, SCORING_TOKENS)
+    micro_batches = packing.even_passes([every[r::size] for r in range(size)], packs)[rank]
     with progress.bar(total=sum(map(len, micro_batches)), desc=desc, unit="row") as bar:
         for micro_batch in micro_batches:
             yield packing.pack(micro_batch, device)
@@ -73,12 +82,12 @@ def score(
     device: torch.device,
     dtype: torch.dtype,
     desc: str,
-    share: slice = slice(None),
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum the negative log-likelihoods of each conversation; keeps the model's mode.
 
-    `row` numbers the examples from 0. Processes that score a `share` of the micro-batches each add
-    up their sums.
+    `row` numbers the examples from 0. Processes that score a `share` (rank, size) of the
+    micro-batches each add up their sums.
 
     Returns:
         The sums in nats, float64 [rows]; and the number of supervised tokens, int64 [rows].
@@ -87,7 +96,7 @@ def score(
     was_training = model.training
     model.eval()
     try:
-        for batch in batches(examples, device, desc, share):
+        for batch in batches(examples, device, desc, share, packing.may_pack(model.config)):
             with autocast(device, dtype):
                 losses = negative_log_likelihoods(model, batch)
             np.add.at(sums, batch.rows.cpu().numpy(), losses.double().cpu().numpy())

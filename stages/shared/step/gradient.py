@@ -34,7 +34,7 @@ def accumulate(
 
     Args:
         model: in training mode.
-        micro_batches: of this process; may be empty where others have some.
+        micro_batches: of this process, as many as of the others (`packing.even_passes`).
         supervised_tokens: of the whole step, over all processes.
         dtype: compute dtype.
         fused: the model was patched by `patch.fuse`.

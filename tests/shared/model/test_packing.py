@@ -193,6 +193,16 @@ def test_bins_lose_nothing_and_keep_to_the_limit(max_tokens: int) -> None:
         assert packing.input_tokens(group) <= max_tokens or len(group) == 1
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_even_passes_gives_every_device_as_many(packs: bool) -> None:
+    """A micro-batch of a model that cannot pack is a pass for each of its conversations."""
+    parts = [[of_input_tokens(8, 7)], [of_input_tokens(6), of_input_tokens(5)], []]
+    even = packing.even_passes(parts, packs)
+    assert [len(p) if packs else sum(map(len, p)) for p in even] == [2, 2, 2]
+    assert even[2] == [[packing.IDLE]] * 2
+    assert not packing.IDLE.supervised_tokens
+
+
 def test_partition_evens_out_by_exchange() -> None:
     """The longest first to the emptier one would give 17 and 13."""
     parts = packing.partition(of_input_tokens(8, 7, 6, 5, 4), 11, 2)

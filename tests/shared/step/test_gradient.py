@@ -7,13 +7,13 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
+from stages.shared.model import packing
 from stages.shared.model.packing import Example, read_examples
 from stages.shared.step import gradient
 from stages.shared.step.fused.patch import fuse
-from stages.train import distributed
 from stages.train.distributed import Group
-from tests import tiny
-from tests.shared.step.adapters import CPU, Gradients, distance, gradients_of, moved
+from tests import devices, tiny
+from tests.shared.step.adapters import Gradients, distance, gradients_of, moved
 
 ROWS = {"whole": [5, 0, 9, 3, 11, 7], "short": [2, 8], "one": [4]}
 rows_of_a_step = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
@@ -50,11 +50,11 @@ def accumulate(
     model: PeftModel, examples: list[Example], tokens: int, fused: bool, group: Group
 ) -> float:
     """This process's part of a step, and the sum over the group."""
-    parts = group.divide(examples, tokens)
+    parts = packing.even_passes(packing.partition(examples, tokens, group.size), packs=True)
     model.zero_grad()
     loss = gradient.accumulate(
         model,
-        parts[group.rank] if group.rank < len(parts) else [],
+        parts[group.rank],
         sum(example.supervised_tokens for example in examples),
         dtype=torch.float32,
         fused=fused,
@@ -109,24 +109,25 @@ def test_gradient_is_that_of_each_conversation(
     assert distance(gradients, by_the_book(folders, rows)) < 1e-5
 
 
-def steps(
-    group: Group, device: torch.device, *each: tuple[Folders, list[int], int, bool]
-) -> list[tuple[float, Gradients]]:
-    """Several in one start of the processes, which costs more than all of them."""
-    return [step(*arguments, group=group) for arguments in each]
+# Fused or not, tokens of a micro-batch, and whether it is checkpointed.
+WAYS = [(True, 4096, False), (True, 1, True), (False, 70, False), (False, 1, True)]
 
 
-def test_gradient_is_the_same_on_two_devices(folders: Folders) -> None:
-    """Whole steps, a short one, and one that leaves a process without work."""
-    each = [
-        (folders, rows, tokens, checkpointing)
-        for rows in ROWS.values()
-        for tokens, checkpointing in ((4096, False), (1, True))
-    ]
-    shared = distributed.launch(2, CPU, steps, *each)
-    for (_, rows, *how), (loss, gradients) in zip(each, shared, strict=True):
-        assert distance(gradients, by_the_book(folders, rows)) < 1e-5, (rows, how)
-        assert loss == pytest.approx(step(folders, rows, 1)[0], rel=1e-6)
+def steps(group: Group, folders: Folders) -> dict[str, tuple[float, Gradients]]:
+    """Steps by every way: whole ones, a short one, and one that leaves processes without work."""
+    return {
+        f"{name}, {way}": step(folders, rows, way[1], way[2], None, way[0], group)
+        for name, rows in ROWS.items()
+        for way in WAYS
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradient_is_the_same_on_several_devices(folders: Folders, size: int) -> None:
+    alone, shared = steps(Group(), folders), devices.together(size, steps, folders)
+    for name, (loss, gradients) in shared.items():
+        assert distance(gradients, alone[name][1]) < 1e-5, name
+        assert loss == pytest.approx(alone[name][0], rel=1e-6), name
 
 
 def test_gradient_differs_if_averaged_by_micro_batch(folders: Folders) -> None:
