@@ -87,7 +87,13 @@ def main(options: Namespace) -> None:
             charts.draw(plan["techniques"], growth, figures.LENGTHS, tokens, target)
         if is_stage:
             files.write_json(PLAN, plan)
-        print(tables.cards(plan), tables.techniques(plan), tables.disk(plan), sep="\n\n")
+        print(
+            tables.model(plan),
+            tables.cards(plan),
+            tables.techniques(plan),
+            tables.disk(plan),
+            sep="\n\n",
+        )
         if "DVC_STAGE" not in os.environ:
             from stages.plan import this_machine  # noqa: PLC0415  (imports torch)
 

@@ -61,6 +61,14 @@ def disk(plan: Mapping[str, Any]) -> str:
     return f"disk, GB: {listed}"
 
 
+def model(plan: Mapping[str, Any]) -> str:
+    """Parameters as one line; of a mixture also those that a token uses, which take the time."""
+    parameters = plan["model"]
+    total, active = (parameters[name] / 1e9 for name in ("parameters", "active"))
+    share = f", of them {active:,.2f} active for a token" if active < total else ""
+    return f"parameters, 10⁹: {total:,.2f}{share}"
+
+
 def choice(chosen: Mapping[str, Any]) -> str:
     """The execution plan of a step, in words."""
     needed = f"{chosen['peak_bytes'] / GIB:.2f} GiB"

@@ -19,7 +19,14 @@ from stages.shared.step.limits import GIB, total_memory_bytes
 from stages.shared.step.setup import Device, TrainingSetup, lora_of
 from stages.shared.weights import precision
 
-LARGER = ("Qwen1.5-0.5B", "Llama-3-8B", "Llama-3-70B")
+LARGER = (
+    "Qwen1.5-0.5B",
+    "Llama-3-8B",
+    "Qwen3-30B-A3B",
+    "gpt-oss-20b",
+    "Mixtral-8x7B",
+    "Llama-3-70B",
+)
 DEVICES = (1, 2, 8)
 TOKENS, REPEATS = 256, 3  # of the calibration
 SMALL_VOCABULARY = 256  # the head is not timed
@@ -51,10 +58,12 @@ def described(
         path = counter.config if name == "this model" else sources.CONFIGS / f"{name}.json"
         with StepCounter(path) as one:
             cost = sum(figures.operations(one, setup, counts).values())
-            parameters = one.model()["parameters"]["parameters"]
+            sizes = one.model()["parameters"]
         hours = cost * counts.tokens / rate / 3600
         cells = "".join(f"{hours / count:>10,.2f}" for count in DEVICES)
-        yield f"  {name:16}{cells}  {parameters / 1e9:.2f}e9 parameters"
+        active = sizes["active"] / 1e9
+        used = f", {active:.2f}e9 active" if sizes["experts"] else ""
+        yield f"  {name:16}{cells}  {sizes['parameters'] / 1e9:.2f}e9 parameters{used}"
 
 
 def _fitting(requested: Request, values: Params) -> Iterator[str]:

@@ -1,11 +1,15 @@
-"""Charts of the page: the training history, and the SVG files of other stages."""
+"""Charts of the page: training history, use of experts, and the SVG files of other stages."""
 
 import io
 import re
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from stages.shared.core.display import visible
 from stages.shared.core.errors import UserError
@@ -33,6 +37,31 @@ def training_history(history: pd.DataFrame, best_step: int | None) -> str:
         for panel in axes:
             panel.axvline(best_step, color="C5", linewidth=1, linestyle="--", label=kept)
     axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    return _svg(figure)
+
+
+def expert_use(use: Mapping[str, Any]) -> str:
+    """SVG of each expert's tokens, in even shares, by layer: before and after training."""
+    shares = {when: np.array(values["shares"]) for when, values in use.items()}
+    even = {when: share * share.shape[1] for when, share in shares.items()}
+    layers, experts = next(iter(even.values())).shape
+    largest = max(share.max() for share in even.values())
+    figure = Figure(figsize=(9.0, 1.8 + min(5.0, 0.25 * layers)))
+    panels = figure.subplots(1, len(even), squeeze=False, sharey=True)[0]
+    for panel, (when, share) in zip(panels, even.items(), strict=True):
+        ends = (0.5, experts + 0.5, layers + 0.5, 0.5)
+        image = panel.imshow(share, "Blues", aspect="auto", vmin=0, vmax=largest, extent=ends)
+        panel.set_title(f"{when} training", loc="left")
+        panel.set_xlabel("expert")
+        panel.grid(visible=False)
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set_ylabel("layer with experts")
+    figure.colorbar(image, ax=list(panels), label="tokens, even share = 1")
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     return svg.getvalue()

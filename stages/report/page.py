@@ -128,6 +128,9 @@ def html(sources: Sources) -> str:
         ("plan", sources.plan_chart, "Peak memory of each technique, by part"),
     )
     inlined = {name: charts.inline(svg, name, description) for name, svg, description in svgs}
+    if sources.expert_use:
+        heatmaps = charts.expert_use(sources.expert_use)
+        inlined["experts"] = charts.inline(heatmaps, "experts", "Tokens by layer and expert")
     template = environment().get_template("page.html.j2")
     rows = provenance(sources.environment)
     return template.render(context(sources), charts=inlined, provenance=rows)

@@ -36,6 +36,7 @@ class Sources:
     quantize_chart: str
     train: dict[str, Any]
     environment: dict[str, Any]  # of the training
+    expert_use: dict[str, Any]  # of a mixture, before and after training; else empty
     history: pd.DataFrame  # loss.csv; NaN where nothing was measured
     merge: dict[str, Any]
     plan: dict[str, Any]
@@ -52,6 +53,7 @@ def read(root: Path) -> Sources:
         **{name: _read(root / path) for name, path in FILES.items()},
         **reports,
         environment=reports["train"].pop("environment", {}),
+        expert_use=reports["train"].pop("expert_use", {}),
         evaluate={variant: _read_report(root, f"evaluate/{variant}.json") for variant in VARIANTS},
         answers={variant: content.get("answers") or [] for variant, content in answers.items()},
     )

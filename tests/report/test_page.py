@@ -250,3 +250,14 @@ def test_commit_names_changed_files_but_for_those_of_a_run(tmp_path, monkeypatch
 )
 def test_keys_have_labels(section, key, label):
     assert page.label(section, key) == (label, "")
+
+
+def test_page_shows_the_use_of_experts(tmp_path):
+    before = {"idle": 1, "largest": 2.4, "shares": [[0.6, 0.3, 0.1, 0.0], [0.25] * 4]}
+    after = {"idle": 0, "largest": 1.6, "shares": [[0.4, 0.3, 0.2, 0.1], [0.25] * 4]}
+    train = made.contents()["reports/train.json"] | {"trainable_by_kind": {"experts": 98_304}}
+    use = {"expert_use": {"before": before, "after": after}}
+    shown = Elements(page.html(source_of(tmp_path, train=train, details_train=use)))
+    assert "before 1 2.40 after 0 1.60" in shown.text
+    assert "Trainable parameters, experts 98,304" in shown.text
+    assert [tag for tag, _ in shown.tags].count("image") >= 2

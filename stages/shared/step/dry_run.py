@@ -51,6 +51,8 @@ FUSED_BLOCKS = (
     "MistralDecoderLayer",
     "Qwen2DecoderLayer",
     "Qwen3DecoderLayer",
+    "MixtralDecoderLayer",
+    "Qwen3MoeDecoderLayer",
 )
 MAX_GRAD_NORM = 0.3
 # Operators of bitsandbytes whose Python kernels run on fake tensors too: their temporaries count.
@@ -154,6 +156,7 @@ def unfused_because(setup: TrainingSetup, model: Any) -> str | None:
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     reasons = {
         "quantize.precision is int8": setup.precision == "int8",
+        "the router's input is jittered": getattr(model.config, "router_jitter_noise", 0) > 0,
         "lora.dropout is not 0": lora["dropout"] > 0,
         "lora.dora is true": lora["dora"],
         "lora.init is pissa or olora": lora["init"] in initialisation.WITH_FROZEN,

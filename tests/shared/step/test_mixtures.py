@@ -13,6 +13,7 @@ from stages.shared.core.errors import UserError
 from stages.shared.model import loading, packing
 from stages.shared.model.packing import read_examples
 from stages.shared.step import adapter, gradient, targets
+from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss, weight_of
 from stages.shared.weights import experts
 from stages.train import distributed
@@ -57,6 +58,7 @@ def step(
     *,
     checkpointing: bool = False,
     weight: float = 0.0,
+    fused: bool = True,
     group: Group | None = None,
 ) -> tuple[float, Gradients]:
     """A step of the project's, shared by a group; returns the router's loss and the gradients."""
@@ -64,6 +66,8 @@ def step(
     model = moved(folders[kind])
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if fused:
+        fuse(model)
     examples = [read_examples(folders["data"] / "train.parquet")[row] for row in ROWS]
     router = RouterLoss(model, weight)
     gradient.accumulate(
@@ -71,7 +75,7 @@ def step(
         packing.partition(examples, tokens, group.size)[group.rank],
         sum(example.supervised_tokens for example in examples),
         dtype=torch.float32,
-        fused=False,
+        fused=fused,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         all_reduce=group.all_reduce,
         router=router if weight else None,
@@ -86,15 +90,21 @@ def test_gradient_of_a_mixture_is_that_of_each_conversation(
 ) -> None:
     expected = by_the_book(folders, kind, weight)
     losses = []
-    for tokens, checkpointing in ((4096, False), (1, False), (70, True)):
-        how: dict[str, Any] = {"checkpointing": checkpointing, "weight": weight}
+    for tokens, checkpointing, fused in (
+        (4096, False, True),
+        (70, True, True),
+        (1, False, True),
+        (4096, False, False),
+        (70, True, False),
+    ):
+        how: dict[str, Any] = {"checkpointing": checkpointing, "weight": weight, "fused": fused}
         loss, gradients = step(folders, kind, tokens, **how)
         losses.append(loss)
         assert gradients.keys() >= expected.keys()
         unhit = [name for name in gradients if name not in expected]
         assert all(not gradients[name].any() for name in unhit)
         assert distance({n: gradients[n] for n in expected}, expected) < 1e-5
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-5)
     assert (losses[0] > 1) == (weight > 0)
 
 

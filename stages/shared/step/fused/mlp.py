@@ -43,7 +43,7 @@ class _MLP(torch.autograd.Function):
         *lora: torch.Tensor,
     ) -> torch.Tensor:
         normed, rstd = rms_norm_forward(x, weight, epsilon)
-        gate_up, down = _linears(layers, lora, dtype)
+        gate_up, down = linears(layers, lora, dtype)
         (gate, up), x_a = gate_up.matmul_lora(normed.to(dtype))
         del normed
         (y,), down_x_a = down.matmul_lora(swiglu(gate, up), x.to(dtype))
@@ -54,10 +54,9 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, weight, gate, up, x_a, down_x_a, *lora = ctx.saved_tensors
-        gate_up, down = _linears(ctx.layers, lora, ctx.dtype)
+        gate_up, down = linears(ctx.layers, lora, ctx.dtype)
         # First of all: its fp32 temporaries would be the peak beside the gradients of gate and up.
         normed = recompute_rms_norm(x, rstd, weight, ctx.epsilon).to(ctx.dtype)
-        down_backward = _down_backward_gpu if gpu.on_gpu(gate.device) else _down_backward
         dys, down_gradients = down_backward(down, dy, gate, up, down_x_a)
         dy_b = gate_up.dy_b(dys)
         gate_up_gradients = gate_up.lora_gradients(dys, normed, x_a, dy_b)
@@ -73,14 +72,22 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return liger.swiglu(gate, up) if liger.covers(gate.device) else silu(gate).mul_(up)
 
 
-def _linears(
+def linears(
     layers: tuple[LoraLayer, ...], lora: tuple[torch.Tensor, ...], dtype: torch.dtype
 ) -> tuple[LoraLinears, LoraLinears]:
     """Gate and up, which share an input, and down."""
     return LoraLinears(layers[:2], lora[:4], dtype), LoraLinears(layers[2:], lora[4:], dtype)
 
 
-def _down_backward(
+def down_backward(
+    down: LoraLinears, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, x_a: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """∂gate and ∂up; and ∂A and ∂B of `down`. Overwrites gate and up on a GPU."""
+    compute = _down_backward_gpu if gpu.on_gpu(gate.device) else _down_backward_cpu
+    return compute(down, dy, gate, up, x_a)
+
+
+def _down_backward_cpu(
     down: LoraLinears, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, x_a: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """∂gate and ∂up; and ∂A and ∂B of `down`."""

@@ -17,11 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stages.shared.model import attention, packing
 from stages.shared.model.packing import Packed, may_pack
 from stages.shared.step.fused.cross_entropy import linear_cross_entropy
+from stages.shared.step.fused.expert import expert_mlp
 from stages.shared.step.fused.lora import dequantize_absmax
 from stages.shared.step.fused.mlp import swiglu_mlp
 from stages.shared.step.fused.qkv import apply_rope, o_proj, qkv
 from stages.shared.step.fused.rms_norm import rms_norm
-from stages.shared.weights import precision
+from stages.shared.weights import experts, precision
 
 
 def fuse(model: nn.Module) -> None:
@@ -30,6 +31,9 @@ def fuse(model: nn.Module) -> None:
     dequantize_absmax(decoder)
     for block in decoder.layers:
         _patch_forward(block, _checkpointed(block, partial(_block, block)))
+        for layer in experts.layers(block):
+            for expert in layer:
+                _patch_forward(expert, partial(expert_mlp, expert))
     _patch_forward(decoder.norm, partial(rms_norm, decoder.norm))
 
 
@@ -93,6 +97,10 @@ def _block(
     rope = tuple(part[0] for part in position_embeddings)
     heads = _heads(block, x, rope)
     x = o_proj(x, block.self_attn.o_proj, _attend(block.self_attn, heads, attention_mask, kwargs))
+    if hasattr(block.mlp, "experts"):
+        normed = rms_norm(block.post_attention_layernorm, x)
+        _, weights, index = block.mlp.gate(normed)
+        return (x + block.mlp.experts(normed, index, weights))[None]
     return swiglu_mlp(block.post_attention_layernorm, block.mlp, x)[None]
 
 
