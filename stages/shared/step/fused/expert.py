@@ -14,11 +14,10 @@ from peft.tuners.lora import LoraLayer
 from stages.shared.step.fused import mlp
 from stages.shared.step.fused.lora import lora_weights
 from stages.shared.weights import precision
-from stages.shared.weights.experts import Expert
 
 
-def expert_mlp(expert: Expert, x: torch.Tensor) -> torch.Tensor:
-    """The expert's output [tokens, hidden] for x [tokens, hidden]."""
+def expert_mlp(expert: Any, x: torch.Tensor) -> torch.Tensor:
+    """Output [tokens, hidden] of an `experts.Expert` for x [tokens, hidden]."""
     layers: Any = tuple(getattr(expert, name) for name in expert.names)
     return _Expert.apply(x, layers, precision.matmul_dtype(x), *lora_weights(*layers))
 
