@@ -42,8 +42,9 @@ def read_counts(path: Path) -> Data:
     """Read the train counts in the report of `prepare`."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         train = json.loads(path.read_text(encoding="utf-8"))["train"]
-        names = ("conversations", "tokens", "supervised_tokens", "longest_tokens")
-        data = Data(*(train[name] for name in names))
+        rows = train.get("rows", train["conversations"])  # of which a batch has train.batch_size
+        names = ("tokens", "supervised_tokens", "longest_tokens")
+        data = Data(rows, *(train[name] for name in names))
         if min(data.conversations, data.tokens, data.longest) > 0:
             return data
     raise UserError(f"{path}: no counts of training conversations. Run `dvc repro prepare`.")

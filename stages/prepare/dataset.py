@@ -262,8 +262,7 @@ def prepare(
         bar.close()
         metrics = tally.figures()
         limits.require_rows(parameters, metrics, rejections.reasons, rejections.first)
-        if parameters.mix:
-            metrics["mix"] = mixture.draw(splits["train"], parameters)
+        metrics["mix"] = mixture.draw(splits["train"], parameters) if parameters.mix else None
         metrics |= {str(split): file.figures() for split, file in splits.items()}
         metrics["template"] = parameters.template
         limits.require_splits(metrics, splitter)

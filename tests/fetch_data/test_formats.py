@@ -100,6 +100,29 @@ def test_tables_keep_values_and_nesting(name: str, tmp_path: Path) -> None:
     assert rows(tmp_path / "raw/train.jsonl") == content
 
 
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.parquet.zst", "a.arrow.gz", "b.arrow.zst"])
+def test_tables_are_unpacked(name: str, tmp_path: Path) -> None:
+    data = parquet([NESTED]) if "parquet" in name else arrow([NESTED], name.startswith("b"))
+    zst = name.endswith("zst")
+    fetched(
+        tmp_path,
+        name,
+        pa.Codec("zstd").compress(data, asbytes=True) if zst else gzip.compress(data),
+    )
+    assert rows(tmp_path / "raw/train.jsonl") == [NESTED]
+    assert "is damaged" in refusal(tmp_path, "x" + name, data[:-9])
+
+
+def test_calls_have_no_fields_of_other_rows(tmp_path: Path) -> None:
+    """A column of objects gives each the fields of all; an argument that is null stays in text."""
+    given: list[dict[str, Any]] = [{"a": 1}, {"b": [{"c": 2}, {"d": "x"}]}, {}]
+    content = [{"messages": [{"tool_calls": [{"arguments": one}], "name": None}]} for one in given]
+    fetched(tmp_path, "a.parquet", parquet(content))
+    assert rows(tmp_path / "raw/train.jsonl") == content
+    fetched(tmp_path, "b.parquet", parquet([{"tools": '[{"default": null}]'}]))
+    assert rows(tmp_path / "raw/train.jsonl") == [{"tools": '[{"default": null}]'}]
+
+
 def test_table_values_without_a_json_type_are_spelled(tmp_path: Path) -> None:
     schema = pa.schema({name: kind for name, (kind, _, _) in TYPED.items()})
     row = {name: value for name, (_, value, _) in TYPED.items()}

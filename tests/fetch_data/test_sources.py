@@ -77,6 +77,47 @@ def test_shards_of_lines_are_joined_at_a_newline(tmp_path: Path) -> None:
     assert (tmp_path / "raw/train.jsonl").read_bytes() == JSONL + JSONL.rstrip()
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["oasst.jsonl", "code.csv", "README.md", ".git/a"], ["code", "oasst"]),
+        (["b-0.jsonl", "b-1.jsonl", "a/x.json", "a/LICENSE.json"], ["a", "a", "b", "b"]),
+        (["a/data/train-00000-of-00001.jsonl", "a/README.md", "b/train.json", "b/eval.json"],
+         ["a", "b", "b"]),
+        (["b/train.json", "b/test.json", "a1.json", "c.json"], ["a", "c", "b", "b"]),
+        (["data/train-00000-of-00001.jsonl", "README.md"], [None]),
+        (["oasst_train.jsonl", "oasst_test.jsonl"], [None, None]),
+        (["part-0001.jsonl", "part-0002.jsonl"], [None, None]),
+        (["a/x.json", "t/x.json", "b.json", "README.md"], [None, None]),
+        (["data-00000-of-00001.json", "dataset_info.json", "state.json"], [None]),
+    ],
+)  # fmt: skip
+def test_a_folder_of_sources(names: list[str], expected: list[str | None], tmp_path: Path) -> None:
+    """Each entry is one by its name, unless the folder is laid out as one data set."""
+    contents = {n: CSV if n.endswith("csv") else JSONL for n in names}
+    contents |= {"README.md": CARD} if "t/x.json" in names else {}
+    config = "a" if "t/x.json" in names else None
+    for name, content in contents.items():
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    taken = from_file(tmp_path / "mine", tmp_path / "raw", config=config)["files"]
+    assert [f.get("source") for f in taken] == expected
+
+
+def test_sources_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    for names, reason in (
+        (["a.jsonl", "b.jsonl", "notes.txt"], r"cannot read .*notes\.txt"),
+        (["a/x.jsonl", "a.jsonl", "b.jsonl"], "has two sources a"),
+    ):
+        folder = tmp_path / str(len(reason))
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(JSONL)
+        with pytest.raises(UserError, match=reason):
+            from_file(folder, tmp_path / "raw")
+
+
 @pytest.mark.parametrize("names", [["train.jsonl", "train.csv"], ["eval.jsonl"], []])
 def test_folder_without_one_train_split_is_refused(names: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()

@@ -55,6 +55,9 @@ class Stage:
         self, train: list[Any] | str, held_out: list[Any] | None = None, **changed: Any
     ) -> dict[str, Any]:
         self.write(train, held_out)
+        return self.run(**changed)
+
+    def run(self, **changed: Any) -> dict[str, Any]:
         wanted = Prepare(**(DEFAULTS | changed))
         return dataset.prepare(
             self.raw, self.tokenizer, self.model, self.out, wanted, self.processes

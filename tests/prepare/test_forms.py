@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -225,12 +225,135 @@ def test_conversations_differ_in_system_and_weight() -> None:
 
 def test_the_forms_that_the_documentation_shows() -> None:
     page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
-    shown = [json.loads(line) for line in page.splitlines() if line.startswith("{")]
-    found = [parse(fields).messages for fields in shown]
+    shown = [parse(json.loads(line)) for line in page.splitlines() if line.startswith("{")]
     exchange = [user("What is 2 + 2?"), assistant("It is 4.")]
-    assert found == [exchange] * 3 + [[user("Add the numbers.\n\n2, 2"), assistant("4")]]
+    assert [one.messages for one in shown[:7]] == [exchange] * 7
+    assert {one.form for one in shown} == set(get_args(Form))
+    assert (shown[7].text, shown[7].messages) == ("Two and two is four.", [])
+    openai, sharegpt, *thoughts, flagged = shown[8:]
+    assert openai.tools == sharegpt.tools == [ADD]
+    for one, call_id in ((openai, {"id": "c1"}), (sharegpt, {})):
+        _, reply, result, last = one.messages
+        assert reply["tool_calls"] == [{"name": "add", "arguments": {"a": 2, "b": 2}, **call_id}]
+        assert (result["role"], result["content"], last) == ("tool", "4", assistant("It is 4."))
+    for one in thoughts:
+        assert one.messages == [exchange[0], exchange[1] | {"reasoning": "Twice 2."}]
+    assert [m.get("weight") for m in flagged.messages] == [None, 0, None, None]
     [text] = [line for line in page.splitlines() if line.startswith("### Human: How is")]
     assert len(guanaco.parse(text)) == 3
+
+
+def turn(*calls: tuple[str, dict[str, Any]], **more: Any) -> dict[str, Any]:
+    made = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    return {"role": "assistant", "content": "", "tool_calls": made, **more}
+
+
+ONE, BOTH = ("add", {"a": 1}), (("add", {"a": 1}), ("sub", {"b": None}))
+FLAT = [{"name": name, "arguments": arguments} for name, arguments in BOTH]
+
+
+def sharegpt(*turns: tuple[str, Any], **row: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": name, "value": value} for name, value in turns], **row}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (messages(reply(content=None, tool_calls=[call('{"a":1}')])),
+         [turn() | {"tool_calls": [{"name": "add", "arguments": {"a": 1}, "id": "c1"}]}]),
+        (messages(reply(content="", tool_calls=json.dumps(FLAT))), [turn(*BOTH)]),
+        (messages(reply(tool_calls=FLAT)), [turn(*BOTH, content="four")]),
+        (messages(reply(content=None, function_call={"name": "add", "arguments": ""})),
+         [turn(("add", {}))]),
+        (messages(turn(ONE), {"role": "function", "name": "add", "content": "2"}, reply()),
+         [turn(ONE), {"role": "tool", "name": "add", "content": "2"}, assistant("four")]),
+        (messages(turn(*BOTH), {"role": "tool", "tool_call_id": 1, "content": "2"},
+                  {"role": "tool", "content": [{"type": "text", "text": "3"}]}, reply()),
+         [turn(*BOTH), {"role": "tool", "tool_call_id": "1", "content": "2"},
+          {"role": "tool", "content": "3"}, assistant("four")]),
+        (messages(reply(), {"role": "tool", "content": "2"}), [assistant("four")]),
+        (messages(turn(ONE), {"role": "tool", "content": "2"}, {**user("no")}, reply()),
+         [turn(ONE), {"role": "tool", "content": "2"}, user("no"), assistant("four")]),
+        (sharegpt(("human", "two"), ("function_call", FLAT[0]), ("function_call", FLAT[1]),
+                  ("observation", "1"), ("GPT", "four")),
+         [turn(*BOTH), {"role": "tool", "content": "1"}, assistant("four")]),
+        (sharegpt(("user", "two"), ("chatgpt", "four"), ("tool_call", json.dumps(FLAT))),
+         [turn(*BOTH, content="four")]),
+        (messages(reply(thinking=" a\n", reasoning="a")), [assistant("four") | {"reasoning": "a"}]),
+        (messages(reply(content="\n<think>\na\n</think>\n\nfour")),
+         [assistant("four") | {"reasoning": "a"}]),
+        (messages(reply(content="<think>\n\n</think>\nfour")),
+         [assistant("four") | {"reasoning": ""}]),
+        (messages(reply(content="write <think>a</think>")), [assistant("write <think>a</think>")]),
+        (messages(reply(weight=0.5)), [assistant("four") | {"weight": 0.5}]),
+        (messages(reply(loss=False)), [without_weight("four")]),
+        (messages(reply(trainable=0, weight=0)), [without_weight("four")]),
+        ({"instruction": "two", "output": "four", "reasoning": "a"},
+         [assistant("four") | {"reasoning": "a"}]),
+        ({"prompt": "two", "completion": [reply(content=None, tool_calls=FLAT)]}, [turn(*BOTH)]),
+    ],
+)  # fmt: skip
+def test_calls_thoughts_and_weights(fields: dict[str, Any], expected: list[Message]) -> None:
+    found = parse(fields)
+    assert found.messages == [user("two"), *expected]
+    assert found.unknown == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"tools": [ADD]}, {"tools": json.dumps([ADD])}, {"functions": [ADD["function"]]},
+     {"tools": ADD["function"]}, {"tools": [json.dumps(ADD)], "functions": [ADD["function"]]}],
+)  # fmt: skip
+def test_tools_of_a_row(row: dict[str, Any]) -> None:
+    found = parse({"messages": TWO, **row, "chat_template_kwargs": '{"enable_thinking": false}'})
+    assert (found.tools, found.template_kwargs) == ([ADD], {"enable_thinking": False})
+    assert parse({"instruction": "two", "output": "four", **row}).tools == [ADD]
+
+
+def test_the_best_path_of_a_tree() -> None:
+    def node(role: str, text: str, *replies: Any, **more: Any) -> dict[str, Any]:
+        return {"role": role, "text": text, "replies": [*replies], "lang": "nl", **more}
+
+    end = node("prompter", "c", node("assistant", "d", rank=1), node("assistant", "e", rank=0))
+    replies = [node("assistant", "x", rank=0, deleted=True), node("assistant", "b", end, rank=1)]
+    tree = node("prompter", "a", *replies, node("assistant", "y", rank=2), emojis={"+1": 1})
+    found = parse({"prompt": tree, "message_tree_id": "1"})
+    assert [m["content"] for m in found.messages] == ["a", "b", "c", "e"]
+    assert (found.language, found.form) == ("nl", "oasst")
+    assert found.unknown == ["message_tree_id", "messages.emojis"]
+    with pytest.raises(RejectedRow, match="message 2 of the tree is a text"):
+        parse({"prompt": {"role": "prompter", "text": "a", "replies": ["b"]}})
+
+
+def test_columns_by_name() -> None:
+    row = {"question": "two", "response": "four", "prompt": "an id", "n": 1}
+    columns: Any = {"prompt": "question", "completion": "response"}
+    found = parse(row, columns=columns)
+    assert (found.messages, found.unknown) == (TWO, ["n", "prompt"])
+    with pytest.raises(
+        RejectedRow, match=r"prepare\.columns names `question`, `response`, but the"
+    ):
+        parse({"query": "two"}, columns=columns)
+    assert parse({"a": "b", "b": "two"}, columns={"prompt": "b", "completion": "a"}).messages == [
+        user("two"),
+        assistant("b"),
+    ]
+
+
+def test_ids_tell_fields_and_context_apart() -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": TWO},
+        {"messages": TWO, "tools": [ADD]},
+        {"messages": TWO, "chat_template_kwargs": {"a": 1}},
+        *(messages(reply(**{name: "x"})) for name in ("reasoning",)),
+        *(messages(reply(weight=weight)) for weight in (0, 0.5, 2)),
+        *(messages(reply(tool_calls=[call(arguments)])) for arguments in ("{}", '{"a": 1}')),
+    ]
+    found = [parse(row) for row in rows]
+    ids = [conversation_id(c.messages, tools=c.tools, kwargs=c.template_kwargs) for c in found]
+    assert len({*ids}) == len(rows)
+    orders = ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    assert len({conversation_id(parse(messages(turn(("f", o)))).messages) for o in orders}) == 1
 
 
 @pytest.mark.parametrize(
