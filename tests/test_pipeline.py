@@ -16,7 +16,7 @@ from tests.test_contract import declared, declared_code, python_files
 from tests.workspace import Workspace
 
 EVALUATIONS = {f"evaluate@{variant}" for variant in ("base", "quantized", "adapter", "merged")}
-AFTER_TRAINING = {"train", "merge", "evaluate@adapter", "evaluate@merged"}
+AFTER_TRAINING = {"train", "merge", "export", "evaluate@adapter", "evaluate@merged"}
 SMALL = {
     "data.path": "mine.jsonl",
     "model.source": "path",
@@ -25,6 +25,7 @@ SMALL = {
     "train.max_steps": 2,
     "train.batch_size": 4,
     "train.learning_rate": 5e-3,
+    "export.formats": [],
     "evaluate.generate_rows": 2,
     "evaluate.max_new_tokens": 3,
     "evaluate.prompts": 1,
@@ -83,6 +84,7 @@ def test_metrics_are_those_of_the_design_and_no_more(space: Workspace) -> None:
         "generalization_gap",
         "merge.json": "onto kl_divergence top1_agreement runtime_kl_divergence "
         "runtime_top1_agreement bytes",
+        "export.json": "status",
         **{
             f"evaluate/{v.partition('@')[2]}.json": "loss perplexity bits_per_byte tokens "
             "stop_rate exact_match by_language"
@@ -127,7 +129,10 @@ def test_nothing_changed_runs_nothing_and_says_so(space: Workspace) -> None:
             {"prepare.template": "guanaco"},
             AFTER_TRAINING | EVALUATIONS | {"prepare", "plan", "report"},
         ),
-        ({"merge.onto": "original"}, {"merge", "evaluate@merged", "report"}),
+        (
+            {"merge.onto": "original", "export.formats": ["gguf-q8_0"]},
+            {"merge", "export", "evaluate@merged", "report"},
+        ),
         ({"evaluate.max_new_tokens": 4}, EVALUATIONS | {"report"}),
         ({"data.revision": "a" * 40}, {"fetch_data", "report"}),  # of no effect on a file
     ],

@@ -22,6 +22,7 @@ from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
 from stages.shared.model.handover import save_tokenizer
 from stages.shared.model.packing import read_examples
+from stages.shared.verify.agreement import first_positions
 from stages.shared.weights.precision import DTYPES
 
 
@@ -45,7 +46,7 @@ def merge(
     else:
         files.link_folder(adapter, folder)
     make_standalone(folder, quantized, tokenizer, read_format(data / "format.json"))
-    examples = verify.first_positions(read_examples(data / "eval.parquet"))
+    examples = first_positions(read_examples(data / "eval.parquet"), verify.POSITIONS)
     required = settings.onto == "quantized"
     metrics = verify.verify(folder, adapter, quantized, examples, device, required=required)
     return {"onto": settings.onto, **metrics, "bytes": files.folder_bytes(folder)}

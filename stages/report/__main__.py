@@ -1,6 +1,6 @@
 """Report: one HTML page that opens offline, and the model card.
 
-Reads:  params.yaml, matplotlibrc, reports/{prepare,quantize,train,merge,plan}.json,
+Reads:  params.yaml, matplotlibrc, reports/{prepare,quantize,train,merge,export,plan}.json,
         reports/evaluate/<variant>.json, their reports/details/<stage>.json,
         reports/answers/<variant>.json, reports/train/loss.csv, reports/{quantize,plan}.svg;
         the commit, dvc.lock

@@ -44,6 +44,12 @@ def metrics_table(evaluations: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return table.reindex(index=list(evaluations), columns=columns).astype(float)
 
 
+def exported_rows(export: Mapping[str, Any]) -> pd.DataFrame:
+    """`metrics_table` of exported files, which reply to nothing, by `exported <format>` (rows)."""
+    formats = {f"exported {name}": m for name, m in export.items() if isinstance(m, Mapping)}
+    return metrics_table(formats)
+
+
 def language_tables(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
     """Language → `metrics_table`, for languages that every variant was scored on."""
     parts = {variant: metrics.get("by_language") or {} for variant, metrics in evaluations.items()}

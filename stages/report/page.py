@@ -73,6 +73,7 @@ def context(sources: Sources) -> dict[str, Any]:
         "table": table.to_dict("index"),
         "change": comparison.changes(table).to_dict("index"),
         "noise": comparison.noise(table).to_dict("index"),
+        "exported": comparison.exported_rows(sources.export).to_dict("index"),
         "pairs": comparison.CHANGES,
         "gain": (table.loc["merged"] - table.loc["base"]).to_dict(),
         "languages": {

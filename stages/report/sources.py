@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from stages.shared.core.errors import UserError
 
 VARIANTS = ("base", "quantized", "adapter", "merged")
-STAGES = ("prepare", "quantize", "train", "merge")  # with metrics and details
+STAGES = ("prepare", "quantize", "train", "merge", "export")  # with metrics and details
 REPORTS, DETAILS = Path("reports"), Path("reports/details")
 FILES = {
     "parameters": Path("params.yaml"),
@@ -39,6 +39,7 @@ class Sources:
     expert_use: dict[str, Any]  # of a mixture, before and after training; else empty
     history: pd.DataFrame  # loss.csv; NaN where nothing was measured
     merge: dict[str, Any]
+    export: dict[str, Any]
     plan: dict[str, Any]
     plan_chart: str
     evaluate: dict[str, dict[str, Any]]  # by variant

@@ -84,6 +84,20 @@ def contents() -> dict[str, Any]:
             "runtime_top1_agreement": 0.98,
             "bytes": 269_060_552,
         },
+        "reports/export.json": {
+            "status": "exported",
+            "gguf-q8_0": {
+                "bytes": 144_811_586,
+                "top1_agreement": 0.9975,
+                "kl_divergence": 5.5e-4,
+                "loss": 1.0628,
+            },
+        },
+        "reports/details/export.json": {
+            "merged_loss": 1.0625,
+            "merged_tokens": 500,
+            "gguf-q8_0": {"perplexity": 2.894, "bits_per_byte": 0.53, "tokens": 500},
+        },
         "reports/plan.json": {"note": "predicted", "techniques": {"qlora_nf4": way}},
         "reports/plan.svg": SVG,
         "reports/quantize.svg": SVG,

@@ -65,6 +65,9 @@ def parsed(source):
         "QLoRA on 16 of 1,500 conversations",
         "of 64 generated replies, exact match of the 40 among them whose answer is known",
         "Technique peak, MB T4 16 GiB qlora nf4 0.0 ✓",
+        "exported gguf-q8_0 1.0628 2.894 0.5300 500",
+        "on the first 500 tokens, where the merged model's loss is 1.0625",
+        "144.8 MB and agrees with the model in 99.75 % of the most likely tokens",
         "Report written 20",
         "torch 2.13.0+cpu",
     ],
@@ -261,3 +264,10 @@ def test_page_shows_the_use_of_experts(tmp_path):
     assert "before 1 2.40 after 0 1.60" in shown.text
     assert "Trainable parameters, experts 98,304" in shown.text
     assert [tag for tag, _ in shown.tags].count("image") >= 2
+
+
+def test_page_says_why_nothing_was_exported(tmp_path):
+    source = source_of(
+        tmp_path, export={"status": "not exported: gpt2 is none of llama"}, details_export={}
+    )
+    assert "Not exported: gpt2 is none of llama." in Elements(page.html(source)).text

@@ -55,10 +55,10 @@ def load(schema: type[P], stage: str) -> P:
             f"params.yaml: DVC cannot read what {stage} declares ({error}). Run it in a clone of "
             "the repository, with dvc.yaml and params.yaml as YAML in UTF-8."
         ) from None
-    mine = validate(schema, values)
+    mine = validate(schema, values, stage)
     whole = YAML(typ="safe").load(FILE)  # as DVC reads it
     for other in _schemas():
-        validate(other, {name: whole[name] for name in other.model_fields if name in whole})
+        validate(other, {name: whole[name] for name in other.model_fields if name in whole}, stage)
     integrity.verify(stage)
     return mine
 
@@ -70,10 +70,13 @@ def _schemas() -> Iterator[type[BaseModel]]:
         yield importlib.import_module(f"stages.{path.parent.name}.{path.stem}").Params
 
 
-def validate(schema: type[P], values: dict[str, Any]) -> P:
-    """Check plain values against a schema; the first mistake raises a UserError of one line."""
+def validate(schema: type[P], values: dict[str, Any], stage: str | None = None) -> P:
+    """Check plain values against a schema; the first mistake raises a UserError of one line.
+
+    A validator that also reads outs finds in its context the `stage` that is about to run.
+    """
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(values, context=stage)
     except ValidationError as error:
         raise UserError(_explain(schema, error.errors()[0])) from None
 

@@ -1,0 +1,120 @@
+"""Ollama's Modelfile, with the chat template in Go's template language.
+
+A chat template writes a text before each message that depends on its role and on the role before
+it, and one before the reply. Both are read off the Jinja, so that any template can be written that
+depends on nothing else.
+
+Sources: https://github.com/ollama/ollama, docs/modelfile.md and template/template.go.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stages.export.architecture import Unsupported
+
+LONGEST_CONTEXT = 8192  # Ollama reserves memory for all of it
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Literals:
+    """Texts of a chat template, by the role before ("" at the start) and the role after."""
+
+    between: dict[tuple[str, str], str]
+    prompt: str  # after the last message, before the reply
+
+    def render(self, messages: Messages) -> str:
+        """Text of a conversation up to the reply, as the Go template renders it."""
+        roles = ["", *(message["role"] for message in messages)]
+        parts = [
+            self.between.get((before, message["role"]), "") + message["content"]
+            for before, message in zip(roles, messages, strict=False)
+        ]
+        return "".join(parts) + self.prompt
+
+
+def literals(render: Callable[[Messages], str]) -> Literals:
+    """Read the texts off a function that renders messages up to the reply.
+
+    Raises:
+        Unsupported: the texts depend on more than two neighbouring roles.
+    """
+    turns = ["user", "assistant", "user", "assistant", "user"]
+    between: dict[tuple[str, str], str] = {}
+    prompt = None
+    for roles in (turns, turns[:1], ["system", *turns], ["system", "user"]):
+        try:
+            text = render([{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)])
+        except Exception:  # the template is third-party code; many refuse a system message
+            if "system" in roles:
+                continue
+            raise
+        parts = re.split("\ue000[0-9]+\ue001", text)
+        pairs = zip(["", *roles], roles, strict=False)
+        found = list(zip(pairs, parts, strict=False))
+        prompt = parts[-1] if prompt is None else prompt
+        if len(parts) != len(roles) + 1 or parts[-1] != prompt:
+            raise Unsupported("its chat template is none that Ollama's Modelfile can hold")
+        for pair, part in found:
+            if between.setdefault(pair, part) != part:
+                raise Unsupported("its chat template is none that Ollama's Modelfile can hold")
+    return Literals(between, prompt or "")
+
+
+def go_template(texts: Literals) -> str:
+    """Go template of the texts; they stand in it as string literals, which nothing can end."""
+    lines = ['{{- $last := "" }}', "{{- range .Messages }}"]
+    word = "if"
+    for role in ("system", "user", "assistant"):
+        after = {before: text for (before, r), text in texts.between.items() if r == role}
+        if not after:  # the template takes no such message
+            continue
+        lines.append(f"{{{{- {word} eq .Role {_quote(role)} }}}}")
+        *known, (_, start) = sorted(after.items(), reverse=True)  # the start's, "", is last
+        for number, (before, text) in enumerate(known):
+            inner = "else if" if number else "if"
+            lines.append(f"{{{{- {inner} eq $last {_quote(before)} }}}}{_write(text)}")
+        lines.append(
+            f"{{{{- else }}}}{_write(start)}{{{{ end }}}}" if known else '{{- "" }}' + _write(start)
+        )
+        lines.append("{{- .Content }}{{ $last = .Role }}")
+        word = "else if"
+    return "\n".join([*lines, "{{- end }}", "{{- end }}" + _write(texts.prompt)])
+
+
+def _write(text: str) -> str:
+    return f"{{{{ {_quote(text)} }}}}" if text else ""
+
+
+def _quote(text: str) -> str:
+    """A Go string: JSON's escapes are Go's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def modelfile(
+    model: str, texts: Literals, ends: Sequence[str], context: int, adapter: str | None = None
+) -> str:
+    """Modelfile with greedy decoding, as the model was measured.
+
+    Ollama's default repeat_penalty, 1.1, would change replies. A model that goes on by itself is
+    stopped where the next turn begins, too.
+    """
+    stops = list(ends)
+    following = texts.between["assistant", "user"]
+    for end in ends:
+        following = following.replace(end, "")
+    stops += [line for line in following.strip().splitlines()[:1] if '"' not in line]
+    return "\n".join(
+        [
+            f"FROM {model}",
+            *([f"ADAPTER {adapter}"] if adapter else []),
+            f'TEMPLATE """{go_template(texts)}"""',
+            *(f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)),
+            f"PARAMETER num_ctx {min(context, LONGEST_CONTEXT)}",
+            "PARAMETER temperature 0",
+            "PARAMETER repeat_penalty 1.0",
+            "",
+        ]
+    )

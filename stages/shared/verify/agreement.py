@@ -1,0 +1,65 @@
+"""Agreement of two models' predictions on held-out conversations."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from stages.shared.core.errors import UserError
+from stages.shared.model import scoring
+from stages.shared.model.packing import Example
+from stages.shared.weights.precision import autocast
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of two models' predictions."""
+
+    kl_divergence: float  # mean KL(first ‖ second), nats per token
+    top1_agreement: float  # fraction of positions
+    positions: int
+
+
+def first_positions(examples: Sequence[Example], positions: int) -> list[Example]:
+    """The first conversations, up to `positions` supervised tokens."""
+    totals = accumulate(example.supervised_tokens for example in examples)
+    return list(examples[: max(1, sum(total <= positions for total in totals))])
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: nn.Module,
+    examples: Sequence[Example],
+    device: torch.device,
+    dtype: torch.dtype,
+    desc: str,
+) -> list[torch.Tensor]:
+    """Log-probabilities at supervised positions, fp32 [supervised, vocabulary] per batch."""
+    result = []
+    for batch in scoring.batches(examples, device, desc):
+        with autocast(device, dtype):
+            logits = scoring.supervised_logits(model, batch)
+        result.append(logits.float().log_softmax(-1).cpu())
+    return result
+
+
+def compare(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> Agreement:
+    """Compare two models' log-probabilities, which must be finite."""
+    divergence, equal, positions = 0.0, 0, 0
+    for one, other in zip(first, second, strict=True):
+        p = one.exp()  # 0·log 0 is 0, even where both are 0
+        terms = torch.where(p == 0, 0.0, p * (one - other))
+        divergence += terms.sum(-1, dtype=torch.float64).sum().item()
+        equal += int((one.argmax(-1) == other.argmax(-1)).sum())
+        positions += len(one)
+    if not math.isfinite(divergence):
+        raise UserError(
+            "models/merged: the trained or the merged model gives NaN or infinity for held-out "
+            "conversations; nothing was written. Train at a lower train.learning_rate, or set "
+            "merge.dtype to bf16 or fp32."
+        )
+    # Rounding can make a sum of zeros negative.
+    return Agreement(max(0.0, divergence / positions), equal / positions, positions)
