@@ -11,7 +11,7 @@ AUDIT := .venv-audit
 TRITON := triton==3.7.1
 PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: help repro test emulate lint bench extras plots format clean
+.PHONY: help repro chat test emulate lint bench extras plots format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -54,6 +54,9 @@ repro: $(VENV)/.ready  ## run the pipeline: what changed, and what depends on it
 	@echo; echo "Next: . $(VENV)/bin/activate"
 	@echo "      xdg-open reports/report.html"
 	@echo "      dvc exp run -S lora.r=8        # one change; what does not depend on it is not run again"
+
+chat: $(VENV)/.ready  ## talk to the tuned model in the terminal
+	@$(ENV) python -m stages.tools.chat
 
 # One process a file. The two that take longest come first.
 LONGEST := tests/test_pipeline.py tests/train/test_resuming.py

@@ -1,18 +1,22 @@
 """Evaluate one of the four models: loss and replies on held-out conversations.
 
+Or several experiments' adapters on one loaded base: that prints a table and writes nothing.
+
 Reads:  data/prepared/eval.parquet, data/prepared/format.json, models/tokenizer, and of
         models/{base,quantized,adapter,merged} the variant's own
 Writes: reports/evaluate/<variant>.json, reports/details/evaluate/<variant>.json,
         reports/answers/<variant>.json
 Run:    python -m stages.evaluate base | quantized | adapter | merged
+        python -m stages.evaluate --adapters EXPERIMENT ...     (workspace: the one that lies here)
 """
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from stages.evaluate.config import Params
 from stages.shared.core import files, params, progress
-from stages.shared.core.errors import run
+from stages.shared.core.errors import UserError, run
 
 PREPARED = Path("data/prepared")
 TOKENIZER = Path("models/tokenizer")
@@ -31,12 +35,17 @@ ANSWERS = Path("reports/answers")
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add the variant, as in dvc.yaml's `evaluate@<variant>`."""
-    parser.add_argument("variant", choices=MODELS)
+    """Add the variant, as in dvc.yaml's `evaluate@<variant>`, or experiments by DVC's names."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("variant", choices=MODELS, nargs="?")
+    group.add_argument("--adapters", nargs="+", metavar="EXPERIMENT")
 
 
 def main(options: Namespace) -> None:
-    """Run the stage."""
+    """Run the stage, or print the table."""
+    if options.adapters:
+        print_adapters(options.adapters)
+        return
     variant = options.variant
     settings = params.load(Params, f"evaluate@{variant}")
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
@@ -49,6 +58,31 @@ def main(options: Namespace) -> None:
     files.write_json(ANSWERS / f"{variant}.json", answers)
     name = f"{variant}.json"
     files.write_report(METRICS / name, DETAILS / name, metrics, COMPARED)
+
+
+def print_adapters(experiments: list[str]) -> None:
+    """Evaluate the adapters of experiments together, and print their metrics."""
+    settings = params.load(Params, "evaluate@adapter").evaluate
+    with progress.quick_imports():
+        from stages.evaluate.adapters import fetch, require_adapter  # noqa: PLC0415
+        from stages.evaluate.evaluate import evaluate_adapters  # noqa: PLC0415
+        from stages.shared.chat.templates import read_format  # noqa: PLC0415
+
+    with TemporaryDirectory() as folder:
+        adapters = {}
+        for name in dict.fromkeys(experiments):
+            adapters[name], form = fetch(name, Path(folder))
+            require_adapter(name, adapters[name])
+            if form != read_format(PREPARED / "format.json"):
+                raise UserError(
+                    f"{name}: its adapter was trained with another chat template than the "
+                    f"held-out conversations have here. `dvc exp apply {name}` brings them."
+                )
+        rows = evaluate_adapters(adapters, QUANTIZED, TOKENIZER, PREPARED, settings)
+        print(f"{'adapter':20}" + "".join(f"{key:>15}" for key in KEYS), flush=True)
+        for name, metrics in rows:
+            shown = ("–" if metrics[key] is None else f"{metrics[key]:.5g}" for key in KEYS)
+            print(f"{name:20}" + "".join(f"{text:>15}" for text in shown), flush=True)
 
 
 if __name__ == "__main__":

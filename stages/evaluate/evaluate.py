@@ -1,6 +1,7 @@
 """Evaluation of a model: loss on held-out conversations, and generated replies."""
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,30 @@ from stages.shared.model import scoring
 from stages.shared.model.packing import read_examples, require_vocabulary
 
 
+def evaluate_adapters(
+    adapters: Mapping[str, Path], base: Path, tokenizer: Path, data: Path, settings: Evaluate
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Metrics of several adapters by name, each as alone, on a base that is loaded once."""
+    model = None
+    for name, folder in adapters.items():
+        model = model or loading.load_model(base, machine.device())
+        tuned = loading.attach(model, folder)
+        yield name, evaluate(name, folder, base, tokenizer, data, settings, tuned)[0]
+        model = tuned.unload()
+        if next(iter(tuned.peft_config.values())).bias != "none":  # these stay in the base
+            model = None
+
+
 def evaluate(
-    variant: str, folder: Path, base: Path, tokenizer_folder: Path, data: Path, settings: Evaluate
+    variant: str,
+    folder: Path,
+    base: Path,
+    tokenizer_folder: Path,
+    data: Path,
+    settings: Evaluate,
+    model: Any = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics and replies of a model, or of an adapter on its base."""
+    """Metrics and replies of a model, or of an adapter on its base; `model` if it is loaded."""
     device = machine.device()
     tokenizer = load_tokenizer(tokenizer_folder)
     form = templates.read_format(data / "format.json")
@@ -32,7 +53,7 @@ def evaluate(
     columns = ["messages", "text_bytes", "answer", "language"]
     rows = pq.read_table(data / "eval.parquet", columns=columns).to_pylist()
     dtype = loading.compute_dtype(base if loading.is_adapter(folder) else folder, device)
-    model = loading.load_adapted(folder, base, device)
+    model = model or loading.load_adapted(folder, base, device)
     # peft's wrapper has no `num_embeddings`.
     require_vocabulary(examples, len(model.get_input_embeddings().weight))
     sums, tokens = scoring.score(model, examples, device, dtype, f"{variant}: loss")

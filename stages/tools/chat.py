@@ -1,0 +1,136 @@
+"""Talk with the tuned model in the terminal, or with what it was made from.
+
+  /variant base|quantized|adapter|merged   another of the four models, the same conversation
+  /reset                                   forget the conversation
+  /quit, or Ctrl-D                         end; Ctrl-C ends a reply
+
+Reads:  models/merged, or another variant's model; models/tokenizer, data/prepared/format.json
+Run:    python -m stages.tools.chat [--adapter EXPERIMENT]
+"""
+
+import contextlib
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER
+from stages.shared.core import progress
+from stages.shared.core.errors import UserError, run
+
+if TYPE_CHECKING:
+    from stages.shared.chat.conversation import Message
+    from stages.shared.chat.templates import Format
+    from stages.tools.replies import Replier
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the variant, the experiment and how to reply."""
+    parser.add_argument("--variant", choices=MODELS, help="merged, or adapter with --adapter")
+    parser.add_argument("--adapter", metavar="EXPERIMENT", help="an experiment's adapter, by name")
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+
+
+def main(options: Namespace) -> None:
+    """Load a model, and talk until the input ends."""
+    with progress.quick_imports():
+        from stages.evaluate.adapters import fetch  # noqa: PLC0415
+        from stages.shared.chat.templates import read_format  # noqa: PLC0415
+
+    with TemporaryDirectory() as folder:
+        adapter, form = MODELS["adapter"], read_format(PREPARED / "format.json")
+        if options.adapter:
+            adapter, form = fetch(options.adapter, Path(folder))
+        talk = Talk(options, adapter, form)
+        talk.load(options.variant or ("adapter" if options.adapter else "merged"))
+        for line in lines():
+            talk.answer(line)
+
+
+class Talk:
+    """A conversation with one of the variants at a time."""
+
+    def __init__(self, options: Namespace, adapter: Path, form: "Format") -> None:
+        self._options, self._adapter, self._form = options, adapter, form
+        self._replier: Replier | None = None
+        self.messages: list[Message] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        system = self._options.system
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def load(self, variant: str) -> None:
+        """Load a variant in place of the one before."""
+        from stages.shared.core import machine  # noqa: PLC0415
+        from stages.shared.model import loading  # noqa: PLC0415
+        from stages.tools.replies import Replier  # noqa: PLC0415
+
+        folder = self._adapter if variant == "adapter" else MODELS[variant]
+        device = machine.device()
+        on = QUANTIZED if loading.is_adapter(folder) else folder
+        self._replier = None  # before the next is loaded
+        model = loading.load_adapted(folder, QUANTIZED, device)
+        dtype = loading.compute_dtype(on, device)
+        self._replier = Replier(model, dtype, TOKENIZER, self._form)
+        print(f"({variant})", file=sys.stderr)
+
+    def answer(self, line: str) -> None:
+        """Obey a command, or reply to a message; a mistake is told in one line."""
+        from stages.shared.chat.conversation import RejectedRow, normalize  # noqa: PLC0415
+
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/variant" and argument in MODELS:
+                self.load(argument)
+            elif command == "/reset":
+                self._reset()
+            elif line.startswith("/"):
+                print(f"(/variant {'|'.join(MODELS)}, /reset, /quit)", file=sys.stderr)
+            elif text := normalize(line):
+                self._reply(text)
+        except (RejectedRow, UserError) as error:
+            print(f"({error})", file=sys.stderr)
+        except FileNotFoundError as error:
+            print(f"({error.filename}: not there; `dvc repro` writes it)", file=sys.stderr)
+
+    def _reply(self, text: str) -> None:
+        if self._replier is None:
+            raise UserError("no model is loaded. Choose one: /variant merged")
+        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        most, temperature = self._options.max_new_tokens, self._options.temperature
+        try:
+            reply = self._replier.reply(asked, most, _write, temperature)
+        except KeyboardInterrupt:
+            print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+            return
+        _write("\n" if reply.stopped else " […]\n")
+        self.messages = [*asked, {"role": "assistant", "content": reply.text}]
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def lines() -> Iterator[str]:
+    """Lines of the user until /quit or the end of the input."""
+    watched = sys.stdin.isatty()
+    if watched:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401, PLC0415  (lets the arrow keys edit and recall)
+    while True:
+        try:
+            line = input("> " if watched else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/quit":
+            return
+        yield line
+
+
+if __name__ == "__main__":
+    run(main, add_options)
