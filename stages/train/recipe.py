@@ -2,10 +2,11 @@
 
 A frozen base model in 4 bits, an adapter (LoRA) in fp32 beside its linear layers, AdamW on the
 adapter alone. A step takes `train.batch_size` conversations, packed end to end into micro-batches.
-Its loss is the mean over the supervised tokens of all of them, whichever micro-batch or process
-computed it. Held-out conversations are scored before the first step and when an evaluation is due;
-the weights of the best evaluation are kept. Everything random is a function of the seed and the
-step, so that a training resumed from a checkpoint ends with the same bytes.
+Its loss is the mean over the supervised tokens of all of them (by weight, where the data has
+weights), whichever micro-batch or process computed it. Held-out conversations are scored before the
+first step and when an evaluation is due; the weights of the best evaluation are kept. Everything
+random is a function of the seed and the step, so that a training resumed from a checkpoint ends
+with the same bytes.
 
 Source: Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs.
 """

@@ -9,7 +9,7 @@ each conversation and closed between them (`find_packed_sequence_indices` in
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Example:
     input_ids: np.ndarray  # int64 [tokens]
     loss_mask: np.ndarray  # bool [tokens]
     row: int
+    weights: np.ndarray | None = None  # of the loss, fp32 [tokens]; None: 1 where supervised
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -53,6 +54,13 @@ class Example:
         return len(self.predictors)
 
     @cached_property
+    def loss_weight(self) -> float:
+        """Sum of the weights of supervised tokens; without weights their number, an int."""
+        if self.weights is None:
+            return self.supervised_tokens
+        return float(self.weights[1:][self.predictors].sum(dtype=np.float64))
+
+    @cached_property
     def input_tokens(self) -> int:
         """Number of tokens up to the last predictor, as the loss needs no others; or of all."""
         return int(self.predictors[-1]) + 1 if len(self.predictors) else len(self)
@@ -64,10 +72,18 @@ IDLE = Example(np.zeros(2, np.int64), np.zeros(2, bool), row=0)
 
 def read_examples(path: Path) -> list[Example]:
     """Read a split that `prepare` wrote."""
-    table = pq.read_table(path, columns=["input_ids", "loss_mask"])
+    columns = ["input_ids", "loss_mask", "weights"]
+    table = pq.read_table(path, columns=[c for c in columns if c in pq.read_schema(path).names])
+    weights = table["weights"] if "weights" in table.column_names else repeat(None, len(table))
+    rows = zip(table["input_ids"], table["loss_mask"], weights, strict=True)
     return [
-        Example(np.asarray(ids.values, dtype=np.int64), np.asarray(mask.values, dtype=bool), row)
-        for row, (ids, mask) in enumerate(zip(table["input_ids"], table["loss_mask"], strict=True))
+        Example(
+            np.asarray(ids.values, dtype=np.int64),
+            np.asarray(mask.values, dtype=bool),
+            row,
+            None if weight is None or not weight.is_valid else np.asarray(weight.values),
+        )
+        for row, (ids, mask, weight) in enumerate(rows)
     ]
 
 
@@ -91,6 +107,7 @@ class Packed:
     targets: torch.Tensor  # [supervised], the tokens they should predict
     rows: torch.Tensor  # [supervised], of their conversations; on the host, where losses are summed
     lengths: tuple[int, ...]  # tokens of each conversation
+    weights: torch.Tensor | None = None  # of the loss, fp32 [supervised]; None: all are 1
 
 
 def pack(examples: Sequence[Example], device: torch.device) -> Packed:
@@ -102,6 +119,9 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
     predictors = np.concatenate([s + e.predictors for s, e in zip(starts, examples, strict=True)])
     targets = np.concatenate([e.input_ids[1:][e.predictors] for e in examples])
     rows = np.repeat([e.row for e in examples], [e.supervised_tokens for e in examples])
+    weights = None
+    if any(e.weights is not None for e in examples):
+        weights = to_device(np.concatenate([_weights(e) for e in examples]), device)
 
     return Packed(
         input_ids=to_device(ids, device)[None],
@@ -110,7 +130,15 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
         targets=to_device(targets, device),
         rows=torch.from_numpy(rows),
         lengths=tuple(lengths),
+        weights=weights,
     )
+
+
+def _weights(example: Example) -> np.ndarray:
+    """Weights of the supervised tokens: fp32 [supervised]."""
+    if example.weights is None:
+        return np.ones(example.supervised_tokens, np.float32)
+    return example.weights[1:][example.predictors]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -132,6 +160,7 @@ def unpack(batch: Packed) -> Iterator[Packed]:
             targets=batch.targets[own],
             rows=batch.rows[own.cpu()],
             lengths=(end - start,),
+            weights=None if batch.weights is None else batch.weights[own],
         )
 
 

@@ -19,7 +19,7 @@ AllReduce = Callable[[Sequence[torch.Tensor]], None]  # sums each over all proce
 def accumulate(
     model: nn.Module,
     micro_batches: Sequence[Sequence[Example]],
-    supervised_tokens: int,
+    loss_weight: float,
     *,
     dtype: torch.dtype,
     fused: bool,
@@ -29,13 +29,14 @@ def accumulate(
 ) -> torch.Tensor:
     """Add the gradient of a step's mean loss to the parameters' `grad`.
 
-    The loss is the sum of -log p over all supervised tokens of the step, divided by their number: a
-    conversation counts by its supervised tokens, whichever micro-batch or process it falls to.
+    The loss is the sum of -w log p over all supervised tokens of the step, divided by the sum of
+    their weights w, which are 1 unless the data says otherwise: a conversation counts by its
+    supervised tokens, whichever micro-batch or process it falls to.
 
     Args:
         model: in training mode.
         micro_batches: of this process, as many as of the others (`packing.even_passes`).
-        supervised_tokens: of the whole step, over all processes.
+        loss_weight: `Example.loss_weight` of the whole step, over all processes.
         dtype: compute dtype.
         fused: the model was patched by `patch.fuse`.
         scaler: enabled for fp16 on a GPU.
@@ -52,7 +53,7 @@ def accumulate(
     with step_cache():
         for micro_batch in micro_batches:
             batch = packing.pack(micro_batch, device)
-            loss += _backward(model, batch, supervised_tokens, dtype, fused, scaler, router)
+            loss += _backward(model, batch, loss_weight, dtype, fused, scaler, router)
     gradients = _gradients(model)
     if all_reduce is not None:
         all_reduce([loss, *([router.total] if router else []), *gradients])
@@ -62,7 +63,7 @@ def accumulate(
 def _backward(
     model: nn.Module,
     batch: Packed,
-    supervised_tokens: int,
+    loss_weight: float,
     dtype: torch.dtype,
     fused: bool,
     scaler: torch.amp.GradScaler,
@@ -75,8 +76,10 @@ def _backward(
     """
     with autocast(batch.input_ids.device, dtype), router.watch() if router else nullcontext():
         losses = (patch if fused else scoring).negative_log_likelihoods(model, batch)
-    loss = losses.sum() / supervised_tokens
-    balanced = loss + router.loss(batch, supervised_tokens) if router else loss
+    if batch.weights is not None:
+        losses = losses * batch.weights
+    loss = losses.sum() / loss_weight
+    balanced = loss + router.loss(batch, loss_weight) if router else loss
     scaler.scale(balanced).backward()
     return loss.detach()
 

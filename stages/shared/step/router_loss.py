@@ -54,17 +54,18 @@ class RouterLoss:
             for hook in hooks:
                 hook.remove()
 
-    def loss(self, batch: Packed, supervised_tokens: int) -> torch.Tensor:
+    def loss(self, batch: Packed, loss_weight: float) -> torch.Tensor:
         """Weighted part of the step's loss, fp32 []; adds to `total`."""
         ends = torch.tensor(batch.lengths, device=batch.predictors.device).cumsum(0)
-        own = torch.bucketize(batch.predictors, ends, right=True).bincount(minlength=len(ends))
+        found = torch.bucketize(batch.predictors, ends, right=True)
+        own = found.bincount(batch.weights, minlength=len(ends))  # by number, or by weight
         layers = [torch.cat(logits).split(batch.lengths) for logits in self._logits]
         self._logits = []
         each = [
             load_balancing_loss_func(conversation, conversation[0].shape[-1], self._top_k)
             for conversation in zip(*layers, strict=True)
         ]
-        loss = (torch.stack(each) * own).sum() / supervised_tokens
+        loss = (torch.stack(each) * own).sum() / loss_weight
         self.total += loss.detach()
         return self.weight * loss
 

@@ -1,7 +1,11 @@
 """The gradient of a step equals that of its conversations one at a time, however it is divided."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -36,13 +40,15 @@ def by_the_book(folders: Folders, rows: list[int]) -> Gradients:
     """Each conversation alone, all logits, the loss written out: no code of the project."""
     model = moved(folders[0])
     examples = chosen(folders, rows)
-    supervised = sum(int(example.loss_mask[1:].sum()) for example in examples)
-    for example in examples:
+    weights = [
+        torch.tensor(e.loss_mask[1:] * (1 if e.weights is None else e.weights[1:]))
+        for e in examples
+    ]
+    for example, weight in zip(examples, weights, strict=True):
         ids = torch.tensor(example.input_ids)[None]
         logits = model(input_ids=ids).logits[0, :-1]
-        mask = torch.tensor(example.loss_mask[1:])
-        loss = cross_entropy(logits[mask], ids[0, 1:][mask], reduction="sum") / supervised
-        loss.backward()
+        losses = cross_entropy(logits, ids[0, 1:], reduction="none") * weight
+        (losses.sum() / sum(map(torch.sum, weights))).backward()
     return gradients_of(model)
 
 
@@ -55,7 +61,7 @@ def accumulate(
     loss = gradient.accumulate(
         model,
         parts[group.rank],
-        sum(example.supervised_tokens for example in examples),
+        sum(example.loss_weight for example in examples),
         dtype=torch.float32,
         fused=fused,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -109,22 +115,70 @@ def test_gradient_is_that_of_each_conversation(
     assert distance(gradients, by_the_book(folders, rows)) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def weighted(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Every second conversation with a weight for each of its halves, one of them 0."""
+    table = pq.read_table(folders[1] / "train.parquet")
+    weights = list[np.ndarray | None]()
+    masks = [np.array(mask) for mask in table["loss_mask"].to_pylist()]
+    for row, mask in enumerate(masks):
+        column = mask.astype(np.float32)
+        column[: np.flatnonzero(mask)[len(mask[mask]) // 2]] *= (0.25, 2.0, 0.0)[row % 3]
+        weights.append(column if row % 2 else None)
+        masks[row] = column > 0 if row % 2 else mask
+    table = table.drop_columns("loss_mask").append_column("loss_mask", pa.array(masks))
+    table = table.append_column("weights", pa.array(weights, pa.list_(pa.float32())))
+    folder = tmp_path_factory.mktemp("weighted")
+    pq.write_table(table, folder / "train.parquet")
+    return folders[0], folder
+
+
+@fused_or_stock
+@pytest.mark.parametrize("tokens", [1, 70, 4096])
+def test_gradient_follows_the_weights(
+    folders: Folders, weighted: Folders, tokens: int, fused: bool
+) -> None:
+    rows = ROWS["whole"]
+    expected = by_the_book(weighted, rows)
+    assert distance(step(weighted, rows, tokens, fused=fused)[1], expected) < 1e-5
+    assert distance(expected, by_the_book(folders, rows)) > 1e-3
+
+
+@fused_or_stock
+def test_weight_of_2_equals_the_conversation_twice(folders: Folders, fused: bool) -> None:
+    one, two = chosen(folders, [3, 9])
+    double = replace(one, weights=2 * one.loss_mask.astype(np.float32))
+    found = []
+    for examples in ([double, two], [one, replace(one, row=99), two]):
+        model = moved(folders[0])
+        if fused:
+            fuse(model)
+        loss = accumulate(model, examples, 4096, fused, Group())
+        found.append((loss, gradients_of(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert distance(found[0][1], found[1][1]) < 1e-5
+
+
 # Fused or not, tokens of a micro-batch, and whether it is checkpointed.
 WAYS = [(True, 4096, False), (True, 1, True), (False, 70, False), (False, 1, True)]
 
 
-def steps(group: Group, folders: Folders) -> dict[str, tuple[float, Gradients]]:
+def steps(group: Group, folders: Folders, weighted: Folders) -> dict[str, tuple[float, Gradients]]:
     """Steps by every way: whole ones, a short one, and one that leaves processes without work."""
-    return {
+    found = {
         f"{name}, {way}": step(folders, rows, way[1], way[2], None, way[0], group)
         for name, rows in ROWS.items()
         for way in WAYS
     }
+    return found | {"weighted": step(weighted, ROWS["whole"], 70, group=group)}
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_gradient_is_the_same_on_several_devices(folders: Folders, size: int) -> None:
-    alone, shared = steps(Group(), folders), devices.together(size, steps, folders)
+def test_gradient_is_the_same_on_several_devices(
+    folders: Folders, weighted: Folders, size: int
+) -> None:
+    alone = steps(Group(), folders, weighted)
+    shared = devices.together(size, steps, folders, weighted)
     for name, (loss, gradients) in shared.items():
         assert distance(gradients, alone[name][1]) < 1e-5, name
         assert loss == pytest.approx(alone[name][0], rel=1e-6), name
