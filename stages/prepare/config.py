@@ -30,7 +30,10 @@ class Prepare(Section):
     columns: dict[Column, str] | None  # field: the row's column
     mix: dict[str, Annotated[float, Field(ge=0)]] | None
     template: Literal["guanaco", "llama2", "chatml", "tokenizer"]
+    template_name: str | None
     train_on: Literal["assistant", "last", "all"]
+    thinking: Literal["keep", "last", "drop"]
+    system: Literal["merge"] | None
     max_length: Annotated[int, Field(ge=2, le=1 << 20)]  # tokens
     max_row_bytes: Annotated[int, Field(ge=1000, le=10**8)]
     max_rows: Annotated[int, Field(ge=1, le=10**9)] | None

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,15 @@ def _columns(
 @lru_cache(maxsize=1)  # forked processes inherit it
 def _encoder(folder: str, parameters: Prepare) -> ExampleEncoder:
     tokenizer = load_tokenizer(Path(folder))
-    template = templates.make(parameters.template, tokenizer)
-    return ExampleEncoder(tokenizer, template, parameters.train_on, parameters.max_length)
+    template = templates.make(parameters.template, tokenizer, parameters.template_name)
+    return ExampleEncoder(
+        tokenizer,
+        template,
+        parameters.train_on,
+        parameters.max_length,
+        parameters.thinking,
+        merge_system=parameters.system == "merge",
+    )
 
 
 def encode_chunks(
@@ -223,7 +231,7 @@ def prepare(
     """Write both splits, rejected.jsonl and format.json to `folder`; return the metrics."""
     sources = find_sources(raw)
     mix.require_sources(parameters.mix, sources["train"].names)
-    template = _encoder(str(tokenizer), parameters).template
+    encoder = _encoder(str(tokenizer), parameters)
     splitter = Splitter("eval" in sources, None if parameters.mix else parameters.max_rows)
     processes = processes or len(os.sched_getaffinity(0))
     tally = Tally()
@@ -246,7 +254,9 @@ def prepare(
         bar = stack.enter_context(progress.bar(total=size, desc="prepare", unit="B"))
         arguments = {"tokenizer": str(tokenizer), "parameters": parameters}
         for split in sorted(sources):  # eval first: it decides what leaks
+            forms: dict[int, str] = {}
             for rows, read_bytes in encode_chunks(sources[split], cache, processes, **arguments):
+                rows = _reject_stray_text(rows, sources[split], forms, parameters)  # noqa: PLW2901
                 rows, has_own_eval = _with_source(rows, sources[split])  # noqa: PLW2901
                 is_first = rows["is_first"].to_numpy()
                 heads = rows if is_first.all() else rows.filter(rows["is_first"])
@@ -264,14 +274,34 @@ def prepare(
         limits.require_rows(parameters, metrics, rejections.reasons, rejections.first)
         metrics["mix"] = mixture.draw(splits["train"], parameters) if parameters.mix else None
         metrics |= {str(split): file.figures() for split, file in splits.items()}
-        metrics["template"] = parameters.template
+        metrics |= {"template": parameters.template} | encoder.figures()
         limits.require_splits(metrics, splitter)
         if model is not None:
             longest = max(file.longest for file in splits.values())
             limits.require_fit(model, parameters, longest, max(f.last_id for f in splits.values()))
-    files.write_json(folder / "format.json", template.format().model_dump())
+    files.write_json(folder / "format.json", encoder.template.format().model_dump())
     tally.tell_unknown()
     return metrics
+
+
+def _reject_stray_text(
+    rows: pa.Table, source: Source, forms: dict[int, str], parameters: Prepare
+) -> pa.Table:
+    """Reject plain text in a file whose first row is of turns; `forms`: of the first, by part."""
+    parts, found = source.parts_of(rows["line"].to_numpy()), rows["form"].to_pylist()
+    usable = pc.is_null(rows["reason"]).to_numpy()
+    for part, form in zip(parts[usable].tolist(), compress(found, usable), strict=True):
+        forms.setdefault(part, form)
+    turns = np.array([forms.get(part, "text") != "text" for part in parts.tolist()], bool)
+    stray = usable & turns & np.array([form == "text" for form in found], bool)
+    if parameters.format != "auto" or not stray.any():
+        return rows
+    why = (
+        "`text` has no turns, unlike the rows before; set prepare.format: text to learn it as it is"
+    )
+    reasons = pc.if_else(pa.array(stray), why, rows["reason"])
+    rows = rows.set_column(rows.schema.get_field_index("reason"), "reason", reasons)
+    return rows.filter(pa.array(~stray | rows["is_first"].to_numpy()))
 
 
 def _with_source(rows: pa.Table, source: Source) -> tuple[pa.Table, np.ndarray]:

@@ -50,7 +50,12 @@ class ExampleEncoder:
         self._encoder = Encoder(tokenizer, template)
         self._eos = str(tokenizer.eos_token)
         self._train_on, self._thinking, self._max_length = train_on, thinking, max_length
-        self.merges_system = merge_system and not template.takes_system
+        self._merge_system = merge_system
+        self._merges_system = merge_system and not template.takes_system
+
+    def figures(self) -> dict[str, bool]:
+        """Whether system messages are merged, where `prepare.system` asks for it."""
+        return {"system_merged": self._merges_system} if self._merge_system else {}
 
     def encode_conversations(
         self, batch: Sequence[Conversation]
@@ -81,7 +86,7 @@ class ExampleEncoder:
                 m if i == last else {k: v for k, v in m.items() if k != "reasoning"}  # type: ignore[misc]
                 for i, m in enumerate(messages)
             ]
-        if self.merges_system and messages and messages[0]["role"] == "system":
+        if self._merges_system and messages and messages[0]["role"] == "system":
             system, first, *rest = messages
             content = f"{system['content']}\n\n{first['content']}"
             messages = [{**first, "content": content}, *rest]
@@ -91,7 +96,6 @@ class ExampleEncoder:
 
     def _render(self, conversation: Conversation) -> list[Rendered]:
         if conversation.text is not None:
-            raise RejectedRow("plain text is not rendered yet")
             return [self.template.render_text(conversation.text, self._eos)]
         replies = _replies(conversation.messages)
         selected = replies[-1:] if self._train_on == "last" else replies
