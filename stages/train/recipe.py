@@ -260,7 +260,7 @@ class Recipe:
         loss = gradient.accumulate(
             self.model,
             packing.even_passes(parts, packs)[self.group.rank],
-            counts.supervised_tokens,
+            sum(example.loss_weight for example in examples),
             dtype=self.plan.compute_dtype,
             fused=self.plan.fused,
             scaler=self.scaler,
