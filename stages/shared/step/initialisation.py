@@ -32,7 +32,6 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, in] and B [out, r], fp32
 CPU = torch.device("cpu")
 WITH_FROZEN = ("pissa", "olora")
 ADAPTER = "default"  # peft's name of the only adapter
-POWER_ITERATIONS = 8  # with 2r columns the error is within 0.1 % of that of the exact decomposition
 
 
 class _FrozenHalf(nn.Module):
@@ -74,8 +73,7 @@ def rank_and_alpha(lora: Lora) -> tuple[int, float]:
 
 def initialise(model: PeftModel, lora: Lora, original: Path | None = None) -> None:
     """Initialise a fresh adapter of `rank_and_alpha`; UserError where a layer has no such start."""
-    named = model.get_base_model().named_modules()
-    layers = {name: layer for name, layer in named if isinstance(layer, LoraLayer)}
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     if lora.init != "default":
         _decompose(layers, lora, original)
     if lora.init == "loftq":
@@ -83,50 +81,48 @@ def initialise(model: PeftModel, lora: Lora, original: Path | None = None) -> No
     for layer in layers.values():
         if ADAPTER in layer.lora_magnitude_vector and ADAPTER in layer.lora_A:
             # DoRA: peft measured it before the adapter was initialised, and rounded it to bf16.
+            factors = {
+                "lora_A": layer.lora_A[ADAPTER].weight,
+                "lora_B": layer.lora_B[ADAPTER].weight,
+            }
             layer.lora_magnitude_vector[ADAPTER].update_layer(
-                base_layer=layer.get_base_layer(),
-                lora_A=layer.lora_A[ADAPTER].weight,
-                lora_B=layer.lora_B[ADAPTER].weight,
-                scaling=layer.scaling[ADAPTER],
+                base_layer=layer.get_base_layer(), scaling=layer.scaling[ADAPTER], **factors
             )
 
 
 @torch.no_grad()
 def _decompose(layers: dict[str, LoraLayer], lora: Lora, original: Path | None) -> None:
     for name, layer in layers.items():
-        base = layer.get_base_layer()
-        linear = isinstance(base, nn.Linear | Conv1D)
-        if not linear or lora.r > min(layer.in_features, layer.out_features):
-            shape = f", {layer.in_features}→{layer.out_features}" if linear else ""
+        base, size = layer.get_base_layer(), min(layer.in_features, layer.out_features)
+        if not isinstance(base, nn.Linear | Conv1D) or lora.r > size:
             raise UserError(
-                f"lora.init: {name} ({type(base).__name__}{shape}) has no {lora.init} decomposition"
-                f" of rank lora.r ({lora.r}). Lower lora.r, or change lora.target_modules."
+                f"lora.init: {name} ({type(base).__name__}) has no {lora.init} decomposition of "
+                f"rank lora.r ({lora.r}). Lower lora.r, or change lora.target_modules."
             )
     whole: Any = loading.load_model(original, CPU) if original and lora.init == "loftq" else None
     with progress.bar(total=len(layers), desc=lora.init, unit="matrix") as bar:
         for name, layer in layers.items():
             base, scale = layer.get_base_layer(), layer.scaling[ADAPTER]
-            lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-            weight = _dense(base)
+            lora_a, lora_b, weight = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], _dense(base)
             if lora.init in WITH_FROZEN:
                 start = qr_factors if lora.init == "olora" else svd_factors
                 a, b = start(weight, lora.r, scale)
                 freeze_half(lora_a, a, a, 0)
                 freeze_half(lora_b, b, -b, 1)
             elif isinstance(base, Linear4bit | Linear8bitLt):  # a dense head has lost nothing
-                before = _dense(whole.get_submodule(name))
-                a, b = svd_factors(before.to(weight.device) - weight, lora.r, scale)
+                before = _dense(whole.get_submodule(name)).to(weight.device)
+                a, b = svd_factors(before - weight, lora.r, scale)
                 lora_a.weight.copy_(a)
                 lora_b.weight.copy_(b)
             bar.update()
 
 
 def svd_factors(matrix: torch.Tensor, rank: int, scale: float) -> Factors:
-    """Equally large factors whose scale·B·A approximates a matrix best.
+    """Equally large factors whose scale·B·A approximates a matrix best, within 0.1 % of the SVD.
 
     Randomized, in milliseconds: Halko et al. 2011, arXiv:0909.4061, algorithm 4.4.
     """
-    u, s, v = torch.svd_lowrank(matrix, min(2 * rank, *matrix.shape), niter=POWER_ITERATIONS)
+    u, s, v = torch.svd_lowrank(matrix, min(2 * rank, *matrix.shape), niter=8)
     root = (s[:rank] / scale).sqrt()
     return root[:, None] * v[:, :rank].T, u[:, :rank] * root
 
