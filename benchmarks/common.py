@@ -23,6 +23,8 @@ from stages.shared.core import files
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/benchmarks.md"
+MEMORY_PAGE = ROOT / "docs/memory.md"
+BASE = ROOT / "models/base"
 LINKED = ("stages", "benchmarks", "dvc.yaml", "matplotlibrc")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl", "unsloth")
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 from transformers import (
@@ -36,7 +35,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from benchmarks.common import ROOT, machine, publish, workspace
+from benchmarks import processes
+from benchmarks.common import BASE, MEMORY_PAGE, machine, publish
 from stages.plan.sources import CONFIGS
 from stages.quantize.config import Quantize
 from stages.quantize.convert import convert
@@ -54,8 +54,6 @@ from stages.shared.step.live_bytes import LiveBytes
 from stages.shared.step.setup import Device, TrainingSetup, micro_batch_of, setup_of
 from stages.shared.weights import precision
 
-PAGE = ROOT / "docs/memory.md"
-BASE = ROOT / "models/base"
 CPU = torch.device("cpu")
 MAX_GRAD_NORM = 0.3
 MEDIAN, WORST = 0.02, 0.05  # promised errors of live bytes
@@ -265,6 +263,7 @@ def measure_steps() -> None:
     rows, steps = [], list(settings())
     with (
         tempfile.TemporaryDirectory() as work,
+        StepCounter(CONFIGS / "Llama-3-8B.json"),  # one process counts for all
         progress.bar(total=len(steps), desc="memory", unit="step") as bar,
     ):
         for name, setting in steps:
@@ -291,7 +290,7 @@ def measure_steps() -> None:
         f"{len(rows)} steps: median error {errors.abs().median():.3%}, from {errors.min():+.2%} to "
         f"{errors.max():+.2%}. {machine()}"
     )
-    publish("measured", table, summary, PAGE)
+    publish("measured", table, summary, MEMORY_PAGE)
     if errors.abs().median() > MEDIAN or errors.abs().max() > WORST:
         sys.exit(f"error: promised were a median error of {MEDIAN:.0%} and {WORST:.0%} at the most")
 
@@ -307,7 +306,7 @@ def count_gpu() -> None:
             size = f"{predicted.total_bytes / GIB:.2f}"
             rows.append((name, "yes" if on else "no", f"{sum(lengths):,}", size, predicted.phase))
     columns = ["model", "checkpointed", "tokens", "counted, GiB", "peak"]
-    publish("a GPU's steps", pd.DataFrame(rows, columns=columns), "Rank 16 on nf4.", PAGE)
+    publish("a GPU's steps", pd.DataFrame(rows, columns=columns), "Rank 16 on nf4.", MEMORY_PAGE)
     measured = []
     for tokens, rank, on, allocated in H200:
         setting = Setting("nf4", rank, on, (tokens,), share=1.0)
@@ -318,51 +317,12 @@ def count_gpu() -> None:
         error = f"{size / allocated - 1:+.1%}"
         measured.append((tokens, rank, "yes" if on else "no", f"{size:.2f}", allocated, error))
     columns = ["tokens", "rank", "checkpointed", "predicted, GiB", "allocated", "error"]
-    publish("an H200's steps", pd.DataFrame(measured, columns=columns), "Mistral-7B, nf4.", PAGE)
+    publish(
+        "an H200's steps", pd.DataFrame(measured, columns=columns), "Mistral-7B, nf4.", MEMORY_PAGE
+    )
 
 
-PROCESSES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "checkpointed": {"QLORA_GRADIENT_CHECKPOINTING": "true"},
-    "rank 128": {"lora.r": 128},
-    "not fused": {"QLORA_FUSED": "false"},
-    "micro-batches of 128": {"QLORA_MICRO_BATCH_TOKENS": "128"},
-    "int8": {"quantize.precision": "int8"},
-    "fp32": {"quantize.precision": "fp32"},
-    "full, 8-bit AdamW": {
-        "quantize.precision": "bf16",
-        "train.method": "full",
-        "train.optimizer": "adamw_8bit",
-    },
-}
-
-
-def measure_processes() -> None:
-    """Peak memory of short trainings of the default model."""
-    rows = []
-    for name, changes in PROCESSES.items():
-        environment = {key: value for key, value in changes.items() if key.startswith("QLORA_")}
-        params = {key: value for key, value in changes.items() if not key.startswith("QLORA_")}
-        with workspace(params | {"train.max_steps": 4, "train.eval_steps": 4}) as space:
-            for folder in ("models/base", "models/tokenizer", ".counts"):
-                space.link(folder, ROOT / folder)
-            (space.root / "data/prepared").mkdir(parents=True)
-            for split, count in (("train", 64), ("eval", 16)):
-                file = f"data/prepared/{split}.parquet"
-                pq.write_table(pq.read_table(ROOT / file).slice(0, count), space.root / file)
-            space.run("stages.quantize")
-            space.run("stages.train", env=environment)
-            metrics = space.read_json("reports/details/train.json")
-            metrics |= space.read_json("reports/train.json")
-        predicted, peak = metrics["predicted_memory_bytes"], metrics["peak_memory_bytes"]
-        sizes = f"{predicted / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{predicted / peak - 1:+.1%}"
-        rows.append((name, metrics["micro_batch_tokens"], *sizes))
-        print(rows[-1], flush=True)
-    columns = ["training", "micro-batch", "predicted, GB", "held, GB", "error"]
-    publish("processes", pd.DataFrame(rows, columns=columns), machine(), PAGE)
-
-
-BENCHMARKS = {"steps": measure_steps, "gpu": count_gpu, "processes": measure_processes}
+BENCHMARKS = {"steps": measure_steps, "gpu": count_gpu, "processes": processes.measure}
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -37,7 +37,8 @@ _DROPPED = re.compile(
     r"|_?(attn|experts)_implementation\w*|_flash_attn_2_enabled|use_flash_attention_2"
     r"|use_cache|cache_implementation|output_(attentions|hidden_states|router_logits|scores|logits)"
     r"|(use_)?return_dict(_in_generate)?|torchscript|use_bfloat16|gradient_checkpointing"
-    r"|device_map|use_kernels|kernel_config|compile_config"
+    r"|device_map|use_kernels|kernel_config|compile_config|use_mamba_kernels"
+    r"|distributed_config|tp_(plan|size)|transformers_weights"
 )
 # Ids beyond the embedding: some models have a padding token there, which is never used.
 _UNUSED_IDS = 1024
@@ -89,7 +90,8 @@ def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move:
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    from transformers.models.auto import modeling_auto  # noqa: PLC0415  (takes seconds)
+    from transformers import AutoConfig  # noqa: PLC0415  (takes seconds)
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415
 
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name}: has no {CONFIG}. Choose a model that transformers saved.")
@@ -107,7 +109,14 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
             f"{name}/{CONFIG}: model_type is {model_type!r:.60}{code}; expected a causal language "
             "model that transformers knows. Code is never fetched and run."
         )
-    return _portable(config)
+    config = _portable(config)
+    try:  # else the tokenizer would be blamed, which is loaded beside it
+        AutoConfig.for_model(**config)
+    except Exception as error:  # transformers and huggingface_hub raise many types
+        reason = " ".join(str(error).split())
+        what = f"transformers reads no {model_type} from it ({reason:.100})"
+        raise UserError(f"{name}/{CONFIG}: {what}. Correct it, or fetch it again.") from None
+    return config
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

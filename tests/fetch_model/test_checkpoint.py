@@ -47,6 +47,7 @@ def test_index_is_made_of_the_shards(mine: Path, tmp_path: Path) -> None:
 def test_settings_and_code_of_another_machine_are_dropped(mine: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"attn_implementation": "flash_attention_3", "use_cache": False}
     keys |= {"_attn_implementation": "sdpa", "output_attentions": True, "torchscript": True}
+    keys |= {"distributed_config": {"enable_expert_parallel": True}, "tp_plan": "auto"}
     keys |= {"_name_or_path": "/home/me", "auto_map": {"AutoModelForCausalLM": "code.Model"}}
     change(mine, CONFIG, **keys, text_config={**keys, "kept": 1})
     change(mine, GENERATION, **keys, compile_config={}, temperature=0.5)
@@ -116,6 +117,7 @@ def test_pickles_are_refused(mine: Path, hub: hubs.Hub, tmp_path: Path) -> None:
         (CONFIG, {"model_type": "mine", "auto_map": {"AutoModel": "a.B"}}, "run code of its own"),
         (CONFIG, {"model_type": "vit"}, "model_type is 'vit'; expected a causal"),
         (CONFIG, {"model_type": ["llama"]}, r"model_type is \['llama'\]; expected a causal"),
+        (CONFIG, {"dtype": "auto"}, r"mine/config\.json: transformers reads no llama"),
         (CONFIG, {"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
         ("tokenizer_config.json", {"eos_token": None}, "has no eos_token"),
     ],
