@@ -130,8 +130,8 @@ def prepare(config: PretrainedConfig, setup: TrainingSetup) -> Any:
 
 def _initialise(model: PeftModel, lora: Any, *_: Any) -> None:
     """What `lora.init` changes in the shapes of an adapter."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    for layer in layers if lora.init in initialisation.WITH_FROZEN else ():
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
+    for layer in layers if lora.init in initialisation.WITH_FROZEN else ():  # others are refused
         for part, dim in ((layer.lora_A["default"], 0), (layer.lora_B["default"], 1)):
             half = part.weight.detach().chunk(2, dim)[0]
             initialisation.freeze_half(part, half, half, dim)

@@ -20,9 +20,9 @@ MICRO_BATCH_TOKENS = {"cuda": (8192, 4096, 2048, 1024, 512, 256), "cpu": (1024, 
 # host's work. On an H200 8,192 tokens of an 8B took 0.51 s and 2,048 of a 7B 0.23 s.
 FIXED_TOKENS = {"cuda": 3000, "cpu": 20}
 
-# A CPU's process (docs/memory.md): Python with its libraries; pages held for each byte that lives
-# within a step.
-PROCESS_BYTES = 560 * 10**6
+# A CPU's process, fitted to eight trainings (docs/memory.md): Python with its libraries, and pages
+# held for each byte that lives within a step.
+PROCESS_BYTES = 700 * 10**6
 PAGES_PER_BYTE = 1.6
 # A training is refused where its prediction and this share of it more are not there.
 MARGIN = {"cpu": 1.1, "cuda": 1.0}
