@@ -272,7 +272,7 @@ def prepare(
         bar.close()
         metrics = tally.figures()
         limits.require_rows(parameters, metrics, rejections.reasons, rejections.first)
-        metrics["mix"] = mixture.draw(splits["train"], parameters) if parameters.mix else None
+        metrics |= {"mix": mixture.draw(splits["train"], parameters)} if parameters.mix else {}
         metrics |= {str(split): file.figures() for split, file in splits.items()}
         metrics |= {"template": parameters.template} | encoder.figures()
         limits.require_splits(metrics, splitter)

@@ -39,7 +39,9 @@ def show(split: Path, tokenizer: Path, count: int, stream: TextIO) -> None:
 def _heading(number: int, row: dict[str, Any]) -> str:
     mask = row["loss_mask"]
     parts = [f"row {number}", f"conversation {row['conversation_id'][:12]}"]
-    parts += [f"{name} {visible(str(row[name]))}" for name in ("source", "turn") if row[name]]
+    parts += [
+        f"{name} {visible(str(row[name]))}" for name in ("source", "turn") if row[name] is not None
+    ]
     parts += [f"{len(mask)} tokens", f"{sum(mask)} supervised"]
     if row["weights"] is not None:
         weights = {w for w, one in zip(row["weights"], mask, strict=True) if one}
