@@ -1,0 +1,202 @@
+"""Assemble the tuned model for the hub, with its card, and send it with --push.
+
+Reads:  models/merged, models/adapter or models/exported/<format>; params.yaml, reports
+Writes: upload/<name>
+Run:    python -m stages.tools.upload USER/NAME [--what adapter] [--license ID] [--push]
+"""
+
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from stages.evaluate.__main__ import MODELS
+from stages.export.__main__ import EXPORTED
+from stages.report import page, sources
+from stages.report.provenance import Origin, origin_of
+from stages.shared.core import files
+from stages.shared.core.errors import UserError, run
+
+UPLOAD = Path("upload")
+SAMPLE = "data/sample"  # the project's own conversations
+METRICS = ("loss", "perplexity", "bits_per_byte", "exact_match", "stop_rate")
+LLAMA = "Copyright © Meta Platforms, Inc. All Rights Reserved."
+# What a base's licence wants to stand beside a model that is made of it.
+NOTICES = {
+    "llama2": f"Llama 2 is licensed under the LLAMA 2 Community License, {LLAMA}",
+    "llama3": "Built with Meta Llama 3. Meta Llama 3 is licensed under the Meta Llama 3 Community "
+    f"License, {LLAMA}",
+    **{
+        f"llama3.{minor}": f"Built with Llama. Llama 3.{minor} is licensed under the Llama "
+        f"3.{minor} Community License, {LLAMA}"
+        for minor in (1, 2, 3)
+    },
+    "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "ai.google.dev/gemma/terms",
+}
+SNIPPETS = {
+    "transformers": """from transformers import pipeline
+
+chat = pipeline("text-generation", "{repo}")
+messages = [{{"role": "user", "content": "What is 48 plus 17?"}}]
+print(chat(messages)[0]["generated_text"][-1]["content"])""",
+    "peft": """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, pipeline
+
+model = AutoPeftModelForCausalLM.from_pretrained("{repo}")
+chat = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained("{repo}"))
+messages = [{{"role": "user", "content": "What is 48 plus 17?"}}]
+print(chat(messages)[0]["generated_text"][-1]["content"])""",
+    "gguf": "ollama run hf.co/{repo}",
+}
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the repository's name and what goes there."""
+    parser.add_argument("repo", metavar="USER/NAME", help="of the repository on the hub")
+    parser.add_argument("--what", default="merged", help="merged, adapter, or an exported format")
+    parser.add_argument("--license", metavar="ID", help="of the base, as the hub spells it")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--push", action="store_true", help="send it; else it is only assembled")
+
+
+def main(options: Namespace) -> None:
+    """Assemble, and send if it is asked for."""
+    try:
+        validate_repo_id(options.repo)
+    except HFValidationError as error:
+        raise UserError(f"{options.repo}: is no name of a repository ({error}).") from None
+    source = sources.read(Path())
+    origin = origin_of(source.parameters)
+    licence = options.license or origin.licence
+    if licence and licence.startswith("llama3") and not _name(options.repo).startswith("Llama"):
+        raise UserError(f"{options.repo}: the licence {licence} asks for a name with Llama first.")
+    if options.push and not licence:
+        raise UserError("--license: is not known for this base. Name it as the base's page does.")
+    target = UPLOAD / _name(options.repo)
+    with files.whole_folder(target) as folder:
+        library = assemble(folder, options.what, origin)
+        text = card(source, origin, options.repo, library, licence)
+        files.write_text(folder / "README.md", text)
+        if licence in NOTICES:
+            files.write_text(folder / "NOTICE", NOTICES[licence] + "\n")
+        require_portable(folder, source.parameters)
+    print(f"{target}: {files.folder_bytes(target) / 1e6:.1f} MB")
+    if options.push:
+        print(push(target, options.repo, private=options.private))
+
+
+def assemble(folder: Path, what: str, origin: Origin) -> str:
+    """Link the files of a model or an adapter; returns the library that loads them."""
+    source = MODELS[what] if what in ("merged", "adapter") else EXPORTED / what
+    if not source.is_dir():
+        raise UserError(f"{source}: not there. `dvc repro` writes it, if export.formats names it.")
+    if what.endswith("-lora"):
+        raise UserError(f"--what: {what} has a base and an adapter. Upload the adapter.")
+    files.link_folder(source, folder)
+    if not (folder / "adapter_config.json").exists():
+        return "gguf" if what.startswith("gguf") else "transformers"
+    path = folder / "adapter_config.json"
+    config = files.read_json(path) | {"base_model_name_or_path": origin.hub}
+    files.write_json(path, config)  # by a rename, which leaves the linked original as it is
+    for file in MODELS["merged"].iterdir():  # the tokenizer, with the chat template of training
+        if file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
+            files.link_or_copy(file, folder / file.name)
+    return "peft"
+
+
+def card(
+    source: sources.Sources, origin: Origin, repo: str, library: str, licence: str | None
+) -> str:
+    """README.md: the hub's metadata with the measured results, the model card, a snippet."""
+    variant = "adapter" if library == "peft" else "merged"
+    languages = [name for name in source.evaluate[variant].get("by_language") or {} if name == "en"]
+    data = ModelCardData(
+        base_model=origin.hub,
+        datasets=origin.data_set,
+        language=languages or None,
+        library_name=None if library == "gguf" else library,
+        license=licence,
+        pipeline_tag="text-generation",
+        tags=["dvc-qlora", page.method(source.parameters).lower().replace(" ", "-"), library],
+        model_name=_name(repo),
+        eval_results=results(source.evaluate[variant], origin),
+    )
+    body = page.model_card(replace(source, parameters=published(source.parameters)))
+    body = re.sub(r"\A---\n.*?\n---\n", "", body, flags=re.DOTALL)
+    language = "sh" if library == "gguf" else "python"
+    use = f"\n## Use it\n\n```{language}\n{SNIPPETS[library].format(repo=repo)}\n```\n"
+    notice = f"\n{NOTICES[licence]}\n" if licence in NOTICES else ""
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}{use}{notice}"))
+
+
+def results(metrics: Mapping[str, Any], origin: Origin) -> list[EvalResult]:
+    """Measured results for `model-index`."""
+    data_set = origin.data_set or "held-out"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data_set,
+            dataset_name=f"held-out conversations ({metrics['conversations']})",
+            metric_type=name,
+            metric_value=round(metrics[name], 6),
+            metric_name=name.replace("_", " "),
+        )
+        for name in METRICS
+        if metrics.get(name) is not None
+    ]
+
+
+def published(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters without the names of this machine's files and folders."""
+    public = {name: dict(section or {}) for name, section in parameters.items()}
+    data, model = public["data"], public["model"]
+    own = str(data.get("path")).startswith(SAMPLE)
+    data["path"] = "Sample conversations of dvc-qlora" if own else "Unpublished conversations"
+    if model.get("source") == "path":
+        model["name"] = "a local model"
+    return public
+
+
+def require_portable(folder: Path, parameters: Mapping[str, Any]) -> None:
+    """Raise a UserError if a text names a folder or file of this machine."""
+    names = {str(Path.cwd()), str(Path.home())} - {"/"}
+    data, model = parameters["data"], parameters["model"]
+    names |= {str(data["path"])} if data.get("source") == "file" else set()
+    names |= {str(model["name"])} if model.get("source") == "path" else set()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".md", "") and path.name != "tokenizer.json":
+            text = path.read_text(encoding="utf-8")
+            for name in sorted(names):
+                if re.search(rf"(?<![\w/-]){re.escape(name)}(?![\w-])", text):
+                    raise UserError(f"{path.name}: names {name}, which is of this machine alone.")
+
+
+def push(folder: Path, repo: str, *, private: bool) -> str:
+    """Create the repository if it is not there, and send the folder; returns its address."""
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by dvc-qlora")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = " Run `hf auth login`." if status in (401, 403) else ""
+        raise UserError(f"{repo}: the hub answered {status}; {folder} is whole.{advice}") from None
+    except (httpx2.HTTPError, OSError) as error:
+        raise UserError(f"{repo}: cannot be sent ({error}); {folder} is whole.") from None
+    return str(url)
+
+
+def _name(repo: str) -> str:
+    return repo.rpartition("/")[2]
+
+
+if __name__ == "__main__":
+    run(main, add_options)
