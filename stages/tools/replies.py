@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 
 from stages.shared.chat import templates
-from stages.shared.chat.conversation import Message
+from stages.shared.chat.conversation import Conversation, Message
 from stages.shared.chat.encode import Encoder
 from stages.shared.chat.templates import Format
 from stages.shared.chat.tokenizer import load_tokenizer
@@ -59,13 +59,42 @@ class _Until(StoppingCriteria):
         return torch.full((len(input_ids),), self._ended(), device=input_ids.device)
 
 
+class StopStrings:
+    """Passes text on up to the first of some strings, which it holds back."""
+
+    def __init__(self, strings: Sequence[str], on_text: Callable[[str], Any]) -> None:
+        self._strings, self._on_text = [s for s in strings if s], on_text
+        self._held, self.found = "", False
+
+    def __call__(self, text: str) -> None:
+        """Take the next piece."""
+        if self.found:
+            return
+        self._held += text
+        places = [at for s in self._strings if (at := self._held.find(s)) >= 0]
+        longest = max(map(len, self._strings), default=1) - 1  # the beginning of one at the end
+        end = min(places) if places else max(0, len(self._held) - longest)
+        self._pass(end)
+        self.found = bool(places)
+
+    def flush(self) -> None:
+        """Pass on what was held back, at the end of the reply."""
+        if not self.found:
+            self._pass(len(self._held))
+
+    def _pass(self, end: int) -> None:
+        if end:
+            self._on_text(self._held[:end])
+        self._held = self._held[end:]
+
+
 class Replier:
     """A model with its tokenizer and the chat format that it was trained with."""
 
     def __init__(self, model: Any, dtype: torch.dtype, tokenizer: Path, form: Format) -> None:
         self.model, self._dtype, self._form = model, dtype, form
         self._tokenizer = load_tokenizer(tokenizer)
-        template = templates.make(form.template, self._tokenizer)
+        template = templates.make(form.template, self._tokenizer, form.template_name)
         self._encoder = Encoder(self._tokenizer, template)
         plain: Any = loading.without_adapter(model)
         plain.generation_config = GenerationConfig()  # the model's own penalties would stay
@@ -93,7 +122,8 @@ class Replier:
             RejectedRow: the messages cannot be rendered.
             UserError: the conversation is longer than the model's positions.
         """
-        prompt = self._encoder.encode_prompt(messages)
+        reply: Message = {"role": "assistant", "content": ""}
+        prompt = self._encoder.encode_prompt(Conversation([*messages, reply]))
         room = self._positions - len(prompt)
         if room <= 0:
             raise UserError(

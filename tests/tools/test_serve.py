@@ -1,0 +1,148 @@
+"""The server of adapters: OpenAI's requests, answers as of each adapter alone."""
+
+import asyncio
+import json
+import socket
+from argparse import Namespace
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aiohttp.test_utils import TestClient, TestServer
+
+from stages.evaluate.adapters import fetch
+from stages.shared.chat.templates import read_format
+from stages.shared.core.errors import UserError
+from stages.shared.model import loading
+from stages.tools import serve
+from stages.tools.replies import Replier, StopStrings
+from tests.tools.test_chat import NAMES, inside, space  # noqa: F401  (fixtures)
+
+CPU, QUANTIZED = torch.device("cpu"), Path("models/quantized")
+ASKED = [{"role": "user", "content": "What is 3?"}]
+Answer = tuple[int, str]
+
+
+@pytest.fixture(scope="module")
+def server(
+    space: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> serve.Server:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(space)
+        return serve.Server([*NAMES], tmp_path_factory.mktemp("adapters"))
+
+
+def talk(server: serve.Server, script: Callable[[TestClient], Coroutine]) -> Any:
+    async def run() -> Any:
+        server._lock = asyncio.Lock()  # of this loop
+        async with TestClient(TestServer(server.app())) as client:
+            return await script(client)
+
+    return asyncio.run(run())
+
+
+def ask(server: serve.Server, *bodies: dict[str, Any]) -> list[Answer]:
+    """Status and text of the answers to requests that are sent together."""
+
+    async def one(client: TestClient, body: dict[str, Any]) -> Answer:
+        usual = {"messages": ASKED, "max_tokens": 8}
+        response = await client.post("/v1/chat/completions", json=usual | body)
+        return response.status, await response.text()
+
+    async def script(client: TestClient) -> list[Answer]:
+        return [*await asyncio.gather(*(one(client, body) for body in bodies))]
+
+    return talk(server, script)
+
+
+def alone(adapter: Path | None) -> str:
+    """A reply of an adapter that is loaded alone, or of the base."""
+    model: Any = loading.load_model(QUANTIZED, CPU)
+    model = loading.attach(model, adapter) if adapter else model
+    form = read_format(Path("data/prepared/format.json"))
+    dtype = loading.compute_dtype(QUANTIZED, CPU)
+    return Replier(model, dtype, Path("models/tokenizer"), form).reply(ASKED, 8).text  # type: ignore[arg-type]
+
+
+def test_each_adapter_answers_as_if_alone(server: serve.Server, tmp_path: Path) -> None:
+    expected = {name: alone(fetch(name, tmp_path)[0]) for name in NAMES} | {"base": alone(None)}
+    assert len({*expected.values()}) == 3
+    order = [*expected, *reversed(expected)]
+    answers = ask(server, *({"model": name} for name in order))
+    for name, (status, text) in zip(order, answers, strict=True):
+        body = json.loads(text)
+        assert status == 200
+        assert body["choices"][0]["message"]["content"].strip() == expected[name]
+        assert body["choices"][0]["finish_reason"] == "length"
+        assert body["usage"]["completion_tokens"] == 8
+
+
+def test_stream_is_the_whole_answer_in_pieces(server: serve.Server) -> None:
+    (_, whole), (_, stream) = ask(server, {"model": "rank8"}, {"model": "rank8", "stream": True})
+    *events, done, end = stream.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    text = "".join(choice["delta"].get("content", "") for choice in choices)
+    assert text == json.loads(whole)["choices"][0]["message"]["content"]
+    assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + ["length"]
+
+
+def test_reply_ends_before_a_stop_string(server: serve.Server) -> None:
+    [(_, text)] = ask(server, {"model": "base"})
+    whole = json.loads(text)["choices"][0]["message"]["content"]
+    stop = whole[4:6]
+    [(_, text)] = ask(server, {"model": "base", "stop": stop})
+    choice = json.loads(text)["choices"][0]
+    assert choice["message"]["content"] == whole[: whole.index(stop)]
+    assert choice["finish_reason"] == "stop"
+
+
+def test_stop_string_over_two_pieces_is_held_back() -> None:
+    passed: list[str] = []
+    cut = StopStrings(["###", "END"], passed.append)
+    for piece in ("one #", "# two E", "N", "D three"):
+        cut(piece)
+    cut.flush()
+    assert ("".join(passed), cut.found) == ("one ## two ", True)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"model": "rank9"}, 404, "model: 'rank9' is none of base, rank8, rank32"),
+        ({"model": "base", "messages": []}, 400, "messages: List should have at least 1 item"),
+        ({"model": "base", "messages": [{"role": "user", "content": [1]}]}, 400, "content"),
+        ({"model": "base", "messages": ASKED * 2}, 400, ""),
+    ],
+)
+def test_bad_requests_are_told_in_one_line(
+    server: serve.Server, body: dict[str, Any], status: int, message: str
+) -> None:
+    [(answered, text)] = ask(server, body)
+    if message:
+        assert (answered, message in json.loads(text)["error"]["message"]) == (status, True)
+
+
+def test_client_that_hangs_up_ends_its_reply(server: serve.Server) -> None:
+    async def script(client: TestClient) -> int:
+        body = {"model": "base", "messages": ASKED, "stream": True, "max_tokens": 900}
+        response = await client.post("/v1/chat/completions", json=body)
+        await response.content.readany()
+        response.close()
+        short = {"model": "base", "messages": ASKED, "max_tokens": 2}
+        return (await client.post("/v1/chat/completions", json=short)).status
+
+    assert talk(server, script) == 200
+
+
+def test_busy_port_is_told(monkeypatch: pytest.MonkeyPatch, server: serve.Server) -> None:
+    monkeypatch.setattr(serve, "Server", lambda *_: server)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port: {port} is taken"):
+            serve.main(Namespace(adapters=[], host="127.0.0.1", port=port))
