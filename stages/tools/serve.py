@@ -9,8 +9,8 @@ Run:    python -m stages.tools.serve [--adapters EXPERIMENT ...] [--port 8000]
 """
 
 import asyncio
-import errno
 import json
+import socket
 import time
 import uuid
 from argparse import ArgumentParser, Namespace
@@ -39,18 +39,18 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(options: Namespace) -> None:
     """Load the model, and serve until Ctrl-C."""
+    try:
+        listening = socket.create_server((options.host, options.port))
+    except OSError as error:
+        where = f"{options.host}:{options.port}"
+        raise UserError(f"--port: {where}: {error.strerror}. Choose another.") from None
     with progress.quick_imports():
         import stages.tools.replies  # noqa: F401, PLC0415
 
-    with TemporaryDirectory() as folder:
+    with listening, TemporaryDirectory() as folder:
         server = Server(options.adapters, Path(folder))
         print(f"http://{options.host}:{options.port}/v1 serves {', '.join(server.names)}")
-        try:
-            web.run_app(server.app(), host=options.host, port=options.port, print=None)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise UserError(f"--port: {options.port} is taken. Choose another.") from None
+        web.run_app(server.app(), sock=listening, print=None)
 
 
 def _refuse(status: int, message: str) -> web.Response:

@@ -138,11 +138,10 @@ def test_client_that_hangs_up_ends_its_reply(server: serve.Server) -> None:
     assert talk(server, script) == 200
 
 
-def test_busy_port_is_told(monkeypatch: pytest.MonkeyPatch, server: serve.Server) -> None:
-    monkeypatch.setattr(serve, "Server", lambda *_: server)
+def test_busy_port_is_told_before_the_model_is_loaded() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port: {port} is taken"):
+        with pytest.raises(UserError, match=f"--port: 127.0.0.1:{port}: Address already in use"):
             serve.main(Namespace(adapters=[], host="127.0.0.1", port=port))
