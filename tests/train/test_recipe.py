@@ -18,6 +18,7 @@ from stages.shared.model.packing import read_examples
 from stages.shared.step import adapter, gradient
 from stages.train import recipe as recipes
 from stages.train.checkpoints import Checkpoints, claim
+from stages.train.config import Params
 from stages.train.distributed import Group
 from stages.train.execution import ExecutionPlan
 from stages.train.interruption import Interruption
@@ -28,19 +29,32 @@ from tests.train.running import settings, train_on
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Path]:
+    """Conversations, and the folder of a model, which each training loads for itself."""
+    root = tmp_path_factory.mktemp("inputs")
+    folder = tiny.prepared(root / "prepared")
+    data = Data(*(read_examples(folder / f"{split}.parquet") for split in ("train", "eval")))
+    return data, tiny.quantize(root / "model", "fp32")
+
+
+def recipe_of(inputs: tuple[Data, Path], params: Params, checkpoints: Checkpoints) -> Recipe:
+    data, folder = inputs
+    model = adapter.load_for_lora(folder, params.lora, CPU)
+    how = ExecutionPlan(CPU, torch.float32, 4096, False, 1)
+    return Recipe(model, data, params.train, how, checkpoints, Group())
+
+
 def test_a_gradient_that_is_not_finite_stops_at_its_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: tuple[Data, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a loss that is finite: the gradient overflows at the fourth step."""
     monkeypatch.setattr(recipes, "machine", lambda: machine.Machine(checkpoint_steps=1))
-    folder = tiny.prepared(tmp_path / "prepared")
-    data = Data(*(read_examples(folder / f"{split}.parquet") for split in ("train", "eval")))
     params = settings(train__max_grad_norm=1e9)
     torch.manual_seed(0)
-    model = adapter.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
-    how = ExecutionPlan(CPU, torch.float32, 4096, False, 1)
     with claim(tmp_path, "name", keep=2) as checkpoints:
-        recipe = Recipe(model, data, params.train, how, checkpoints, Group())
+        recipe = recipe_of(inputs, params, checkpoints)
+        model = recipe.model
         parameter = next(p for n, p in model.named_parameters() if "lora_B" in n)
         parameter.register_hook(lambda g: g * torch.inf if recipe.step == 3 else g)
         with pytest.raises(UserError) as error:
@@ -56,31 +70,26 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step(
         assert newest.manifest["step"] == 3  # the last good one stays
 
 
-def test_a_model_that_scores_nothing_finite_is_refused_at_once(tmp_path: Path) -> None:
-    folder = tiny.prepared(tmp_path / "prepared")
-    data = Data(*(read_examples(folder / f"{split}.parquet") for split in ("train", "eval")))
-    params = settings()
-    model = adapter.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[5:].fill_(torch.nan)
-    how = ExecutionPlan(CPU, torch.float32, 4096, False, 1)
+def test_a_model_that_scores_nothing_finite_is_refused_at_once(
+    inputs: tuple[Data, Path], tmp_path: Path
+) -> None:
     with claim(tmp_path, "name", keep=2) as checkpoints:
-        recipe = Recipe(model, data, params.train, how, checkpoints, Group())
+        recipe = recipe_of(inputs, settings(), checkpoints)
+        with torch.no_grad():
+            recipe.model.get_input_embeddings().weight[5:].fill_(torch.nan)
         with pytest.raises(UserError, match="after step 0: the held-out loss is nan"):
             recipe.run(Interruption())
 
 
-def test_a_schedule_is_that_of_its_parameters(tmp_path: Path) -> None:
+def test_a_schedule_is_that_of_its_parameters(inputs: tuple[Data, Path], tmp_path: Path) -> None:
     """Of 12 steps the first warms up, from zero; the last would end at zero."""
-    folder = tiny.prepared(tmp_path / "prepared")
-    data = Data(*(read_examples(folder / f"{split}.parquet") for split in ("train", "eval")))
     params = settings(train__scheduler="linear", train__learning_rate=0.011)
-    model = adapter.load_for_lora(tiny.quantize(tmp_path / "model", "fp32"), params.lora, CPU)
-    how = ExecutionPlan(CPU, torch.float32, 4096, False, 1)
     with claim(tmp_path, "name", keep=2) as checkpoints:
-        recipe = Recipe(model, data, params.train, how, checkpoints, Group())
+        recipe = recipe_of(inputs, params, checkpoints)
         recipe.run(Interruption())
-    assert all(weight.grad is None for weight in model.parameters())  # none beside an evaluation
+    assert all(
+        weight.grad is None for weight in recipe.model.parameters()
+    )  # none beside an evaluation
     rates = [recipe.history.rows[step]["learning_rate"] for step in range(1, 13)]
     assert rates == pytest.approx([0, *(0.001 * left for left in range(11, 0, -1))])
     assert [r for r, row in recipe.history.rows.items() if "eval_loss" in row] == [0, 6, 12]

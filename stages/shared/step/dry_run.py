@@ -5,13 +5,13 @@ clipping, the optimizer) runs on fake tensors, on the first blocks of a model an
 byte is known by the block in whose pass it was allocated, so the bytes of a block that repeats
 count as often as there are such blocks.
 
-CUDA is played by fake tensors of a CPU with CUDA's choices patched in: meta knows no autocast, and
-autograd has no thread for a device that torch was not built for. It runs in a process of its own
-(`stages.shared.step.count`), as its patches must not meet a training.
+CUDA is played by fake tensors of a CPU with CUDA's choices patched in (`stand_ins.py`): meta knows
+no autocast, and autograd has no thread for a device that torch was not built for. It runs in a
+process of its own (`stages.shared.step.count`), as its patches must not meet a training.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PretrainedConfig
 
-from stages.shared.model import attention, loading, packing, scoring
+from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import Example
 from stages.shared.step import (
     adapter,
@@ -38,11 +38,11 @@ from stages.shared.step import (
 )
 from stages.shared.step.architecture import Pattern
 from stages.shared.step.fake_model import CPU, META
-from stages.shared.step.fused import cross_entropy, gpu, liger, lora
 from stages.shared.step.fused import patch as fused_patch
 from stages.shared.step.live_bytes import LiveBytes
 from stages.shared.step.setup import SWITCHED_OFF, MicroBatch, TrainingSetup
-from stages.shared.weights import bnb, experts, precision
+from stages.shared.step.stand_ins import without_values
+from stages.shared.weights import experts, precision
 from stages.shared.weights.bnb import Params4bit
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -241,7 +241,7 @@ def run(
         model = prepare(config, setup)
         fused = unfused_because(setup, model) is None
     examples = _examples(batch)
-    with MODE, CPU, _without_values(setup, dtype, examples):
+    with MODE, CPU, without_values(setup, dtype, examples):
         fake_model.to_fake(model)
         if fused:
             fused_patch.fuse(model)
@@ -369,66 +369,3 @@ def extended(live: LiveBytes, held: int, pattern: Pattern) -> dict[str, dict[str
             "workspace": workspace_bytes,
         }
     return {phase: parts for phase, parts in found.items() if phase != "held"}
-
-
-@contextmanager
-def _without_values(
-    setup: TrainingSetup, dtype: torch.dtype, examples: Sequence[Example]
-) -> Iterator[None]:
-    """Replace what reads values or addresses, and on CUDA what a CPU computes otherwise."""
-    grouped_mm = torch._meta_registrations._meta_grouped_mm_common
-
-    def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-        return torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
-
-    def any_grouped_mm(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Kernels take other dtypes too; that of meta checks for bf16."""
-        half = torch.bfloat16
-        return grouped_mm(a.to(half), b.to(half), *args, **kwargs | {"out_dtype": None}).to(a.dtype)
-
-    changes: list[tuple[Any, str, Any]] = [
-        (torch._meta_registrations, "_meta_grouped_mm_common", any_grouped_mm),
-        (packing, "unpack", lambda _: [packing.pack([one], CPU) for one in examples]),
-        (packing, "to_device", to_device),
-        (experts, "tokens_by_expert", _tokens_of_few_experts),
-        (lora, "dequantize_4bit_into", lambda _, state, buffer: buffer(state.shape, state.dtype)),
-    ]
-    if setup.device == "cuda":
-        autocast = torch.is_autocast_enabled
-        changes += [
-            (torch, "is_autocast_enabled", lambda *_: autocast("cpu")),
-            (bnb.autograd, "MatMul8bitFp", bnb.autograd.MatMul8bitLt),
-            (gpu, "on_gpu", lambda _: True),
-            (gpu, "kernels", lambda: SimpleNamespace(**_KERNELS)),
-            (liger, "covers", lambda _: False),
-            (attention, "has_kernel", lambda *_: dtype != torch.float32),
-            (attention, "to_device", to_device),
-            (fused_patch, "dequantize_absmax", lambda _: None),
-            (nn.functional, "dropout", _cuda_dropout),
-        ]
-    with ExitStack() as stack:
-        for module, name, instead in changes:
-            stack.enter_context(patch.object(module, name, instead))
-        if setup.device == "cuda":
-            sizes = cross_entropy.LOGITS_BYTES
-            stack.enter_context(patch.dict(sizes, cpu=sizes["cuda"]))
-        attention.cumulative_lengths.cache_clear()
-        yield
-
-
-def _tokens_of_few_experts(index: torch.Tensor, count: int) -> list[int]:
-    """An upper bound, as routing depends on values: all tokens go to the same experts."""
-    tokens, each = index.shape
-    return [tokens] * each + [0] * (count - each)
-
-
-_KERNELS = {  # of a GPU: in place, but for a dequantized matrix
-    "dequantize": lambda _, state, dtype: torch.empty(state.shape, dtype=dtype),
-    "swiglu_backward": lambda *_: None,
-    "cross_entropy": lambda *_: None,
-}
-
-
-def _cuda_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, *_: Any) -> torch.Tensor:
-    """As CUDA keeps it: a byte an element, where a CPU keeps a factor."""
-    return torch.native_dropout(x, p, True)[0] if training and p else x
