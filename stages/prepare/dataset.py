@@ -97,6 +97,8 @@ def _parse(row: bytes, parameters: Prepare) -> Conversation | RejectedRow:
         return parse(parse_line(row), parameters.format, parameters.columns)
     except RejectedRow as reason:
         return reason.with_traceback(None)  # whose frames would hold the batch
+    except RecursionError:
+        return RejectedRow("nested too deeply")
 
 
 def _columns(

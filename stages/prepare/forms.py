@@ -55,6 +55,7 @@ _RENDERED = re.compile(
     r"|^### (?:Instruction|Response):|<｜(?:User|Assistant)｜>",
     re.MULTILINE,
 )
+_DEEPEST = 64  # templates and JSON writers recurse
 _TREE = {"text", "role", "replies", "rank", "lang", "deleted"}
 
 
@@ -132,7 +133,7 @@ def form_of(fields: dict[str, Any]) -> Form:
         return "guanaco"
     if not fields.keys().isdisjoint(_FIELDS["messages"]):
         return "messages"
-    if isinstance(fields.get("prompt"), dict):
+    if isinstance(prompt := fields.get("prompt"), dict) and "text" in prompt:
         return "oasst"
     renames = _renames(fields.keys())
     complete = ({"instruction", "output"}, {"prompt", "completion"})
@@ -214,12 +215,14 @@ def _best_path(node: Any) -> Iterable[dict[str, Any]]:
     while node is not None:
         if not isinstance(node, dict):
             raise RejectedRow(f"message {number} of the tree is {kind_of(node)}")
-        node, number = present(node), number + 1
+        node = present(node)
         rest = {name: node[name] for name in node.keys() - _TREE}
         yield {"role": node.get("role"), "content": node.get("text"), **rest}
         replies = node.get("replies", [])
+        if not isinstance(replies, list):
+            raise RejectedRow(f"`replies` of message {number} of the tree is {kind_of(replies)}")
         ranked = [r for r in replies if not (isinstance(r, dict) and r.get("deleted"))]
-        node = min(ranked, key=_rank, default=None)
+        node, number = min(ranked, key=_rank, default=None), number + 1
 
 
 def _rank(reply: Any) -> float:
@@ -321,13 +324,15 @@ def _kwargs(fields: dict[str, Any]) -> dict[str, Any]:
     return present(value)
 
 
-def _texts_of(value: Any) -> Iterable[str]:
-    """All strings of a JSON value, names of fields among them."""
+def _texts_of(value: Any, depth: int = 0) -> Iterable[str]:
+    """All strings of a JSON value, names of fields among them; `RejectedRow` for a deep one."""
+    if depth > _DEEPEST:
+        raise RejectedRow(f"a call, tool or argument is nested more than {_DEEPEST} deep")
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for one in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
-            yield from _texts_of(one)
+            yield from _texts_of(one, depth + 1)
 
 
 def _require_characters(*texts: str) -> None:

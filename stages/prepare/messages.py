@@ -1,6 +1,5 @@
 """Messages of OpenAI's form and of ShareGPT's: roles, parts, tool calls, thoughts and weights."""
 
-import json
 import math
 import re
 from collections.abc import Set
@@ -155,7 +154,9 @@ def _call(value: Any, where: str, unknown: set[str]) -> ToolCall:
     if isinstance(arguments, str):
         try:
             arguments = parse_json(arguments) if arguments.strip() else {}
-        except (json.JSONDecodeError, RecursionError):
+        except RejectedRow:
+            raise
+        except (ValueError, RecursionError):
             raise RejectedRow(f"`arguments`{where} is no JSON: {arguments:.40}") from None
     if not isinstance(arguments, dict):
         raise RejectedRow(f"`arguments`{where} is {kind_of(arguments)}, expected an object")
@@ -206,7 +207,9 @@ def loaded(value: Any) -> Any:
         return value
     try:
         return parse_json(value)
-    except (json.JSONDecodeError, RecursionError):
+    except RejectedRow:
+        raise
+    except (ValueError, RecursionError):  # ValueError: also a number of thousands of digits
         return value
 
 

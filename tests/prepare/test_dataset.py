@@ -153,14 +153,17 @@ def test_a_signal_ends_all_processes_in_one_line(
 
 def test_rejected_rows_say_where_and_why(stage: Stage) -> None:
     bad = [{"text": "### Human: two"}, {"instruction": "x"}, row("two plus " * 99 + "two")]
-    text = "\n".join(json.dumps(r) for r in [*ROWS, *bad]) + '\n\n{"text": "cut\n'
+    deep = '{"text": "### Human: two", "x": ' + "[" * 900 + "]" * 900 + "}"
+    lines = [*(json.dumps(r) for r in [*ROWS, *bad]), "", '{"text": "cut', deep]
+    text = "\n".join(lines) + "\n"
     figures = stage.prepare(text, max_rejected=0.2)
-    assert figures["rejected"] == 4
+    assert figures["rejected"] == 5
     assert [(entry["file"], entry["line"], entry["reason"][:20]) for entry in stage.rejected()] == [
         ("my/train.jsonl", 21, "no reply"),
         ("my/train.jsonl", 22, "`output` is missing,"),
         ("my/train.jsonl", 23, "no supervised token "),
         ("my/train.jsonl", 25, "not JSON: the line e"),
+        ("my/train.jsonl", 26, "nested too deeply"),
     ]
 
 
