@@ -57,6 +57,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "exaone_moe": MOE
     | {"layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense", "sparse"]},
     "flex_olmo": MOE,
+    "granitemoe": MOE,
+    "granitemoeshared": MOE | {"shared_intermediate_size": 32},
+    "qwen3_5_moe_text": MOE
+    | {"layer_types": ["full_attention"] * 2, "shared_expert_intermediate_size": 32},
     "glm4_moe": MOE,
     "lfm2_moe": MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "minimax": MOE,
@@ -118,6 +122,8 @@ def saved(folder: Path, kind: str, besides: dict[str, Any]) -> Path:
 
 
 MIXTURES |= {kind: BESIDES[kind] for kind in ("mixtral", "qwen2_moe", "qwen3_moe")}
-MIXTURES |= {kind: OTHERS[kind] for kind in ("deepseek_v3", "qwen3_next")}
+MIXTURES |= {
+    kind: OTHERS[kind] for kind in ("deepseek_v3", "gpt_oss", "granitemoehybrid", "qwen3_next")
+}
 MIXTURES["deepseek_v2"] = OTHERS["deepseek_v3"] | {"num_experts": 4, "head_dim": 8}
 MIXTURES["glm4_moe_lite"] = OTHERS["deepseek_v3"] | MOE

@@ -96,7 +96,10 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name}: has no {CONFIG}. Choose a model that transformers saved.")
     config = _read(folder / CONFIG, name)
-    if config.get("quantization_config"):
+    quantization = config.get("quantization_config")
+    # MXFP4 files of gpt-oss are all there is; `stages.shared.weights` dequantizes them as it reads.
+    mxfp4 = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
+    if quantization and not (mxfp4 and config.get("model_type") == "gpt_oss"):
         raise UserError(
             f"{name}/{CONFIG}: the weights are quantized already (quantization_config). Choose the "
             "original ones, which the `quantize` stage quantizes."

@@ -23,6 +23,7 @@ from stages.shared.core.errors import UserError
 from stages.shared.model.handover import save_tokenizer
 from stages.shared.model.packing import read_examples
 from stages.shared.verify.agreement import first_positions
+from stages.shared.weights import experts
 from stages.shared.weights.precision import DTYPES
 
 
@@ -73,7 +74,7 @@ def merge_adapter(
                 f"params.yaml: merge.dtype is fp16, which ends at 65504, but {name} holds larger "
                 "weights. Set merge.dtype to bf16 or fp32."
             )
-    merged.save_pretrained(folder)
+    experts.save(merged, folder)
 
 
 def restore_conv1d(model: PreTrainedModel) -> None:

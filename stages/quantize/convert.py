@@ -28,7 +28,7 @@ from stages.quantize.quantization_error import Layout
 from stages.shared.core import files, progress
 from stages.shared.core.errors import UserError
 from stages.shared.weights import heap
-from stages.shared.weights.checkpoint import Weights, load_strictly
+from stages.shared.weights.checkpoint import Weights, load_strictly, without_mxfp4
 from stages.shared.weights.precision import DTYPES
 
 SHARD_BYTES = 5_000_000_000
@@ -99,7 +99,7 @@ def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrain
     """
     base = weights.folder
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        config = without_mxfp4(AutoConfig.from_pretrained(base, trust_remote_code=False))
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -32,6 +32,7 @@ from tests.train.running import settings, train_on
         ("lfm2", {}),
         ("mixtral", {}),
         ("qwen3_moe", {}),
+        ("gpt_oss", {}),
         ("gpt2", {"target_modules": ["wte", "c_attn"]}),
         ("gpt2", {"target_modules": ["wpe", "lm_head"]}),
         ("gpt2", {"modules_to_save": ["wte", "wpe"]}),

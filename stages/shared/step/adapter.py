@@ -103,7 +103,7 @@ def save(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype) -
             (folder / "README.md").unlink(missing_ok=True)
         else:
             model.config.dtype = dtype
-            model.save_pretrained(folder)
+            experts.save(model, folder)
 
 
 def _rename(path: Path, model: PeftModel) -> None:

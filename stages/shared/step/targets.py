@@ -34,7 +34,7 @@ def of_mixture(base: Any, lora: Lora) -> dict[str, Any]:
     router that `lora.target_modules` name is a parameter to peft, as it is no linear layer.
     """
     linear = {n for n, m in base.named_modules() if hasattr(m, "in_features")}
-    own = experts.layers(base)[0].names
+    own = experts.layers(base)[0].family.names
     chosen: Any = lora.target_modules
     parameters: list[str] = []
     if chosen == "all-linear":

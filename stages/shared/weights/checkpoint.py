@@ -21,7 +21,8 @@ from stages.shared.weights import bnb  # before transformers and peft import bit
 # isort: split
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -77,6 +78,23 @@ class Weights:
             header, self._starts[path] = read_header(path)
             self._headers |= header
             self._paths |= dict.fromkeys(header, path)
+        self._split_experts()
+
+    def _split_experts(self) -> None:
+        """List fused experts' tensors one by one, as `experts.unfused` models have them."""
+        config = self.folder / "config.json"
+        model_type = json.loads(config.read_bytes()).get("model_type") if config.exists() else ""
+        shapes = {name: header["shape"] for name, header in self._headers.items()}
+        self.pieces = experts.pieces(model_type, shapes)
+        sources = {piece.source for piece in self.pieces.values()}
+        sources |= {name.replace("_blocks", "_scales") for name in sources}
+        self._fused = {name: self._headers.pop(name) for name in sources if name in self._headers}
+        for name, piece in self.pieces.items():
+            dtype = self._fused[piece.source]["dtype"]
+            dtype = "BF16" if dtype == "U8" else dtype
+            size = prod(piece.shape) * str_to_torch_dtype[dtype].itemsize
+            self._headers[name] = {"dtype": dtype, "shape": piece.shape, "data_offsets": [0, size]}
+            self._paths[name] = self._paths[piece.source]
 
     @property
     def bytes(self) -> int:
@@ -88,13 +106,23 @@ class Weights:
 
         safetensors' own views keep a file's pages in memory until the last view is released.
         """
-        header, path = self._headers[name], self._paths[name]
+        if piece := self.pieces.get(name):
+            return piece.take(self._of_expert(piece.source, piece.expert))
+        header, path = self._headers.get(name) or self._fused[name], self._paths[name]
         dtype, (begin, end) = str_to_torch_dtype[header["dtype"]], header["data_offsets"]
         if begin == end:
             return torch.empty(header["shape"], dtype=dtype)
         # Copy on write ("c"): torch would warn of read-only memory.
         view = np.memmap(path, np.uint8, "c", self._starts[path] + begin, (end - begin,))
         return torch.from_numpy(view).view(dtype).view(header["shape"])
+
+    def _of_expert(self, source: str, expert: int) -> torch.Tensor:
+        """An expert's part of a fused tensor, dequantized from MXFP4."""
+        fused = self.tensor(source)[expert]
+        if fused.dtype != torch.uint8:
+            return fused
+        scales = self.tensor(source.replace("_blocks", "_scales"))[expert]
+        return convert_moe_packed_tensors(fused[None], scales[None])[0]
 
     def lazy_tensors(self) -> dict[str, "LazyTensor"]:
         """All tensors, read on access."""
@@ -199,6 +227,9 @@ def load_strictly(weights: Weights, loader: Any, **options: Any) -> PreTrainedMo
     source = None if "state_dict" in options else weights.folder
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     config = options.get("config") or AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if weights.pieces:
+        options |= {"config": without_mxfp4(config), "state_dict": weights.lazy_tensors()}
+        source, loader = None, experts.model_class(config)  # without a folder no Auto class loads
     try:
         with experts.unfused(config):
             model, info = loader.from_pretrained(source, **options)
@@ -215,6 +246,14 @@ def load_strictly(weights: Weights, loader: Any, **options: Any) -> PreTrainedMo
             raise weights.error(f"{name}.weight", "does not fit the sizes in config.json")
     require_finite(model.state_dict(), weights)
     return model
+
+
+def without_mxfp4(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a model whose MXFP4 experts are dequantized as they are read."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") == "mxfp4":
+        del config.quantization_config
+    return config
 
 
 def _loading_info(error: RuntimeError) -> dict[str, Any]:

@@ -10,10 +10,13 @@ et al. 2024, Mixtral of Experts, arXiv:2401.04088, section 2.1.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
+from dataclasses import dataclass
+from functools import partial, wraps
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -31,37 +34,142 @@ from transformers.core_model_loading import (
 from transformers.integrations.moe import _default_apply_gate
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-Names = tuple[str, str, str]  # of gate, up and down in the files of the hub
+Names = tuple[str, str, str]  # of gate, up and down
 
 GATED: Names = ("gate_proj", "up_proj", "down_proj")
-NUMBERED: Names = ("w1", "w3", "w2")
-# Architectures whose experts are gate_up_proj [experts, 2·width, hidden] and down_proj [experts,
-# hidden, width], and whose files hold a tensor a matrix.
-FAMILIES: dict[str, Names] = {
+EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of an expert's tensor or module
+# Fused parameters in files: experts' prefix, gate_up or down, bias, MXFP4's codes or scales.
+_IN_FILES = re.compile(r"(.+\.experts)\.(gate_up|down)_proj(_bias)?(_blocks|_scales)?")
+_GRANITE = re.compile(r"(.+\.block_sparse_moe)\.(input|output)_linear\.weight")
+_GRANITE_KINDS = {"input": "gate_up", "output": "down"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How an architecture fuses experts, and what its files call their matrices.
+
+    Attributes:
+        names: of gate, up and down.
+        fused_files: whether files hold the fused parameters too.
+        transposed: gate_up_proj [experts, hidden, 2·width], not [experts, 2·width, hidden].
+        interleaved: rows gate 0, up 0, gate 1, …, not all of gate first; with biases, and clamped.
+    """
+
+    names: Names = GATED
+    fused_files: bool = False
+    transposed: bool = False
+    interleaved: bool = False
+
+    def split(self, kind: str, fused: torch.Tensor) -> dict[str, torch.Tensor]:
+        """An expert's matrices [out, in] or biases by name, from its part of gate_up or down."""
+        rows = fused.T if self.transposed and fused.ndim > 1 else fused
+        gate, up, down = self.names
+        if kind == "down":
+            return {down: rows}
+        halves = (rows[0::2], rows[1::2]) if self.interleaved else rows.chunk(2)
+        return dict(zip((gate, up), halves, strict=True))
+
+    def fuse(self, kind: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Inverse of `split`."""
+        gate, up, down = self.names
+        if kind == "down":
+            rows = parts[down]
+        elif self.interleaved:
+            rows = torch.stack((parts[gate], parts[up]), 1).flatten(0, 1)
+        else:
+            rows = torch.cat((parts[gate], parts[up]))
+        return rows.T.contiguous() if self.transposed and rows.ndim > 1 else rows
+
+
+FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         "deepseek_v2 deepseek_v3 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite "  # noqa: SIM905
-        "olmoe qwen2_moe qwen3_moe qwen3_next solar_open".split(),
-        GATED,
+        "olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next solar_open".split(),
+        Family(),
     ),
-    **dict.fromkeys(("lfm2_moe", "minimax", "minimax_m2", "mixtral"), NUMBERED),
+    **dict.fromkeys(("lfm2_moe", "minimax", "minimax_m2", "mixtral"), Family(("w1", "w3", "w2"))),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoehybrid", "granitemoeshared"), Family(fused_files=True)
+    ),
+    "gpt_oss": Family(fused_files=True, transposed=True, interleaved=True),
 }
-EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of an expert's tensor or module
+
+
+class Piece(NamedTuple):
+    """A tensor of one expert within a fused one."""
+
+    source: str
+    expert: int
+    take: Callable[[torch.Tensor], torch.Tensor]  # from the expert's part
+    shape: tuple[int, ...]
+
+
+def pieces(model_type: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Piece]:
+    """Tensors of single experts by name, of those that files hold fused.
+
+    Args:
+        model_type: of the config.
+        shapes: of the files' tensors by name.
+    """
+    family, found = FAMILIES.get(model_type), {}
+    for name, shape in shapes.items() if family else ():
+        if match := _IN_FILES.fullmatch(name):
+            prefix, kind, bias, packed = match.groups()
+        elif match := _GRANITE.fullmatch(name):
+            prefix, kind, bias, packed = f"{match[1]}.experts", _GRANITE_KINDS[match[2]], None, None
+        else:
+            continue
+        if packed == "_scales":
+            continue
+        each = list(shape[1:])
+        if packed:  # [rows, blocks, 16 bytes of two codes]
+            each = [shape[2] * 32, shape[1]]
+        for part, example in family.split(kind, torch.empty(each, device="meta")).items():
+            for expert in range(shape[0]):
+                own = f"{prefix}.{expert}.{part}.{'bias' if bias else 'weight'}"
+                take = partial(_take, family, kind, part)
+                found[own] = Piece(name, expert, take, tuple(example.shape))
+    return found
+
+
+def _take(family: Family, kind: str, part: str, fused: torch.Tensor) -> torch.Tensor:
+    return family.split(kind, fused)[part].contiguous()
+
+
+class Clamped(nn.Module):
+    """Gated activation of gpt-oss: (up + 1)·gate·σ(α·gate), both clamped."""
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Hidden activations [tokens, width]."""
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
 
 class Expert(nn.Module):
     """A gated MLP; its three linear layers have the names of the hub's files."""
 
-    def __init__(self, matrices: tuple[torch.Tensor, ...], names: Names, act_fn: nn.Module) -> None:
-        """`matrices`: gate and up [width, hidden], down [hidden, width]."""
+    def __init__(self, fused: Any, number: int, family: Family) -> None:
+        """Copies one expert of a fused module."""
         super().__init__()
-        self.names, self.act_fn = names, act_fn
-        for name, matrix in zip(names, matrices, strict=True):
-            self.add_module(name, _linear(matrix))
+        self.names = family.names
+        self.act_fn = Clamped(fused.alpha, fused.limit) if family.interleaved else fused.act_fn
+        self.gated = not family.interleaved  # act_fn takes the gate alone
+        for kind in ("gate_up", "down"):
+            matrices = family.split(kind, getattr(fused, f"{kind}_proj").detach()[number])
+            biases = getattr(fused, f"{kind}_proj_bias", None)
+            split = {} if biases is None else family.split(kind, biases.detach()[number])
+            for name, matrix in matrices.items():
+                self.add_module(name, _linear(matrix, split.get(name)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Output [tokens, hidden] of x [tokens, hidden]."""
         gate, up, down = (getattr(self, name) for name in self.names)
-        output: torch.Tensor = down(self.act_fn(gate(x)) * up(x))
+        hidden = self.act_fn(gate(x)) * up(x) if self.gated else self.act_fn(gate(x), up(x))
+        output: torch.Tensor = down(hidden)
         return output
 
 
@@ -69,19 +177,16 @@ class Experts(nn.ModuleList):
     """Experts of a layer, of which those run that a token is routed to.
 
     Attributes:
-        names: of gate, up and down.
+        family: of the model.
         use: tokens by expert, counted since it was set: int64 [experts] on the host.
     """
 
     use: torch.Tensor | None = None
 
-    def __init__(self, fused: Any, names: Names) -> None:
-        """Copies the fused parameters."""
-        gates, ups = fused.gate_up_proj.detach().chunk(2, dim=1)
-        downs = fused.down_proj.detach()
-        each = zip(gates, ups, downs, strict=True)
-        super().__init__(Expert(matrices, names, fused.act_fn) for matrices in each)
-        self.names = names
+    def __init__(self, fused: Any, family: Family) -> None:
+        """Copies a fused module."""
+        super().__init__(Expert(fused, number, family) for number in range(fused.num_experts))
+        self.family = family
 
     def forward(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -106,15 +211,48 @@ def tokens_by_expert(index: torch.Tensor, experts: int) -> list[int]:
 
 def unfuse(model: PreTrainedModel) -> None:
     """Replace fused experts by unfused ones, in place; nothing in a model outside of `FAMILIES`."""
-    names = FAMILIES.get(model.config.get_text_config().model_type)
-    fused = [name for name, module in model.named_modules() if names and _is_fused(module)]
-    for name in fused:
-        model.set_submodule(name, Experts(model.get_submodule(name), names or GATED))
+    family = FAMILIES.get(model.config.get_text_config().model_type)
+    modules = [name for name, m in model.named_modules() if family and _is_fused(m, family)]
+    for name in modules:
+        model.set_submodule(name, Experts(model.get_submodule(name), family or Family()))
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained` under the names of the hub's files: some families' experts fused again."""
+    state = None
+    if any(layer.family.fused_files for layer in layers(model)):
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions  # of loading, which had nothing to fuse
+        state = model.state_dict()
+        for prefix, layer in model.named_modules():
+            for kind, bias in product(("gate_up", "down"), (False, True)):
+                if isinstance(layer, Experts):
+                    _fuse(state, prefix, layer, kind, "bias" if bias else "weight")
+    model.save_pretrained(folder, state_dict=state)
+
+
+def _fuse(
+    state: dict[str, torch.Tensor], prefix: str, layer: Experts, kind: str, which: str
+) -> None:
+    """Replace the experts' tensors of a kind by the fused one; nothing where there are none."""
+    names = layer.family.names[:2] if kind == "gate_up" else layer.family.names[2:]
+    if f"{prefix}.0.{names[0]}.{which}" in state:
+        each = [
+            {name: state.pop(f"{prefix}.{number}.{name}.{which}") for name in names}
+            for number in range(len(layer))
+        ]
+        fused = torch.stack([layer.family.fuse(kind, parts) for parts in each])
+        state[f"{prefix}.{kind}_proj{'_bias' if which == 'bias' else ''}"] = fused
 
 
 def layers(model: nn.Module) -> list[Experts]:
     """The unfused experts of a model, layer by layer."""
     return [module for module in model.modules() if isinstance(module, Experts)]
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """Class of a config's causal language model."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 @contextmanager
@@ -123,8 +261,8 @@ def unfused(config: PretrainedConfig) -> Iterator[None]:
     if config.get_text_config().model_type not in FAMILIES:
         yield
         return
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    build, conversions = model_class.__init__, modeling_utils.get_model_conversion_mapping
+    causal = model_class(config)
+    build, conversions = causal.__init__, modeling_utils.get_model_conversion_mapping
 
     @wraps(build)
     def build_unfused(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
@@ -136,7 +274,7 @@ def unfused(config: PretrainedConfig) -> Iterator[None]:
         return [one for one in conversions(*args, **kwargs) if not _fuses(one)]
 
     with (
-        patch.object(model_class, "__init__", build_unfused),
+        patch.object(causal, "__init__", build_unfused),
         patch.object(modeling_utils, "get_model_conversion_mapping", without_fusing),
     ):
         yield
@@ -167,10 +305,13 @@ def counted(model: nn.Module) -> Iterator[torch.Tensor]:
             experts.use = None
 
 
-def _is_fused(module: nn.Module) -> bool:
+def _is_fused(module: nn.Module, family: Family) -> bool:
     """Whether a module holds gate, up and down as its family's fused parameters."""
-    layout = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-    plain = getattr(type(module), "_apply_gate", None) is _default_apply_gate
+    clamped = family.interleaved
+    layout = {"has_gate": True, "is_concatenated": not clamped, "has_bias": clamped}
+    layout["is_transposed"] = family.transposed
+    gate = getattr(type(module), "_apply_gate", None)
+    plain = hasattr(module, "limit") if clamped else gate is _default_apply_gate
     return plain and all(getattr(module, key, None) is value for key, value in layout.items())
 
 
@@ -179,8 +320,10 @@ def _fuses(conversion: WeightTransform) -> bool:
     return any(isinstance(operation, MergeModulelist) for operation in operations)
 
 
-def _linear(weight: torch.Tensor) -> nn.Linear:
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     rows, columns = weight.shape
-    layer = nn.utils.skip_init(nn.Linear, columns, rows, bias=False, device="meta")
+    layer = nn.utils.skip_init(nn.Linear, columns, rows, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.clone())  # a view could not be saved
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
     return layer
