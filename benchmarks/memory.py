@@ -4,6 +4,7 @@ Reads:  models/base (for the default's rows and processes); all other models are
 Writes: the tables of docs/memory.md
 Run:    python -m benchmarks.memory steps        78 real steps on this CPU and their counts
         python -m benchmarks.memory gpu          counts of GPU steps; eight measured on an H200
+        python -m benchmarks.memory mixtures     counts of steps of mixtures of experts
         python -m benchmarks.memory processes    eight different trainings on this CPU
 
 Measured is the peak of live tensor storage (`stages.shared.step.live_bytes`) in the second of two
@@ -322,7 +323,34 @@ def count_gpu() -> None:
     )
 
 
-BENCHMARKS = {"steps": measure_steps, "gpu": count_gpu, "processes": processes.measure}
+def count_mixtures() -> None:
+    """Sizes of mixtures, and counts of their QLoRA steps of 2,048 tokens on a GPU."""
+    rows = []
+    for name in ("Mixtral-8x7B", "Qwen3-30B-A3B", "gpt-oss-20b"):
+        with StepCounter(CONFIGS / f"{name}.json") as counter:
+            sizes = counter.model()["parameters"]
+            total, active = (f"{sizes[key] / 1e9:.2f}" for key in ("parameters", "active"))
+            for rank, on in ((16, True), (16, False), (4, True)):
+                setting = Setting("nf4", rank, on, (2048,), share=1.0)
+                setup = setting.setup("cuda")
+                peak = counter.predict(setup, micro_batch_of(micro_batch(setting, 2)))
+                size = fit.device_bytes(counter, setup, peak) / GIB
+                card = next((str(gib) for gib in (24, 32, 40, 48, 80) if size <= gib), "none")
+                trained = f"{counter.persistent(setup)['trainable'] / 1e6:.0f}"
+                how = "yes" if on else "no"
+                rows.append((name, total, active, rank, trained, how, f"{size:.1f}", card))
+    columns = ["model", "10⁹ parameters", "active", "rank", "10⁶ trained", "checkpointed"]
+    columns += ["device, GiB", "card, GiB"]
+    table = pd.DataFrame(rows, columns=columns)
+    publish("mixtures", table, "nf4 with double quantization, 2,048 tokens.", MEMORY_PAGE)
+
+
+BENCHMARKS = {
+    "steps": measure_steps,
+    "gpu": count_gpu,
+    "mixtures": count_mixtures,
+    "processes": processes.measure,
+}
 
 
 def add_options(parser: ArgumentParser) -> None:

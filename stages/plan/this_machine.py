@@ -89,6 +89,8 @@ def operations_per_second(counter: StepCounter, setup: TrainingSetup, place: tor
     text = config.get_text_config()
     layers, text.vocab_size = text.num_hidden_layers, SMALL_VOCABULARY
     text.num_hidden_layers = 1
+    for key in {"num_experts", "num_local_experts"} & vars(text).keys():
+        setattr(text, key, text.num_experts_per_tok)  # those that a token uses take the time
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     dtype = precision.DTYPES[setup.compute]
     with torch.device(place):

@@ -34,7 +34,7 @@ def test_publish_replaces_what_is_between_its_marks(tmp_path, capsys):
 
 def test_every_table_has_its_marks():
     page = common.PAGE.read_text()
-    for name in ("train", "prepare", "gpu", "plan on a gpu"):
+    for name in ("train", "prepare", "mixtures", "gpu", "plan on a gpu"):
         assert f"<!-- {name} -->" in page
         assert f"<!-- end of {name} -->" in page
 

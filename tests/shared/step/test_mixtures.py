@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -185,6 +186,9 @@ def test_peft_reads_the_adapter_on_fused_experts(
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     adapter.save(model, tmp_path / "adapter", torch.float32)
+    expert = {"mixtral": "block_sparse_moe.experts.0.w1", "qwen3_moe": "mlp.experts.0.gate_proj"}
+    name = f"base_model.model.model.layers.0.{expert[kind]}.lora_A.weight"
+    assert name in load_file(tmp_path / "adapter/adapter_model.safetensors")
     fused = AutoModelForCausalLM.from_pretrained(folders[kind])
     with torch.no_grad():
         plain = fused(IDS).logits
