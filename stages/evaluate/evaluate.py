@@ -8,13 +8,14 @@ from typing import Any
 from stages.shared.model import loading  # before transformers
 
 # isort: split
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from stages.evaluate import generate
+from stages.evaluate import breakdown, generate
 from stages.evaluate.config import Evaluate
 from stages.shared.chat import templates
-from stages.shared.chat.conversation import Conversation
+from stages.shared.chat.conversation import Conversation, from_columns
 from stages.shared.chat.encode import Encoder
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import machine
@@ -50,42 +51,71 @@ def evaluate(
     tokenizer = load_tokenizer(tokenizer_folder)
     form = templates.read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
+    known = pq.read_schema(data / "eval.parquet").names
     columns = ["messages", "text_bytes", "answer", "language"]
+    columns += [name for name in ("text", "tools", "template_kwargs", "source") if name in known]
     rows = pq.read_table(data / "eval.parquet", columns=columns).to_pylist()
+    conversations = [from_columns(row) for row in rows]
     dtype = loading.compute_dtype(base if loading.is_adapter(folder) else folder, device)
     model = model or loading.load_adapted(folder, base, device)
     # peft's wrapper has no `num_embeddings`.
     require_vocabulary(examples, len(model.get_input_embeddings().weight))
-    sums, tokens = scoring.score(model, examples, device, dtype, f"{variant}: loss")
+    losses: dict[int, np.ndarray] = {}
+    desc = f"{variant}: loss"
+    sums, tokens = scoring.score(model, examples, device, dtype, desc, by_token=losses)
 
-    encoder = Encoder(tokenizer, templates.make(form.template, tokenizer, form.template_name))
+    template = templates.make(form.template, tokenizer, form.template_name)
+    encoder = Encoder(tokenizer, template)
     prompts: dict[int, list[int]] = {}
-    for row in generate.order_rows([r["answer"] is not None for r in rows], settings.seed):
+    for row in generate.order_rows([*map(_is_scored, conversations)], settings.seed):
         if len(prompts) == max(settings.generate_rows, settings.prompts):
             break
-        prompt = encoder.encode_prompt(Conversation(rows[row]["messages"]))
+        if not conversations[row].messages:
+            continue
+        prompt = encoder.encode_prompt(conversations[row])
         if len(prompt) < len(examples[row]):  # else truncated inside the prompt
             prompts[row] = prompt
     inputs, limit = list(prompts.values()), settings.max_new_tokens
     replies = generate.generate(model, tokenizer, inputs, form.stop_ids, limit, device, dtype)
     by_row = dict(zip(prompts, replies, strict=True))
     frame = pd.DataFrame(rows, columns=columns).assign(nats=sums, tokens=tokens)
-    answers = {row: _answer(rows[row], reply) for row, reply in by_row.items()}
+    answers = {
+        row: _answer(
+            conversations[row],
+            generate.raw_text(
+                tokenizer, examples[row].input_ids[len(prompts[row]) :].tolist(), form.stop_ids
+            ),
+            reply,
+        )
+        for row, reply in by_row.items()
+    }
     for column in ("stopped", "correct"):
         values = {row: answers[row][column] for row in [*answers][: settings.generate_rows]}
         frame[column] = pd.Series(values, dtype="boolean")
-    return metrics(frame), {"variant": variant, "answers": [*answers.values()]}
+    parts = {
+        row: names
+        for row, (one, example) in enumerate(zip(conversations, examples, strict=True))
+        if breakdown.has_parts(one, example)
+        and (names := breakdown.part_of_tokens(one, example, template, encoder)) is not None
+    }
+    found = metrics(frame) | breakdown.by_part(parts, losses)
+    found |= breakdown.rates([*answers.values()][: settings.generate_rows])
+    return found, {"variant": variant, "answers": [*answers.values()]}
 
 
 def metrics(rows: pd.DataFrame) -> dict[str, Any]:
-    """Metrics over all rows, and by language (English or other).
+    """Metrics over all rows, by language (English or other), and by source where there are several.
 
     Columns: `nats` (sum over supervised tokens), `tokens`, `text_bytes`, `language`; and NA without
     a reply, `stopped` (it ended itself) and `correct` (its last line is the answer).
     """
     language = rows["language"].eq("en").map({True: "en", False: "other"})
     by_language = {str(name): summarize(group) for name, group in rows.groupby(language)}
-    return summarize(rows) | {"by_language": by_language}
+    found = summarize(rows) | {"by_language": by_language}
+    if "source" in rows and rows["source"].notna().any():
+        by_source = rows.groupby("source")
+        found["by_source"] = {str(name): summarize(group) for name, group in by_source}
+    return found
 
 
 def summarize(rows: pd.DataFrame) -> dict[str, Any]:
@@ -112,14 +142,23 @@ def summarize(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _answer(row: dict[str, Any], reply: generate.Reply) -> dict[str, Any]:
-    messages, expected = row["messages"], row["answer"]
+def _is_scored(row: Conversation) -> bool:
+    """Whether a reply can be right or wrong: a known answer, or calls."""
+    return row.answer is not None or bool(row.messages and "tool_calls" in row.messages[-1])
+
+
+def _answer(row: Conversation, reference: str, reply: generate.Reply) -> dict[str, Any]:
+    """A prompt, its `reference` reply with control tokens by name, and the model's."""
+    last, expected = row.messages[-1], row.answer
+    parts = breakdown.calls(row, reference, reply), breakdown.thoughts(row, reference, reply)
+    more = {name: value for part in parts if part is not None for name, value in part.items()}
     return {
-        "prompt": messages[:-1],
-        "reference": messages[-1]["content"],
+        "prompt": row.messages[:-1],
+        "reference": reference if more else last["content"],
         "expected": expected,
-        "answer": reply.text,
+        "answer": reply.raw if more else reply.text,
         "stopped": reply.stopped,
         "correct": None if expected is None else generate.is_correct(reply.text, expected),
-        "language": row["language"],
+        "language": row.language,
+        **more,
     }

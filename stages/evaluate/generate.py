@@ -34,6 +34,7 @@ class Reply:
 
     text: str
     stopped: bool  # at a stop token, within `max_new_tokens`
+    raw: str = ""  # the text with its control tokens
 
 
 def order_rows(has_answer: Sequence[bool], seed: int) -> list[int]:
@@ -148,4 +149,10 @@ def _learned_positions(model: PreTrainedModel) -> int:
 def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int]) -> Reply:
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
     text = str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-    return Reply(text, stopped=end is not None)
+    return Reply(text, end is not None, raw_text(tokenizer, ids, stop_ids))
+
+
+def raw_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int]) -> str:
+    """Tokens up to a stop token as text, control tokens by name."""
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+    return str(tokenizer.decode(ids[:end], skip_special_tokens=False)).strip()

@@ -138,6 +138,7 @@ class Rendered:
     contents: tuple[Span, ...]  # of the messages, and in `turns` of all else that is not template
     replies: tuple[Span, ...]  # from the prompt's end to the end token's end
     owners: tuple[int, ...] | None = None  # messages of the contents; None: one each
+    kinds: tuple[str, ...] | None = None  # of the contents, `turns.Part.kind`; None: content
     turn: int | None = None  # index of the message that alone is supervised; None: all replies
 
 
@@ -343,11 +344,11 @@ class Template:
         """Refuse a template whose `{% generation %}` blocks are not the replies (to the last)."""
         if not _GENERATION.search(self.chat_template):
             return
-        tagged = _GENERATION.sub('{{\\1 "\ue000" \\2}}', self.chat_template)
+        tagged = _GENERATION.sub('{{\\1 "\ue003" \\2}}', self.chat_template)
         chat, tools, kwargs = self._turns.arguments(
             conversation, count or len(conversation.messages)
         )
-        blocks = self._apply(chat, False, tools, kwargs, tagged).split("\ue000")[1::2]
+        blocks = self._apply(chat, False, tools, kwargs, tagged).split("\ue003")[1::2]
         blocks = blocks[-len(replies) :] if count else blocks
         agree = [
             block.strip() in (reply.strip(), reply.removesuffix(self.eos_token).strip())
@@ -515,6 +516,7 @@ def _rendered(text: Text, replies: Sequence[Span], turn: int | None = None) -> R
         tuple((part.start, part.end) for part in text.parts),
         tuple(replies),
         tuple(part.owner for part in text.parts),
+        tuple(part.kind for part in text.parts),
         turn,
     )
 

@@ -279,5 +279,6 @@ def _reply(prompt: Text, after: Text, message: Message, index: int) -> Text:
     close = think[0].strip().replace(think["tag"], f"/{think['tag']}", 1)
     thoughts = message.get("reasoning", "")
     opened = Text(thoughts, (Part(0, len(thoughts), index, "reasoning"),) if thoughts else ())
-    closes = reply.text.startswith(close)  # the reply of DeepSeek-V3.1
+    # The reply of DeepSeek-V3.1 begins with the closing tag.
+    closes = reply.text.startswith(close) and reply.written(0, len(close))
     return opened + reply if closes else opened + Text(f"\n{close}\n\n") + reply

@@ -83,11 +83,13 @@ def score(
     dtype: torch.dtype,
     desc: str,
     share: tuple[int, int] = (0, 1),
+    by_token: dict[int, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum the negative log-likelihoods of each conversation; keeps the model's mode.
 
     `row` numbers the examples from 0. Processes that score a `share` (rank, size) of the
-    micro-batches each add up their sums.
+    micro-batches each add up their sums. `by_token` takes each row's, fp32 [supervised]. Weights
+    act on training alone: here each supervised token counts once.
 
     Returns:
         The sums in nats, float64 [rows]; and the number of supervised tokens, int64 [rows].
@@ -100,6 +102,9 @@ def score(
             with autocast(device, dtype):
                 losses = negative_log_likelihoods(model, batch)
             np.add.at(sums, batch.rows.cpu().numpy(), losses.double().cpu().numpy())
+            if by_token is not None:
+                rows = batch.rows.cpu().numpy()
+                by_token |= {row: losses.cpu().numpy()[rows == row] for row in np.unique(rows)}
     finally:
         model.train(was_training)
     return sums, np.array([e.supervised_tokens for e in examples])

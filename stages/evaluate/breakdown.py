@@ -1,0 +1,164 @@
+"""Breakdown of an evaluation: tool calls, thoughts apart from answers, losses by role and source.
+
+Each is there only where the held-out rows have such messages.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stages.evaluate.generate import Reply
+from stages.shared.chat.conversation import Conversation, RejectedRow
+from stages.shared.chat.encode import Encoder, Tokens
+from stages.shared.chat.templates import Template
+from stages.shared.model.packing import Example
+
+_TAG = re.compile(r"<[^<>]+>|\[[A-Z_]+\]")
+_DECODER = json.JSONDecoder()
+THINKING = "thinking"  # the part of a reply before its content and its calls
+
+
+def part_of_tokens(
+    conversation: Conversation, example: Example, template: Template, encoder: Encoder
+) -> np.ndarray | None:
+    """What each supervised token is of: a role, `thinking`, or `template`; str [supervised].
+
+    None where the row's tokens are not found again, as those of a cut one may not be.
+    """
+    messages = conversation.messages
+    try:
+        [rendered] = template.rows(conversation, [len(messages) - 1])
+    except (RejectedRow, ValueError):  # whole, where it has several rows
+        return None
+    [tokens] = encoder.encode([rendered])
+    if not isinstance(tokens, Tokens):
+        return None
+    tokens = tokens[: len(example)]
+    if not np.array_equal(tokens.input_ids, example.input_ids):
+        return None
+    owners = rendered.owners or tuple(range(len(messages)))
+    kinds = rendered.kinds or ("content",) * len(owners)
+    parts = np.full(len(tokens), "template", dtype="<U9")
+    for owner, span in zip(owners, rendered.contents, strict=True):
+        if owner >= 0:
+            parts[tokens.overlap([span])] = messages[owner]["role"]
+    for start, end in rendered.replies:
+        parts[tokens.overlap([(start, end)])] = "assistant"
+        own = [
+            (kind, span)
+            for kind, span in zip(kinds, rendered.contents, strict=True)
+            if start <= span[0] and span[1] <= end
+        ]
+        if any(kind == "reasoning" for kind, _ in own):
+            rest = [a for kind, (a, _) in own if kind != "reasoning"]
+            parts[tokens.overlap([(start, min(rest, default=end))])] = THINKING
+    return parts[1:][example.predictors]
+
+
+def has_parts(conversation: Conversation, example: Example) -> bool:
+    """Whether a row's supervised tokens may be of more than an assistant's answers."""
+    thinks = any("reasoning" in message for message in conversation.messages)
+    return thinks or bool(example.loss_mask[1:3].any())  # train_on: all
+
+
+def by_part(parts: dict[int, np.ndarray], losses: dict[int, np.ndarray]) -> dict[str, Any]:
+    """Loss in nats a token by role, and of thoughts apart from answers."""
+    if not parts:
+        return {}
+    names = np.concatenate([*parts.values()])
+    nats = np.concatenate([losses[row] for row in parts]).astype(np.float64)
+    found = {
+        str(name): {"loss": math.fsum(nats[names == name]) / count, "tokens": int(count)}
+        for name, count in zip(*np.unique(names, return_counts=True), strict=True)
+    }
+    roles = {name: value for name, value in found.items() if name != THINKING}
+    metrics: dict[str, Any] = {"by_role": roles} if len(roles) > 1 else {}
+    if THINKING in found:
+        metrics |= {"thinking": found[THINKING]}
+        metrics |= {"answers": roles["assistant"]} if "assistant" in roles else {}
+    return metrics
+
+
+def thoughts(row: Conversation, reference: str, reply: Reply) -> dict[str, Any] | None:
+    """Whether a reply's thoughts end, and characters to there; None: the reference has none."""
+    reasoning = row.messages[-1].get("reasoning") if row.messages else None
+    close = (
+        _TAG.search(reference, reference.find(reasoning) + len(reasoning)) if reasoning else None
+    )
+    if close is None:
+        return None
+    at = reply.raw.find(close[0])
+    return {"thought_ended": at >= 0, "thought_characters": at if at >= 0 else len(reply.raw)}
+
+
+def calls(row: Conversation, reference: str, reply: Reply) -> dict[str, bool] | None:
+    """Whether a reply calls the reference's tools, by name and exactly; None: it calls none.
+
+    Arguments are compared as JSON, so white space and the order of keys make no difference, and
+    what is said before the calls makes none either.
+    """
+    expected = row.messages[-1].get("tool_calls") if row.messages else None
+    if not expected:
+        return None
+    begin = 0
+    for text in (row.messages[-1].get("reasoning"), row.messages[-1]["content"]):
+        begin = max(begin, reference.find(text) + len(text)) if text else begin
+    wanted = reference[begin:].lstrip()
+    if row.messages[-1].get("reasoning") and not row.messages[-1]["content"]:
+        wanted = wanted[wanted.find(">") + 1 :].lstrip()  # the thoughts' closing tag
+    tag = _TAG.match(wanted)
+    at = reply.raw.find(tag[0] if tag else wanted[:1])
+    found = reply.raw[at:] if at >= 0 else ""
+    return {
+        "call_named": _canonical(found, names_only=True) == _canonical(wanted, names_only=True),
+        "call_exact": _canonical(found) == _canonical(wanted),
+    }
+
+
+def _canonical(text: str, *, names_only: bool = False) -> str:
+    """Text with its JSON values in one spelling, or reduced to the names that they hold."""
+    result, at = "", 0
+    while at < len(text):
+        value: Any = None
+        if text[at] in "{[":
+            try:
+                value, end = _DECODER.raw_decode(text, at)
+            except (ValueError, RecursionError):
+                value = None
+        if isinstance(value, dict | list):
+            if names_only:
+                several = value if isinstance(value, list) else [value]
+                value = [one.get("name") for one in several if isinstance(one, dict)]
+            result += json.dumps(value, sort_keys=True, ensure_ascii=False)
+            at = end
+        else:
+            result += text[at]
+            at += 1
+    return " ".join(result.split())
+
+
+def rates(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Fractions of the generated rows that have calls, or thoughts, in their reference."""
+    frame = pd.DataFrame(answers)
+    metrics: dict[str, Any] = {}
+    if "call_exact" in frame:
+        some = frame["call_exact"].dropna()
+        named = frame["call_named"].dropna()
+        metrics["tool_calls"] = {
+            "rows": len(some),
+            "name_match": float(named.mean()),
+            "exact_match": float(some.mean()),
+        }
+    if "thought_ended" in frame:
+        ended = frame["thought_ended"].dropna()
+        metrics["thinking_generated"] = {
+            "rows": len(ended),
+            "stop_rate": float(ended.mean()),
+            "characters": float(frame["thought_characters"].dropna().mean()),
+        }
+    return metrics
