@@ -65,7 +65,7 @@ def row_of(models: Path, name: str) -> tuple[str, ...]:
             path = f"data/prepared/{split}.parquet"
             pq.write_table(pq.read_table(ROOT / path).slice(0, count), space.root / path)
         space.run("stages.train", env={"OMP_NUM_THREADS": "1", **environment})
-        metrics = space.read_json("reports/details/train.json")
+        metrics = space.read_json("reports/train.json")
     predicted, held = metrics["predicted_memory_bytes"], metrics["peak_memory_bytes"]
     sizes = f"{predicted / 1e9:.2f}", f"{held / 1e9:.2f}", f"{predicted / held - 1:+.1%}"
     print(row := (name, str(metrics["micro_batch_tokens"]), *sizes), flush=True)
