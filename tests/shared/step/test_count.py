@@ -194,3 +194,9 @@ def test_few_of_many_micro_batches_are_counted() -> None:
     for size in range(5):
         assert max(b.sizes[size] for b in chosen) == max(b.sizes[size] for b in batches)
     assert sorted(few(batches[:3]), key=batches.index) == batches[:3]
+
+
+def test_embedding_without_a_decomposition_is_counted() -> None:
+    """Training refuses it, by name."""
+    lora = LORA | {"init": "pissa", "target_modules": ["wte"]}
+    assert dry_run.prepare(memory.MODELS["GPT-2"], TrainingSetup("bf16", lora)) is not None
