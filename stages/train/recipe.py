@@ -14,7 +14,7 @@ Source: Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs.
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -30,7 +30,6 @@ from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, read_examples
 from stages.shared.step import adapter, gradient, optim, router_loss, targets
 from stages.shared.step.config import Train
-from stages.shared.step.fused import liger
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss
 from stages.shared.weights import experts, heap
@@ -42,6 +41,7 @@ from stages.train.environment import environment
 from stages.train.execution import ExecutionPlan
 from stages.train.history import History, TokenCounts
 from stages.train.interruption import SET_UP, Interrupted, Interruption
+from stages.train.metrics import metrics_of
 from stages.train.schedule import Schedule
 
 if TYPE_CHECKING:  # stages.shared.models is imported before these
@@ -118,7 +118,7 @@ def _train_on(
             raise stop.stopped(SET_UP) from None
         group.wait()  # a signal ends the setup of each process, and what follows for all of them
         recipe.run(stop)
-        return TrainResult(recipe.metrics(), recipe.history, environment(device))
+        return TrainResult(metrics_of(recipe), recipe.history, environment(device))
 
 
 def load_model(
@@ -353,63 +353,3 @@ class Recipe:
         """The curve so far, for whoever watches; the report's is written from it at the end."""
         if self.group.is_main:
             self.history.write(self.checkpoints.folder / "loss.csv")
-
-    # ------------------------------------------------------------------------------------- save
-
-    def metrics(self) -> dict[str, Any]:
-        """Metrics of `reports/train.json` and `reports/details/train.json`."""
-        history, plan, counts = self.history, self.plan, self.counts
-        loss = history.train_loss(history.best_step, self.schedule.per_epoch)
-        path = f"stock: {plan.unfused_because}"
-        if plan.fused:
-            path = "fused, liger-kernel" if liger.covers(plan.device) else "fused"
-        return {
-            "trainable_parameters": self.trainable_parameters,
-            **self._mixture(),
-            "steps": self.step,
-            "loss": loss,
-            "eval_loss": history.best_loss,
-            "generalization_gap": None if loss is None else history.best_loss - loss,
-            "best_step": history.best_step,
-            "best_epoch": history.rows[history.best_step]["epoch"],
-            "stopped_early": self.step < self.schedule.total,
-            "peak_memory_bytes": execution.peak_memory_bytes(plan.device),
-            "predicted_memory_bytes": plan.predicted_bytes,
-            "tokens_per_second": round(counts.tokens / self.seconds, 1),
-            "supervised_tokens_per_second": round(counts.supervised_tokens / self.seconds, 1),
-            "padding_fraction": 1 - counts.input_tokens / counts.computed_tokens,
-            "packing_efficiency": round(counts.input_tokens / counts.capacity_tokens, 4),
-            "device": plan.device.type,
-            "devices": plan.processes,
-            "optimizer": type(self.optimizer).__name__,
-            "micro_batch_tokens": plan.micro_batch_tokens,
-            "gradient_checkpointing": plan.gradient_checkpointing,
-            "path": path,
-            "checkpoint_bytes": self.checkpoints.newest_bytes(),
-            "resumed_from_step": self.resumed_from,
-        }
-
-    def _mixture(self) -> dict[str, Any]:
-        """Of a mixture: what is trained, the load-balancing loss, and the use of its experts."""
-        if not experts.layers(self.model):
-            return {}
-        history = self.history
-        loss = history.mean("router_aux_loss", history.best_step, self.schedule.per_epoch)
-        return {
-            "trainable_by_kind": targets.trainable_by_kind(self.model),
-            "router_aux_loss": {"weight": self.router.weight if self.router else 0.0, "loss": loss},
-            "expert_use": {when: expert_use(use) for when, use in history.expert_use.items()},
-        }
-
-
-def expert_use(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Shares of the tokens that went to each expert of a layer.
-
-    `idle` experts got none; `largest` is the largest share, in even shares.
-    """
-    shares = [[round(n / sum(layer), 5) for n in layer] for layer in tokens]
-    return {
-        "idle": sum(n == 0 for layer in tokens for n in layer),
-        "largest": max(round(max(layer) * len(layer) / sum(layer), 3) for layer in tokens),
-        "shares": shares,
-    }
