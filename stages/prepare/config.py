@@ -6,21 +6,8 @@ from pydantic import Field
 
 from stages.shared.core.params import Section
 
-Column = Literal[
-    "messages",
-    "instruction",
-    "input",
-    "output",
-    "prompt",
-    "completion",
-    "history",
-    "text",
-    "system",
-    "tools",
-    "reasoning",
-    "answer",
-    "language",
-]
+Flat = Literal["instruction", "input", "output", "prompt", "completion", "history", "reasoning"]
+Column = Flat | Literal["messages", "text", "system", "tools", "answer", "language"]
 
 
 class Prepare(Section):

@@ -28,10 +28,11 @@ Form = Literal["guanaco", "messages", "alpaca", "oasst", "text"]
 _FIELDS: dict[Form, set[str]] = {
     "guanaco": {"text"},
     "messages": {"messages", "conversations"},
-    "alpaca": {"instruction", "input", "output", "history", "prompt", "completion", *THOUGHTS},
+    "alpaca": {"input", "history", *THOUGHTS},  # and a pair
     "oasst": {"prompt"},
     "text": {"text"},
 }
+_PAIRS = (("instruction", "output"), ("prompt", "completion"))
 _TURNS = {"text", "messages", "conversations", "instruction", "input", "output"}
 _TURNS |= {"prompt", "completion"}
 _SYSTEM = ("system", "system_prompt")
@@ -74,7 +75,7 @@ def parse(
     chosen = form_of(fields) if form == "auto" else form
     text = _text(fields, "text") if chosen == "text" else None
     messages = _with_system(fields, _turns(fields, chosen, unknown)) if text is None else []
-    rest = fields.keys() - _FIELDS[chosen] - {"language"}
+    rest = fields.keys() - _read(fields, chosen) - {"language"}
     rest -= _CONTEXT if text is None else set()
     if rest:
         if form == "auto":
@@ -136,8 +137,7 @@ def form_of(fields: dict[str, Any]) -> Form:
     if isinstance(prompt := fields.get("prompt"), dict) and "text" in prompt:
         return "oasst"
     renames = _renames(fields.keys())
-    complete = ({"instruction", "output"}, {"prompt", "completion"})
-    is_complete = any(names <= fields.keys() for names in complete)
+    is_complete = any({*pair} <= fields.keys() for pair in _PAIRS)
     if is_complete or ("instruction" in fields and not renames):
         return "alpaca"
     unread(fields, fields.keys() - {"context", "history", *THOUGHTS, *_CONTEXT})
@@ -182,16 +182,31 @@ def _turns(fields: dict[str, Any], form: Form, unknown: set[str]) -> list[Messag
         return lists[0]
     if form == "oasst":
         return parse_messages([*_best_path(fields.get("prompt"))], unknown)
-    user, output = "instruction", "output"
-    if "prompt" in fields and "instruction" not in fields:
-        user, output = "prompt", "completion"
-        if isinstance(fields["prompt"], list) or isinstance(fields.get("completion"), list):
-            return _prompt_completion(fields, unknown)
+    user, output = _pair(fields)
+    if _is_conversational(fields):
+        return _prompt_completion(fields, unknown)
     texts = [_text(fields, name) for name in (user, "input") if name == user or name in fields]
     reply: Message = {"role": "assistant", "content": _text(fields, output)}
     add_thoughts(reply, fields, "")
     question: Message = {"role": "user", "content": "\n\n".join(filter(None, texts))}
     return [*_history(fields.get("history")), question, reply]
+
+
+def _read(fields: dict[str, Any], form: Form) -> Set[str]:
+    """Names of the fields that make the turns."""
+    if form != "alpaca":
+        return _FIELDS[form]
+    return {*_pair(fields)} | (set() if _is_conversational(fields) else _FIELDS[form])
+
+
+def _pair(fields: dict[str, Any]) -> tuple[str, str]:
+    return _PAIRS["prompt" in fields and "instruction" not in fields]
+
+
+def _is_conversational(fields: dict[str, Any]) -> bool:
+    return (
+        any(isinstance(fields.get(name), list) for name in _PAIRS[1]) and _pair(fields) == _PAIRS[1]
+    )
 
 
 def _prompt_completion(fields: dict[str, Any], unknown: set[str]) -> list[Message]:
@@ -270,11 +285,13 @@ def _require_agreement(others: dict[str, Any], messages: list[Message]) -> None:
         value = others[name]
         if not isinstance(value, str):
             same = all(message in messages for message in parse_messages(value, set()))
-        elif name == "text":  # all of it, rendered by some template
+        else:  # paragraphs of a message, or all of it (of the prompt) rendered by some template
             text = normalize(value)
-            same = all(part in text for content in contents for part in content.split("\n\n"))
-        else:  # paragraphs of a message
-            same = any(f"\n\n{normalize(value)}\n\n" in f"\n\n{one}\n\n" for one in contents)
+            said = [m["content"] for m in messages if name == "text" or m["role"] == "user"]
+            rendered = all(part in text for one in said for part in one.split("\n\n"))
+            same = (rendered and name in ("text", "prompt")) or any(
+                f"\n\n{text}\n\n" in f"\n\n{one}\n\n" for one in contents
+            )
         if not same:
             raise RejectedRow(
                 f"`{name}` contradicts the other fields; remove it or set prepare.format"
