@@ -39,7 +39,7 @@ _BLOCK = 1 << 20  # bytes or characters read at once
 _BATCH_ROWS, _BATCH_BYTES = 256, 64 << 20  # of a table, at most
 _SECONDS = 600.0  # of CPU, for such a batch
 # A file may become so many times its size, and in any case so many bytes.
-_EXPANSION, _SMALL = 200, 1 << 30
+_EXPANSION, _SMALL = 200, 1 << 28
 # Objects whose fields differ from row to row.
 _SCHEMALESS = {"tool_calls", "function_call", "tools", "functions", "chat_template_kwargs"}
 _TRUNCATED = "The file looks truncated: fetch or export it again."

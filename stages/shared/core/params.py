@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from stages.shared.core import bounds, integrity, progress
 from stages.shared.core.errors import UserError
+from stages.shared.core.machine import machine
 
 FILE = Path("params.yaml")
 NUMBERS = ("a valid number", "a valid integer")  # as pydantic calls them
@@ -56,6 +57,7 @@ def load(schema: type[P], stage: str) -> P:
             "the repository, with dvc.yaml and params.yaml as YAML in UTF-8."
         ) from None
     mine = validate(schema, values, stage)
+    machine()  # a wrong setting is told at the start, by stages that read none too
     whole = YAML(typ="safe").load(FILE)  # as DVC reads it
     for other in _schemas():
         validate(other, {name: whole[name] for name in other.model_fields if name in whole}, stage)

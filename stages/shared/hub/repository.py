@@ -84,7 +84,6 @@ class Repository:
 
 def pin(kind: Literal["dataset", "model"], name: str, revision: str | None) -> Repository:
     """Require an `owner/name` and a full commit: a branch moves, and the result with it."""
-    machine.machine()  # a token in .env is told now, and not as a missing one
     repository = Repository(kind, name, revision or "")
     name_key, revision_key = repository.keys
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) or ".." in name:
