@@ -82,10 +82,8 @@ class Weights:
 
     def _split_experts(self) -> None:
         """List fused experts' tensors one by one, as `experts.unfused` models have them."""
-        config = self.folder / "config.json"
-        model_type = json.loads(config.read_bytes()).get("model_type") if config.exists() else ""
         shapes = {name: header["shape"] for name, header in self._headers.items()}
-        self.pieces = experts.pieces(model_type, shapes)
+        self.pieces = experts.pieces(_model_type(self.folder), shapes)
         sources = {piece.source for piece in self.pieces.values()}
         sources |= {name.replace("_blocks", "_scales") for name in sources}
         self._fused = {name: self._headers.pop(name) for name in sources if name in self._headers}
@@ -307,6 +305,15 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     if not complete:
         raise UserError(f"{path}: is no whole safetensors file. {REMEDY}")
     return tensors, 8 + length
+
+
+def _model_type(folder: Path) -> str:
+    """Architecture of the text model; empty without a config, which loading reports."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        return str((config.get("text_config") or config).get("model_type"))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def _owner(name: str) -> tuple[str, str | None]:
