@@ -144,6 +144,15 @@ def test_every_folder_is_a_stage_shared_or_tools() -> None:
     assert folders - {"shared", "tools"} == set(STAGE_FOLDERS)
 
 
+def test_tools_are_commands_that_no_stage_depends_on() -> None:
+    tools = python_files(STAGES / "tools")
+    commands = {file for file in tools if "\n    run(main" in file.read_text()}
+    for file in commands:
+        assert f"\nRun:    python -m stages.tools.{file.stem}" in file.read_text()
+    assert tools <= reached_from(*commands)
+    assert not tools & reached_from(*map(entry_of, STAGE_FOLDERS))
+
+
 def test_shared_units_have_two_users_and_no_dead_file() -> None:
     """A user is a stage, or a command of stages/tools."""
     entries = [*map(entry_of, STAGE_FOLDERS), *python_files(STAGES / "tools")]

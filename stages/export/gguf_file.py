@@ -158,4 +158,5 @@ class Reader:
         rows = gguf.dequantize(found.data, found.tensor_type)
         if name is None or name.endswith("lora_b"):
             rows = self._architecture.reorder(key, rows, back=True)
-        return torch.from_numpy(np.array(rows))  # F32 is a view of the file, which is read-only
+        # F32 is a view of the file, which is read-only.
+        return torch.from_numpy(rows if rows.flags.writeable else rows.copy())

@@ -124,6 +124,16 @@ def test_default_of_another_architecture_ends_well(tuned: Path, tmp_path: Path) 
         exported(tmp_path / "other", tmp_path / "named", ["gguf-f16"])
 
 
+def test_full_disk_is_told_before_a_file_is_written(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=1000))
+    with pytest.raises(UserError, match=r"free; the file gguf-q8_0 needs 0\.00 GB\. Free some"):
+        exported(tuned, tmp_path / "out", ["gguf-q8_0"])
+    assert not list((tmp_path / "out").rglob("*.gguf"))
+
+
 def test_disagreement_is_refused(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
