@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import runpy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,34 @@ def test_sample_equations_are_true(replies):
         left, right = int(a), int(b)
         values = {"+": left + right, "-": left - right, "*": left * right, "/": left / right}
         assert values[sign] == int(result), (a, sign, b, result)
+
+
+TOOLS = SAMPLE.with_name("sample_tools")
+
+
+def test_tool_sample_is_what_its_generator_writes(tmp_path):
+    digest = hashlib.sha256((TOOLS / "conversations.jsonl").read_bytes()).hexdigest()
+    assert digest in (TOOLS / "README.md").read_text(encoding="utf-8")
+    script = tmp_path / "generate.py"
+    script.write_text((TOOLS / "generate.py").read_text(encoding="utf-8"), encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / "conversations.jsonl").read_bytes() == (
+        TOOLS / "conversations.jsonl"
+    ).read_bytes()
+
+
+def test_tool_sample_calls_a_tool_that_it_offers():
+    lines = (TOOLS / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    requests = set()
+    for row in map(json.loads, lines):
+        request, reply, *rest = row["messages"]
+        requests.add(request["content"])
+        [call] = reply["tool_calls"]
+        offered = {tool["function"]["name"]: tool["function"] for tool in row["tools"]}
+        required = offered[call["function"]["name"]]["parameters"]["required"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert [*arguments] == required
+        said = request["content"].lower()
+        assert all(str(value).lower() in said for value in arguments.values())
+        assert [message["role"] for message in rest] in ([], ["tool", "assistant"])
+    assert len(requests) == len(lines) == 300

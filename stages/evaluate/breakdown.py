@@ -105,12 +105,12 @@ def calls(row: Conversation, reference: str, reply: Reply) -> dict[str, bool] | 
     expected = row.messages[-1].get("tool_calls") if row.messages else None
     if not expected:
         return None
-    begin = 0
-    for text in (row.messages[-1].get("reasoning"), row.messages[-1]["content"]):
-        begin = max(begin, reference.find(text) + len(text)) if text else begin
-    wanted = reference[begin:].lstrip()
-    if row.messages[-1].get("reasoning") and not row.messages[-1]["content"]:
-        wanted = wanted[wanted.find(">") + 1 :].lstrip()  # the thoughts' closing tag
+    wanted, last = reference, row.messages[-1]
+    for text, is_thought in ((last.get("reasoning"), True), (last["content"], False)):
+        if text and text in wanted:
+            wanted = wanted[wanted.index(text) + len(text) :].lstrip()
+            close = _TAG.match(wanted) if is_thought else None
+            wanted = wanted[close.end() :].lstrip() if close else wanted
     tag = _TAG.match(wanted)
     at = reply.raw.find(tag[0] if tag else wanted[:1])
     found = reply.raw[at:] if at >= 0 else ""

@@ -1,0 +1,121 @@
+"""Calls, thoughts, roles and sources in an evaluation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages.evaluate import breakdown
+from stages.evaluate.config import Evaluate
+from stages.evaluate.evaluate import evaluate
+from stages.evaluate.generate import Reply
+from stages.shared.chat.conversation import Conversation
+from stages.shared.model import scoring
+from stages.shared.model.packing import read_examples
+from tests import tiny
+from tests.prepare.helpers import Stage
+
+CALL = {"name": "f", "arguments": {"x": 1, "y": "two"}}
+ARGUMENTS = '{"x": 1, "y": "two"}'
+HERMES = '<tool_call>\n{"name": "f", "arguments": {"x": 1, "y": "two"}}\n</tool_call>'
+MISTRAL = f'[TOOL_CALLS][{{"name": "f", "arguments": {ARGUMENTS}}}]'
+DEEPSEEK = f"<begin>f\n```json\n{ARGUMENTS}\n```<end>"
+XML = "<tool_call>f\n<key>x</key><value>1</value></tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("reference", "raw", "named", "exact"),
+    [
+        (HERMES, HERMES, True, True),
+        (HERMES, HERMES.replace(" ", "").replace("two", "two"), True, True),
+        (HERMES, f"So. {HERMES}", True, True),
+        (HERMES, HERMES.replace('"x": 1, "y": "two"', '"y": "two", "x": 1'), True, True),
+        (HERMES, HERMES.replace("1", "2"), True, False),
+        (HERMES, HERMES.replace('"f"', '"g"'), False, False),
+        (HERMES, f"{HERMES}\n{HERMES}", False, False),
+        (HERMES, '<tool_call>\n{"name": "f", "arg', False, False),
+        (HERMES, "four", False, False),
+        (HERMES, "", False, False),
+        (MISTRAL, MISTRAL.replace(": ", ":"), True, True),
+        (MISTRAL, MISTRAL.replace("two", "2"), True, False),
+        (DEEPSEEK, DEEPSEEK.replace(", ", ",\n  "), True, True),
+        (DEEPSEEK, DEEPSEEK.replace("two", "2"), True, False),
+        (DEEPSEEK, DEEPSEEK.replace(">f", ">g"), False, False),
+        (XML, XML, True, True),
+        (XML, XML.replace("1", "2"), False, False),
+    ],
+)
+def test_calls_are_compared_as_json(reference: str, raw: str, named: bool, exact: bool) -> None:
+    row = Conversation([{"role": "assistant", "content": "", "tool_calls": [CALL]}])  # type: ignore[list-item]
+    found = breakdown.calls(row, reference, Reply("", True, raw))
+    assert found == {"call_named": named, "call_exact": exact}
+
+
+def test_calls_come_after_thoughts_and_content() -> None:
+    message: Any = {"role": "assistant", "content": "so", "reasoning": "f?", "tool_calls": [CALL]}
+    for content in ("so", ""):
+        reference = f"<think>\nf?\n</think>\n\n{content}\n{HERMES}"
+        row = Conversation([{**message, "content": content}])
+        for raw, exact in ((reference, True), (HERMES, True), ("<think>\nf?", False)):
+            found = breakdown.calls(row, reference, Reply("", True, raw))
+            assert found is not None
+            assert found["call_exact"] is exact
+    assert breakdown.thoughts(row, reference, Reply("", True, "<think>\nno\n</think>")) == {
+        "thought_ended": True,
+        "thought_characters": 11,
+    }
+    ended = breakdown.thoughts(row, reference, Reply("", False, "<think>\nno"))
+    assert ended == {"thought_ended": False, "thought_characters": 10}
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def rows(start: int) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"two {i}"},
+                {"role": "assistant", "reasoning_content": "is it", "tool_calls": [call]},
+                {"role": "tool", "content": "4"},
+                {"role": "assistant", "content": "four"},
+            ][: 4 if i % 2 else 2],
+            "tools": [TOOL],
+        }
+        for i in range(start, start + 4)
+    ]
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_evaluation_breaks_down_tools_and_thoughts(tmp_path: Path, train_on: str) -> None:
+    base = tiny.save(tmp_path / "base")
+    stage = Stage(tmp_path, base)
+    stage.prepare(rows(0), rows(10), train_on=train_on, max_length=1024)
+    wanted = Evaluate(generate_rows=4, max_new_tokens=4, prompts=4, seed=0)
+    figures, shown = evaluate("base", base, base, base, stage.out, wanted)
+    assert figures["tool_calls"] == {"rows": 2, "name_match": 0.0, "exact_match": 0.0}
+    assert figures["thinking_generated"]["rows"] == 2
+    assert ("by_role" in figures) == (train_on == "all")
+    parts = [figures["thinking"], figures["answers"]]
+    if train_on == "all":
+        assert {*figures["by_role"]} == {"assistant", "template", "tool", "user"}
+        parts = [figures["thinking"], *figures["by_role"].values()]
+    assert sum(part["tokens"] for part in parts) == figures["tokens"]
+    nats = sum(part["tokens"] * part["loss"] for part in parts)
+    assert nats / figures["tokens"] == pytest.approx(figures["loss"], rel=1e-6)
+    assert any('"name": "f"' in answer["reference"] for answer in shown["answers"])
+    json.dumps([figures, shown])
+
+
+def test_weights_leave_the_held_out_loss_alone(tmp_path: Path) -> None:
+    model, data = tiny.model(), tiny.prepared(tmp_path / "prepared")
+    examples = read_examples(data / "eval.parquet")
+    by_token: dict[int, np.ndarray] = {}
+    cpu = torch.device("cpu")
+    sums, tokens = scoring.score(model, examples, cpu, torch.float32, "t", by_token=by_token)
+    assert [len(by_token[row]) for row in range(len(examples))] == tokens.tolist()
+    assert [by_token[row].sum() for row in range(len(examples))] == pytest.approx(sums, rel=1e-5)
