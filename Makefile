@@ -53,6 +53,7 @@ repro: $(VENV)/.ready  ## run the pipeline: what changed, and what depends on it
 	  $(ENV) dvc repro | awk -F "'" -v of="$$stages" "$$PROGRESS"
 	@echo; echo "Next: . $(VENV)/bin/activate"
 	@echo "      xdg-open reports/report.html"
+	@echo "      make chat                      # talk to the tuned model"
 	@echo "      dvc exp run -S lora.r=8        # one change; what does not depend on it is not run again"
 
 chat: $(VENV)/.ready  ## talk to the tuned model in the terminal
