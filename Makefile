@@ -11,7 +11,7 @@ AUDIT := .venv-audit
 TRITON := triton==3.7.1
 PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: help repro chat test emulate lint bench extras plots format clean
+.PHONY: help repro chat test faults emulate lint bench extras plots format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -48,6 +48,7 @@ export PROGRESS
 
 repro: $(VENV)/.ready  ## run the pipeline: what changed, and what depends on it
 	@echo "The embedded default takes 6 minutes on two cores, 13 to 22 on a CPU without bf16. Stopped, it resumes."
+	@$(ENV) python -m stages.tools.check
 	@set -o pipefail; stages=$$($(ENV) dvc stage list --name-only | wc -l); \
 	  export WHY=$$($(ENV) python -m stages.tools.why); \
 	  $(ENV) dvc repro | awk -F "'" -v of="$$stages" "$$PROGRESS"
@@ -84,6 +85,9 @@ sbom: $(VENV)/.ready $(AUDIT)/.ready  ## list what is installed, as CycloneDX, i
 audit: $(AUDIT)/.ready  ## look the locked packages up for known vulnerabilities (needs PyPI)
 	@$(AUDIT)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --format json \
 	  --progress-spinner off 2>/dev/null | $(AUDIT)/bin/python .ci/audit.py
+
+faults: $(VENV)/.ready  ## damage inputs, kill, fill the disk: 300 seeded tries (an hour)
+	@$(ENV) python -m tests.faults.injector --tries 300
 
 $(EMULATION)/.ready: $(VENV)/.ready
 	@$(call install,$(VENV)/bin/python,--no-deps --upgrade --target $(EMULATION) $(TRITON),$(EMULATION))

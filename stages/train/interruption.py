@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, acted on where nothing is lost."""
+"""SIGTERM, Ctrl-C and SIGHUP, acted on where nothing is lost."""
 
 import signal
 from collections.abc import Iterator
@@ -7,9 +7,14 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from stages.shared.core.errors import Stopped
+from stages.shared.core.watcher import SIGNALS
 
-HEARD = (signal.SIGTERM, signal.SIGINT)
 SET_UP = "while it was set up; `dvc repro` begins where it began"
+
+
+def heard() -> list[signal.Signals]:
+    """The signals that end a training, without those that are ignored, as nohup does SIGHUP."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class Interrupted(BaseException):
@@ -23,8 +28,8 @@ class Interruption:
     _repeatable = False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._hear) for number in HEARD}
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # see distributed.launch
+        self._before = {number: signal.signal(number, self._hear) for number in heard()}
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see distributed.launch
         return self
 
     def __exit__(

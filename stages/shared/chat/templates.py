@@ -21,7 +21,7 @@ from stages.shared.chat.conversation import Conversation, Message, RejectedRow, 
 from stages.shared.chat.tokenizer import added_tokens, pattern_of, special_prefix
 from stages.shared.chat.turns import CONTEXT, Text, TurnRenderer
 from stages.shared.core import bounds, files
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, reading
 
 Span = tuple[int, int]
 # Literals around the messages; per reply its index, characters written before and after.
@@ -157,7 +157,8 @@ class Format(BaseModel):
 
 def read_format(path: Path) -> Format:
     """Read `format.json`."""
-    return Format.model_validate(files.read_json(path))
+    with reading(path):
+        return Format.model_validate(files.read_json(path))
 
 
 class Template:

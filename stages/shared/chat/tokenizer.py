@@ -9,13 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tokenizer is local
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stages.shared.core.errors import UserError
+from stages.shared.core import files
+from stages.shared.core.errors import UserError, reading
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer; a slow one, without character offsets, is a `UserError`."""
     (folder / "tokenizer_config.json").open().close()  # transformers would ask the hub
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    files.require_json(folder)
+    with reading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(
             f"{folder}: {type(tokenizer).__name__} is a slow tokenizer, without character offsets. "

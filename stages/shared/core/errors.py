@@ -1,19 +1,29 @@
 """User errors, and how a command begins and ends: `--help`, one line, an exit code."""
 
 import errno
+import os
+import re
+import select
 import signal
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from stages.shared.core import display
+from stages.shared.core.watcher import SIGNALS, watched
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOGS = ".logs"
+REMEDY = "Run `dvc repro`, which writes it again."
+MEMORY_WORDS = "(can't|cannot) allocate memory|out of memory|failed to map segment"
+MEMORY = "Free some, raise its limit, or lower QLORA_MICRO_BATCH_TOKENS."
 
 
 class UserError(Exception):
@@ -31,8 +41,12 @@ class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
         self.message, self.signal = message, signal
 
 
-class _Terminated(BaseException):
-    """SIGTERM; no `Exception`, which a library might catch."""
+class _Signalled(BaseException):
+    """SIGTERM or SIGHUP; no `Exception`, which a library might catch."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
 
 
 def run(
@@ -41,9 +55,9 @@ def run(
     """Run the `main()` of a stage or a tool, whose module is the command.
 
     `--help` prints the module's docstring and its sections of params.yaml; unknown arguments are
-    refused. Neither runs anything. A `UserError`, a missing file and a fault of the disk become one
-    line on stderr and exit code 1; any other exception is a bug and keeps its traceback. SIGTERM
-    ends the command as Ctrl-C does: what is half written is removed.
+    refused. Neither runs anything. Whatever ends the command is one line on stderr and an exit
+    code: 1, or 128 and the number of a signal. Of an error that nobody foresaw, the traceback is
+    kept in `.logs/`. A signal ends the command as Ctrl-C does: what is half written is removed.
 
     Args:
         main: called with the parsed options where there are any to add, else with nothing.
@@ -54,35 +68,51 @@ def run(
             stream.reconfigure(errors="replace")
     if main.__module__ == "__main__":  # a test keeps its streams
         display.guard()
-    before = signal.signal(signal.SIGTERM, _stop)
+    module = sys.modules[main.__module__]
+    command = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else module.__name__
+    heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup does
+    before = [signal.signal(number, _stop) for number in heard]
     try:
-        options = _parse(sys.modules[main.__module__], add_options)
-        main(*([options] if add_options else []))
-        from stages.shared.core import integrity  # noqa: PLC0415  (imports this module)
+        options = _parse(module, command, add_options)
+        with watched(command) if module.__name__ == "__main__" else nullcontext():
+            main(*([options] if add_options else []))
+            from stages.shared.core import integrity  # noqa: PLC0415  (imports this module)
 
-        integrity.record()
-    except UserError as error:
-        _exit_with(str(error))
-    except FileNotFoundError as error:
-        missing = error.filename or error
-        _exit_with(f"{missing}: not there; `dvc repro` runs the stages that write it, in order")
-    except OSError as error:
-        _exit_with(_of_the_disk(error))
-    except Stopped as stopped:
-        print(f"stopped: {display.one_line(stopped.message)}", file=sys.stderr)
-        sys.exit(128 + stopped.signal)  # as a shell reports a process that a signal ended
-    except Exception as error:
-        if not _is_of_a_full_disk(error):
-            raise
-        _exit_with(_of_the_disk(OSError(errno.ENOSPC, None)))
-    except KeyboardInterrupt:
-        print("stopped: by SIGINT", file=sys.stderr)
-        sys.exit(130)
-    except _Terminated:
-        print("stopped: by SIGTERM", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+            integrity.record()
+            sys.stdout.flush()  # or Python would find its reader gone when all is over
+    except (Exception, KeyboardInterrupt, _Signalled) as error:
+        for number in heard:  # a second one comes too late
+            signal.signal(number, signal.SIG_IGN)
+        line, code = _ending(error, command)
+    else:
+        return
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(heard, before, strict=True):
+            signal.signal(number, handler)
+    for stream in (sys.stdout, sys.stderr):
+        if _reader_is_gone(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    print(display.one_line(line), file=sys.stderr)
+    sys.exit(code)
+
+
+@contextmanager
+def reading(path: Path | str, remedy: str = REMEDY) -> Iterator[None]:
+    """Turn any error of a library that reads `path` (or its name) into a `UserError` with its name.
+
+    A missing file, a fault of the disk and a lack of memory are no damage: `run` tells of them.
+    """
+    if isinstance(path, Path) and not path.is_dir():
+        path.open("rb").close()  # not every library says which file is missing
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        missing = isinstance(error, OSError) and error.errno is not None
+        if missing or _is_of_a_full_disk(error) or lacks_memory(error):
+            raise
+        raise UserError(f"{path}: cannot be read ({_describe(error)}). {remedy}") from error
 
 
 class _Parser(ArgumentParser):
@@ -91,16 +121,15 @@ class _Parser(ArgumentParser):
 
 
 def _parse(
-    module: ModuleType, add_options: Callable[[ArgumentParser], object] | None
+    module: ModuleType, command: str, add_options: Callable[[ArgumentParser], object] | None
 ) -> Namespace | None:
     """The command line; None where another module, a test for one, calls `run`."""
     if module.__name__ != "__main__":
         return None
-    name = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else "stages"
     schema = getattr(module, "Params", None)
     sections = [_section(name) for name in schema.model_fields] if schema else []
     parser = _Parser(
-        prog=f"python -m {name}",
+        prog=f"python -m {command}",
         description=(module.__doc__ or "").strip(),
         epilog="\n\n".join(["parameters, in params.yaml:", *sections] if sections else []),
         formatter_class=RawDescriptionHelpFormatter,
@@ -124,29 +153,93 @@ def _section(name: str) -> str:
     return "\n".join([lines[starts[0]], *body])
 
 
-def _of_the_disk(error: OSError) -> str:
-    """One line for a full disk or a file that cannot be used; raised again where it is neither."""
-    if error.errno in FULL:
-        where = error.filename or "the disk"
-        return f"{where}: no room on the disk; free some space and run `dvc repro` again"
-    if error.filename is None:
-        raise error
-    return f"{error.filename}: {error.strerror}; expected a place that can be read and written"
+def _ending(error: BaseException, command: str) -> tuple[str, int]:
+    """The line that tells of an error or a signal, and the exit code, a shell's for a signal."""
+    match error:
+        case UserError():
+            return f"error: {error}", 1
+        case Stopped():
+            return f"stopped: {error.message}", 128 + error.signal
+        case KeyboardInterrupt():
+            return "stopped: by SIGINT", 128 + signal.SIGINT
+        case _Signalled():
+            return f"stopped: by {error.signal.name}", 128 + error.signal
+    broken = any(isinstance(cause, BrokenPipeError) for cause in _causes(error))
+    if broken and any(map(_reader_is_gone, (sys.stdout, sys.stderr))):  # `| head`
+        return "stopped: by SIGPIPE", 128 + signal.SIGPIPE
+    return f"error: {_explain(error, command)}", 1
 
 
-def _is_of_a_full_disk(error: BaseException | None) -> bool:
-    """Whether a library's error has a full disk as its cause."""
+def _explain(error: BaseException, command: str) -> str:
+    """Where, what is wrong, what to do."""
+    name = isinstance(error, OSError) and (error.filename2 or error.filename)
+    if _is_of_a_full_disk(error):
+        return (
+            f"{name or 'the disk'}: no room on the disk; free some space and run `dvc repro` again"
+        )
+    if lacks_memory(error):
+        return f"{command}: out of memory ({_describe(error)}). {MEMORY}"
+    if name and isinstance(error, FileNotFoundError):
+        return f"{name}: not there; `dvc repro` runs the stages that write it, in order"
+    if name and isinstance(error, OSError):
+        return f"{name}: {error.strerror}; expected a place that can be read and written"
+    return f"{command}: {_describe(error)}, {_log(error, command)}"
+
+
+def _log(error: BaseException, command: str) -> str:
+    """Keep the traceback; returns where the error was raised, and where its traceback is."""
+    root = Path(os.environ.get("DVC_ROOT", "."))  # a temporary workspace of DVC is removed
+    frames = traceback.extract_tb(error.__traceback__)
+    *_, frame = [f for f in frames if "/stages/" in f.filename] or frames
+    where = f"in {'stages' + frame.filename.rpartition('/stages')[2]}:{frame.lineno}"
+    path = root / LOGS / f"{command.removeprefix('stages.')}.log"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)), errors="replace")
+    except OSError:
+        return f"{where}. It is a bug, or a damaged input."
+    return f"{where}. It is a bug, or a damaged input; {path} holds the traceback."
+
+
+def _describe(error: BaseException) -> str:
+    """An error's type and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised for."""
     while error is not None:
-        if getattr(error, "errno", None) in FULL or f"(os error {errno.ENOSPC})" in str(error):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
+
+
+def _is_of_a_full_disk(error: BaseException) -> bool:
+    """Whether an error, of a library too, has a full disk as its cause."""
+    return any(
+        getattr(cause, "errno", None) in FULL or f"(os error {errno.ENOSPC})" in str(cause)
+        for cause in _causes(error)
+    )
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory lacked, in the words of Python, numpy, torch or the system."""
+    return any(
+        isinstance(cause, MemoryError)
+        or getattr(cause, "errno", None) == errno.ENOMEM
+        or re.search(MEMORY_WORDS, str(cause), re.IGNORECASE)
+        for cause in _causes(error)
+    )
+
+
+def _reader_is_gone(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(stream, 0)  # type: ignore[arg-type]
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, TypeError, ValueError):  # it has no descriptor
+        return False
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
-
-
-def _exit_with(message: str) -> None:
-    print(f"error: {display.one_line(message)}", file=sys.stderr)
-    sys.exit(1)
+    raise KeyboardInterrupt if number == signal.SIGINT else _Signalled(number)

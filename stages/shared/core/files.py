@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from stages.shared.core.bounds import require_regular
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, reading
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder, `<target>.partial`, that becomes `target` when the block ends without an error."""
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
         _share(partial)
-        shutil.rmtree(target, ignore_errors=True)
+        _remove(target)
         partial.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
 def _share(folder: Path) -> None:
@@ -44,11 +44,20 @@ def whole_file(target: Path) -> Iterator[Path]:
     """A path, `<target>.partial`, that becomes `target` when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
+    _remove(partial)
     try:
         yield partial
         partial.replace(target)
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """Remove whatever lies there; `rmtree` alone waits for ever at a pipe."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -89,9 +98,19 @@ def split(
     return kept, rest
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file that a stage of ours wrote."""
-    return json.loads(require_regular(path).read_text(encoding="utf-8"))
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; anything else is a `UserError` that names the file."""
+    with reading(require_regular(path)):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"{type(value).__name__} instead of an object")
+    return value
+
+
+def require_json(folder: Path) -> None:
+    """Refuse a model's folder in which a JSON file is damaged; libraries do not say which."""
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
 
 
 def sha256(path: Path) -> str:

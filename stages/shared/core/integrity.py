@@ -6,6 +6,7 @@ reads is held against it; what a stage has written is entered, so that it covers
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,8 @@ def verify(stage: str) -> None:
 
     Sizes are compared always; hashes once for each inode, size, and time of modification and of
     change, or each time with `QLORA_VERIFY=true`. A file with another inode or time than DVC knows
-    was written since, and is not judged.
+    was written since, and is not judged; by hand, without DVC, one that dvc.lock does not have so
+    is told of.
     """
     from dvc.repo import Repo  # noqa: PLC0415  (imported by `params.load` by then)
 
@@ -34,6 +36,8 @@ def verify(stage: str) -> None:
         _outs[:] = [out.fs_path for out in loaded.outs]
         for path in _files(dep.fs_path for dep in loaded.deps):
             _verify_file(repo, path)
+        if "DVC_STAGE" not in os.environ:  # DVC has looked itself
+            _warn_of_changes(repo, [Path(dep.fs_path) for dep in loaded.deps])
 
 
 def record() -> None:
@@ -50,9 +54,21 @@ def record() -> None:
             hash_file(path, localfs, "md5", state=repo.state)
 
 
+def _warn_of_changes(repo: "Repo", read: list[Path]) -> None:
+    for out in repo.index.outs:
+        path = Path(out.fs_path)
+        used = any(path == one or path in one.parents for one in read)
+        if used and out.hash_info and out.exists and out.changed_checksum():
+            what = "is not as dvc.lock has it; `dvc repro` decides"
+            print(f"warning: {out}: {what}", file=sys.stderr)
+
+
 def _files(paths: Iterable[str]) -> Iterator[str]:
     for path in map(Path, paths):
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in found:  # a pipe would be waited for
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise UserError(f"{os.path.relpath(file)}: is no file. Remove it; run `dvc repro`.")
         yield from (str(file) for file in found if file.is_file())
 
 

@@ -11,10 +11,11 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
 from stages.shared.core import bounds, integrity, progress
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, lacks_memory
 from stages.shared.core.machine import machine
 
 FILE = Path("params.yaml")
+DEEPEST, MOST_VALUES = 8, 10_000  # levels and values of params.yaml
 NUMBERS = ("a valid number", "a valid integer")  # as pydantic calls them
 
 
@@ -46,30 +47,66 @@ def load(schema: type[P], stage: str) -> P:
     """
     with progress.quick_imports():  # half a second that the unit tests of a schema need not pay
         import dvc.api  # noqa: PLC0415
-        from dvc.exceptions import DvcException  # noqa: PLC0415
 
-    bounds.require_small_yaml(FILE)
     try:
+        check(read_file(), stage)
         values = dvc.api.params_show(stages=stage)
-    except DvcException as error:
+    except UserError:
+        raise
+    except Exception as error:  # DVC's, and of the libraries that it reads by
+        if lacks_memory(error):
+            raise
         raise UserError(
-            f"params.yaml: DVC cannot read what {stage} declares ({error}). Run it in a clone of "
-            "the repository, with dvc.yaml and params.yaml as YAML in UTF-8."
+            f"{FILE}: DVC cannot read what {stage} declares ({' '.join(str(error).split()):.120}). "
+            "Run it in a clone of the repository, with dvc.yaml and params.yaml as YAML in UTF-8."
         ) from None
     mine = validate(schema, values, stage)
     machine()  # a wrong setting is told at the start, by stages that read none too
-    whole = YAML(typ="safe").load(FILE)  # as DVC reads it
-    for other in _schemas():
-        validate(other, {name: whole[name] for name in other.model_fields if name in whole}, stage)
     integrity.verify(stage)
     return mine
 
 
+def read_file() -> dict[str, Any]:
+    """All of params.yaml, as DVC reads it; only what JSON can hold, too.
+
+    Raises:
+        UserError: a value is a date, or the file nests or expands without end (anchors).
+    """
+    bounds.require_small_yaml(FILE)
+    whole = YAML(typ="safe").load(FILE)
+    if not isinstance(whole, dict):
+        raise UserError(f"{FILE}: has no sections. Restore it: git checkout {FILE}")
+    waiting, seen = [(str(key), value, 1) for key, value in whole.items()], 0
+    while waiting:
+        key, value, depth = waiting.pop()
+        seen += 1
+        if depth > DEEPEST or seen > MOST_VALUES:
+            raise UserError(f"{FILE}: {key:.40} has too many values. Look for an anchor (&, *).")
+        if isinstance(value, dict | list):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{key}.{name}", one, depth + 1) for name, one in pairs]
+        elif not isinstance(value, str | int | float | None):
+            raise UserError(f"{FILE}: {key} is {value}, a {type(value).__name__}. Quote a text.")
+    return whole
+
+
+def check(whole: dict[str, Any], stage: str | None = None) -> None:
+    """Check the sections of all stages, `stage` about to run; the first mistake is a UserError."""
+    schemas = list(_schemas())
+    known = dict.fromkeys(name for schema in schemas for name in schema.model_fields)
+    for name in whole.keys() - known.keys():
+        raise UserError(
+            f"{FILE}: {name} is not a section; expected one of {', '.join(known)}. Remove it."
+        )
+    for schema in schemas:
+        values = {name: whole[name] for name in schema.model_fields if name in whole}
+        validate(schema, values, stage)
+
+
 def _schemas() -> Iterator[type[BaseModel]]:
-    """The schemas of all stages that have a module for them."""
-    stages = Path(__file__).parents[2]
-    for path in sorted([*stages.glob("*/config.py"), *stages.glob("*/settings.py")]):
-        yield importlib.import_module(f"stages.{path.parent.name}.{path.stem}").Params
+    """The schemas of all stages."""
+    for path in sorted(Path(__file__).parents[2].glob("*/config.py")):
+        yield importlib.import_module(f"stages.{path.parent.name}.config").Params
 
 
 def validate(schema: type[P], values: dict[str, Any], stage: str | None = None) -> P:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stages.shared.core.errors import SIGNALS
+
 
 def bar(*, total: int | None, desc: str, unit: str, initial: int = 0) -> "tqdm[Any]":
     """Make a bar to advance by hand from `initial`, in a `with` block.
@@ -38,7 +40,7 @@ def quick_imports() -> Iterator[None]:
     """
     enabled = gc.isenabled()
     gc.disable()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

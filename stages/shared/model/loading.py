@@ -30,13 +30,17 @@ from peft.utils import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from stages.shared.core.errors import reading
 from stages.shared.model import attention
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Dtype of a model's dense weights, from its config."""
-    (folder / "config.json").open().close()  # if it is missing, transformers would query the hub
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+    with reading(folder / "config.json"):  # if it is missing, transformers would query the hub
+        dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype is {dtype!r}")
+    return dtype
 
 
 def compute_dtype(folder: Path, device: torch.device) -> torch.dtype:
@@ -63,12 +67,15 @@ def load_model(
 def _load(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Load with our attention, or the library's where unsupported (Gemma 2, gpt-oss)."""
     options = {"dtype": dtype, "device_map": {"": device}}
-    for attn in (attention.NAME, "sdpa", "eager"):
-        try:
-            return load_strictly(weights, AutoModelForCausalLM, attn_implementation=attn, **options)
-        except (KeyError, ValueError) as error:
-            unsupported = error
-    raise unsupported
+    with reading(weights.folder):
+        for attn in (attention.NAME, "sdpa", "eager"):
+            try:
+                return load_strictly(
+                    weights, AutoModelForCausalLM, attn_implementation=attn, **options
+                )
+            except (KeyError, ValueError) as error:
+                unsupported = error
+        raise unsupported
 
 
 def load_dequantized(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -95,15 +102,16 @@ def load_adapted(adapter: Path, base: Path, device: torch.device) -> PreTrainedM
 
 def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Attach a trained adapter, frozen and not merged; its tensors must match and be finite."""
-    config = PeftConfig.from_pretrained(adapter)
-    config.inference_mode = True
     weights = Weights(adapter)
-    with adapting(model):
-        tuned = PeftModelForCausalLM(model, config)
-    # peft's own load result leaves out `modules_to_save`.
-    own = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    names = saved_names(tuned, own)
-    expected = {names[name]: tensor for name, tensor in own.items()}
+    with reading(adapter / "adapter_config.json"):
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode = True
+        with adapting(model):
+            tuned = PeftModelForCausalLM(model, config)
+        # peft's own load result leaves out `modules_to_save`.
+        own = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+        names = saved_names(tuned, own)
+        expected = {names[name]: tensor for name, tensor in own.items()}
     tensors = {name: weights.tensor(name) for name in weights.lazy_tensors()}
     for name in sorted(expected.keys() - tensors.keys()):
         raise weights.error(name, "is missing from the adapter")
@@ -161,4 +169,7 @@ def without_adapter(model: nn.Module) -> nn.Module:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter, not a standalone model."""
-    return (folder / "adapter_config.json").is_file()
+    found = (folder / "adapter_config.json").is_file()
+    if not found:
+        (folder / "config.json").open().close()
+    return found

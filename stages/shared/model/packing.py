@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, reading
 
 # Architectures that may pack, each tested, with a sliding window shorter than a conversation where
 # it has one. Positions and lengths separate conversations in attention only: recurrent states
@@ -72,19 +72,26 @@ IDLE = Example(np.zeros(2, np.int64), np.zeros(2, bool), row=0)
 
 def read_examples(path: Path) -> list[Example]:
     """Read a split that `prepare` wrote."""
-    columns = ["input_ids", "loss_mask", "weights"]
-    table = pq.read_table(path, columns=[c for c in columns if c in pq.read_schema(path).names])
-    weights = table["weights"] if "weights" in table.column_names else repeat(None, len(table))
-    rows = zip(table["input_ids"], table["loss_mask"], weights, strict=True)
-    return [
-        Example(
-            np.asarray(ids.values, dtype=np.int64),
-            np.asarray(mask.values, dtype=bool),
-            row,
-            None if weight is None or not weight.is_valid else np.asarray(weight.values),
-        )
-        for row, (ids, mask, weight) in enumerate(rows)
-    ]
+    with reading(path), path.open("rb") as file:
+        columns = [
+            c for c in ("input_ids", "loss_mask", "weights") if c in pq.read_schema(file).names
+        ]
+        table = pq.read_table(file, columns=columns)
+        weights = table["weights"] if "weights" in table.column_names else repeat(None, len(table))
+        rows = zip(table["input_ids"], table["loss_mask"], weights, strict=True)
+        examples = [
+            Example(
+                np.asarray(ids.values, dtype=np.int64),
+                np.asarray(mask.values, dtype=bool),
+                row,
+                None if weight is None or not weight.is_valid else np.asarray(weight.values),
+            )
+            for row, (ids, mask, weight) in enumerate(rows)
+        ]
+        for one in examples:
+            if not 0 < len(one.input_ids) == len(one.loss_mask) or one.input_ids.min() < 0:
+                raise ValueError(f"row {one.row} has no token, a negative one, or no mask to it")
+    return examples
 
 
 def require_vocabulary(examples: Sequence[Example], size: int) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from stages.shared.core import bounds, files
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, reading
 from stages.shared.model import loading
 from stages.shared.step import initialisation, targets
 from stages.shared.step.config import Lora
@@ -80,7 +80,8 @@ def load_for_lora(
 
 def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
     """Load all weights as fp32 masters; UserError where they are quantized, or fp16."""
-    config = AutoConfig.from_pretrained(folder)
+    with reading(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder)
     quantized = getattr(config, "quantization_config", None) is not None
     if quantized or config.dtype == torch.float16:
         reason = "have no gradient" if quantized else "give NaN at the first step"

@@ -60,7 +60,7 @@ def read_config(path: Path) -> PretrainedConfig:
         if rope.get("rope_type") == "dynamic":  # reads positions; its tensors are the default's
             text.rope_parameters = {**rope, "rope_type": "default"}
         fake_model.model_on_meta(config, torch.float32)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of any type, for values of odd types
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{path}: {reason:.200}. Choose a causal language model that transformers knows."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from stages.shared.core.errors import reading
 from stages.shared.model.cpu_attention import MOST_QUERIES, length_groups
 from stages.shared.model.packing import Example
 from stages.shared.step.memory import DENSE_BYTES
@@ -108,15 +109,16 @@ class Stored(NamedTuple):
 
 def stored_as(config: Path) -> Stored:
     """Read from a `config.json` that `quantize` wrote what its weights are in."""
-    values = json.loads(config.read_bytes())
-    dense = DENSE_NAMES[values.get("dtype") or values.get("torch_dtype") or "float32"]
-    quantization = values.get("quantization_config") or {}
-    if quantization.get("load_in_8bit"):
-        return Stored("int8", False, dense)
-    if not quantization.get("load_in_4bit"):
-        return Stored(dense, False, dense)
-    kind, double_quant = (quantization[f"bnb_4bit_{n}"] for n in ("quant_type", "use_double_quant"))
-    return Stored(kind, bool(double_quant), dense)
+    with reading(config):
+        values = json.loads(config.read_bytes())
+        dense = DENSE_NAMES[values.get("dtype") or values.get("torch_dtype") or "float32"]
+        quantization = values.get("quantization_config") or {}
+        if quantization.get("load_in_8bit"):
+            return Stored("int8", False, dense)
+        if not quantization.get("load_in_4bit"):
+            return Stored(dense, False, dense)
+        kind = {"nf4": "nf4", "fp4": "fp4"}[quantization["bnb_4bit_quant_type"]]
+        return Stored(kind, bool(quantization["bnb_4bit_use_double_quant"]), dense)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.weights import experts
 
@@ -71,6 +72,7 @@ class Weights:
                 f"{folder}: has no *.safetensors, the only format of weights that is read. "
                 "Convert the model, or run the stage that writes this folder."
             )
+        files.require_json(folder)
         self._headers: dict[str, dict[str, Any]] = {}
         self._paths: dict[str, Path] = {}
         self._starts: dict[Path, int] = {}
@@ -172,15 +174,15 @@ class Weights:
         try:
             state = json.loads(bytes(self.tensor(parts[key]).tolist()))
             shape, block = tuple(state["shape"]), state["blocksize"]
-            nested = state.get("nested_blocksize")
-        except (ValueError, KeyError, TypeError):
+            blocks, nested = ceil(prod(shape) / block), state.get("nested_blocksize")
+            sizes = {"absmax": blocks, "quant_map": 16}
+            if nested:
+                sizes |= {"nested_absmax": ceil(blocks / nested), "nested_quant_map": 256}
+            right = self._bytes(name) == ceil(prod(shape) / 2)
+        except (ValueError, KeyError, TypeError, ArithmeticError):
             raise self.error(parts[key], "is damaged") from None
-        if self._bytes(name) != ceil(prod(shape) / 2):
+        if not right:
             raise self.error(name, f"has the wrong shape for 4-bit {shape}")
-        blocks = ceil(prod(shape) / block)
-        sizes = {"absmax": blocks, "quant_map": 16}
-        if nested:
-            sizes |= {"nested_absmax": ceil(blocks / nested), "nested_quant_map": 256}
         return key.removeprefix(_STATE), shape, sizes
 
     def error(self, name: str, fault: str) -> UserError:
@@ -298,9 +300,15 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     try:
         header = json.loads(text)
         tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-        end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
-        complete = path.stat().st_size == 8 + length + end
-    except (ValueError, KeyError, TypeError, AttributeError):
+        end = 0
+        complete = True
+        for value in sorted(tensors.values(), key=lambda value: value["data_offsets"]):
+            begin, previous = value["data_offsets"][0], end
+            end = value["data_offsets"][1]
+            size = prod(value["shape"]) * str_to_torch_dtype[value["dtype"]].itemsize
+            complete &= (begin, end - begin) == (previous, size)
+        complete &= path.stat().st_size == 8 + length + end
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         complete = False
     if not complete:
         raise UserError(f"{path}: is no whole safetensors file. {REMEDY}")

@@ -144,9 +144,84 @@ def test_sigterm_removes_what_is_half_written(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    def fail() -> None:
-        raise KeyError("ours")
+def test_a_bug_is_one_line_and_its_traceback_is_kept(space: Workspace) -> None:
+    script = "from stages.shared.core.errors import run\ndef main():\n    {}['ours']\nrun(main)"
+    done = space.run(sys.executable, "-c", script)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert "KeyError: 'ours'" in line and ".logs/__main__.log holds the traceback" in line
+    assert "Traceback" in (space.root / ".logs/__main__.log").read_text()
+    assert space.run("git", "check-ignore", "--quiet", ".logs/__main__.log").returncode == 0
 
-    with pytest.raises(KeyError):
-        errors.run(fail)
+
+ENDS = """
+import os, signal, sys, time, resource
+import torch
+from stages.shared.core.errors import run
+def main():
+    print("begun", flush=True)
+    {}
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "told"),
+    [
+        ("bytearray(1 << 60)", 1, "error: __main__: out of memory (MemoryError"),
+        ("torch.empty(1 << 60)", 1, "error: __main__: out of memory (RuntimeError"),
+        ("os.kill(os.getpid(), signal.SIGHUP)", 129, "stopped: by SIGHUP"),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, "stopped: by SIGINT"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -9, "error: __main__: ended without a word"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", -11, "error: __main__: ended without a word"),
+    ],
+)
+def test_every_end_is_told_in_one_line(space: Workspace, does: str, code: int, told: str) -> None:
+    done = space.run(sys.executable, "-c", ENDS.replace("{}", does))
+    assert done.returncode == code, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith(told)
+
+
+def test_a_reader_that_is_gone_is_a_signal(space: Workspace) -> None:
+    does = "time.sleep(1); [print(i) for i in range(9999)]"
+    command = (
+        f"{sys.executable} -c '{ENDS.replace('{}', does)}' | head -n 1; echo ${{PIPESTATUS[0]}}"
+    )
+    done = space.run("bash", "-c", command)
+    assert done.stdout.split() == ["begun", "141"]
+    assert done.stderr == "stopped: by SIGPIPE\n"
+
+
+def test_a_child_that_is_stopped_is_not_waited_for(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watcher kills it; whoever started it finds its child ended."""
+    does = (
+        "import subprocess; child = subprocess.Popen(['sleep', '1000']); "
+        "child.send_signal(signal.SIGSTOP); print(child.wait())"
+    )
+    fast = "from stages.shared.core import watcher; watcher.INTERVAL = 0.1"
+    done = space.run(sys.executable, "-c", fast + ENDS.replace("{}", does))
+    assert (done.returncode, done.stdout) == (0, "begun\n-9\n")
+
+
+def test_reading_names_the_file_and_passes_what_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(FileNotFoundError), errors.reading(path):
+        pass
+    path.write_text("[1]")
+    with pytest.raises(errors.UserError, match=r"a\.json: cannot be .*list instead of an object"):
+        files.read_json(path)
+    with pytest.raises(MemoryError), errors.reading(path):
+        raise MemoryError
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "pipe"])
+def test_what_lies_where_a_stage_writes_is_replaced(tmp_path: Path, kind: str) -> None:
+    """`shutil.rmtree` would wait for a writer of the pipe."""
+    for name in ("out", "out.partial"):
+        {"folder": os.mkdir, "file": os.mknod, "pipe": os.mkfifo}[kind](tmp_path / name)
+    with files.whole_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("x")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]

@@ -114,7 +114,8 @@ def test_each_file_is_hashed_once_unless_asked(repo: Repo, monkeypatch: pytest.M
     real = dvc_data.hashfile.hash.file_md5
 
     def file_md5(path: str, *args: Any, **options: Any) -> str:
-        hashed.append(path)
+        if not path.endswith(".tmp"):  # a folder's list, in memory
+            hashed.append(path)
         return real(path, *args, **options)
 
     monkeypatch.setattr("dvc_data.hashfile.hash.file_md5", file_md5)

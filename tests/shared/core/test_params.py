@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from stages.evaluate.config import Params as EvaluateParams
 from stages.merge.config import Params as MergeParams
+from stages.plan.config import Params as PlanParams
 from stages.shared.core import params
 from stages.shared.core.errors import UserError
 from stages.train.config import Params as TrainParams
@@ -84,6 +86,33 @@ def test_a_mistake_in_what_comes_later_is_told_before_hours_of_training(
     monkeypatch.chdir(space.root)
     with pytest.raises(UserError, match=r"merge\.dtype is the text 'bf61'; expected 'fp16'"):
         params.load(TrainParams, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("report: 5", "params.yaml: report is 5; expected a section with its keys"),
+        ("repotr: {}", "params.yaml: repotr is not a section; expected one of evaluate, "),
+        ("train: 2024-01-01", "params.yaml: train is 2024-01-01, a date. Quote a text."),
+        ("a: &a [*a]", "params.yaml: a.0.0.0.0.0.0.0.0 has too many values. Look for an anchor"),
+        ("a: " + 5000 * "[" + 5000 * "]", "params.yaml: DVC cannot read what plan declares"),
+        ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{9 * f'*{a},'}]\n"
+         for a, b in pairwise("abcdefgh")), "has too many values. Look for an anchor"),
+    ],
+    ids=["report", "unknown", "date", "recursion", "nesting", "expansion"],
+)  # fmt: skip
+def test_any_content_of_the_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, told: str
+) -> None:
+    space = workspace.make(tmp_path)
+    monkeypatch.chdir(space.root)
+    path = space.root / "params.yaml"
+    name = content.partition(":")[0]
+    kept = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != name}
+    path.write_text(f"{yaml.safe_dump(kept)}{content}\n")
+    with pytest.raises(UserError) as error:
+        params.load(PlanParams, "plan")
+    assert told in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_stage_ends_in_one_line_and_a_non_zero_exit(tmp_path: Path) -> None:
