@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from filelock import FileLock
 
 from stages.shared.core import files
 from tests import tiny, workspace
@@ -57,7 +58,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return outcome(space)
 
 
-def start(space: Workspace, command: tuple[str, ...]) -> subprocess.Popen[str]:
+def start(
+    space: Workspace, command: tuple[str, ...], env: dict[str, str] = EVERY_FIVE
+) -> subprocess.Popen[str]:
     """Start a command in a process group of its own, that leaves the watcher a core when it asks.
 
     A checkpoint is being written for a few milliseconds: who waits for one may miss some.
@@ -65,7 +68,7 @@ def start(space: Workspace, command: tuple[str, ...]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ("nice", "-n", "10", *command),
         cwd=space.root,
-        env=space.environment(EVERY_FIVE),
+        env=space.environment(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -291,3 +294,30 @@ def test_the_queue_goes_on_where_its_worker_was_killed(
     assert "going on from" in space.dvc("queue", "logs", "second").stdout
     assert space.dvc("exp", "apply", "second").returncode == 0
     assert outcome(space) == uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_lost_device_ends_the_training_and_no_checkpoint(tmp_path: Path, number: int) -> None:
+    """The launcher, killed alone, keeps its lock until the last of its processes is gone."""
+    devices = {"QLORA_CHECKPOINT_STEPS": "1", "QLORA_DEVICES": "2"}
+    space = make(tmp_path / "space")
+    running = start(space, TRAIN, devices)
+    wait_for_checkpoint(space, running, 2)
+    ranks = [p for p in psutil.Process(running.pid).children() if "spawn_main" in str(p.cmdline())]
+    assert len(ranks) == 2
+    ranks[number == signal.SIGSTOP].send_signal(number)
+    printed, _ = running.communicate(timeout=120)
+    assert running.returncode == 1, printed
+    assert re.search(
+        r"error: process \d+, one of 2 .*was stopped or ended", printed.splitlines()[-1]
+    )
+    assert "Traceback" not in printed
+    running = start(space, TRAIN, devices)
+    newest = max(space.root.glob(".checkpoints/*/step-??????"))
+    wait_for_checkpoint(space, running, int(newest.name[5:]) + 2)
+    ranks = psutil.Process(running.pid).children()
+    running.kill()
+    [lock] = space.root.glob(".checkpoints/*.lock")
+    FileLock(lock).acquire(timeout=60)
+    assert not [p for p in ranks if p.is_running() and p.status() != "zombie"]
+    running.communicate()

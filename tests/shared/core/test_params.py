@@ -95,9 +95,9 @@ def test_a_mistake_in_what_comes_later_is_told_before_hours_of_training(
         ("repotr: {}", "params.yaml: repotr is not a section; expected one of evaluate, "),
         ("train: 2024-01-01", "params.yaml: train is 2024-01-01, a date. Quote a text."),
         ("a: &a [*a]", "params.yaml: a.0.0.0.0.0.0.0.0 has too many values. Look for an anchor"),
-        ("a: " + 5000 * "[" + 5000 * "]", "params.yaml: DVC cannot read what plan declares"),
+        ("a: " + 5000 * "[" + 5000 * "]", "is nested too deeply. Write it plainly."),
         ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{9 * f'*{a},'}]\n"
-         for a, b in pairwise("abcdefgh")), "has too many values. Look for an anchor"),
+         for a, b in pairwise("abcdefgh")), "expands to too much. Write it plainly."),
     ],
     ids=["report", "unknown", "date", "recursion", "nesting", "expansion"],
 )  # fmt: skip
