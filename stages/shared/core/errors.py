@@ -74,7 +74,7 @@ def run(
     before = [signal.signal(number, _stop) for number in heard]
     try:
         options = _parse(module, command, add_options)
-        with watched(command) if module.__name__ == "__main__" else nullcontext():
+        with watched(command) if main.__module__ == "__main__" else nullcontext():
             main(*([options] if add_options else []))
             from stages.shared.core import integrity  # noqa: PLC0415  (imports this module)
 

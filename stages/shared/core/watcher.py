@@ -9,6 +9,7 @@ import re
 import resource
 import select
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,9 +35,8 @@ def watched(command: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # it may have been killed itself
-            os.write(writer, b".")
-        os.close(writer)
+        with suppress(OSError), os.fdopen(writer, "wb", buffering=0) as pipe:
+            pipe.write(b".")  # it may have been killed itself
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
 
@@ -60,7 +60,7 @@ def _watch(parent: int, reader: int, command: str) -> None:
     elif limit != resource.RLIM_INFINITY:
         why = f"SIGKILL or a crash; `ulimit -v` allows it {limit / 2**30:.1f} GiB"
     line = f"error: {command}: ended without a word ({why}). Free memory, and run it again."
-    os.write(2, f"{line}\n".encode())
+    print(line, file=sys.stderr, flush=True)
 
 
 def _descendants(process: int) -> Iterator[int]:

@@ -73,10 +73,8 @@ IDLE = Example(np.zeros(2, np.int64), np.zeros(2, bool), row=0)
 def read_examples(path: Path) -> list[Example]:
     """Read a split that `prepare` wrote."""
     with reading(path), path.open("rb") as file:
-        columns = [
-            c for c in ("input_ids", "loss_mask", "weights") if c in pq.read_schema(file).names
-        ]
-        table = pq.read_table(file, columns=columns)
+        names, stored = ["input_ids", "loss_mask", "weights"], pq.read_schema(file).names
+        table = pq.read_table(file, columns=[name for name in names if name in stored])
         weights = table["weights"] if "weights" in table.column_names else repeat(None, len(table))
         rows = zip(table["input_ids"], table["loss_mask"], weights, strict=True)
         examples = [
