@@ -60,8 +60,6 @@ def evaluate(
         ]
         rows = pq.read_table(file, columns=columns).to_pylist()
         conversations = [from_columns(row) for row in rows]
-        if not all(conversations):
-            raise ValueError("a row has no messages")
     dtype = loading.compute_dtype(base if loading.is_adapter(folder) else folder, device)
     model = model or loading.load_adapted(folder, base, device)
     # peft's wrapper has no `num_embeddings`.
