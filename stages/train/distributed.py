@@ -178,6 +178,8 @@ def _ended(failed: ChildFailedError, size: int) -> UserError:
 
 
 def _block_signals() -> None:
+    # What a killed process leaves, the tracker would tell after the line that matters.
+    sys.warnoptions.append("ignore:resource_tracker")
     resource_tracker.ensure_running()  # to start it later would unblock them
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
