@@ -30,7 +30,7 @@ ROLES = {"system": ("system", "developer"), "user": ("user", "human")}
 ROLES |= {"assistant": ("assistant", "gpt")}
 PIECES = ["two", "is it", "\n", " ### ", "<|im_end|>", "</s>", "<s>", "<|im_start|>user\n"]
 # Unread in any form: reported or rejected, by name.
-EXTRAS = ("id", "source", "context", "chosen", "label", "Input", "image")
+EXTRAS = ("id", "source", "context", "chosen", "label", "Input", "image", "output", "completion")
 Turn = tuple[str, str, int]  # role, content, weight
 
 
@@ -75,7 +75,8 @@ class Rows:
             row["answer"] = next(self.words)
         if draw() < 0.3:
             value = next(self.words)
-            row[self.random.choice(EXTRAS)] = self.random.choice([value, [value], {"a": value}])
+            name, held = self.random.choice(EXTRAS), [value, [value], {"a": value}]
+            row.setdefault(name, self.random.choice(held))
         return row, turns
 
     def messages(self, turns: list[Turn]) -> dict[str, Any]:
