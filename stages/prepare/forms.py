@@ -12,6 +12,7 @@ from stages.prepare import guanaco
 from stages.prepare.config import Column
 from stages.prepare.messages import THOUGHTS, add_thoughts, loaded, parse_messages, says, unread
 from stages.prepare.rows import is_nan, kind_of, present
+from stages.prepare.tools import KWARGS, TOOLS, parse_kwargs, parse_tools
 from stages.shared.chat.conversation import (
     Conversation,
     Message,
@@ -36,12 +37,7 @@ _PAIRS = (("instruction", "output"), ("prompt", "completion"))
 _TURNS = {"text", "messages", "conversations", "instruction", "input", "output"}
 _TURNS |= {"prompt", "completion"}
 _SYSTEM = ("system", "system_prompt")
-_TOOLS = ("tools", "functions")
-_KWARGS = "chat_template_kwargs"
-_CONTEXT = {*_SYSTEM, *_TOOLS, _KWARGS, "answer"}
-# Arguments of apply_chat_template that prepare sets.
-_RESERVED = {"messages", "conversation", "tools", "documents", "chat_template", "tokenize"}
-_RESERVED |= {"add_generation_prompt", "continue_final_message", "strftime_now"}
+_CONTEXT = {*_SYSTEM, *TOOLS, KWARGS, "answer"}
 _REPLIES = {"response", "reply", "target"}
 _RENAMES = {
     **dict.fromkeys(("question", "query"), "instruction"),
@@ -88,7 +84,7 @@ def parse(
     if text is None and (problem := problem_with(kept)) is not None:
         replied = any(message["role"] == "assistant" for message in messages)
         raise RejectedRow(problem if replied else "no reply")
-    tools, kwargs = _tools(fields), _kwargs(fields)
+    tools, kwargs = parse_tools(fields), parse_kwargs(fields)
     answer = _answer(fields.get("answer")) if text is None else None
     language = fields.get("language") or (chosen == "oasst" and fields["prompt"].get("lang"))
     for one in (*(message["content"] for message in kept), text, answer, language):
@@ -302,43 +298,6 @@ def _answer(value: Any) -> str | None:
     if value is None or isinstance(value, bool | list | dict) or is_nan(value):
         return None
     return str(value).strip() or None
-
-
-def _tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Parse function schemas, OpenAI's or bare ones, also as JSON text."""
-    lists = [loaded(fields[name]) for name in _TOOLS if says(fields.get(name))]
-    if not lists:
-        return None
-    given = [value if isinstance(value, list) else [value] for value in lists]
-    tools = [[_tool(number, one) for number, one in enumerate(some, start=1)] for some in given]
-    if tools[0] != tools[-1]:
-        raise RejectedRow("`tools` and `functions` differ; remove one")
-    return tools[0]
-
-
-def _tool(number: int, value: Any) -> dict[str, Any]:
-    value = loaded(value)
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value, name = {"type": "function"} | value, value["function"].get("name")
-    elif isinstance(value, dict):
-        value, name = {"type": "function", "function": value}, value.get("name")
-    else:
-        raise RejectedRow(f"tool {number} is {kind_of(value)}, expected a function's schema")
-    if not isinstance(name, str) or not name or value["type"] != "function":
-        raise RejectedRow(f"tool {number} is no schema of a function with a name")
-    return value
-
-
-def _kwargs(fields: dict[str, Any]) -> dict[str, Any]:
-    """Parse the row's own arguments for the chat template."""
-    value = loaded(fields.get(_KWARGS))
-    if not says(value):
-        return {}
-    if not isinstance(value, dict):
-        raise RejectedRow(f"`{_KWARGS}` is {kind_of(value)}, expected an object")
-    if reserved := sorted(value.keys() & _RESERVED):
-        raise RejectedRow(f"`{_KWARGS}` sets `{reserved[0]}`, which the row or prepare gives")
-    return present(value)
 
 
 def _texts_of(value: Any, depth: int = 0) -> Iterable[str]:
