@@ -76,6 +76,11 @@ GOLDEN: dict[str, tuple[Any, Conversation, list[str]]] = {
         Conversation([user("two"), assistant("2")]),
         [f"{S}user\ntwo{E}\n{S}assistant\n<think>\n[\n</think>\n\n2{E}]"],
     ),
+    "content that is how a block begins": (
+        OPENED,
+        Conversation([user("two"), call(1, content="<think>")]),
+        [f"{S}user\ntwo{E}\n{S}assistant\n<think>\n[\n</think>\n\n<think>\n{hermes(1)}{E}]"],
+    ),
     "thoughts in every turn": (
         KEPT,
         Conversation(TWO),

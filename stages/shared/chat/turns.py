@@ -58,7 +58,8 @@ class Text:
 
     def begins_with(self, other: "Text") -> bool:
         """Whether text and parts begin alike."""
-        return self.text.startswith(other.text) and self.parts[: len(other.parts)] == other.parts
+        within = tuple(part for part in self.parts if part.start < len(other.text))
+        return self.text.startswith(other.text) and within == other.parts
 
     def holds(self, owner: int, kind: str) -> int:
         """Number of an owner's parts of a kind."""
