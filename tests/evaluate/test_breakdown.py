@@ -13,7 +13,7 @@ from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.generate import Reply
 from stages.shared.chat.conversation import Conversation
-from stages.shared.model import scoring
+from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import read_examples
 from tests import tiny
 from tests.prepare.helpers import Stage
@@ -119,3 +119,37 @@ def test_weights_leave_the_held_out_loss_alone(tmp_path: Path) -> None:
     sums, tokens = scoring.score(model, examples, cpu, torch.float32, "t", by_token=by_token)
     assert [len(by_token[row]) for row in range(len(examples))] == tokens.tolist()
     assert [by_token[row].sum() for row in range(len(examples))] == pytest.approx(sums, rel=1e-5)
+
+
+def request(index: int, name: str) -> dict[str, Any]:
+    word = {"plus": "is it plus", "times": "what is two"}[name]
+    call = {"type": "function", "function": {"name": name, "arguments": '{"x": 4}'}}
+    user = {"role": "user", "content": f"{word} {index}"}
+    tool = {"type": "function", "function": {"name": name}}
+    return {"messages": [user, {"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+
+
+def test_training_raises_the_exact_match_of_calls(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "base")
+    stage = Stage(tmp_path, base)
+    each = [request(i, name) for i in range(30) for name in ("plus", "times")]
+    stage.prepare(each[:48], each[48:], max_length=1024)
+    wanted = Evaluate(generate_rows=12, max_new_tokens=60, prompts=0, seed=0)
+
+    def exact_match() -> float:
+        figures, _ = evaluate("base", base, base, base, stage.out, wanted)
+        return float(figures["tool_calls"]["exact_match"])
+
+    before = exact_match()
+    torch.manual_seed(0)
+    model = loading.load_model(base, torch.device("cpu"), torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    examples = read_examples(stage.out / "train.parquet")
+    for step in range(60):
+        batch = packing.pack(examples[step % 6 :: 6], torch.device("cpu"))
+        scoring.negative_log_likelihoods(model, batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(torch.bfloat16).save_pretrained(base)
+    assert before == 0
+    assert exact_match() >= 0.5
