@@ -49,7 +49,8 @@ XML = "<tool_call>f\n<key>x</key><value>1</value></tool_call>"
     ],
 )
 def test_calls_are_compared_as_json(reference: str, raw: str, named: bool, exact: bool) -> None:
-    row = Conversation([{"role": "assistant", "content": "", "tool_calls": [CALL]}])  # type: ignore[list-item]
+    message: Any = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    row = Conversation([message])
     found = breakdown.calls(row, reference, Reply("", True, raw))
     assert found == {"call_named": named, "call_exact": exact}
 
@@ -58,7 +59,8 @@ def test_calls_come_after_thoughts_and_content() -> None:
     message: Any = {"role": "assistant", "content": "so", "reasoning": "f?", "tool_calls": [CALL]}
     for content in ("so", ""):
         reference = f"<think>\nf?\n</think>\n\n{content}\n{HERMES}"
-        row = Conversation([{**message, "content": content}])
+        varied: Any = {**message, "content": content}
+        row = Conversation([varied])
         for raw, exact in ((reference, True), (HERMES, True), ("<think>\nf?", False)):
             found = breakdown.calls(row, reference, Reply("", True, raw))
             assert found is not None
