@@ -111,8 +111,10 @@ def pieces(model_type: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Pi
         model_type: of the config.
         shapes: of the files' tensors by name.
     """
-    family, found = FAMILIES.get(model_type), {}
-    for name, shape in shapes.items() if family else ():
+    family, found = FAMILIES.get(model_type), dict[str, Piece]()
+    if family is None:
+        return found
+    for name, shape in shapes.items():
         if match := _IN_FILES.fullmatch(name):
             prefix, kind, bias, packed = match.groups()
         elif match := _GRANITE.fullmatch(name):
