@@ -49,24 +49,29 @@ def main() -> None:
 
         # isort: split
         from stages.train.checkpoints import claim  # noqa: PLC0415
-        from stages.train.fingerprint import fingerprint  # noqa: PLC0415
+        from stages.train.distributed import joined  # noqa: PLC0415
+        from stages.train.fingerprint import fingerprint, identity  # noqa: PLC0415
         from stages.train.handover import hand_over  # noqa: PLC0415
-        from stages.train.recipe import train  # noqa: PLC0415
+        from stages.train.recipe import follow, train  # noqa: PLC0415
 
     loftq = settings.train.method == "lora" and settings.lora.init == "loftq"
     read = [path for role, path in INPUTS.items() if role != "original" or loftq]
-    name = fingerprint(settings, device().type, read)
+    same = identity(settings, device().type, read)
     for path in HANDED_OVER.values():
         path.stat()  # not there: told before hours of training
-    with claim(root(), name, machine().keep_checkpoints) as checkpoints:
-        result = train(settings, INPUTS, checkpoints)
-        with files.whole_folder(ADAPTER) as partial:
-            files.link_folder(checkpoints.best, partial)
-            hand_over(partial, HANDED_OVER)
-        result.history.write(CURVE)
-        report = result.metrics | {"environment": result.environment}
-        files.write_report(METRICS, DETAILS, report, COMPARED)
-        checkpoints.clear()
+    with joined(device()) as member:
+        if member and not member[0].is_main:
+            follow(settings, INPUTS, same, member)
+            return
+        with claim(root(), fingerprint(same), machine().keep_checkpoints) as checkpoints:
+            result = train(settings, INPUTS, checkpoints, same, member)
+            with files.whole_folder(ADAPTER) as partial:
+                files.link_folder(checkpoints.best, partial)
+                hand_over(partial, HANDED_OVER)
+            result.history.write(CURVE)
+            report = result.metrics | {"environment": result.environment}
+            files.write_report(METRICS, DETAILS, report, COMPARED)
+            checkpoints.clear()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from stages.shared.step.limits import total_memory_bytes
 from stages.shared.step.setup import (
     SWITCHED_OFF,
     Device,
+    TrainingSetup,
     lora_of,
     micro_batch_of,
     setup_of,
@@ -29,7 +30,7 @@ from stages.train.config import Params
 from stages.train.schedule import Schedule
 
 MOST_STEPS = 10_000  # that are looked at; the longest conversations stand for more
-SAVED = ["micro_batch_tokens", "gradient_checkpointing", "processes", "unfused_because"]
+SAVED = ["micro_batch_tokens", "gradient_checkpointing", "processes", "unfused_because", "sharded"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class ExecutionPlan:
         predicted_bytes: memory that each device, or a CPU's processes, will hold.
         unfused_because: why transformers and peft compute the step; None if it is fused.
         storage_dtype: in which trained base weights are saved.
+        sharded: whether each device holds a part of the frozen weights.
     """
 
     device: torch.device
@@ -55,6 +57,7 @@ class ExecutionPlan:
     predicted_bytes: int | None = None
     unfused_because: str | None = None
     storage_dtype: torch.dtype = torch.float32
+    sharded: bool = False
 
     @property
     def fused(self) -> bool:
@@ -73,11 +76,12 @@ def make_plan(
     train: Sequence[Example],
     held_out: Sequence[Example],
     saved: Mapping[str, Any] | None = None,
+    processes: int | None = None,
 ) -> ExecutionPlan:
     """Resolve each setting: `QLORA_*`, else the saved plan, else the fastest predicted to fit.
 
     Of `model_folder` the config alone is read; `saved` is the plan of the checkpoint that training
-    resumes from.
+    resumes from; `processes` were started on this host by torchrun or Slurm.
 
     Raises:
         UserError: it does not fit this machine's memory, more devices are requested than there
@@ -85,7 +89,7 @@ def make_plan(
     """
     target, requested = device(), _requested(saved)
     device_type: Device = "cuda" if target.type == "cuda" else "cpu"
-    processes = _processes(target, requested)
+    processes = processes or _processes(target, requested)
     config = model_folder / "config.json"
     setup = setup_of(
         stored_as(config),
@@ -107,6 +111,7 @@ def make_plan(
             requested.gradient_checkpointing,
             scored=frozenset(map(micro_batch_of, packing.bins(held_out, scoring.SCORING_TOKENS))),
             processes=processes if device_type == "cpu" else 1,
+            shards=_shards(setup, requested.shard, processes * requested.nodes),
             instead_of_full=lora_of(settings.lora),
         )
         choice = fit.choose(request)
@@ -118,11 +123,25 @@ def make_plan(
         compute_dtype=loading.compute_dtype(model_folder, target),
         micro_batch_tokens=choice.micro_batch_tokens,
         gradient_checkpointing=choice.gradient_checkpointing,
-        processes=processes,
+        processes=processes * requested.nodes,
         predicted_bytes=choice.device_bytes,
         unfused_because=unfused_because,
         storage_dtype=loading.stored_dtype(model_folder),
+        sharded=choice.shards > 1,
     )
+
+
+def _shards(setup: TrainingSetup, shard: str, processes: int) -> tuple[int, ...]:
+    """Parts that frozen weights may be divided in; UserError where they cannot be."""
+    possible = processes > 1 and setup.lora is not None and setup.precision != "int8"
+    if shard == "true" and processes > 1 and not possible:
+        raise UserError(
+            "QLORA_SHARD: only frozen weights are sharded, and int8 is not. Set quantize.precision "
+            "to nf4 or bf16 and train.method to lora, or unset it."
+        )
+    if not possible or shard == "false":
+        return (1,)
+    return (processes,) if shard == "true" else (1, processes)
 
 
 def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:
@@ -138,14 +157,14 @@ def _requested(saved: Mapping[str, Any] | None) -> Machine:
     if saved is None:
         return requested
     before = {name: saved[name] for name in SAVED if name in Machine.model_fields}
-    before["devices"] = saved["processes"]
+    before["devices"] = max(1, saved["processes"] // requested.nodes)
     before["fused"] = saved["unfused_because"] != SWITCHED_OFF
     unset = before.keys() - requested.model_fields_set
     return requested.model_copy(update={name: before[name] for name in unset})
 
 
 def _processes(target: torch.device, requested: Machine) -> int:
-    """Process count: requested, else the checkpoint's, else one per GPU."""
+    """Process count of a host: requested, else the checkpoint's, else one per GPU."""
     if target.type == "cpu":
         return requested.devices or 1
     present = torch.cuda.device_count()

@@ -6,9 +6,11 @@ Another rank, data set, model, code or version never resumes from them.
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -36,19 +38,20 @@ def code_sha256() -> str:
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
-def fingerprint(settings: Params, device: str, inputs: list[Path]) -> str:
-    """Name a training by 16 hex digits.
+def identity(settings: Params, device: str, inputs: list[Path]) -> dict[str, Any]:
+    """What shapes a training, by the name that a user knows it by.
 
     Args:
         settings: the parameters.
         device: `cpu` or `cuda`, whose optimizers keep different states.
         inputs: files and folders that it reads.
     """
-    shape = {
-        "settings": settings.model_dump(),
-        "device": device,
-        "inputs": [files.folder_sha256(p) if p.is_dir() else files.sha256(p) for p in inputs],
-        "code": code_sha256(),
-        "versions": versions(),
-    }
-    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+    hashes = {str(p): files.folder_sha256(p) if p.is_dir() else files.sha256(p) for p in inputs}
+    libraries = {f"version of {name}": version for name, version in versions().items()}
+    shape = {"params.yaml": settings.model_dump(), "QLORA_DEVICE": device, "stages": code_sha256()}
+    return shape | hashes | libraries
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Name a training by 16 hex digits."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

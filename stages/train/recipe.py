@@ -33,7 +33,7 @@ from stages.shared.step.config import Train
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss
 from stages.shared.weights import experts, heap
-from stages.train import distributed, execution
+from stages.train import distributed, execution, hosts
 from stages.train.checkpoints import Checkpoint, Checkpoints
 from stages.train.config import Params
 from stages.train.distributed import Group
@@ -43,6 +43,7 @@ from stages.train.history import History, TokenCounts
 from stages.train.interruption import SET_UP, Interrupted, Interruption
 from stages.train.metrics import metrics_of
 from stages.train.schedule import Schedule
+from stages.train.shards import Shards
 
 if TYPE_CHECKING:  # stages.shared.models is imported before these
     from peft import PeftModel
@@ -73,21 +74,49 @@ class TrainResult:
     environment: dict[str, Any]
 
 
-def train(settings: Params, inputs: Inputs, checkpoints: Checkpoints) -> TrainResult:
+def train(
+    settings: Params,
+    inputs: Inputs,
+    checkpoints: Checkpoints,
+    identity: dict[str, Any] | None = None,
+    joined: tuple[Group, torch.device] | None = None,
+) -> TrainResult:
     """Train to the end, from the newest checkpoint if there is one; keep `checkpoints.best`.
+
+    Args:
+        settings: the parameters.
+        inputs: paths.
+        checkpoints: claimed by this process.
+        identity: what the fingerprint names; other processes are compared with it.
+        joined: this process's place where torchrun or Slurm has started the devices.
 
     Raises:
         Stopped: by a signal; a checkpoint holds all that was done.
         UserError: a parameter does not fit the model or the machine, or training diverged.
     """
-    data = Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
+    data = read_data(inputs)
     checkpoint = checkpoints.latest()
     before = checkpoint.manifest["plan"] if checkpoint else None
-    plan = execution.make_plan(settings, inputs["model"], data.train, data.held_out, before)
+    local = hosts.local_size() if joined else None
+    plan = execution.make_plan(settings, inputs["model"], data.train, data.held_out, before, local)
     if checkpoint is not None:
         print(f"going on from {checkpoint.folder}", file=sys.stderr)
-    arguments = (settings, inputs, data, plan, checkpoints, checkpoint)
+    arguments: Any = (settings, inputs, data, identity or {}, plan, checkpoints, checkpoint)
+    if joined:
+        return _train_on(*joined, *arguments)
     return distributed.launch(plan.processes, plan.device, _train_on, *arguments)
+
+
+def follow(
+    settings: Params, inputs: Inputs, identity: dict[str, Any], joined: tuple[Group, torch.device]
+) -> None:
+    """Train as one of the processes that write nothing; the first one tells plan and state."""
+    _train_on(*joined, settings, inputs, read_data(inputs), identity)
+
+
+def read_data(inputs: Inputs) -> Data:
+    """Read both splits."""
+    return Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
 
 
 def _train_on(
@@ -96,21 +125,28 @@ def _train_on(
     settings: Params,
     inputs: Inputs,
     data: Data,
-    plan: ExecutionPlan,
-    checkpoints: Checkpoints,
-    checkpoint: Checkpoint | None,
+    identity: dict[str, Any],
+    plan: ExecutionPlan | None = None,
+    checkpoints: Checkpoints | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainResult:
-    """The training as one device runs it; `group` has all of them."""
+    """The training as one device runs it; `group` has all of them. The first has all arguments."""
     with Interruption() as stop:
         try:
             with stop.at_once():
-                plan = replace(plan, device=device)
-                model = load_model(settings, inputs, device)
+                group.require_same(identity)
+                if distributed.is_restart() and checkpoints and group.is_main:
+                    checkpoint = checkpoints.latest()  # files may be others than at the start
+                state = checkpoint.state() if checkpoint and group.is_main else None
+                plan, checkpoints, state = group.broadcast((plan, checkpoints, state))
+                assert plan is not None and checkpoints is not None  # the first one's
+                plan = replace(plan, device=device, processes=group.size)
+                model = load_model(settings, inputs, device, plan.sharded)
                 if group.is_main and (line := targets.left_out(model)):
                     print(line, file=sys.stderr)
                 recipe = Recipe(model, data, settings.train, plan, checkpoints, group)
-                if checkpoint is not None:
-                    recipe.load_state(checkpoint.state())
+                if state is not None:
+                    recipe.load_state(state)
                 elif group.is_main:
                     state_bytes = optim.STATE_BYTES[settings.train.optimizer]
                     checkpoints.require_space(recipe.trainable_parameters, state_bytes)
@@ -122,13 +158,17 @@ def _train_on(
 
 
 def load_model(
-    settings: Params, inputs: Inputs, device: torch.device
+    settings: Params, inputs: Inputs, device: torch.device, sharded: bool = False
 ) -> "PreTrainedModel | PeftModel":
-    """The frozen, quantized base with a fresh adapter; in full fine-tuning, fp32 masters."""
+    """The frozen, quantized base with a fresh adapter; in full fine-tuning, fp32 masters.
+
+    One that will be `sharded` stays in its files' pages, on the CPU.
+    """
     torch.manual_seed(settings.train.seed)  # before the adapter's random matrices are drawn
     if settings.train.method == "full":
         return adapter.load_for_full(inputs["model"], device)
-    return adapter.load_for_lora(inputs["model"], settings.lora, device, inputs.get("original"))
+    original = inputs.get("original")
+    return adapter.load_for_lora(inputs["model"], settings.lora, device, original, on_cpu=sharded)
 
 
 class Recipe:
@@ -149,8 +189,13 @@ class Recipe:
         """Set up fused modules, optimizer and schedule."""
         self.model, self.data, self.params, self.plan = model, data, params, plan
         self.checkpoints, self.group = checkpoints, group
+        on_gpu = plan.device.type == "cuda"  # fuse undoes double quantization on a CPU alone
+        if plan.sharded and on_gpu:
+            Shards(model, group.rank, group.size, plan.device)
         if plan.fused:
             fuse(model)
+        if plan.sharded and not on_gpu:
+            Shards(model, group.rank, group.size, plan.device)
         if plan.gradient_checkpointing:
             model.config.use_cache = False
             model.activation_checkpointing_enable({"use_reentrant": False})

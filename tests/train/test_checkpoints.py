@@ -183,7 +183,7 @@ def test_all_that_shapes_a_training_is_in_its_name(
     (model / "weights").write_text("weights")
 
     def name(device: str = "cpu", **changes: object) -> str:
-        return naming.fingerprint(settings(**changes), device, [data, model])
+        return naming.fingerprint(naming.identity(settings(**changes), device, [data, model]))
 
     seen = [name(), name(lora__r=8), name(train__seed=1), name("cuda")]
     data.write_text("other rows")

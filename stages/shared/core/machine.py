@@ -41,6 +41,10 @@ class Machine(BaseSettings):
     memory_budget: float | None = Field(default=None, gt=0, le=1e6, allow_inf_nan=False)  # GiB
     checkpoint_steps: int = Field(default=25, ge=1, le=10**9)
     keep_checkpoints: int = Field(default=2, ge=1, le=10**6)
+    restarts: int = Field(default=1, ge=0, le=10**6)  # of devices that lost one of them
+    nodes: int = Field(default=1, ge=1, le=10**4)  # hosts that share a step
+    shard: Literal["auto", "true", "false"] = "auto"  # frozen weights; auto: where they do not fit
+    endpoint: str | None = Field(default=None, pattern=r"^[^\s:]+:[0-9]{1,5}$")  # of the leader
     verify: bool = False  # true: every dependency is hashed before it is read, not just new ones
 
 
@@ -71,6 +75,11 @@ def machine() -> Machine:
         raise UserError(
             f"{name} (environment or .env) is {first['input']!r}; expected {expected}"
         ) from None
+    if settings.nodes > 1 and settings.endpoint is None:
+        raise UserError(
+            "QLORA_ENDPOINT: not set, but QLORA_NODES is. Set it to host:port of this machine, "
+            "where the other hosts meet it."
+        )
     if settings.workers is not None:
         # Two on two cores: 4 to 7 % slower in bf16, as fast in fp32, 0.2 GB more.
         print("QLORA_WORKERS has no effect: one process uses all cores.", file=sys.stderr)

@@ -49,12 +49,19 @@ def compute_dtype(folder: Path, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype | None = None
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    on_cpu: bool = False,
 ) -> PreTrainedModel:
-    """Load a model in evaluation mode, its dense weights in `dtype` or the `compute_dtype`."""
+    """Load a model in evaluation mode, its dense weights in `dtype` or the `compute_dtype`.
+
+    `on_cpu`: it lies there, to be moved to the device that it is prepared for.
+    """
     weights = Weights(folder)
     dtype = dtype or compute_dtype(folder, device)
-    model = _load(weights, device, dtype)
+    model = _load(weights, torch.device("cpu") if on_cpu else device, dtype)
     bnb.guard(model, device)
     stored = model.dtype
     if stored != dtype:  # transformers leaves the dense weights of a quantized model as stored

@@ -28,13 +28,18 @@ from stages.shared.weights.bnb import Linear8bitLt
 
 
 def load_for_lora(
-    folder: Path, lora: Lora, device: torch.device, original: Path | None = None
+    folder: Path,
+    lora: Lora,
+    device: torch.device,
+    original: Path | None = None,
+    *,
+    on_cpu: bool = False,
 ) -> PeftModel:
     """Put a fresh fp32 adapter on the frozen model; UserError where it does not fit.
 
     `original` is the folder of the weights before quantization, for LoftQ.
     """
-    base = loading.load_model(folder, device)
+    base = loading.load_model(folder, device, on_cpu=on_cpu)
     _refuse_endless_pattern(base, lora)
     targets.refuse_without_experts(base, lora)
     _refuse_for_precision(base, lora, device)

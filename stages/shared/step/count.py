@@ -121,8 +121,9 @@ class StepCounter:
     def persistent(self, setup: TrainingSetup) -> dict[str, Any]:
         """Bytes held from step to step, by part, and what else is known of a setup.
 
-        `pageable`: bytes of the optimizer's states that may leave a GPU; `trainable`: parameters;
-        `unfused_because`: why no fused function computes the step, or None.
+        `pageable`: bytes of the optimizer's states that may leave a GPU; `shardable`: frozen bytes
+        of all blocks, and `largest_block` of one; `trainable`: parameters; `unfused_because`: why
+        no fused function computes the step, or None.
         """
         return self._answer("persistent", replace(setup, gradient_checkpointing=False))
 

@@ -120,7 +120,7 @@ def prepare(config: PretrainedConfig, setup: TrainingSetup) -> Any:
     lora: Any = SimpleNamespace(**setup.lora or {}, alpha=1, rslora=False)
     with ExitStack() as stack:
         for module, name, instead in (
-            (loading, "load_model", lambda *_: model),
+            (loading, "load_model", lambda *_, **__: model),
             (initialisation, "initialise", _initialise),
         ):
             stack.enter_context(patch.object(module, name, instead))
@@ -187,20 +187,28 @@ def persistent(
     times = _times(model, pattern)
     weights = adapter = gradients = tensors = 0
     sizes: list[int] = []
+    frozen_bytes: dict[torch.Tensor, int] = {}
     for p in model.parameters():
         count = times.get(p, 1)
         tensors += count
+        one = p.nbytes
         if isinstance(p, Params4bit):
-            weights += count * memory.four_bit_bytes(p.quant_state.shape.numel(), nested)
+            one = memory.four_bit_bytes(p.quant_state.shape.numel(), nested)
         elif setup.precision == "int8" and p.dtype == torch.int8:
-            weights += count * memory.int8_bytes(*p.shape)
-        elif p.requires_grad and setup.lora:
-            adapter += count * p.nbytes
+            one = memory.int8_bytes(*p.shape)
+        if p.requires_grad and setup.lora:
+            adapter += count * one
         else:
-            weights += count * p.nbytes
+            weights += count * one
+        if not p.requires_grad:
+            frozen_bytes[p] = one
         if p.requires_grad:
             gradients += count * p.nbytes
             sizes += [p.numel()] * count
+    blocks = [
+        [(frozen_bytes[p], times.get(p, 1)) for p in block.parameters() if p in frozen_bytes]
+        for block in architecture.blocks_of(model)
+    ]
     frozen = (b for name, b in model.named_buffers() if name.endswith(".frozen"))
     adapter += sum(times.get(b, 1) * b.nbytes for b in frozen)
     return {
@@ -211,6 +219,8 @@ def persistent(
         "pageable": memory.pageable_bytes(setup.optimizer, sizes),
         "trainable": sum(sizes),
         "tensors": tensors + 4 * len(sizes),
+        "shardable": sum(size * count for block in blocks for size, count in block),
+        "largest_block": max(sum(size for size, _ in block) for block in blocks),
     }
 
 

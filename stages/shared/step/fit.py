@@ -47,6 +47,7 @@ class Request:
         gradient_checkpointing: None to choose.
         scored: micro-batches that held-out conversations are scored in, between steps.
         processes: trainings of a CPU that share a step and this memory.
+        shards: parts that the blocks' frozen weights may be divided in; the first that fits.
         instead_of_full: the keys of `lora` that could be trained instead of all weights.
     """
 
@@ -58,28 +59,36 @@ class Request:
     gradient_checkpointing: bool | None = None
     scored: frozenset[MicroBatch] = frozenset()
     processes: int = 1
+    shards: tuple[int, ...] = (1,)
     instead_of_full: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a step is computed; `device_bytes`: what a device, or a CPU's processes, will hold."""
+    """How a step is computed; `device_bytes`: what a device, or a CPU's processes, will hold.
+
+    `shards`: parts that frozen weights are divided in, 1 where each device holds all.
+    """
 
     micro_batch_tokens: int
     gradient_checkpointing: bool
     prediction: Prediction
     device_bytes: int
+    shards: int = 1
 
 
 def choose(request: Request) -> Choice | None:
     """The fastest of the settings that fit; None if none does."""
-    return next((c for c in map(_counted, _candidates(request)) if fits(request, c)), None)
+    each = (replace(request, shards=(shards,)) for shards in request.shards)
+    counted = (_counted(candidate) for one in each for candidate in _candidates(one))
+    return next((choice for choice in counted if fits(request, choice)), None)
 
 
 def smallest(request: Request) -> Choice:
     """The settings that need the least memory, whether they fit or not."""
     least = replace(
         request,
+        shards=request.shards[-1:],
         micro_batch_tokens=request.micro_batch_tokens
         or MICRO_BATCH_TOKENS[request.setup.device][-1],
         gradient_checkpointing=request.gradient_checkpointing is not False,
@@ -134,9 +143,20 @@ def _counted(candidate: _Candidate) -> Choice:
     batches = request.workload.micro_batches(tokens)
     trained = counter.largest(setup, batches)
     scored = [counter.predict_scoring(setup, batch) for batch in undominated(request.scored)]
-    held = [(device_bytes(counter, setup, p), p) for p in (trained, *scored)]
+    shards = request.shards[0]
+    predictions = [_sharded(p, counter.persistent(setup), shards) for p in (trained, *scored)]
+    held = [(device_bytes(counter, setup, p), p) for p in predictions]
     most, prediction = max(held, key=lambda one: one[0])
-    return Choice(tokens, checkpointing, prediction, most * request.processes)
+    return Choice(tokens, checkpointing, prediction, most * request.processes, shards)
+
+
+def _sharded(prediction: Prediction, held: dict[str, Any], shards: int) -> Prediction:
+    """With blocks divided: a device holds its part, and two blocks that are gathered."""
+    if shards == 1:
+        return prediction
+    whole, gathered = held["shardable"], 2 * held["largest_block"]
+    weights = prediction.parts["weights"] - whole + -(-whole // shards) + gathered
+    return replace(prediction, parts=prediction.parts | {"weights": weights})
 
 
 def refusal(request: Request) -> str:

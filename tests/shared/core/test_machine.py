@@ -91,3 +91,12 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("QLORA_DEVICE", "cuda")
     with pytest.raises(UserError, match="QLORA_DEVICE is 'cuda'"):
         machine.device()
+
+
+def test_nodes_need_the_endpoint_where_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_NODES", "2")
+    with pytest.raises(UserError, match=r"^QLORA_ENDPOINT: not set, but QLORA_NODES is"):
+        machine.machine()
+    monkeypatch.setenv("QLORA_ENDPOINT", "leader")
+    with pytest.raises(UserError, match=r"QLORA_ENDPOINT .* is 'leader'"):
+        machine.machine()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +12,14 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
-from stages.shared.model import packing
+from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, read_examples
 from stages.shared.step import gradient
 from stages.shared.step.fused.patch import fuse
 from stages.train.distributed import Group
+from stages.train.shards import Shards
 from tests import devices, tiny
-from tests.shared.step.adapters import Gradients, distance, gradients_of, moved
+from tests.shared.step.adapters import CPU, Gradients, distance, gradients_of, moved
 
 ROWS = {"whole": [5, 0, 9, 3, 11, 7], "short": [2, 8], "one": [4]}
 rows_of_a_step = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
@@ -78,6 +80,7 @@ def step(
     attention: str | None = None,
     fused: bool = True,
     group: Group | None = None,
+    sharded: bool = False,
 ) -> tuple[float, Gradients]:
     model = moved(folders[0])
     if checkpointing:
@@ -86,6 +89,12 @@ def step(
         model.set_attn_implementation(attention)
     if fused:
         fuse(model)
+    if sharded and group:
+        before = sum(p.nbytes for p in model.get_base_model().get_decoder().layers.parameters())
+        held = Shards(model, group.rank, group.size, CPU)
+        assert held.bytes < before / group.size + before
+        examples = read_examples(folders[1] / "eval.parquet")
+        scoring.score(model, examples, CPU, torch.float32, "score", (group.rank, group.size))
     loss = accumulate(model, chosen(folders, rows), tokens, fused, group or Group())
     return loss, gradients_of(model)
 
@@ -163,25 +172,41 @@ def test_weight_of_2_equals_the_conversation_twice(folders: Folders, fused: bool
 WAYS = [(True, 4096, False), (True, 1, True), (False, 70, False), (False, 1, True)]
 
 
-def steps(group: Group, folders: Folders, weighted: Folders) -> dict[str, tuple[float, Gradients]]:
+def steps(
+    group: Group, folders: Folders, sharded: bool = False
+) -> dict[str, tuple[float, Gradients]]:
     """Steps by every way: whole ones, a short one, and one that leaves processes without work."""
-    found = {
-        f"{name}, {way}": step(folders, rows, way[1], way[2], None, way[0], group)
+    return {
+        f"{name}, {way}": step(folders, rows, way[1], way[2], None, way[0], group, sharded)
         for name, rows in ROWS.items()
         for way in WAYS
     }
-    return found | {"weighted": step(weighted, ROWS["whole"], 70, group=group)}
+
+
+def steps_whole_and_sharded(group: Group, fp32: Folders, nf4: Folders) -> list[Any]:
+    return [
+        steps(group, fp32),
+        steps(group, fp32, True),
+        steps(group, nf4),
+        steps(group, nf4, True),
+    ]
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_gradient_is_the_same_on_several_devices(
-    folders: Folders, weighted: Folders, size: int
+    folders: Folders, tmp_path: Path, size: int
 ) -> None:
-    alone = steps(Group(), folders, weighted)
-    shared = devices.together(size, steps, folders, weighted)
+    """Of sharded weights the bits are those of whole ones."""
+    nf4 = tiny.quantize(tmp_path / "quantized", "nf4"), folders[1]
+    alone = steps(Group(), folders)
+    shared, *others = devices.together(size, steps_whole_and_sharded, folders, nf4)
     for name, (loss, gradients) in shared.items():
         assert distance(gradients, alone[name][1]) < 1e-5, name
         assert loss == pytest.approx(alone[name][0], rel=1e-6), name
+    for whole, sharded in ((shared, others[0]), (others[1], others[2])):
+        for name, (loss, gradients) in whole.items():
+            assert sharded[name][0] == loss, name
+            assert all(torch.equal(sharded[name][1][n], gradients[n]) for n in gradients), name
 
 
 def test_gradient_differs_if_averaged_by_micro_batch(folders: Folders) -> None:

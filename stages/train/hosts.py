@@ -1,0 +1,135 @@
+"""Hosts that train together: who started a process, its rank, its network, and who is still there.
+
+torchrun and Slurm tell a process its place by environment variables. torch orders hosts by name;
+here the first process is the leader's, which alone writes.
+"""
+
+import fcntl
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from threading import Thread
+
+from torch import distributed
+
+from stages.shared.core.errors import UserError
+
+LOST = 75  # exit status of a process that lost those of another host
+GONE = (
+    "process group: a process on another host is gone, and its own host says why. Start all again: "
+    "`dvc repro` goes on from the last checkpoint."
+)
+BEAT_SECONDS, SILENT_SECONDS = 3, 30
+LEAVE_SECONDS = 5
+SIOCGIFADDR = 0x8915  # from linux/sockios.h: the address of an interface
+
+
+def is_started() -> bool:
+    """Whether torchrun or Slurm has started this process as one of several."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun, not of a batch script
+    if tasks == "1" or "SLURM_PROCID" not in os.environ:
+        return False
+    names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "STEP_NUM_TASKS"}
+    os.environ |= {name: os.environ[f"SLURM_{theirs}"] for name, theirs in names.items()}
+    counts = os.environ["SLURM_STEP_TASKS_PER_NODE"]  # 2(x3),1
+    os.environ["LOCAL_WORLD_SIZE"] = re.split(r"\D", counts)[0]
+    os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
+    os.environ["MASTER_PORT"] = str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000)
+    return True
+
+
+def first_host(names: str) -> str:
+    """The first of a list as Slurm writes it, `gpu[07-09,12],cpu1`."""
+    return re.sub(r"^([^,\[]*)(?:\[(\d+)[^\]]*\])?.*", r"\1\2", names)
+
+
+def local_size() -> int:
+    """Processes on this host."""
+    return int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def rank_from_leader(store: distributed.Store, rank: int, size: int, leads: bool) -> int:
+    """The rank of a process, counted from the first that `leads`, or from 0 where none does."""
+    store.set(f"qlora/leads/{rank}", str(int(leads)))
+    leading = [store.get(f"qlora/leads/{other}") == b"1" for other in range(size)]
+    return (rank - (leading.index(True) if any(leading) else 0)) % size
+
+
+def leave_together(store: distributed.Store, size: int) -> None:
+    """Wait a while for the others: a connection that is closed may lose the last sum on its way."""
+    until = time.monotonic() + LEAVE_SECONDS
+    with suppress(RuntimeError):  # the store is gone
+        store.add("qlora/done", 1)
+        while store.add("qlora/done", 0) < size and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def own_address(endpoint: str) -> str:
+    """This host's address on the network that an endpoint, host:port, is reached by."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(
+            f"QLORA_ENDPOINT: {endpoint} cannot be reached ({error.strerror}). Set it to a name or "
+            "address of the leader, which the other hosts know too."
+        ) from None
+
+
+def set_interface() -> None:
+    """Let gloo use the network of the leader's address: a host's name may be that of loopback."""
+    address = own_address(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24]
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(found) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+class Heartbeat(Thread):
+    """A sign of life for the other hosts, and a watch on theirs.
+
+    A host that loses its power or its network closes no connection: collectives would wait for it
+    for ever. Each first process of a host counts up in torch's store, and the leader's reads.
+    """
+
+    def __init__(self, rank: int, size: int, lost: Callable[[Exception], None]) -> None:
+        super().__init__(daemon=True)
+        self._rank, self._size, self._lost = rank, size, lost
+
+    def run(self) -> None:
+        """Until the process ends, or another host is gone: then end it."""
+        heard: dict[int, tuple[int, float]] = {}
+        try:
+            patience = timedelta(seconds=SILENT_SECONDS)
+            store, *_ = next(distributed.rendezvous("env://", timeout=patience))
+            store.set_timeout(patience)
+            while True:
+                store.add(f"qlora/beats/{self._rank}", 1)
+                for other in range(self._size) if self._rank == 0 else ():
+                    beats = store.add(f"qlora/beats/{other}", 0)
+                    if heard.get(other, (0, 0.0))[0] != beats:
+                        heard[other] = beats, time.monotonic()
+                    elif beats and time.monotonic() - heard[other][1] > SILENT_SECONDS:
+                        break
+                else:
+                    time.sleep(BEAT_SECONDS)
+                    continue
+                break
+        except RuntimeError:  # the leader's store cannot be reached
+            pass
+        self._lost(UserError(GONE))
+        os._exit(LOST)

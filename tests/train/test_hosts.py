@@ -1,0 +1,44 @@
+"""What torchrun and Slurm tell a process of its place."""
+
+import os
+
+import pytest
+
+from stages.train import hosts
+
+SLURM = {
+    "SLURM_JOB_ID": "41234",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [("gpu[07-09,12],cpu1", "gpu07"), ("a", "a"), ("a,b", "a"), ("n-[3,7]", "n-3")],
+)
+def test_first_host_of_a_list(names: str, first: str) -> None:
+    assert hosts.first_host(names) == first
+
+
+def test_place_in_a_step_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in places:  # stale ones, which nobody has set for this process
+        monkeypatch.setenv(name, "9")
+    assert not hosts.is_started()
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.is_started()
+    found = [os.environ[name] for name in places]
+    assert found == ["5", "1", "8", "4", "gpu07", "21234"]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert not hosts.is_started()
+
+
+def test_own_address_is_that_towards_the_endpoint() -> None:
+    assert hosts.own_address("127.0.0.1:29500") == "127.0.0.1"
