@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import sys
+import threading
 import traceback
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
@@ -72,6 +73,7 @@ def run(
     command = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else module.__name__
     heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup does
     before = [signal.signal(number, _stop) for number in heard]
+    hook, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
         options = _parse(module, command, add_options)
         with watched(command) if main.__module__ == "__main__" else nullcontext():
@@ -87,6 +89,7 @@ def run(
     else:
         return
     finally:
+        sys.unraisablehook = hook
         for number, handler in zip(heard, before, strict=True):
             signal.signal(number, handler)
     for stream in (sys.stdout, sys.stderr):
@@ -239,6 +242,16 @@ def _reader_is_gone(stream: TextIO | None) -> bool:
         return any(event & select.POLLERR for _, event in poll.poll(0))
     except (OSError, TypeError, ValueError):  # it has no descriptor
         return False
+
+
+def _raise_again(ignored: "sys.UnraisableHookArgs") -> None:
+    """Send a signal once more that came inside a `__del__`, which swallows what is raised in it."""
+    error = ignored.exc_value
+    if not isinstance(error, KeyboardInterrupt | _Signalled):
+        sys.__unraisablehook__(ignored)
+        return
+    number = getattr(error, "signal", signal.SIGINT)
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -158,6 +158,9 @@ ENDS = """
 import os, signal, sys, time, resource
 import torch
 from stages.shared.core.errors import run
+class D:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
 def main():
     print("begun", flush=True)
     {}
@@ -172,6 +175,7 @@ run(main)
         ("torch.empty(1 << 60)", 1, "error: __main__: out of memory (RuntimeError"),
         ("os.kill(os.getpid(), signal.SIGHUP)", 129, "stopped: by SIGHUP"),
         ("os.kill(os.getpid(), signal.SIGINT)", 130, "stopped: by SIGINT"),
+        ("D(); time.sleep(60)", 143, "stopped: by SIGTERM"),
         ("os.kill(os.getpid(), signal.SIGKILL)", -9, "error: __main__: ended without a word"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", -11, "error: __main__: ended without a word"),
     ],
