@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,7 +89,9 @@ def run(root: Path, stage: str, before: Callable[[], Any] | None = None, **how: 
             os._exit(code)
     os.close(writer)
     status = _wait(child, **how)
-    said = os.read(reader, 1 << 20).decode(errors="replace")
+    said = ""
+    with suppress(BlockingIOError):  # nothing yet of an orphan
+        said = os.read(reader, 1 << 20).decode(errors="replace")
     os.close(reader)
     return Ended(status, said, time.monotonic() - started)
 
@@ -158,7 +161,7 @@ def files_below(root: Path, names: list[str]) -> Iterator[str]:
     for name in names:
         path = root / name
         below = sorted(path.rglob("*")) if path.is_dir() else [path]
-        yield from (str(p.relative_to(root)) for p in below if not p.is_dir())
+        yield from (str(p.relative_to(root)) for p in below if p.exists() and not p.is_dir())
 
 
 def hashes(root: Path, stage: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.shared.core import files
+from stages.shared.core.errors import reading
 
 
 def save_tokenizer(
@@ -19,7 +20,9 @@ def save_tokenizer(
     is added by nothing else; a padding token beyond the embedding's `rows` becomes the end token.
     """
     (source / "tokenizer_config.json").open().close()  # transformers would ask the hub
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    files.require_json(source)
+    with reading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.chat_template, tokenizer.eos_token = form["chat_template"], form["eos_token"]
     silenced = add_no_special_tokens(tokenizer)
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
