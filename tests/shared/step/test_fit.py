@@ -63,6 +63,15 @@ def test_settings_of_the_user_are_kept(llama: StepCounter) -> None:
     assert choice.prediction == llama.predict(setup, MicroBatch((2048,), 1024))
 
 
+def test_weights_are_sharded_only_where_they_do_not_fit_whole(llama: StepCounter) -> None:
+    whole = fit.choose(request_of(llama, 24, shards=(1, 8)))
+    assert whole and whole.shards == 1
+    less = fit.smallest(request_of(llama, 24)).device_bytes / GIB - 1
+    assert fit.choose(request_of(llama, less)) is None
+    sharded = fit.choose(request_of(llama, less, shards=(1, 8)))
+    assert sharded and sharded.shards == 8
+
+
 def test_workload_packs_as_training_does() -> None:
     def conversation(tokens: int, row: int) -> Example:
         return Example(np.zeros(tokens + 1, dtype=np.int64), np.arange(tokens + 1) > 4, row)
