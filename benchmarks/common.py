@@ -104,6 +104,14 @@ class Workspace:
         """Metrics of `stages.train` on one device, with `QLORA_<name>` from `variables`."""
         env = {"QLORA_DEVICE": device}
         env |= {f"QLORA_{name.upper()}": str(value) for name, value in variables.items()}
+        # For the tokenizer beside the adapter, where no stage has written them.
+        made = {"chat_template": "", "eos_token": "<end>"}
+        for name, content in {
+            "models/source.json": {"source": "path"},
+            "data/prepared/format.json": made,
+        }.items():
+            if not (self.root / name).exists():
+                (self.root / name).write_text(json.dumps(content))
         self.run("stages.train", env=env)
         return self.read_json("reports/details/train.json") | self.read_json("reports/train.json")
 

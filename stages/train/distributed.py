@@ -35,6 +35,7 @@ from torch.multiprocessing import (  # type: ignore[attr-defined]
     _prctl_pr_set_pdeathsig as die_with_parent,
 )
 
+from stages.shared.core.display import one_line
 from stages.shared.core.errors import Stopped, UserError
 from stages.shared.core.machine import machine
 from stages.shared.core.watcher import SIGNALS
@@ -44,7 +45,7 @@ from stages.train.interruption import SET_UP, Interruption, heard
 PATIENCE = timedelta(days=7)  # of a process, for another that evaluates or writes a checkpoint
 BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's
 GRACE_SECONDS = 10  # between an error of a process and the end of those that do not notice
-LOCAL_SECONDS = 5  # in which the launcher ends a process whose peer on this host is gone
+LOCAL_SECONDS = 30  # in which the launcher ends a process whose peer on this host is gone
 REJOIN_SECONDS = 45  # for which a group that lost a process waits for another host's
 RUN_ID = "none"  # torchrun's, unless --rdzv-id is given
 
@@ -146,8 +147,6 @@ def _peers() -> Iterator[None]:
 def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any) -> Any:
     """Call `work(group, device, *args)` on each of `size` devices; returns what the first returns.
 
-    A lost process restarts the group, `QLORA_RESTARTS` times; `is_restart` tells `work` so.
-
     Args:
         size: devices of all hosts; one process runs in this one, without any machinery.
         device: cpu, or cuda: then each process has the device of its rank on its host.
@@ -175,7 +174,7 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
             rdzv_configs={"is_host": True},
             local_addr=address,
             logs_specs=DefaultLogsSpecs(log_dir=f"{scratch}/logs"),
-            max_restarts=machine().restarts,
+            max_restarts=0,
             monitor_interval=0.1,
         )
         errors = _Errors(Path(scratch))
@@ -351,7 +350,8 @@ def joined(device: torch.device) -> Iterator[tuple[Group, torch.device] | None]:
     error = os.dup(sys.stderr.fileno())
 
     def tell(problem: Exception) -> None:
-        os.write(error, f"error: {problem}\n".encode())
+        with os.fdopen(os.dup(error), "w") as stream:
+            print(f"error: {one_line(str(problem))}", file=stream)
 
     try:
         with _member(device.type, leads=False, lost=tell) as member:
@@ -405,13 +405,12 @@ def _member(
 def _wait_to_be_ended(errors: _Errors) -> None:
     """By an error of another process, or by the launcher, which knows who ended first.
 
-    If that is on another host, nobody ends this one.
+    If that is on another host, or a connection failed while the group formed, nobody does.
     """
     for number in heard():
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    patience = LOCAL_SECONDS if machine().nodes > 1 else PATIENCE.total_seconds()
-    until = time.monotonic() + patience
+    until = time.monotonic() + LOCAL_SECONDS
     while not errors.is_closed():
         time.sleep(0.1)
         if time.monotonic() > until:

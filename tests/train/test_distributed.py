@@ -12,20 +12,11 @@ import torch
 from filelock import FileLock
 
 from stages.shared.core.errors import UserError
-from stages.shared.core.machine import Machine
 from stages.train import distributed
 from stages.train.distributed import Group
 from stages.train.interruption import Interruption
 
 CPU = torch.device("cpu")
-
-
-def is_killed_once(group: Group, device: torch.device) -> float:
-    """A lost process, and what the group that replaces it computes."""
-    if group.rank == 1 and not distributed.is_restart():
-        os.kill(os.getpid(), signal.SIGKILL)
-    group.wait()
-    return group.broadcast(41.0 + group.rank)
 
 
 def total(group: Group, device: torch.device, start: float) -> list[float]:
@@ -53,19 +44,12 @@ def test_launch_sums_over_all_devices(size: int) -> None:
     assert distributed.launch(size, CPU, total, 10) == expected
 
 
-def test_launch_ends_in_the_line_of_the_process_that_failed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_launch_ends_in_the_line_of_the_process_that_failed() -> None:
     with pytest.raises(UserError, match=r"^row 3 is wrong$"):
         distributed.launch(2, CPU, fails)
-    monkeypatch.setattr(distributed, "machine", lambda: Machine(restarts=0))
     with pytest.raises(UserError, match=r"one of 2 .* from outside \(SIGKILL\)") as killed:
         distributed.launch(2, CPU, is_killed)
     assert "\n" not in str(killed.value)
-
-
-def test_launch_starts_a_group_again_that_lost_a_process() -> None:
-    assert distributed.launch(2, CPU, is_killed_once) == 41.0
 
 
 TRAINS = """
@@ -83,8 +67,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_no_device_outlives_its_training_and_its_locks(tmp_path: Path, how: signal.Signals) -> None:
+def test_no_device_outlives_its_training_and_its_locks(tmp_path: Path) -> None:
     (tmp_path / "trains.py").write_text(TRAINS)
     training = subprocess.Popen(
         [sys.executable, tmp_path / "trains.py", tmp_path / "lock"],
@@ -99,7 +82,7 @@ def test_no_device_outlives_its_training_and_its_locks(tmp_path: Path, how: sign
         line = training.stdout.readline()
         assert line, "it has ended"
         devices += [int(line)] if line.strip().isdigit() else []
-    training.send_signal(how)
+    training.kill()
     training.communicate()
     FileLock(tmp_path / "lock").acquire(timeout=5)
     for _ in range(50):

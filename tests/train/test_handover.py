@@ -58,6 +58,7 @@ def test_whole_model_carries_its_tokenizer_and_no_card(tmp_path: Path) -> None:
     folder = adapter(tmp_path, HUB)
     for name in ("adapter_config.json", "README.md"):
         (folder / name).unlink()
+    (folder / "config.json").write_text("{}")
     inputs = {name: tmp_path / name for name in ("model", "tokenizer")}
     hand_over(folder, inputs | {n: tmp_path / f"{n}.json" for n in ("format", "source")})
     assert not (folder / "README.md").exists()

@@ -299,7 +299,7 @@ def test_the_queue_goes_on_where_its_worker_was_killed(
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_lost_device_ends_the_training_and_no_checkpoint(tmp_path: Path, number: int) -> None:
     """The launcher, killed alone, keeps its lock until the last of its processes is gone."""
-    devices = {"QLORA_CHECKPOINT_STEPS": "1", "QLORA_DEVICES": "2", "QLORA_RESTARTS": "0"}
+    devices = {"QLORA_CHECKPOINT_STEPS": "1", "QLORA_DEVICES": "2"}
     space = make(tmp_path / "space")
     running = start(space, TRAIN, devices)
     wait_for_checkpoint(space, running, 2)

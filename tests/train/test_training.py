@@ -13,7 +13,7 @@ from stages.shared.model import loading, scoring
 from stages.shared.model.packing import read_examples
 from stages.shared.weights.precision import DTYPES
 from tests import tiny
-from tests.train.running import run
+from tests.train.running import run, settings, train_on
 
 CPU = torch.device("cpu")
 
@@ -162,5 +162,8 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path, data: Path) -> None:
+    params = settings(train__epochs=5)
+    train = params.train.model_copy(update={"learning_rate": 1e30})  # beyond what is allowed
+    model = tiny.quantize(tmp_path / "quantized", "fp32")
     with pytest.raises(UserError, match="training stopped at step"):
-        run(tmp_path, data, "fp32", train__learning_rate=1e30, train__epochs=5)
+        train_on(params.model_copy(update={"train": train}), data, model, tmp_path / "adapter")

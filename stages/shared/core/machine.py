@@ -41,7 +41,6 @@ class Machine(BaseSettings):
     memory_budget: float | None = Field(default=None, gt=0, le=1e6, allow_inf_nan=False)  # GiB
     checkpoint_steps: int = Field(default=25, ge=1, le=10**9)
     keep_checkpoints: int = Field(default=2, ge=1, le=10**6)
-    restarts: int = Field(default=1, ge=0, le=10**6)  # of devices that lost one of them
     nodes: int = Field(default=1, ge=1, le=10**4)  # hosts that share a step
     shard: Literal["auto", "true", "false"] = "auto"  # frozen weights; auto: where they do not fit
     endpoint: str | None = Field(default=None, pattern=r"^[^\s:]+:[0-9]{1,5}$")  # of the leader
