@@ -42,8 +42,9 @@ def _changes(
             yield entry
             continue
         for what, changed in entry.items():
-            names = [name for name in changed if name != PARAMS]
-            before, sections = locked.get(PARAMS, {}), changed.get(PARAMS, {})
+            is_file = isinstance(changed.get(PARAMS), str)  # of the report
+            names = [name for name in changed if is_file or name != PARAMS]
+            before, sections = locked.get(PARAMS, {}), {} if is_file else changed.get(PARAMS, {})
             keys = [key for name in sections for key in _keys(name, before, params)]
             yield from _listed("params", keys)
             yield from _listed(what.removeprefix("changed "), names)
