@@ -39,7 +39,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
 
 
 def measure() -> None:
-    """Train in each way, and publish what was predicted and what was held at the peak."""
+    """Train in each way; publish the predicted and the measured peak."""
     default = {"precision": "nf4", "double_quant": True, "compute_dtype": "bf16"}
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(os.cpu_count()) as pool:
         for kind in {changes.get("quantize.precision", "nf4") for changes in PROCESSES.values()}:

@@ -46,7 +46,7 @@ PATIENCE = timedelta(days=7)  # of a process, for another that evaluates or writ
 BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's
 GRACE_SECONDS = 10  # between an error of a process and the end of those that do not notice
 LOCAL_SECONDS = 30  # in which the launcher ends a process whose peer on this host is gone
-REJOIN_SECONDS = 45  # for which a group that lost a process waits for another host's
+ALONE_SECONDS = 45  # for which the agent waits for other hosts once this one's processes are gone
 RUN_ID = "none"  # torchrun's, unless --rdzv-id is given
 
 T = TypeVar("T")
@@ -229,14 +229,14 @@ class _Agent(Thread):
                 errors.close()
             for child in children if stop.heard else ():
                 if stop.heard and child.pid and child.pid not in told:
-                    os.kill(child.pid, stop.heard)  # a second SIGINT would be obeyed at once
+                    os.kill(child.pid, stop.heard)
                     told.add(child.pid)
             closed = closed or (now if errors.first() else 0.0)
             for child in children if closed and now - closed > GRACE_SECONDS else ():
                 child.kill()
-            if children or not (errors.is_closed() or errors.attempts()):
+            if children or not (errors.is_closed() or errors.starts()):
                 there = now
-            patience = 0 if errors.is_closed() else REJOIN_SECONDS
+            patience = 0 if errors.is_closed() else ALONE_SECONDS
             if self._config.max_nodes > 1 and now - there > patience:
                 return  # the agent waits for the other hosts
 
@@ -287,16 +287,16 @@ class _Errors:
         return pickle.loads(file.read_bytes()) if file.exists() else None  # noqa: S301
 
     def close(self) -> None:
-        """Let processes end, and no group begin."""
+        """Let processes that wait to be ended end."""
         (self.folder / "closed").touch()
 
     def is_closed(self) -> bool:
         return (self.folder / "closed").exists() or self.first() is not None
 
-    def count_attempt(self) -> None:
+    def count_start(self) -> None:
         (self.folder / f"{os.getpid()}.started").touch()
 
-    def attempts(self) -> int:
+    def starts(self) -> int:
         """Processes that were started so far."""
         return len(list(self.folder.glob("*.started")))
 
@@ -316,9 +316,7 @@ def _on_device(
         os._exit(1)
     for number in heard():  # once the training has ended, which may be before its processes do
         signal.signal(number, lambda *_: None)
-    errors.count_attempt()
-    if errors.is_closed():  # by the group that this one would replace
-        return
+    errors.count_start()
     try:
         with _member(device_type, leads=True, lost=errors.record) as (group, device):
             answer = work(group, device, *args)
@@ -328,13 +326,8 @@ def _on_device(
         errors.record_answer(stopped)
     except PeerLost:
         _wait_to_be_ended(errors)
-    except Exception as error:  # not raised: the launcher would start all again
+    except Exception as error:  # not raised: the launcher would print a page of its own
         errors.record(error)
-
-
-def is_restart() -> bool:
-    """Whether this process replaces one of a group that lost another."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 @contextmanager

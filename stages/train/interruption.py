@@ -22,10 +22,17 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """While entered, a first signal is noted in `heard`; a second Ctrl-C stops at once."""
+    """While entered, a first signal is noted in `heard`; a second Ctrl-C stops at once.
+
+    Not in one of several devices: it hears Ctrl-C from the terminal and again from the launcher,
+    and the launcher ends all of them at a second one.
+    """
 
     heard: signal.Signals | None = None
     _repeatable = False
+
+    def __init__(self, *, among_devices: bool = False) -> None:
+        self._among_devices = among_devices
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._hear) for number in heard()}
@@ -52,7 +59,7 @@ class Interruption:
             self.heard = signal.Signals(number)
             if self._repeatable:
                 raise Interrupted
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and not self._among_devices:
             raise KeyboardInterrupt
 
     @contextmanager

@@ -131,12 +131,10 @@ def _train_on(
     checkpoint: Checkpoint | None = None,
 ) -> TrainResult:
     """The training as one device runs it; `group` has all of them. The first has all arguments."""
-    with Interruption() as stop:
+    with Interruption(among_devices=group.size > 1) as stop:
         try:
             with stop.at_once():
                 group.require_same(identity)
-                if distributed.is_restart() and checkpoints and group.is_main:
-                    checkpoint = checkpoints.latest()  # files may be others than at the start
                 state = checkpoint.state() if checkpoint and group.is_main else None
                 plan, checkpoints, state = group.broadcast((plan, checkpoints, state))
                 assert plan is not None and checkpoints is not None  # the first one's

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,13 @@ def test_the_first_signal_is_the_one_that_is_told_of() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.heard == signal.SIGINT
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_one_of_several() -> None:
+    """Torch takes a worker that Ctrl-C ended for one that has yet to answer, and waits for ever."""
+    for among_devices in (False, True):
+        with Interruption(among_devices=among_devices) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            with nullcontext() if among_devices else pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert stop.heard == signal.SIGINT
