@@ -45,12 +45,12 @@ from stages.shared.core import progress
 from stages.shared.core.errors import run
 from stages.shared.model import loading, packing
 from stages.shared.model.packing import Example
+from stages.shared.parallel.limits import GIB
 from stages.shared.step import adapter, fit, gradient, optim
 from stages.shared.step.config import Lora
 from stages.shared.step.count import Prediction, StepCounter
 from stages.shared.step.fake_model import state_tensors
 from stages.shared.step.fused import patch
-from stages.shared.step.limits import GIB
 from stages.shared.step.live_bytes import LiveBytes
 from stages.shared.step.setup import Device, TrainingSetup, micro_batch_of, setup_of
 from stages.shared.weights import precision

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from stages.plan.tables import smallest_card, unit_of
 from stages.plan.techniques import CARDS_GIB
 from stages.shared.core import files
-from stages.shared.step.limits import GIB
+from stages.shared.parallel.limits import GIB
 
 PARTS = {
     "weights": ("weights_bytes",),

@@ -7,10 +7,10 @@ from stages.plan import data, techniques
 from stages.plan.config import Params
 from stages.plan.data import Data
 from stages.shared.core.errors import UserError
+from stages.shared.parallel.limits import GIB
 from stages.shared.step import fit, memory
 from stages.shared.step.count import StepCounter
 from stages.shared.step.fit import Choice, Request
-from stages.shared.step.limits import GIB
 from stages.shared.step.setup import Device, MicroBatch, TrainingSetup, lora_of, setup_of
 from stages.shared.step.workload import workload_of_counts
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from stages.plan.techniques import BYTES_ALONE, CARDS_GIB
-from stages.shared.step.limits import GIB
+from stages.shared.parallel.limits import GIB
 
 
 def cards(plan: Mapping[str, Any]) -> str:

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from stages.shared.parallel.limits import GIB
 from stages.shared.step import fit
 from stages.shared.step.count import PARTS, Prediction, StepCounter
-from stages.shared.step.limits import GIB
 from stages.shared.step.memory import DENSE_BYTES
 from stages.shared.step.setup import MicroBatch, TrainingSetup
 

@@ -12,10 +12,10 @@ from stages.plan.config import Params
 from stages.plan.data import Data
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import device
+from stages.shared.parallel.limits import GIB, total_memory_bytes
 from stages.shared.step import fit
 from stages.shared.step.count import StepCounter
 from stages.shared.step.fit import Request
-from stages.shared.step.limits import GIB, total_memory_bytes
 from stages.shared.step.setup import Device, TrainingSetup, lora_of
 from stages.shared.weights import precision
 

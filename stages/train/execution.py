@@ -12,9 +12,9 @@ from stages.shared.core.errors import UserError
 from stages.shared.core.machine import Machine, device, machine
 from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import Example, require_vocabulary
+from stages.shared.parallel.limits import total_memory_bytes
 from stages.shared.step import fit
 from stages.shared.step.count import StepCounter
-from stages.shared.step.limits import total_memory_bytes
 from stages.shared.step.setup import (
     SWITCHED_OFF,
     Device,

@@ -28,22 +28,23 @@ from stages.shared.core.errors import UserError
 from stages.shared.core.machine import machine
 from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, read_examples
+from stages.shared.parallel import distributed, hosts
+from stages.shared.parallel.distributed import Group
+from stages.shared.parallel.interruption import SET_UP, Interrupted, Interruption
+from stages.shared.parallel.shards import Shards
 from stages.shared.step import adapter, gradient, optim, router_loss, targets
 from stages.shared.step.config import Train
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss
 from stages.shared.weights import experts, heap
-from stages.train import distributed, execution, hosts
+from stages.train import execution
 from stages.train.checkpoints import Checkpoint, Checkpoints
 from stages.train.config import Params
-from stages.train.distributed import Group
 from stages.train.environment import environment
 from stages.train.execution import ExecutionPlan
 from stages.train.history import History, TokenCounts
-from stages.train.interruption import SET_UP, Interrupted, Interruption
 from stages.train.metrics import metrics_of
 from stages.train.schedule import Schedule
-from stages.train.shards import Shards
 
 if TYPE_CHECKING:  # stages.shared.models is imported before these
     from peft import PeftModel

@@ -15,13 +15,13 @@ from stages.shared.core import machine
 from stages.shared.core.errors import Stopped, UserError
 from stages.shared.model import packing
 from stages.shared.model.packing import read_examples
+from stages.shared.parallel.distributed import Group
+from stages.shared.parallel.interruption import Interruption
 from stages.shared.step import adapter, gradient
 from stages.train import recipe as recipes
 from stages.train.checkpoints import Checkpoints, claim
 from stages.train.config import Params
-from stages.train.distributed import Group
 from stages.train.execution import ExecutionPlan
-from stages.train.interruption import Interruption
 from stages.train.recipe import Data, Recipe
 from tests import tiny
 from tests.train.running import settings, train_on

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stages.shared.parallel.limits import GIB
 from stages.shared.step.count import Prediction, StepCounter, undominated
-from stages.shared.step.limits import GIB
 from stages.shared.step.setup import MicroBatch, TrainingSetup
 from stages.shared.step.workload import Workload
 

@@ -12,9 +12,9 @@ from benchmarks import memory
 from benchmarks.memory import Setting
 from stages.plan.sources import CONFIGS
 from stages.shared.core.errors import UserError
+from stages.shared.parallel.limits import GIB
 from stages.shared.step import architecture, count, dry_run
 from stages.shared.step.count import StepCounter, few, undominated
-from stages.shared.step.limits import GIB
 from stages.shared.step.setup import MicroBatch, TrainingSetup
 
 LENGTHS = (40, 90, 50)

@@ -11,10 +11,11 @@ import pytest
 
 from stages.plan.sources import CONFIGS
 from stages.shared.model.packing import Example
-from stages.shared.step import fit, limits
+from stages.shared.parallel import limits
+from stages.shared.parallel.limits import GIB, cgroup_limits, total_memory_bytes
+from stages.shared.step import fit
 from stages.shared.step.count import StepCounter
 from stages.shared.step.fit import Request
-from stages.shared.step.limits import GIB, cgroup_limits, total_memory_bytes
 from stages.shared.step.setup import MicroBatch, TrainingSetup
 from stages.shared.step.workload import Workload, workload_of_counts
 

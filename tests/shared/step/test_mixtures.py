@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading, packing
 from stages.shared.model.packing import read_examples
+from stages.shared.parallel import distributed
+from stages.shared.parallel.distributed import Group
 from stages.shared.step import adapter, gradient, targets
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss, weight_of
 from stages.shared.weights import experts
-from stages.train import distributed
-from stages.train.distributed import Group
 from tests import tiny
 from tests.architectures import MIXTURES, saved
 from tests.shared.step.adapters import CPU, IDS, Gradients, distance, gradients_of, moved

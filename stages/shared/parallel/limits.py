@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.shared.core.machine import machine
-from stages.shared.step.setup import Device
 
 GIB = 2**30
 PROC, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 RLIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
 
-def total_memory_bytes(device: Device, budget_gib: float | None = None) -> int:
+def total_memory_bytes(device: str, budget_gib: float | None = None) -> int:
     """The budget (`QLORA_MEMORY_BUDGET`), or all memory of the first device of this kind.
 
-    Of a CPU no more than its cgroup and ulimit allow.
+    Of a CPU no more than its cgroup and ulimit allow. `device`: cpu or cuda.
     """
     gib = machine().memory_budget if budget_gib is None else budget_gib
     limits = [] if gib is None else [int(gib * GIB)]

@@ -13,9 +13,9 @@ import torch
 from filelock import FileLock
 
 from stages.shared.core.errors import UserError
-from stages.train import distributed
-from stages.train.distributed import Group
-from stages.train.interruption import Interruption
+from stages.shared.parallel import distributed
+from stages.shared.parallel.distributed import Group
+from stages.shared.parallel.interruption import Interruption
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ TRAINS = """
 import os, sys, time
 import torch
 from filelock import FileLock
-from stages.train import distributed
+from stages.shared.parallel import distributed
 def work(group, device):
     print(os.getpid(), flush=True)
     time.sleep(60)

@@ -39,8 +39,8 @@ from stages.shared.core.display import one_line
 from stages.shared.core.errors import Stopped, UserError
 from stages.shared.core.machine import machine
 from stages.shared.core.watcher import SIGNALS
-from stages.train import hosts
-from stages.train.interruption import SET_UP, Interruption, heard
+from stages.shared.parallel import hosts
+from stages.shared.parallel.interruption import SET_UP, Interruption, heard
 
 PATIENCE = timedelta(days=7)  # of a process, for another that evaluates or writes a checkpoint
 BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from stages.train import hosts
+from stages.shared.parallel import hosts
 
 SLURM = {
     "SLURM_JOB_ID": "41234",
