@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from stages.shared.parallel.distributed import Group
+from stages.shared.parallel.group import Group
 
 
 def together(size: int, work: Callable[..., Any], *args: Any) -> Any:

@@ -48,7 +48,7 @@ def main() -> None:
         import stages.shared.model.loading  # noqa: F401, PLC0415  (before peft)
 
         # isort: split
-        from stages.shared.parallel.distributed import joined  # noqa: PLC0415
+        from stages.shared.parallel.member import joined  # noqa: PLC0415
         from stages.train.checkpoints import claim  # noqa: PLC0415
         from stages.train.fingerprint import fingerprint, identity  # noqa: PLC0415
         from stages.train.handover import hand_over  # noqa: PLC0415

@@ -10,24 +10,23 @@
 It lies outside DVC's outs, which DVC deletes before it runs a stage.
 """
 
+import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 
 FOLDER = ".checkpoints"
-STATE, BEST, MANIFEST = "state.pt", "best", "manifest.json"
+STATE, BEST, MANIFEST, LOCK = "state.pt", "best", "manifest.json", ".lock"
 
 
 @contextmanager
@@ -44,20 +43,20 @@ def claim(root: Path, fingerprint: str, keep: int) -> Iterator["Checkpoints"]:
     """
     folder = root / FOLDER / fingerprint
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{folder}: another process is training with the same parameters, data and code. "
-            "Wait for it, or stop it and run `dvc repro` again."
-        ) from None
-    try:
-        yield Checkpoints(folder, keep, lock._context.lock_file_fd)  # it has no public name
-    finally:
-        if not folder.exists():
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    with folder.with_suffix(LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the worker that writes holds it too
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is training with the same parameters, data and code. "
+                "Wait for it, or stop it and run `dvc repro` again."
+            ) from None
+        try:
+            yield Checkpoints(folder, keep)
+        finally:
+            if not folder.exists():
+                Path(lock.name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,15 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one training, whose lock every process that gets them holds too."""
+    """The checkpoints of one training."""
 
-    def __init__(self, folder: Path, keep: int, lock: int | None = None) -> None:
-        """`lock` is the descriptor of the locked file."""
-        self.folder, self.keep, self.lock = folder, keep, lock
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For a process that is being started: the lock is free once all of them are gone."""
-        return _received, (self.folder, self.keep, self.lock and DupFd(self.lock))
+    def hold(self) -> None:
+        """Keep the lock of the process that claimed them, until this one ends as well."""
+        self._lock = self.folder.with_suffix(LOCK).open("rb")
+        fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     @property
     def best(self) -> Path:
@@ -161,10 +160,6 @@ class Checkpoints:
         """Checkpoints by step, without unfinished ones."""
         written = (p for p in self.folder.glob("step-*") if p.suffix != ".partial")
         return sorted(written, key=lambda p: (len(p.name), p.name))  # six digits, or more
-
-
-def _received(folder: Path, keep: int, lock: Any) -> Checkpoints:
-    return Checkpoints(folder, keep, lock and lock.detach())
 
 
 def _fault(folder: Path) -> str | None:

@@ -28,9 +28,9 @@ from stages.shared.core.errors import UserError
 from stages.shared.core.machine import machine
 from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, read_examples
-from stages.shared.parallel import distributed, hosts
-from stages.shared.parallel.distributed import Group
-from stages.shared.parallel.interruption import SET_UP, Interrupted, Interruption
+from stages.shared.parallel import hosts, launcher
+from stages.shared.parallel.group import Group
+from stages.shared.parallel.interruption import Interrupted, Interruption
 from stages.shared.parallel.shards import Shards
 from stages.shared.step import adapter, gradient, optim, router_loss, targets
 from stages.shared.step.config import Train
@@ -56,6 +56,7 @@ Inputs = Mapping[str, Path]
 # Of the predicted memory. At 1 the default's heap was trimmed before each step: 7,000 page faults a
 # second instead of 130.
 TRIM_ABOVE = 1.25
+SET_UP = "while it was set up; `dvc repro` begins where it began"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def train(
     arguments: Any = (settings, inputs, data, identity or {}, plan, checkpoints, checkpoint)
     if joined:
         return _train_on(*joined, *arguments)
-    return distributed.launch(plan.processes, plan.device, _train_on, *arguments)
+    return launcher.launch(plan.processes, plan.device, _train_on, *arguments)
 
 
 def follow(
@@ -132,13 +133,15 @@ def _train_on(
     checkpoint: Checkpoint | None = None,
 ) -> TrainResult:
     """The training as one device runs it; `group` has all of them. The first has all arguments."""
-    with Interruption(among_devices=group.size > 1) as stop:
+    with Interruption() as stop:
         try:
             with stop.at_once():
                 group.require_same(identity)
                 state = checkpoint.state() if checkpoint and group.is_main else None
                 plan, checkpoints, state = group.broadcast((plan, checkpoints, state))
                 assert plan is not None and checkpoints is not None  # the first one's
+                if group.is_main and group.size > 1:
+                    checkpoints.hold()
                 plan = replace(plan, device=device, processes=group.size)
                 model = load_model(settings, inputs, device, plan.sharded)
                 if group.is_main and (line := targets.left_out(model)):
@@ -150,7 +153,7 @@ def _train_on(
                     state_bytes = optim.STATE_BYTES[settings.train.optimizer]
                     checkpoints.require_space(recipe.trainable_parameters, state_bytes)
         except Interrupted:
-            raise stop.stopped(SET_UP) from None
+            raise stop.stopped("training", SET_UP) from None
         group.wait()  # a signal ends the setup of each process, and what follows for all of them
         recipe.run(stop)
         return TrainResult(metrics_of(recipe), recipe.history, environment(device))
@@ -242,9 +245,10 @@ class Recipe:
                 except Interrupted:
                     break
         if not self.history.rows:
-            raise stop.stopped("in its first evaluation; `dvc repro` starts it again")
+            raise stop.stopped("training", "in its first evaluation; `dvc repro` starts it again")
         self.checkpoint()
         raise stop.stopped(
+            "training",
             f"after step {self.step} of {total}; {self.checkpoints.folder} holds all of them; "
             "`dvc repro` goes on from there",
         )

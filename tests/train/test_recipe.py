@@ -15,7 +15,7 @@ from stages.shared.core import machine
 from stages.shared.core.errors import Stopped, UserError
 from stages.shared.model import packing
 from stages.shared.model.packing import read_examples
-from stages.shared.parallel.distributed import Group
+from stages.shared.parallel.group import Group
 from stages.shared.parallel.interruption import Interruption
 from stages.shared.step import adapter, gradient
 from stages.train import recipe as recipes

@@ -19,7 +19,7 @@ from torch import distributed
 
 from stages.shared.core.errors import UserError
 
-LOST = 75  # exit status of a process that lost those of another host
+LOST = 75  # exit status of a process whose peer is gone: the cause lies elsewhere
 GONE = (
     "process group: a process on another host is gone, and its own host says why. Start all again: "
     "`dvc repro` goes on from the last checkpoint."
@@ -106,7 +106,7 @@ class Heartbeat(Thread):
     for ever. Each first process of a host counts up in torch's store, and the leader's reads.
     """
 
-    def __init__(self, rank: int, size: int, lost: Callable[[Exception], None]) -> None:
+    def __init__(self, rank: int, size: int, lost: Callable[[], None]) -> None:
         super().__init__(daemon=True)
         self._rank, self._size, self._lost = rank, size, lost
 
@@ -131,5 +131,5 @@ class Heartbeat(Thread):
                 break
         except RuntimeError:  # the leader's store cannot be reached
             pass
-        self._lost(UserError(GONE))
+        self._lost()
         os._exit(LOST)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, read_examples
-from stages.shared.parallel.distributed import Group
+from stages.shared.parallel.group import Group
 from stages.shared.parallel.shards import Shards
 from stages.shared.step import gradient
 from stages.shared.step.fused.patch import fuse

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading, packing
 from stages.shared.model.packing import read_examples
-from stages.shared.parallel import distributed
-from stages.shared.parallel.distributed import Group
+from stages.shared.parallel import launcher
+from stages.shared.parallel.group import Group
 from stages.shared.step import adapter, gradient, targets
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss, weight_of
@@ -114,7 +114,7 @@ def on_each(group: Group, _: torch.device, folders: Folders) -> list[tuple[float
 
 
 def test_gradient_of_a_mixture_is_the_same_on_two_devices(folders: Folders) -> None:
-    shared = distributed.launch(2, CPU, on_each, folders)
+    shared = launcher.launch(2, CPU, on_each, folders)
     for kind, (loss, gradients) in zip(KINDS, shared, strict=True):
         alone = step(folders, kind, 70, weight=0.5)
         assert loss == pytest.approx(alone[0], rel=1e-6)

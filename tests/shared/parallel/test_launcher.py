@@ -5,17 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 from stages.shared.core.errors import UserError
-from stages.shared.parallel import distributed
-from stages.shared.parallel.distributed import Group
+from stages.shared.parallel import launcher
+from stages.shared.parallel.group import Group
 from stages.shared.parallel.interruption import Interruption
+from stages.train.checkpoints import claim
 
 CPU = torch.device("cpu")
 
@@ -42,55 +41,56 @@ def is_killed(group: Group, device: torch.device) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_launch_sums_over_all_devices(size: int) -> None:
     expected = [10.0, 10.0, 1.0, 0.0] if size == 1 else [21.0, 21.0, 2.0, 1.0]
-    assert distributed.launch(size, CPU, total, 10) == expected
+    assert launcher.launch(size, CPU, total, 10) == expected
 
 
 def test_launch_ends_in_the_line_of_the_process_that_failed() -> None:
     with pytest.raises(UserError, match=r"^row 3 is wrong$"):
-        distributed.launch(2, CPU, fails)
-    with pytest.raises(UserError, match=r"one of 2 .* from outside \(SIGKILL\)") as killed:
-        distributed.launch(2, CPU, is_killed)
+        launcher.launch(2, CPU, fails)
+    with pytest.raises(UserError, match=r"one of 2, was .* from outside \(SIGKILL\)") as killed:
+        launcher.launch(2, CPU, is_killed)
     assert "\n" not in str(killed.value)
 
 
-TRAINS = """
+HOLDS = """
 import os, sys, time
 import torch
-from filelock import FileLock
-from stages.shared.parallel import distributed
-def work(group, device):
+from stages.shared.parallel import launcher
+from stages.train.checkpoints import Checkpoints, claim
+from pathlib import Path
+def work(group, device, checkpoints):
+    if group.is_main:
+        checkpoints.hold()
     print(os.getpid(), flush=True)
     time.sleep(60)
 if __name__ == "__main__":
-    lock = FileLock(sys.argv[1])
-    lock.acquire()
-    distributed.launch(2, torch.device("cpu"), work)
+    import holds
+    with claim(Path(sys.argv[1]), "a", 1) as checkpoints:
+        launcher.launch(2, torch.device("cpu"), holds.work, checkpoints)
 """
 
 
-def test_no_device_outlives_its_training_and_its_locks(tmp_path: Path) -> None:
-    (tmp_path / "trains.py").write_text(TRAINS)
+def test_no_device_outlives_its_launcher_or_its_lock(tmp_path: Path) -> None:
+    (tmp_path / "holds.py").write_text(HOLDS)
     training = subprocess.Popen(
-        [sys.executable, tmp_path / "trains.py", tmp_path / "lock"],
-        env=os.environ | {"PYTHONPATH": "."},
+        [sys.executable, tmp_path / "holds.py", tmp_path],
+        env=os.environ | {"PYTHONPATH": f".:{tmp_path}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     assert training.stdout is not None
-    devices: list[int] = []
-    while len(devices) < 2:
-        line = training.stdout.readline()
-        assert line, "it has ended"
-        devices += [int(line)] if line.strip().isdigit() else []
+    devices = [int(training.stdout.readline()) for _ in range(2)]
     training.kill()
     training.communicate()
-    FileLock(tmp_path / "lock").acquire(timeout=5)
     for _ in range(50):
         if not any(_runs(number) for number in devices):
-            return
+            break
         time.sleep(0.1)
-    pytest.fail(f"still there: {devices}")
+    else:
+        pytest.fail(f"still there: {devices}")
+    with claim(tmp_path, "a", 1):
+        pass
 
 
 def _runs(number: int) -> bool:
@@ -108,11 +108,9 @@ def test_the_first_signal_is_the_one_that_is_told_of() -> None:
     assert stop.heard == signal.SIGINT
 
 
-def test_a_second_ctrl_c_stops_at_once_but_not_one_of_several() -> None:
-    """Torch takes a worker that Ctrl-C ended for one that has yet to answer, and waits for ever."""
-    for among_devices in (False, True):
-        with Interruption(among_devices=among_devices) as stop:
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    with Interruption() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            with nullcontext() if among_devices else pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert stop.heard == signal.SIGINT
+    assert stop.heard == signal.SIGINT

@@ -1,0 +1,62 @@
+"""Worker: a process that the launcher starts, for one device.
+
+Run:    by torch's elastic agent, `python -m stages.shared.parallel.worker <folder> <launcher>`
+"""
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from stages.shared.core.errors import Stopped, UserError
+from stages.shared.core.watcher import SIGNALS
+
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def main() -> None:
+    """Do the job of the folder; its answer, or an error, is left there, pickled."""
+    folder, launcher = Path(sys.argv[1]), int(sys.argv[2])
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it had gone before
+        os._exit(1)
+    # Blocked until here. A training hears them by itself; whatever has nothing to save just ends.
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    (folder / f"{os.getpid()}.started").touch()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    from stages.shared.parallel import hosts  # noqa: PLC0415  (torch takes seconds)
+    from stages.shared.parallel.group import PeerLost  # noqa: PLC0415
+    from stages.shared.parallel.member import member  # noqa: PLC0415
+
+    try:
+        device_type, work, args = pickle.loads((folder / "job").read_bytes())  # noqa: S301
+        with member(device_type, leads=True) as (group, device):
+            answer = work(group, device, *args)
+            if group.is_main:
+                _leave(folder, "answer", answer)
+    except Stopped as stopped:
+        _leave(folder, "answer", stopped)
+    except PeerLost:
+        sys.exit(hosts.LOST)
+    except Exception as error:
+        if not isinstance(error, UserError):
+            error.add_note(traceback.format_exc())
+        _leave(folder, f"{os.getpid()}.error", error)
+        sys.exit(1)
+
+
+def _leave(folder: Path, name: str, value: Any) -> None:
+    partial = folder / f"{os.getpid()}.partial"
+    partial.write_bytes(pickle.dumps(value))
+    partial.rename(folder / name)
+
+
+if __name__ == "__main__":
+    main()
