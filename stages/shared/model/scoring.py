@@ -16,6 +16,7 @@ from stages.shared.core import progress
 from stages.shared.model import packing
 from stages.shared.model.loading import without_adapter
 from stages.shared.model.packing import Example, Packed
+from stages.shared.weights import experts
 from stages.shared.weights.precision import autocast
 
 # Fixed: in bf16 other batches score differently (3.27070 and 3.27108 nats). Small: without our
@@ -99,6 +100,8 @@ def score(
     model.eval()
     try:
         for batch in batches(examples, device, desc, share, packing.may_pack(model.config)):
+            if not len(batch.predictors):  # idle, as are all that follow
+                experts.stop_counting(model)
             with autocast(device, dtype):
                 losses = negative_log_likelihoods(model, batch)
             np.add.at(sums, batch.rows.cpu().numpy(), losses.double().cpu().numpy())

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from stages.shared.core.errors import UserError
-from stages.shared.model import loading, packing
+from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import read_examples
 from stages.shared.parallel import launcher
 from stages.shared.parallel.group import Group
@@ -123,6 +123,15 @@ def test_gradient_of_a_mixture_is_the_same_on_two_devices(folders: Folders) -> N
             not gradients.pop(name).any() and alone[1].pop(name) is not None for name in zero
         )
         assert distance(gradients, alone[1]) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_idle_passes_use_no_expert(folders: Folders, rank: int) -> None:
+    model = loading.load_model(folders["mixtral"], CPU)
+    examples = read_examples(folders["data"] / "eval.parquet")[:1]
+    with experts.counted(model) as use:
+        scoring.score(model, examples, CPU, torch.float32, "", (rank, 2))
+    assert use.sum().item() == (0 if rank else 2 * 2 * examples[0].input_tokens)
 
 
 def test_an_expert_without_tokens_has_a_zero_gradient(folders: Folders) -> None:
