@@ -50,9 +50,9 @@ def main() -> None:
         # isort: split
         from stages.shared.parallel.member import joined  # noqa: PLC0415
         from stages.train.checkpoints import claim  # noqa: PLC0415
+        from stages.train.devices import follow, train  # noqa: PLC0415
         from stages.train.fingerprint import fingerprint, identity  # noqa: PLC0415
         from stages.train.handover import hand_over  # noqa: PLC0415
-        from stages.train.recipe import follow, train  # noqa: PLC0415
 
     loftq = settings.train.method == "lora" and settings.lora.init == "loftq"
     read = [path for role, path in INPUTS.items() if role != "original" or loftq]

@@ -12,11 +12,10 @@ Source: Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs.
 """
 
 import math
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,23 +26,19 @@ from stages.shared.core import files, progress
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import machine
 from stages.shared.model import packing, scoring
-from stages.shared.model.packing import Example, read_examples
-from stages.shared.parallel import hosts, launcher
+from stages.shared.model.packing import Example
 from stages.shared.parallel.group import Group
 from stages.shared.parallel.interruption import Interrupted, Interruption
 from stages.shared.parallel.shards import Shards
-from stages.shared.step import adapter, gradient, optim, router_loss, targets
+from stages.shared.step import adapter, gradient, optim, router_loss
 from stages.shared.step.config import Train
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss
 from stages.shared.weights import experts, heap
-from stages.train import execution
-from stages.train.checkpoints import Checkpoint, Checkpoints
+from stages.train.checkpoints import Checkpoints
 from stages.train.config import Params
-from stages.train.environment import environment
 from stages.train.execution import ExecutionPlan
 from stages.train.history import History, TokenCounts
-from stages.train.metrics import metrics_of
 from stages.train.schedule import Schedule
 
 if TYPE_CHECKING:  # stages.shared.models is imported before these
@@ -56,7 +51,6 @@ Inputs = Mapping[str, Path]
 # Of the predicted memory. At 1 the default's heap was trimmed before each step: 7,000 page faults a
 # second instead of 130.
 TRIM_ABOVE = 1.25
-SET_UP = "while it was set up; `dvc repro` begins where it began"
 
 
 @dataclass(frozen=True)
@@ -65,98 +59,6 @@ class Data:
 
     train: list[Example]
     held_out: list[Example]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Metrics, `reports/train/loss.csv`, and the machine."""
-
-    metrics: dict[str, Any]
-    history: History
-    environment: dict[str, Any]
-
-
-def train(
-    settings: Params,
-    inputs: Inputs,
-    checkpoints: Checkpoints,
-    identity: dict[str, Any] | None = None,
-    joined: tuple[Group, torch.device] | None = None,
-) -> TrainResult:
-    """Train to the end, from the newest checkpoint if there is one; keep `checkpoints.best`.
-
-    Args:
-        settings: the parameters.
-        inputs: paths.
-        checkpoints: claimed by this process.
-        identity: what the fingerprint names; other processes are compared with it.
-        joined: this process's place where torchrun or Slurm has started the devices.
-
-    Raises:
-        Stopped: by a signal; a checkpoint holds all that was done.
-        UserError: a parameter does not fit the model or the machine, or training diverged.
-    """
-    data = read_data(inputs)
-    checkpoint = checkpoints.latest()
-    before = checkpoint.manifest["plan"] if checkpoint else None
-    local = hosts.local_size() if joined else None
-    plan = execution.make_plan(settings, inputs["model"], data.train, data.held_out, before, local)
-    if checkpoint is not None:
-        print(f"going on from {checkpoint.folder}", file=sys.stderr)
-    arguments: Any = (settings, inputs, data, identity or {}, plan, checkpoints, checkpoint)
-    if joined:
-        return _train_on(*joined, *arguments)
-    return launcher.launch(plan.processes, plan.device, _train_on, *arguments)
-
-
-def follow(
-    settings: Params, inputs: Inputs, identity: dict[str, Any], joined: tuple[Group, torch.device]
-) -> None:
-    """Train as one of the processes that write nothing; the first one tells plan and state."""
-    _train_on(*joined, settings, inputs, read_data(inputs), identity)
-
-
-def read_data(inputs: Inputs) -> Data:
-    """Read both splits."""
-    return Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
-
-
-def _train_on(
-    group: Group,
-    device: torch.device,
-    settings: Params,
-    inputs: Inputs,
-    data: Data,
-    identity: dict[str, Any],
-    plan: ExecutionPlan | None = None,
-    checkpoints: Checkpoints | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> TrainResult:
-    """The training as one device runs it; `group` has all of them. The first has all arguments."""
-    with Interruption() as stop:
-        try:
-            with stop.at_once():
-                group.require_same(identity)
-                state = checkpoint.state() if checkpoint and group.is_main else None
-                plan, checkpoints, state = group.broadcast((plan, checkpoints, state))
-                assert plan is not None and checkpoints is not None  # the first one's
-                if group.is_main and group.size > 1:
-                    checkpoints.hold()
-                plan = replace(plan, device=device, processes=group.size)
-                model = load_model(settings, inputs, device, plan.sharded)
-                if group.is_main and (line := targets.left_out(model)):
-                    print(line, file=sys.stderr)
-                recipe = Recipe(model, data, settings.train, plan, checkpoints, group)
-                if state is not None:
-                    recipe.load_state(state)
-                elif group.is_main:
-                    state_bytes = optim.STATE_BYTES[settings.train.optimizer]
-                    checkpoints.require_space(recipe.trainable_parameters, state_bytes)
-        except Interrupted:
-            raise stop.stopped("training", SET_UP) from None
-        group.wait()  # a signal ends the setup of each process, and what follows for all of them
-        recipe.run(stop)
-        return TrainResult(metrics_of(recipe), recipe.history, environment(device))
 
 
 def load_model(

@@ -8,7 +8,7 @@ import yaml
 from stages.shared.core import files
 from stages.train.checkpoints import claim
 from stages.train.config import Params
-from stages.train.recipe import TrainResult, train
+from stages.train.devices import TrainResult, train
 from tests import tiny
 
 DEFAULTS = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())

@@ -9,7 +9,8 @@ import pytest
 
 from stages.shared.core.errors import Stopped
 from stages.train.checkpoints import claim
-from stages.train.recipe import Recipe, TrainResult, train
+from stages.train.devices import TrainResult, train
+from stages.train.recipe import Recipe
 from tests import tiny
 from tests.architectures import MIXTURES, saved
 from tests.train.running import settings

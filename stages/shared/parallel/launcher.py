@@ -37,6 +37,13 @@ RUN_ID = "none"  # torchrun's, unless --rdzv-id is given
 class WorkerLost(UserError):  # noqa: N818  (what is told, not raised here)
     """A process was killed, or ended without a word: the same may succeed another time."""
 
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}. If the machine ran out of memory, lower QLORA_MICRO_BATCH_TOKENS or "
+            "QLORA_DEVICES; then run it again."
+        )
+        self.what = what
+
 
 def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any) -> Any:
     """Call `work(group, device, *args)` on each of `size` devices; returns what the first returns.
@@ -167,7 +174,4 @@ def _ended(failure: Exception | None, size: int, stop: Interruption) -> Exceptio
         code = causes[0].exitcode
         who = f"process {causes[0].pid}, one of {size}"
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return WorkerLost(
-        f"{who}, was stopped or ended from outside ({how}). If the machine ran out of memory, "
-        "lower QLORA_MICRO_BATCH_TOKENS or QLORA_DEVICES; then run it again."
-    )
+    return WorkerLost(f"{who}, was stopped or ended from outside ({how})")

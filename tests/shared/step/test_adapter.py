@@ -16,7 +16,7 @@ from stages.shared.step import adapter, masters
 from stages.shared.weights import precision
 from stages.shared.weights.precision import autocast
 from stages.train.checkpoints import claim
-from stages.train.recipe import train
+from stages.train.devices import train
 from tests import tiny
 from tests.shared.step.adapters import CPU, IDS, biased, load, logits
 from tests.train.running import settings
