@@ -1,6 +1,7 @@
 """Adapters of other experiments, brought from DVC's cache by the experiment's name."""
 
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -39,7 +40,7 @@ def fetch(experiment: str, folder: Path) -> tuple[Path, Format]:
             f"{experiment}: its adapter was trained on another {QUANTIZED}. "
             f"`dvc exp apply {experiment}` brings both."
         )
-    target = folder / experiment.replace("/", "-")
+    target = Path(mkdtemp(dir=folder)) / ADAPTER.name
     try:
         there.get(ADAPTER.as_posix(), str(target), recursive=True)
         text = there.read_text(FORMAT.as_posix(), encoding="utf-8")

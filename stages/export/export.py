@@ -2,8 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from gguf import GGMLQuantizationType
 from peft.utils import set_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from stages.export import gguf_file, modelfile, vllm
-from stages.export.architecture import Architecture, Unsupported
+from stages.export import lora, modelfile
+from stages.export.architecture import Unsupported
 from stages.export.config import DEFAULT, refusal
-from stages.export.vocabulary import Vocabulary
-from stages.shared.chat.templates import Format, read_format
+from stages.export.gguf_file import ModelFormat
+from stages.shared.chat.templates import read_format
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
@@ -39,8 +39,7 @@ class Export:
 
     def __init__(self, merged: Path, adapter: Path, quantized: Path, data: Path) -> None:
         self.merged, self.adapter, self.quantized = merged, adapter, quantized
-        self.form: Format = read_format(data / "format.json")
-        self.config = files.read_json(merged / "config.json")
+        self.form = read_format(data / "format.json")
         examples = packing.read_examples(data / "eval.parquet")
         self.examples = first_positions(examples, POSITIONS)
         sizes = pq.read_table(data / "eval.parquet", columns=["text_bytes"])["text_bytes"]
@@ -48,38 +47,37 @@ class Export:
 
     def run(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
         """Write `formats` into folders of their names, and return their metrics."""
-        figures: dict[str, Any] = {}
-        gguf = [name for name in formats if name.startswith("gguf")]
-        self.texts = self._literals() if gguf else None
-        self.architecture = Architecture(self.config) if gguf else None
-        self.vocabulary = Vocabulary(self.merged) if gguf else None
-        lora = [name for name in formats if name.endswith("-lora")]
-        if lora:
-            self._require_lora(lora)
+        if any(name.startswith("gguf") for name in formats):
+            render = partial(
+                load_tokenizer(self.merged).apply_chat_template,
+                chat_template=self.form.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            self.texts = modelfile.literals(render)
+            self.gguf = ModelFormat(self.merged, self.form)
+        adapters = [name for name in formats if name.endswith("-lora")]
+        if adapters:
+            lora.require(self.adapter, adapters)
         for name in formats:
-            (folder / name).mkdir(exist_ok=True)
-        if len(lora) < len(formats):
-            model = loading.load_model(self.merged, CPU, torch.float32)
-            expected = self._predictions(model, "merged")
-            tokens = sum(map(len, expected))
-            figures |= {"merged_loss": self._loss(expected), "merged_tokens": tokens}
-            for name in formats:
-                if name not in lora:
-                    figures[name] = self._export_model(name, folder / name, model, expected)
-            del model
-        if lora:
-            figures |= self._export_adapter(lora, folder)
-        return figures
+            (folder / name).mkdir()
+        figures = {}
+        if whole := [name for name in formats if name not in adapters]:
+            figures = self._export_merged(whole, folder)
+        return figures | (self._export_adapter(adapters, folder) if adapters else {})
 
-    def _export_model(
-        self, name: str, folder: Path, model: PreTrainedModel, expected: list[torch.Tensor]
-    ) -> dict[str, Any]:
-        """The merged model in one file; `model` is overwritten with what the file holds."""
-        path = folder / "model.gguf"
-        self._write_model(path, self.merged, name.removeprefix("gguf-").upper())
-        self._fill(model, path)
-        self._write_modelfile(folder, path)
-        return self._verify(name, folder, expected, self._predictions(model, name))
+    def _export_merged(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
+        """The merged model in one file each."""
+        model = loading.load_model(self.merged, CPU, torch.float32)
+        expected = self._predictions(model, "merged")
+        figures: dict[str, Any] = {"merged_loss": self._loss(expected)}
+        figures["merged_tokens"] = sum(map(len, expected))
+        for name in formats:
+            kind = name.removeprefix("gguf-").upper()
+            self._write_gguf(folder / name / "model.gguf", self.merged, kind, model)
+            found = self._predictions(model, name)
+            figures[name] = self._verify(name, folder / name, expected, found)
+        return figures
 
     def _export_adapter(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
         """The adapter beside the dequantized base, on which it was trained."""
@@ -92,12 +90,16 @@ class Export:
         for name in formats:
             model = loading.load_model(base, CPU, torch.float32)
             if name == "vllm-lora":
-                vllm.write_adapter(self.adapter, folder / name / "adapter")
+                lora.write_portable(self.adapter, folder / name / "adapter")
                 if not (folder / name / "base").exists():
                     files.link_folder(base, folder / name / "base")
                 tuned = loading.attach(model, folder / name / "adapter")
             else:
-                tuned = self._export_gguf_adapter(folder / name, base, model)
+                path = folder / name / "adapter.gguf"
+                self.gguf.write_adapter(path, self.adapter)
+                self._write_gguf(path.with_name("base.gguf"), base, "F16", model, path)
+                tuned = loading.attach(model, self.adapter)
+                set_peft_model_state_dict(tuned, self.gguf.read_adapter(path, self.adapter))
             found = self._predictions(tuned, name)
             figures[name] = self._verify(name, folder / name, expected, found)
         if formats[-1] != "vllm-lora":
@@ -106,49 +108,21 @@ class Export:
             figures[name]["bytes"] = files.folder_bytes(folder / name)
         return figures
 
-    def _export_gguf_adapter(self, folder: Path, base: Path, model: PreTrainedModel) -> Any:
-        """Base and adapter in a file each; returns the tuned model that they hold."""
-        assert self.architecture
-        path, adapter = folder / "base.gguf", folder / "adapter.gguf"
-        self._write_model(path, base, "F16")
-        config = files.read_json(self.adapter / "adapter_config.json")
-        gguf_file.write_adapter(adapter, self.adapter, self.architecture, config)
-        self._write_modelfile(folder, path, adapter)
-        self._fill(model, path)
-        tuned = loading.attach(model, self.adapter)
-        reader = gguf_file.Reader(adapter, self.architecture)
-        names = gguf_file.adapter_tensors(Weights(self.adapter), self.architecture)
-        factors = {key: reader.tensor(key, name) for key, name, _ in names}
-        set_peft_model_state_dict(tuned, factors)
-        return tuned
-
-    def _require_lora(self, formats: Sequence[str]) -> None:
-        if not loading.is_adapter(self.adapter):
-            raise Unsupported("train.method full leaves no adapter")
-        config = files.read_json(self.adapter / "adapter_config.json")
-        if "gguf-lora" in formats:
-            assert self.architecture
-            gguf_file.require_plain_lora(config)
-            for _ in gguf_file.adapter_tensors(Weights(self.adapter), self.architecture):
-                pass
-        if "vllm-lora" in formats:
-            vllm.require(config, Weights(self.adapter))
-
-    def _write_model(self, path: Path, folder: Path, kind: str) -> None:
-        assert self.architecture
-        assert self.vocabulary
-        weights, quantization = Weights(folder), GGMLQuantizationType[kind]
-        gguf_file.write_model(
-            path, weights, self.architecture, self.vocabulary, self.form, quantization
-        )
-
-    def _write_modelfile(self, folder: Path, model: Path, adapter: Path | None = None) -> None:
-        assert self.architecture
-        assert self.texts
-        context, ends = self.architecture.context_length, [self.form.eos_token]
+    def _write_gguf(
+        self,
+        path: Path,
+        source: Path,
+        kind: str,
+        model: PreTrainedModel,
+        adapter: Path | None = None,
+    ) -> None:
+        """Write a file and its Modelfile; `model` is overwritten with what the file holds."""
+        self.gguf.write(path, Weights(source), GGMLQuantizationType[kind])
+        self.gguf.fill(model, path)
+        ends, context = [self.form.eos_token], self.gguf.architecture.context_length
         added = f"./{adapter.name}" if adapter else None
-        text = modelfile.modelfile(f"./{model.name}", self.texts, ends, context, added)
-        files.write_text(folder / "Modelfile", text)
+        text = modelfile.modelfile(f"./{path.name}", self.texts, ends, context, added)
+        files.write_text(path.with_name("Modelfile"), text)
 
     def _write_base(self, base: PreTrainedModel, folder: Path) -> None:
         """The dequantized base in the merged model's dtype, with its tokenizer and template."""
@@ -160,44 +134,21 @@ class Export:
             if "safetensors" not in path.name and path.name != "config.json":
                 (folder / path.name).unlink(missing_ok=True)
                 files.link_or_copy(path, folder / path.name)
+        config = files.read_json(self.merged / "config.json")
         tied = {"tie_word_embeddings": base.config.tie_word_embeddings}
-        files.write_json(folder / "config.json", self.config | tied)
-
-    def _literals(self) -> modelfile.Literals:
-        tokenizer = load_tokenizer(self.merged)
-        render: Callable[[Any], str] = lambda messages: str(  # noqa: E731
-            tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.form.chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        )
-        return modelfile.literals(render)
-
-    def _fill(self, model: PreTrainedModel, path: Path) -> None:
-        """Replace every weight of a model by the file's."""
-        assert self.architecture
-        reader = gguf_file.Reader(path, self.architecture)
-
-        def copy(named: tuple[str, torch.nn.Parameter]) -> None:
-            named[1].data.copy_(reader.tensor(named[0]))
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(copy, model.named_parameters()))  # tied ones once
+        files.write_json(folder / "config.json", config | tied)
 
     def _predictions(self, model: Any, desc: str) -> list[torch.Tensor]:
         return log_probabilities(model, self.examples, CPU, torch.float32, f"verify: {desc}")
 
     def _loss(self, predictions: list[torch.Tensor]) -> float:
         """Mean negative log-likelihood of the supervised tokens in nats."""
-        nats, tokens = 0.0, 0
         batches = packing.bins(self.examples, scoring.SCORING_TOKENS)
-        for batch, logp in zip(batches, predictions, strict=True):
-            targets = packing.pack(batch, CPU).targets
-            nats -= logp.gather(1, targets[:, None]).sum(dtype=torch.float64).item()
-            tokens += len(targets)
-        return nats / tokens
+        nats = [
+            -logp.gather(1, packing.pack(batch, CPU).targets[:, None]).double().sum().item()
+            for batch, logp in zip(batches, predictions, strict=True)
+        ]
+        return sum(nats) / sum(map(len, predictions))
 
     def _verify(
         self, name: str, folder: Path, expected: list[torch.Tensor], found: list[torch.Tensor]

@@ -4,7 +4,8 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,126 @@ from stages.shared.weights.checkpoint import Weights
 F32 = GGMLQuantizationType.F32
 FP16_MAX = float(np.finfo(np.float16).max)
 ADAPTER_PREFIX = "base_model.model."
-# What an adapter file has no place for.
-_NO_PLACE = ("use_dora", "modules_to_save", "lora_bias", "alpha_pattern", "rank_pattern")
+
+
+class ModelFormat:
+    """GGUF of a folder's model, and of others with its shapes; raises `Unsupported`."""
+
+    def __init__(self, folder: Path, form: Format) -> None:
+        self.architecture = Architecture(files.read_json(folder / "config.json"))
+        self._vocabulary = Vocabulary(folder)
+        self._form, self._special = form, special_tokens(folder, form)
+
+    def write(self, path: Path, weights: Weights, kind: GGMLQuantizationType) -> None:
+        """Write a model, with the tokenizer, chat template and end tokens of the folder."""
+        architecture = self.architecture
+        tied = architecture.config.get("tie_word_embeddings")  # the embedding is then the head
+        keys = {s.name: s.shape for s in weights.parameters if not (tied and "lm_head" in s.name)}
+        names = {key: architecture.tensor_name(key) for key in keys}
+        types = {key: stored_type(names[key], shape, kind) for key, shape in keys.items()}
+        writer = gguf.GGUFWriter(path, architecture.name)
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name("tuned")
+        writer.add_file_type(LlamaFileType[f"{'ALL' if kind is F32 else 'MOSTLY'}_{kind.name}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        architecture.add_hyperparameters(writer)
+        self._vocabulary.add(writer, architecture.config["vocab_size"], self._special)
+        writer.add_chat_template(self._form.chat_template)
+        total = 0
+        for key, shape in keys.items():
+            block, size = gguf.GGML_QUANT_SIZES[types[key]]
+            nbytes = math.prod(shape) // block * size
+            dtype = np.dtype(np.float32)  # overruled by the type
+            writer.add_tensor_info(names[key], shape, dtype, nbytes, types[key])
+            total += nbytes
+        divisors = architecture.rope_divisors()
+        if divisors is not None:
+            info = (divisors.shape, divisors.dtype, divisors.nbytes)
+            writer.add_tensor_info("rope_freqs.weight", *info)
+        files.require_space(path.parent, total, f"the file {path.parent.name}")
+        with closing(writer), progress.bar(total=total, desc=path.parent.name, unit="B") as bar:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for key in keys:
+                rows = architecture.reorder(key, weights.tensor(key).float().numpy())
+                if types[key] is GGMLQuantizationType.F16 and np.abs(rows).max() > FP16_MAX:
+                    raise Unsupported(f"{key} holds weights beyond {FP16_MAX:.0f}, where F16 ends")
+                data = gguf.quantize(np.ascontiguousarray(rows), types[key])
+                writer.write_tensor_data(data)
+                bar.update(data.nbytes)
+            if divisors is not None:
+                writer.write_tensor_data(divisors)
+
+    def write_adapter(self, path: Path, adapter: Path) -> None:
+        """Write the factors of a LoRA adapter in F16 under the names of the base's tensors."""
+        config = files.read_json(adapter / "adapter_config.json")
+        writer = gguf.GGUFWriter(path, self.architecture.name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        # llama.cpp scales by alpha / r.
+        alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        weights = Weights(adapter)
+        for key, name in self.adapter_names(weights):
+            rows = weights.tensor(key).float().numpy()
+            rows = self.architecture.reorder(key, rows) if name.endswith("b") else rows
+            writer.add_tensor(name, np.ascontiguousarray(rows, dtype=np.float16))
+        with closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+
+    def adapter_names(self, weights: Weights) -> Iterator[tuple[str, str]]:
+        """Keys of an adapter's factors, and llama.cpp's names."""
+        for stored in weights.parameters:
+            module, _, factor = stored.name.removeprefix(ADAPTER_PREFIX).rpartition(".lora_")
+            name = self.architecture.tensor_name(module)
+            yield stored.name, f"{name}.weight.lora_{factor[0].lower()}"
+
+    def fill(self, model: torch.nn.Module, path: Path) -> None:
+        """Replace every weight of a model by the file's, dequantized."""
+        tensors, architecture = _read(path), self.architecture
+
+        def copy(named: tuple[str, torch.nn.Parameter]) -> None:
+            key, parameter = named
+            rows = architecture.reorder(key, tensors(architecture.tensor_name(key)), back=True)
+            parameter.data.copy_(torch.from_numpy(rows))
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(copy, model.named_parameters()))  # tied ones once
+
+    def read_adapter(self, path: Path, adapter: Path) -> dict[str, torch.Tensor]:
+        """The file's factors under the keys of the adapter that it was written from."""
+        tensors, found = _read(path), {}
+        for key, name in self.adapter_names(Weights(adapter)):
+            rows = tensors(name)
+            rows = self.architecture.reorder(key, rows, back=True) if name.endswith("b") else rows
+            found[key] = torch.from_numpy(rows)
+        return found
+
+
+class _Reader(gguf.GGUFReader):
+    """The package's reader on a plain array: each slice of a memmap takes five times as long."""
+
+    def _get(
+        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
+    ) -> np.ndarray:
+        order = override_order or self.byte_order
+        return np.frombuffer(
+            self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset)
+        )
+
+
+def _read(path: Path) -> Callable[[str], np.ndarray]:
+    """Tensors of a file by llama.cpp's names, dequantized: fp32."""
+    tensors = {tensor.name: tensor for tensor in _Reader(path).tensors}
+
+    def tensor(name: str) -> np.ndarray:
+        rows = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+        return np.require(rows, requirements="W")  # F32 is a view of the file
+
+    return tensor
 
 
 def stored_type(name: str, shape: Sequence[int], kind: GGMLQuantizationType) -> Any:
@@ -43,56 +162,6 @@ def stored_type(name: str, shape: Sequence[int], kind: GGMLQuantizationType) -> 
     return kind
 
 
-def write_model(
-    path: Path,
-    weights: Weights,
-    architecture: Architecture,
-    vocabulary: Vocabulary,
-    form: Format,
-    kind: GGMLQuantizationType,
-) -> None:
-    """Write the model of a folder, with its tokenizer, chat template and end tokens."""
-    config = architecture.config
-    tied = config.get("tie_word_embeddings")  # llama.cpp then uses the embedding as the head
-    keys = {s.name: s.shape for s in weights.parameters if not (tied and "lm_head" in s.name)}
-    names = {key: architecture.tensor_name(key) for key in keys}
-    types = {key: stored_type(names[key], shape, kind) for key, shape in keys.items()}
-    writer = gguf.GGUFWriter(path, architecture.name)
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name("tuned")
-    writer.add_file_type(LlamaFileType[f"{'ALL' if kind is F32 else 'MOSTLY'}_{kind.name}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    architecture.add_hyperparameters(writer)
-    special = special_tokens(weights.folder, form)
-    vocabulary.add(writer, config["vocab_size"], special)
-    writer.add_chat_template(form.chat_template)
-    total = 0
-    for key, shape in keys.items():
-        block, size = gguf.GGML_QUANT_SIZES[types[key]]
-        nbytes = math.prod(shape) // block * size
-        dtype = np.dtype(np.float32)  # overruled by the type
-        writer.add_tensor_info(names[key], shape, dtype, nbytes, types[key])
-        total += nbytes
-    divisors = architecture.rope_divisors()
-    if divisors is not None:
-        info = (divisors.shape, divisors.dtype, divisors.nbytes)
-        writer.add_tensor_info("rope_freqs.weight", *info)
-    files.require_space(path.parent, total, f"the file {path.parent.name}")
-    with closing(writer), progress.bar(total=total, desc=path.parent.name, unit="B") as bar:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for key in keys:
-            rows = architecture.reorder(key, weights.tensor(key).float().numpy())
-            if types[key] is GGMLQuantizationType.F16 and np.abs(rows).max() > FP16_MAX:
-                raise Unsupported(f"{key} holds weights beyond {FP16_MAX:.0f}, where F16 ends")
-            data = gguf.quantize(np.ascontiguousarray(rows), types[key])
-            writer.write_tensor_data(data)
-            bar.update(data.nbytes)
-        if divisors is not None:
-            writer.write_tensor_data(divisors)
-
-
 def special_tokens(folder: Path, form: Format) -> dict[str, str]:
     """Special tokens by llama.cpp's names; it ends a reply at `eos` or `eot`."""
     config = files.read_json(folder / "tokenizer_config.json")
@@ -102,61 +171,3 @@ def special_tokens(folder: Path, form: Format) -> dict[str, str]:
     by_id = {token["id"]: token["content"] for token in vocabulary["added_tokens"]}
     by_id |= {i: text for text, i in vocabulary["model"]["vocab"].items()}
     return texts | {"eot": form.eos_token, "eos": by_id[form.stop_ids[-1]]}
-
-
-def write_adapter(
-    path: Path, adapter: Path, architecture: Architecture, config: dict[str, Any]
-) -> None:
-    """Write the factors of a LoRA adapter in F16 under the names of the base's tensors."""
-    require_plain_lora(config)
-    writer = gguf.GGUFWriter(path, architecture.name)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    # llama.cpp scales by alpha / r.
-    alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for key, name, factor in adapter_tensors(Weights(adapter), architecture):
-        rows = factor.float().numpy()
-        rows = architecture.reorder(key, rows) if name.endswith("b") else rows
-        writer.add_tensor(name, np.ascontiguousarray(rows, dtype=np.float16))
-    with closing(writer):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-
-
-def require_plain_lora(config: dict[str, Any]) -> None:
-    """Raise `Unsupported` for an adapter that is more than two factors of each matrix."""
-    unfit = [name for name in _NO_PLACE if config.get(name)]
-    unfit += ["bias"] if config.get("bias", "none") != "none" else []
-    if unfit:
-        raise Unsupported(f"an adapter with {', '.join(unfit)} has no place in the file")
-
-
-def adapter_tensors(
-    weights: Weights, architecture: Architecture
-) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Key, llama.cpp's name and factor of all LoRA weights of an adapter."""
-    for stored in weights.parameters:
-        module, _, factor = stored.name.removeprefix(ADAPTER_PREFIX).rpartition(".lora_")
-        if factor not in ("A.weight", "B.weight") or module.endswith(("lm_head", "embed_tokens")):
-            raise Unsupported(f"{stored.name} has no place in the file")
-        name = f"{architecture.tensor_name(module)}.weight.lora_{factor[0].lower()}"
-        yield stored.name, name, weights.tensor(stored.name)
-
-
-class Reader:
-    """Tensors of a file under transformers' names, dequantized."""
-
-    def __init__(self, path: Path, architecture: Architecture) -> None:
-        self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-        self._architecture = architecture
-
-    def tensor(self, key: str, name: str | None = None) -> torch.Tensor:
-        """A tensor by its key in safetensors, or by its `name` in the file: fp32."""
-        found = self._tensors[name or self._architecture.tensor_name(key)]
-        rows = gguf.dequantize(found.data, found.tensor_type)
-        if name is None or name.endswith("lora_b"):
-            rows = self._architecture.reorder(key, rows, back=True)
-        # F32 is a view of the file, which is read-only.
-        return torch.from_numpy(rows if rows.flags.writeable else rows.copy())

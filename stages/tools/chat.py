@@ -37,6 +37,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(options: Namespace) -> None:
     """Load a model, and talk until the input ends."""
+    if options.max_new_tokens < 1 or options.temperature < 0:
+        raise UserError("--max-new-tokens is below 1, or --temperature below 0. Raise it.")
     with progress.quick_imports():
         from stages.evaluate.adapters import fetch  # noqa: PLC0415
         from stages.shared.chat.templates import read_format  # noqa: PLC0415
@@ -80,7 +82,7 @@ class Talk:
         print(f"({variant})", file=sys.stderr)
 
     def answer(self, line: str) -> None:
-        """Obey a command, or reply to a message; a mistake is told in one line."""
+        """Obey a command, or reply to a message; a mistake or Ctrl-C is told in one line."""
         from stages.shared.chat.conversation import RejectedRow, normalize  # noqa: PLC0415
 
         command, _, argument = line.partition(" ")
@@ -97,17 +99,15 @@ class Talk:
             print(f"({error})", file=sys.stderr)
         except FileNotFoundError as error:
             print(f"({error.filename}: not there; `dvc repro` writes it)", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped; this turn is forgotten)", file=sys.stderr)
 
     def _reply(self, text: str) -> None:
         if self._replier is None:
             raise UserError("no model is loaded. Choose one: /variant merged")
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         most, temperature = self._options.max_new_tokens, self._options.temperature
-        try:
-            reply = self._replier.reply(asked, most, _write, temperature)
-        except KeyboardInterrupt:
-            print("\n(stopped; this turn is forgotten)", file=sys.stderr)
-            return
+        reply = self._replier.reply(asked, most, _write, temperature)
         _write("\n" if reply.stopped else " […]\n")
         self.messages = [*asked, {"role": "assistant", "content": reply.text}]
 

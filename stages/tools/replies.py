@@ -22,7 +22,7 @@ from stages.shared.weights.precision import autocast
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply, and whether it ended itself."""
+    """A reply, and whether it ended itself or at a stop string."""
 
     text: str
     stopped: bool
@@ -30,62 +30,48 @@ class Reply:
     tokens: int
 
 
-class _Streamer(TextStreamer):
-    """Passes text on as words are complete; stop tokens are no text, special or not."""
+class Stream(TextStreamer, StoppingCriteria):
+    """Text of a reply by complete words, up to the first stop token or stop string.
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], on_text: Callable[[str], Any]):
+    A stop token is no text even where the tokenizer does not call it special.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        stop_strings: Sequence[str],
+        on_text: Callable[[str], Any],
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._stop_ids, self._on_text = stop_ids, on_text
-        self.text = ""
+        self._strings = [text for text in stop_strings if text]
+        self._longest = max(map(len, self._strings), default=1)
+        self._held = self.text = ""
+        self.found = False  # a stop string
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """End the reply at a stop string."""
+        return torch.full((len(input_ids),), self.found, device=input_ids.device)
 
     def put(self, value: torch.Tensor) -> None:
+        """Take a token."""
         if self.next_tokens_are_prompt or value.item() not in self._stop_ids:
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = text if self.text else text.lstrip()  # a reply may begin with the prompt's space
-        self.text += text
-        if text:
-            self._on_text(text)
-
-
-class _Until(StoppingCriteria):
-    """Ends a reply when the caller asks."""
-
-    def __init__(self, ended: Callable[[], bool]) -> None:
-        self._ended = ended
-
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._ended(), device=input_ids.device)
-
-
-class StopStrings:
-    """Passes text on up to the first of some strings, which it holds back."""
-
-    def __init__(self, strings: Sequence[str], on_text: Callable[[str], Any]) -> None:
-        self._strings, self._on_text = [s for s in strings if s], on_text
-        self._held, self.found = "", False
-
-    def __call__(self, text: str) -> None:
-        """Take the next piece."""
-        if self.found:
-            return
-        self._held += text
-        places = [at for s in self._strings if (at := self._held.find(s)) >= 0]
-        longest = max(map(len, self._strings), default=1) - 1  # the beginning of one at the end
-        end = min(places) if places else max(0, len(self._held) - longest)
-        self._pass(end)
-        self.found = bool(places)
-
-    def flush(self) -> None:
-        """Pass on what was held back, at the end of the reply."""
-        if not self.found:
-            self._pass(len(self._held))
-
-    def _pass(self, end: int) -> None:
-        if end:
-            self._on_text(self._held[:end])
-        self._held = self._held[end:]
+        """Pass words on; what may be the beginning of a stop string is held back."""
+        held = self._held + text
+        held = held if self.text else held.lstrip()  # a reply may begin with the prompt's space
+        places = [at for string in self._strings if (at := held.find(string)) >= 0]
+        if places:
+            end = min(places)
+        else:
+            end = len(held) if stream_end else max(0, len(held) - self._longest + 1)
+        if end and not self.found:
+            self.text += held[:end]
+            self._on_text(held[:end])
+        self._held, self.found = held[end:], self.found or bool(places)
 
 
 class Replier:
@@ -107,16 +93,12 @@ class Replier:
         max_new_tokens: int,
         on_text: Callable[[str], Any] = lambda text: None,
         temperature: float = 0.0,
-        ended: Callable[[], bool] = lambda: False,
+        stop_strings: Sequence[str] = (),
     ) -> Reply:
-        """Reply to messages, passing text to `on_text` as it comes.
+        """Reply to normalized messages, the last of the user, passing text to `on_text`.
 
-        Args:
-            messages: normalized, the last of the user.
-            max_new_tokens: at most; fewer where the model's positions end.
-            on_text: called with each piece of the reply.
-            temperature: 0 is greedy, as the model was evaluated.
-            ended: asked after each token whether to end the reply.
+        At most `max_new_tokens`, fewer where the model's positions end. Temperature 0 is greedy,
+        as the model was evaluated. What `on_text` raises ends the reply.
 
         Raises:
             RejectedRow: the messages cannot be rendered.
@@ -132,7 +114,7 @@ class Replier:
             )
         ids = torch.tensor([prompt], device=self.model.device)
         stop_ids = self._form.stop_ids
-        streamer = _Streamer(self._tokenizer, stop_ids, on_text)
+        stream = Stream(self._tokenizer, stop_ids, stop_strings, on_text)
         config = GenerationConfig(
             max_new_tokens=min(max_new_tokens, room),
             do_sample=temperature > 0,
@@ -145,8 +127,9 @@ class Replier:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
-                streamer=streamer,
-                stopping_criteria=[_Until(ended)],
+                streamer=stream,
+                stopping_criteria=[stream],
             )
         new = output[0, len(prompt) :].tolist()
-        return Reply(streamer.text.rstrip(), new[-1] in stop_ids, len(prompt), len(new))
+        stopped = stream.found or new[-1] in stop_ids
+        return Reply(stream.text.rstrip(), stopped, len(prompt), len(new))

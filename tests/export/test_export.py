@@ -10,13 +10,12 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.export import config, vllm
+from stages.export import config, lora
 from stages.export.__main__ import serving
 from stages.export.architecture import Architecture, Unsupported
 from stages.export.export import export
 from stages.shared.core import files, params
 from stages.shared.core.errors import UserError
-from stages.shared.weights.checkpoint import Weights
 from tests import tiny
 from tests.llama import opened
 from tests.merge.test_merge import merge, trained
@@ -97,19 +96,20 @@ def test_exported_folders_name_no_other_folder(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"use_dora": True}, "no adapter with use_dora"),
+        ({"use_dora": True}, "vllm-lora has no place for an adapter with use_dora"),
         ({"modules_to_save": ["lm_head"], "bias": "all"}, "modules_to_save, bias"),
         ({"r": 1024}, "rank 1024"),
     ],
 )
 def test_vllm_adapters_are_refused_by_name(
-    tuned: Path, changes: dict[str, Any], reason: str
+    tuned: Path, tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
-    described = files.read_json(tuned / "adapter/adapter_config.json")
-    weights = Weights(tuned / "adapter")
-    vllm.require(described, weights)
+    adapter = shutil.copytree(tuned / "adapter", tmp_path / "adapter")
+    lora.require(adapter, ["gguf-lora", "vllm-lora"])
+    described = files.read_json(adapter / "adapter_config.json")
+    files.write_json(adapter / "adapter_config.json", described | changes)
     with pytest.raises(Unsupported, match=reason):
-        vllm.require(described | changes, weights)
+        lora.require(adapter, ["vllm-lora"])
 
 
 def test_default_of_another_architecture_ends_well(tuned: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from stages.export import vocabulary
 from stages.export.architecture import Architecture, Unsupported
-from stages.export.gguf_file import write_model
+from stages.export.gguf_file import ModelFormat
 from stages.export.vocabulary import Vocabulary
 from stages.shared.chat import templates
 from stages.shared.core import files
@@ -128,15 +128,8 @@ def written(
     tokenizer.save_pretrained(folder)
     form = templates.make("chatml", tokenizer).format()
     files.write_text(folder / "format.json", form.model_dump_json())
-    config = files.read_json(folder / "config.json")
-    write_model(
-        folder / "model.gguf",
-        Weights(folder),
-        Architecture(config),
-        Vocabulary(folder),
-        form,
-        GGMLQuantizationType[quantization],
-    )
+    stored = GGMLQuantizationType[quantization]
+    ModelFormat(folder, form).write(folder / "model.gguf", Weights(folder), stored)
     return folder
 
 

@@ -17,7 +17,7 @@ from stages.shared.chat.templates import read_format
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.tools import serve
-from stages.tools.replies import Replier, StopStrings
+from stages.tools.replies import Replier, Stream
 from tests.tools.test_chat import NAMES, inside, space  # noqa: F401  (fixtures)
 
 CPU, QUANTIZED = torch.device("cpu"), Path("models/quantized")
@@ -37,7 +37,6 @@ def server(
 
 def talk(server: serve.Server, script: Callable[[TestClient], Coroutine]) -> Any:
     async def run() -> Any:
-        server._lock = asyncio.Lock()  # of this loop
         async with TestClient(TestServer(server.app())) as client:
             return await script(client)
 
@@ -102,11 +101,11 @@ def test_reply_ends_before_a_stop_string(server: serve.Server) -> None:
 
 def test_stop_string_over_two_pieces_is_held_back() -> None:
     passed: list[str] = []
-    cut = StopStrings(["###", "END"], passed.append)
-    for piece in ("one #", "# two E", "N", "D three"):
-        cut(piece)
-    cut.flush()
-    assert ("".join(passed), cut.found) == ("one ## two ", True)
+    stream = Stream(None, [], ["###", "END"], passed.append)
+    for piece in (" one #", "# two E", "N", "D three"):
+        stream.on_finalized_text(piece)
+    stream.on_finalized_text(" four", stream_end=True)
+    assert ("".join(passed), stream.text, stream.found) == ("one ## two ", "one ## two ", True)
 
 
 @pytest.mark.parametrize(
