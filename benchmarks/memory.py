@@ -52,6 +52,7 @@ from stages.shared.step.count import Prediction, StepCounter
 from stages.shared.step.fake_model import state_tensors
 from stages.shared.step.fused import patch
 from stages.shared.step.live_bytes import LiveBytes
+from stages.shared.step.router_loss import RouterLoss
 from stages.shared.step.setup import Device, TrainingSetup, micro_batch_of, setup_of
 from stages.shared.weights import precision
 
@@ -114,6 +115,7 @@ class Setting:
     dropout: float = 0.0
     init: str = "default"
     dora: bool = False
+    router_aux_loss: float | None = None
 
     @property
     def lora(self) -> Lora:
@@ -140,6 +142,7 @@ class Setting:
             optimizer=self.optimizer,
             learning_rate=1e-4,
             weight_decay=0.0,
+            router_aux_loss=self.router_aux_loss,
         )
 
     @property
@@ -205,13 +208,14 @@ def measure(base: Path, setting: Setting) -> int:
     base_model: Any = loading.without_adapter(model)
     examples = micro_batch(setting, base_model.config.vocab_size)
     dtype = loading.compute_dtype(folder, CPU)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    weight = setting.router_aux_loss
+    options: Any = {"dtype": dtype, "fused": fused}
+    options["scaler"] = torch.amp.GradScaler("cpu", enabled=False)
+    options["router"] = RouterLoss(model, weight) if weight else None
 
     def step() -> None:
         for _ in range(2):
-            gradient.accumulate(
-                model, [examples], 2 * len(examples), dtype=dtype, fused=fused, scaler=scaler
-            )
+            gradient.accumulate(model, [examples], 2 * len(examples), **options)
         nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

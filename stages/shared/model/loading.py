@@ -3,6 +3,7 @@
 # ruff: noqa: E402  (environment and warnings are set before the libraries are imported)
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -116,6 +117,9 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
     with reading(adapter / "adapter_config.json"):
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode = True
+        if experts.layers(model):  # of fused experts: `targets.on_fused_experts`
+            routers = [n for n in config.target_parameters or [] if re.fullmatch(r"\w+\.weight", n)]
+            config.target_parameters, config.rank_pattern, config.alpha_pattern = routers, {}, {}
         with adapting(model):
             tuned = PeftModelForCausalLM(model, config)
         # peft's own load result leaves out `modules_to_save`.

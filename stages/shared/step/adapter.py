@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -105,7 +105,7 @@ def save(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype) -
             state = initialisation.ordinary_state(model)
             model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
             _rename(folder / SAFETENSORS_WEIGHTS_NAME, model)
-            _sort_config(folder / "adapter_config.json")
+            _settle(folder / "adapter_config.json", targets.on_fused_experts(model))
             (folder / "README.md").unlink(missing_ok=True)
         else:
             model.config.dtype = dtype
@@ -121,9 +121,9 @@ def _rename(path: Path, model: PeftModel) -> None:
         save_file(renamed, path, metadata={"format": "pt"})
 
 
-def _sort_config(path: Path) -> None:
+def _settle(path: Path, changes: dict[str, Any]) -> None:
     """Peft writes lists from sets: unsorted, every later stage would run again."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text()) | changes
     settled = {k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())}
     files.write_json(path, settled)
 

@@ -35,11 +35,13 @@ from stages.shared.step import (
     initialisation,
     memory,
     optim,
+    router_loss,
 )
 from stages.shared.step.architecture import Pattern
 from stages.shared.step.fake_model import CPU, META
 from stages.shared.step.fused import patch as fused_patch
 from stages.shared.step.live_bytes import LiveBytes
+from stages.shared.step.router_loss import RouterLoss
 from stages.shared.step.setup import SWITCHED_OFF, MicroBatch, TrainingSetup
 from stages.shared.step.stand_ins import without_values
 from stages.shared.weights import experts, precision
@@ -283,6 +285,7 @@ def run(
             return loss
 
         scaler: Any = SimpleNamespace(scale=scale)
+        weight = router_loss.weight_of(config, setup.router_aux_loss)
         with live:
             live.phase = "start"
             gradient.accumulate(
@@ -292,6 +295,7 @@ def run(
                 dtype=dtype,
                 fused=fused,
                 scaler=scaler,
+                router=RouterLoss(model, weight) if weight else None,
             )
             live.phase = "update"
             nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)

@@ -74,13 +74,14 @@ def _backward(
     A function of its own, so that no graph outlives its micro-batch: an int8 layer's saved inputs
     would add to those of the next.
     """
-    with autocast(batch.input_ids.device, dtype), router.watch() if router else nullcontext():
-        losses = (patch if fused else scoring).negative_log_likelihoods(model, batch)
-    if batch.weights is not None:
-        losses = losses * batch.weights
-    loss = losses.sum() / loss_weight
-    balanced = loss + router.loss(batch, loss_weight) if router else loss
-    scaler.scale(balanced).backward()
+    with router.watch(batch) if router else nullcontext():
+        with autocast(batch.input_ids.device, dtype):
+            losses = (patch if fused else scoring).negative_log_likelihoods(model, batch)
+        if batch.weights is not None:
+            losses = losses * batch.weights
+        loss = losses.sum() / loss_weight
+        balanced = loss + router.loss(batch, loss_weight) if router else loss
+        scaler.scale(balanced).backward()
     return loss.detach()
 
 

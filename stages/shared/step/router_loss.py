@@ -12,11 +12,11 @@ in DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from stages.shared.core.errors import UserError
 from stages.shared.model.packing import Packed
@@ -33,20 +33,19 @@ class RouterLoss:
 
     def __init__(self, model: nn.Module, weight: float) -> None:
         """`model` is an unfused mixture, with or without an adapter."""
-        self.weight, self._model = weight, model
+        self.weight, self._routers = weight, _routers(model)
         config: Any = model.config
         self._top_k: int = config.get_text_config().num_experts_per_tok
-        self._logits: list[list[torch.Tensor]] = []
+        self._sums: list[list[torch.Tensor]] = []
         self.total = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Context of a micro-batch's forward pass, whose router logits are kept for `loss`."""
-        routers = _routers(self._model)
-        self._logits = [[] for _ in routers]
+    def watch(self, batch: Packed) -> Iterator[None]:
+        """Context of a micro-batch's forward and backward pass: either may compute its blocks."""
+        self._sums = [[] for _ in self._routers]
         hooks = [
-            router.register_forward_hook(lambda _m, _i, output, to=to: to.append(output[0]))
-            for router, to in zip(routers, self._logits, strict=True)
+            router.register_forward_hook(partial(self._add, number, batch.lengths))
+            for number, router in enumerate(self._routers)
         ]
         try:
             yield
@@ -54,18 +53,29 @@ class RouterLoss:
             for hook in hooks:
                 hook.remove()
 
+    def _add(self, layer: int, lengths: tuple[int, ...], _: Any, _inputs: Any, output: Any) -> None:
+        """Sum choices and probabilities over each conversation: fp32 [2, experts]."""
+        probabilities = output[0].softmax(-1, dtype=torch.float32)
+        chosen = probabilities.detach().topk(self._top_k).indices
+        hits = torch.zeros_like(probabilities, requires_grad=False).scatter_(1, chosen, 1.0)
+        own = lengths if len(hits) == sum(lengths) else (len(hits),)  # one of unpacked ones
+        pairs = zip(hits.split(own), probabilities.split(own), strict=True)
+        sums = [torch.stack([each.sum(0) for each in pair]) for pair in pairs]
+        if self._sums:  # else a block is computed again, whose graph this would keep
+            self._sums[layer] += sums
+
     def loss(self, batch: Packed, loss_weight: float) -> torch.Tensor:
         """Weighted part of the step's loss, fp32 []; adds to `total`."""
-        ends = torch.tensor(batch.lengths, device=batch.predictors.device).cumsum(0)
-        found = torch.bucketize(batch.predictors, ends, right=True)
-        own = found.bincount(batch.weights, minlength=len(ends))  # by number, or by weight
-        layers = [torch.cat(logits).split(batch.lengths) for logits in self._logits]
-        self._logits = []
-        each = [
-            load_balancing_loss_func(conversation, conversation[0].shape[-1], self._top_k)
-            for conversation in zip(*layers, strict=True)
-        ]
-        loss = (torch.stack(each) * own).sum() / loss_weight
+        layers = torch.stack([torch.stack(sums) for sums in self._sums])
+        self._sums = []
+        hits, probabilities = layers.sum(0).unbind(1)  # [conversations, experts]
+        lengths = torch.tensor(batch.lengths, device=layers.device)
+        each = hits.shape[1] * (hits * probabilities).sum(1) / (lengths * len(layers)) ** 2
+        found = torch.bucketize(batch.predictors, lengths.cumsum(0), right=True)
+        weights = torch.ones(len(found), device=found.device)
+        weights = weights if batch.weights is None else batch.weights
+        own = torch.zeros(len(each), device=each.device).index_add_(0, found, weights)
+        loss = (each * own).sum() / loss_weight
         self.total += loss.detach()
         return self.weight * loss
 

@@ -40,6 +40,7 @@ class TrainingSetup:
         gradient_checkpointing: whether each block is computed again in the backward pass.
         device: whose kernels run.
         fused: whether fused functions compute the step where they cover it.
+        router_aux_loss: as in `train`; of the plan's techniques, as the config has it.
         masters: full fine-tuning in bf16 keeps fp32 weights, as `train` does; False for pure bf16.
     """
 
@@ -53,6 +54,7 @@ class TrainingSetup:
     device: Device = "cuda"
     fused: bool = True
     masters: bool = True
+    router_aux_loss: float | None = None
 
     @property
     def rounds_masters(self) -> bool:
@@ -79,7 +81,7 @@ def setup_of(
     Args:
         quantize: has `precision`, `double_quant` and `compute_dtype`.
         lora: the section `lora`, as whichever stage reads it.
-        train: has `method` and `optimizer`.
+        train: has `method`, `optimizer` and `router_aux_loss`.
         device: whose kernels run; no CPU has fp16 matmuls.
         bf16: whether it has bf16 matmuls, see `precision.has_bf16_matmuls`.
         fused: `QLORA_FUSED`.
@@ -96,6 +98,7 @@ def setup_of(
         optimizer=train.optimizer,
         device=device,
         fused=fused,
+        router_aux_loss=train.router_aux_loss,
     )
 
 

@@ -4,12 +4,16 @@ import re
 from collections import Counter
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 
 from stages.shared.core.errors import UserError
 from stages.shared.step.config import Lora
 from stages.shared.weights import experts
 
+ADAPTER = "default"  # peft's name of the only adapter
 KINDS = {  # by the name of a parameter; the first that matches
     "experts": experts.EXPERT,
     "router": re.compile(r"\.(gate|router|shared_expert_gate)\."),
@@ -56,6 +60,34 @@ def of_mixture(base: Any, lora: Lora) -> dict[str, Any]:
         "target_modules": chosen,
         "target_parameters": parameters or None,
         "exclude_modules": rf".*{experts.EXPERT.pattern}.*" if lora.experts is False else None,
+    }
+
+
+def on_fused_experts(tuned: PeftModel) -> dict[str, Any]:
+    """Keys of `adapter_config.json` that peft reads on the library's fused model; {} if dense.
+
+    Experts are parameters there, gate and up one of twice the rank. Where peft knows as much of an
+    architecture, it takes their names from `target_modules`, and dense layers of these names too.
+    """
+    base: Any = tuned.get_base_model()
+    layers = experts.layers(base)
+    if not layers or layers[0].family.fused_files:  # whose files hold no names of single experts
+        return {}
+    config: Any = tuned.peft_config[ADAPTER]
+    own = layers[0].family.names
+    adapted = {n for n, m in base.named_modules() if isinstance(m, LoraLayer)}
+    routed = {name.rpartition(".")[2] for name in adapted if experts.EXPERT.search(name)}
+    parameters = {*(config.target_parameters or [])}
+    parameters |= {f"experts.{'down' if name == own[2] else 'gate_up'}_proj" for name in routed}
+    if conversion._MODEL_TO_CONVERSION_PATTERN.get(base.config.model_type) in (
+        conversion._MOE_TARGET_MODULE_MAPPING
+    ):
+        dense = {name for name in adapted if name.endswith(own) and not experts.EXPERT.search(name)}
+        parameters |= {f"{'.'.join(name.split('.')[-2:])}.weight" for name in dense}
+    return {
+        "target_parameters": sorted(parameters),
+        "rank_pattern": {r".*\.gate_up_proj": 2 * config.r},
+        "alpha_pattern": {r".*\.gate_up_proj": 2 * config.lora_alpha},
     }
 
 
