@@ -41,21 +41,15 @@ def part_of_tokens(
     tokens = tokens[: len(example)]
     if not np.array_equal(tokens.input_ids, example.input_ids):
         return None
-    owners = rendered.owners or tuple(range(len(messages)))
-    kinds = rendered.kinds or ("content",) * len(owners)
     parts = np.full(len(tokens), "template", dtype="<U9")
-    for owner, span in zip(owners, rendered.contents, strict=True):
-        if owner >= 0:
-            parts[tokens.overlap([span])] = messages[owner]["role"]
+    for part in rendered.parts:
+        if part.owner >= 0:
+            parts[tokens.overlap([part[:2]])] = messages[part.owner]["role"]
     for start, end in rendered.replies:
         parts[tokens.overlap([(start, end)])] = "assistant"
-        own = [
-            (kind, span)
-            for kind, span in zip(kinds, rendered.contents, strict=True)
-            if start <= span[0] and span[1] <= end
-        ]
-        if any(kind == "reasoning" for kind, _ in own):
-            rest = [a for kind, (a, _) in own if kind != "reasoning"]
+        own = [part for part in rendered.parts if start <= part.start and part.end <= end]
+        if any(part.kind == "reasoning" for part in own):
+            rest = [part.start for part in own if part.kind != "reasoning"]
             parts[tokens.overlap([(start, min(rest, default=end))])] = THINKING
     return parts[1:][example.predictors]
 

@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES)
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder of <name>.jinja
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Config keys about where the model was loaded from, its own code, and how it was run.
@@ -64,7 +65,9 @@ def gather(
 
     `copy` makes the files with these names readable and returns their folder.
     """
+    named = re.compile(rf"{NAMED_TEMPLATES}/[\w-]+\.jinja")
     small = [file for file in SMALL_FILES if file in files_present]
+    small += sorted(file for file in files_present if named.fullmatch(file))
     folder = copy(small)
     config, weight_map = _read_config(folder, name), _read_weight_map(folder, files_present, name)
     weights = sorted(set(weight_map.values())) or [WEIGHTS]
@@ -76,9 +79,14 @@ def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move:
     source, name, weights = checkpoint.folder, checkpoint.name, checkpoint.weights
     index = _make_index(checkpoint)
     _install_tokenizer(checkpoint, tokenizer_folder)
-    files.write_json(base / CONFIG, checkpoint.config)
+    config = checkpoint.config
     if (generation := source / GENERATION_CONFIG).is_file():
-        files.write_json(base / GENERATION_CONFIG, _portable(_read(generation, name)))
+        settings = _portable(_read(generation, name))
+        files.write_json(base / GENERATION_CONFIG, settings)
+        ends = list(dict.fromkeys([*_end_ids(config), *_end_ids(settings)]))
+        if ends != _end_ids(config):  # often only here: of all tokens that end a reply
+            config = config | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+    files.write_json(base / CONFIG, config)
     if weights != [WEIGHTS]:
         files.write_json(base / INDEX, index)
     if not move:
@@ -87,6 +95,11 @@ def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move:
         for file in weights:
             (shutil.move if move else shutil.copyfile)(source / file, base / file)
             bar.update()
+
+
+def _end_ids(config: dict[str, Any]) -> list[int]:
+    ids = config.get("eos_token_id")
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -194,6 +207,8 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
     with TemporaryDirectory() as folder:  # next to the normalized config: it may name the class
         for file in present:
             shutil.copyfile(source / file, Path(folder, file))
+        if (named := source / NAMED_TEMPLATES).is_dir():
+            shutil.copytree(named, Path(folder, NAMED_TEMPLATES))
         files.write_json(Path(folder, CONFIG), checkpoint.config)
         original = _load_tokenizer(Path(folder), name)
     with reading(f"{name}/{TOKENIZER_CONFIG}", "Repair it, or choose another model."):

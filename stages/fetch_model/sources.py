@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from stages.fetch_model.checkpoint import Checkpoint, gather
+from stages.fetch_model.checkpoint import NAMED_TEMPLATES, Checkpoint, gather
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.hub.repository import require_inside
@@ -32,10 +32,13 @@ def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
         size = sum((folder / file).stat().st_size for file in names)
         files.require_space(scratch, size, f"a copy of {name}")
         for file in names:
+            (scratch / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / file, scratch / file)
         return scratch
 
-    checkpoint = gather([path.name for path in folder.iterdir() if path.is_file()], name, copy)
+    present = [*folder.iterdir(), *(folder / NAMED_TEMPLATES).glob("*.jinja")]
+    names = [path.relative_to(folder).as_posix() for path in present if path.is_file()]
+    checkpoint = gather(names, name, copy)
     sha256 = files.folder_sha256(scratch)
     if revision not in (sha256, files.folder_sha256(folder)):
         raise UserError(

@@ -13,7 +13,7 @@ Column = Flat | Literal["messages", "text", "system", "tools", "answer", "langua
 class Prepare(Section):
     """`prepare`: row form, sources, template, supervision, limits and split."""
 
-    format: Literal["auto", "guanaco", "messages", "alpaca", "oasst", "text"]
+    format: Literal["auto", "guanaco", "messages", "alpaca", "oasst", "oasst_all", "text"]
     columns: dict[Column, str] | None  # field: the row's column
     mix: dict[str, Annotated[float, Field(ge=0)]] | None
     template: Literal["guanaco", "llama2", "chatml", "tokenizer"]

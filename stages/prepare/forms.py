@@ -3,15 +3,14 @@
 An unread field that carries meaning rejects its row; other unread fields are reported.
 """
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any, Literal
 
-from stages.prepare import guanaco
+from stages.prepare import guanaco, trees
 from stages.prepare.config import Column
 from stages.prepare.messages import THOUGHTS, add_thoughts, loaded, parse_messages, says, unread
-from stages.prepare.rows import is_nan, kind_of, present
+from stages.prepare.rows import is_nan, kind_of, require_characters
 from stages.prepare.tools import KWARGS, TOOLS, parse_kwargs, parse_tools
 from stages.shared.chat.conversation import (
     Conversation,
@@ -44,21 +43,17 @@ _RENAMES = {
     **dict.fromkeys(("conversation", "dialogue", "dialog", "chat"), "messages"),
     "context": "input",
 }
-# NUL and C1: UTF-16 or Windows-1252 converted as ISO-8859-1.
-_CONTROL = re.compile("[\0\x80-\x9f]")
 # Turns that another template has rendered, which are no plain text.
 _RENDERED = re.compile(
     r"<\|(?:im_start|start_header_id|user|assistant|start)\|>|<start_of_turn>|\[INST\]"
     r"|^### (?:Instruction|Response):|<｜(?:User|Assistant)｜>",
     re.MULTILINE,
 )
-_DEEPEST = 64  # templates and JSON writers recurse
-_TREE = {"text", "role", "replies", "rank", "lang", "deleted"}
 
 
 def parse(
     fields: dict[str, Any],
-    form: Form | Literal["auto"] = "auto",
+    form: Form | Literal["auto", "oasst_all"] = "auto",
     columns: Mapping[Column, str] | None = None,
 ) -> Conversation:
     """Parse a row's fields, none of them null or NaN, into a conversation, or reject it.
@@ -68,46 +63,57 @@ def parse(
     unknown: set[str] = set()
     if columns:
         fields = _mapped(fields, columns, unknown)
-    chosen = form_of(fields) if form == "auto" else form
+    chosen: Form = "oasst" if form == "oasst_all" else form_of(fields) if form == "auto" else form
     text = _text(fields, "text") if chosen == "text" else None
-    messages = _with_system(fields, _turns(fields, chosen, unknown)) if text is None else []
+    paths = _paths(fields, chosen, unknown, every=form == "oasst_all") if text is None else [[]]
     rest = fields.keys() - _read(fields, chosen) - {"language"}
     rest -= _CONTEXT if text is None else set()
     if rest:
         if form == "auto":
-            _require_agreement({name: fields[name] for name in rest & _TURNS}, messages)
+            _require_agreement({name: fields[name] for name in rest & _TURNS}, paths[0])
             rest -= _TURNS
         unknown |= unread(fields, rest)
-    kept = drop_unanswered(messages)
+    kept = [drop_unanswered(messages) for messages in paths]
+    # Another path of a tree is a row if it has a reply that none before it has.
+    kept[1:] = [path for path in kept[1:] if path and path[-1].get("weight", 1)]
     if text == "":
         raise RejectedRow("`text` is empty")
-    if text is None and (problem := problem_with(kept)) is not None:
-        replied = any(message["role"] == "assistant" for message in messages)
-        raise RejectedRow(problem if replied else "no reply")
+    for path in kept if text is None else ():
+        if (problem := problem_with(path)) is not None:
+            replied = any(message["role"] == "assistant" for message in paths[0])
+            raise RejectedRow(problem if replied else "no reply")
     tools, kwargs = parse_tools(fields), parse_kwargs(fields)
     answer = _answer(fields.get("answer")) if text is None else None
     language = fields.get("language") or (chosen == "oasst" and fields["prompt"].get("lang"))
-    for one in (*(message["content"] for message in kept), text, answer, language):
-        if isinstance(one, str):
-            _require_characters(one)
-    for message in kept:
-        if len(message) > 2:
-            _require_characters(*_texts_of([*message.values()]))
-    if tools or kwargs:
-        _require_characters(*_texts_of([tools, kwargs]))
+    said = (value for path in kept for message in path for value in message.values())
+    require_characters(text, answer, language, tools, kwargs, *said)
     if not isinstance(language, str) or not language:
-        language = language_of(kept or [{"role": "user", "content": text or ""}])
+        language = language_of(kept[0] or [{"role": "user", "content": text or ""}])
     return Conversation(
-        messages=kept,
+        messages=kept[0],
+        branches=kept[1:],
         tools=tools,
         template_kwargs=kwargs,
         text=text,
         answer=answer,
         language=language,
         form=chosen,
-        dropped_turn=len(kept) < len(messages),
+        dropped_turn=any(path[-1]["role"] != "assistant" for path in paths if path),
         unknown=sorted(unknown),
     )
+
+
+def _paths(
+    fields: dict[str, Any], form: Form, unknown: set[str], *, every: bool
+) -> list[list[Message]]:
+    """Messages of the row, or of each path of a tree."""
+    if form == "oasst":
+        found = [
+            parse_messages(path, unknown) for path in trees.paths(fields.get("prompt"), every=every)
+        ]
+    else:
+        found = [_turns(fields, form, unknown)]
+    return [_with_system(fields, messages) for messages in found]
 
 
 def _mapped(
@@ -176,8 +182,6 @@ def _turns(fields: dict[str, Any], form: Form, unknown: set[str]) -> list[Messag
         if lists[0] != lists[-1]:
             raise RejectedRow("`messages` and `conversations` differ; remove one")
         return lists[0]
-    if form == "oasst":
-        return parse_messages([*_best_path(fields.get("prompt"))], unknown)
     user, output = _pair(fields)
     if _is_conversational(fields):
         return _prompt_completion(fields, unknown)
@@ -218,27 +222,6 @@ def _prompt_completion(fields: dict[str, Any], unknown: set[str]) -> list[Messag
         if message["role"] == "assistant":
             message["weight"] = 0  # as in TRL: loss on the completion alone
     return [*prompt, *completion]
-
-
-def _best_path(node: Any) -> Iterable[dict[str, Any]]:
-    """Messages of an OpenAssistant tree, from its prompt to a leaf: each the best ranked reply."""
-    number = 1
-    while node is not None:
-        if not isinstance(node, dict):
-            raise RejectedRow(f"message {number} of the tree is {kind_of(node)}")
-        node = present(node)
-        rest = {name: node[name] for name in node.keys() - _TREE}
-        yield {"role": node.get("role"), "content": node.get("text"), **rest}
-        replies = node.get("replies", [])
-        if not isinstance(replies, list):
-            raise RejectedRow(f"`replies` of message {number} of the tree is {kind_of(replies)}")
-        ranked = [r for r in replies if not (isinstance(r, dict) and r.get("deleted"))]
-        node, number = min(ranked, key=_rank, default=None), number + 1
-
-
-def _rank(reply: Any) -> float:
-    rank = reply.get("rank") if isinstance(reply, dict) else None
-    return float(rank) if isinstance(rank, int | float) else math.inf
 
 
 def _history(value: Any) -> list[Message]:
@@ -298,29 +281,3 @@ def _answer(value: Any) -> str | None:
     if value is None or isinstance(value, bool | list | dict) or is_nan(value):
         return None
     return str(value).strip() or None
-
-
-def _texts_of(value: Any, depth: int = 0) -> Iterable[str]:
-    """All strings of a JSON value, names of fields among them; `RejectedRow` for a deep one."""
-    if depth > _DEEPEST:
-        raise RejectedRow(f"a call, tool or argument is nested more than {_DEEPEST} deep")
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for one in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
-            yield from _texts_of(one, depth + 1)
-
-
-def _require_characters(*texts: str) -> None:
-    """Refuse lone surrogates, and control characters of a wrong conversion."""
-    text = "\n".join(texts)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RejectedRow("a text holds half a surrogate pair, which is no character") from None
-    if match := _CONTROL.search(text):
-        origin = "UTF-16" if match[0] == "\0" else "Windows-1252"
-        raise RejectedRow(
-            f"a text holds the control character U+{ord(match[0]):04X}, left where {origin} was "
-            "converted as ISO-8859-1"
-        )

@@ -1,4 +1,4 @@
-"""Limits: the share of rejected rows, empty splits, the model's positions and embeddings."""
+"""Limits: rejected rows, empty splits; the model's positions, embeddings and end tokens."""
 
 import re
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 from stages.prepare.config import Prepare
 from stages.prepare.rows import SPLITS
 from stages.prepare.splitting import Splitter
+from stages.shared.core import files
 from stages.shared.core.errors import UserError, reading
 
 # Beyond a table of positions there is an index error. All but rotary models have one, and these.
@@ -88,3 +89,13 @@ def require_fit(model: Path, parameters: Prepare, longest: int, last_id: int) ->
         if not rotary and config.model_type not in _NO_TABLE:
             raise UserError(f"{fault}. Lower prepare.max_length to {positions}.")
         print(f"{fault}. Beyond them it was not trained.", file=sys.stderr)
+
+
+def end_ids(model: Path) -> list[int]:
+    """Ids of the tokens that end a reply, of the model's config.json."""
+    config = files.read_json(model)
+    for one in (config, config.get("text_config") or {}):
+        ids = one.get("eos_token_id")
+        if ids is not None:
+            return ids if isinstance(ids, list) else [ids]
+    return []

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.shared.chat.conversation import Conversation, Message, RejectedRow
 from stages.shared.chat.encode import Encoder, Tokens
-from stages.shared.chat.templates import Rendered, Span, Template
+from stages.shared.chat.rendered import CONTEXT, Rendered, Span
+from stages.shared.chat.templates import Template
 
 T = TypeVar("T")
 TrainOn = Literal["assistant", "last", "all"]
@@ -30,6 +31,11 @@ class Example(NamedTuple):
     # Where a conversation has several rows: the message that is supervised, or the part of a text.
     turn: int | None = None
     weights: np.ndarray | None = None  # fp32 [tokens], 0 where not supervised; None: all are 1
+    branch: int = 0  # of a tree, its path; 0: the best
+
+
+class TooLong(RejectedRow):
+    """A row without a supervised token within `prepare.max_length`."""
 
 
 class ExampleEncoder:
@@ -61,16 +67,21 @@ class ExampleEncoder:
         self, batch: Sequence[Conversation]
     ) -> list[list[Example] | RejectedRow]:
         """Encode conversations: the examples, at least one, or the rejection, for each."""
-        batch = [self._transform(one) for one in batch]
-        rendered = [_or_reason(self._render, one) for one in batch]
+        paths = [
+            self._transform(replace(one, messages=messages))
+            for one in batch
+            for messages in (one.messages, *one.branches)
+        ]
+        rendered = [_or_reason(self._render, one) for one in paths]
         every = [row for rows in rendered if isinstance(rows, list) for row in rows]
         tokens = iter(self._encoder.encode(every))
-        return [
+        encoded = iter(
             rows
             if isinstance(rows, RejectedRow)
             else _or_reason(self._examples, one, rows, [next(tokens) for _ in rows])
-            for one, rows in zip(batch, rendered, strict=True)
-        ]
+            for one, rows in zip(paths, rendered, strict=True)
+        )
+        return [_join([next(encoded), *(next(encoded) for _ in one.branches)]) for one in batch]
 
     def encode(self, batch: Sequence[list[Message]]) -> list[Example | RejectedRow]:
         """Encode messages that make one row each."""
@@ -97,14 +108,19 @@ class ExampleEncoder:
     def _render(self, conversation: Conversation) -> list[Rendered]:
         if conversation.text is not None:
             return [self.template.render_text(conversation.text, self._eos)]
-        replies = _replies(conversation.messages)
-        selected = replies[-1:] if self._train_on == "last" else replies
-        selected = [i for i in selected if conversation.messages[i].get("weight", 1)]
         if self._train_on == "all":
             return self.template.rows(conversation, [])
-        if not selected:
+        if not (selected := self._select(conversation.messages)):
             raise RejectedRow(f"no reply that prepare.train_on = {self._train_on} takes has weight")
         return self.template.rows(conversation, selected)
+
+    def _select(self, messages: Sequence[Message]) -> list[int]:
+        replies = _replies(messages)
+        selected = replies[-1:] if self._train_on == "last" else replies
+        return [i for i in selected if messages[i].get("weight", 1)]
+
+    def _too_long(self) -> TooLong:
+        return TooLong(f"no supervised token within prepare.max_length = {self._max_length}")
 
     def _examples(
         self,
@@ -135,6 +151,8 @@ class ExampleEncoder:
             shorter = replace(
                 conversation, messages=conversation.messages[: replies[count - 1] + 1]
             )
+            if self._train_on != "all" and not self._select(shorter.messages):
+                raise self._too_long()
             again = self._render(shorter)
             found = self._examples(shorter, again, self._encoder.encode(again))
             return [one._replace(truncated=True, answered=False) for one in found]
@@ -192,13 +210,8 @@ class ExampleEncoder:
         found: dict[float, list[Span]] = {}
         if self._train_on == "all":
             found[1.0] = [(0, len(rendered.text))]
-            owners = rendered.owners or range(len(messages))
-            parts = [
-                (owner, part)
-                for owner, part in zip(owners, rendered.contents, strict=True)
-                if owner not in spans
-            ]
-            parts = [(owner, part) for owner, part in (*spans.items(), *parts) if owner >= 0]
+            others = ((p.owner, p[:2]) for p in rendered.parts if p.owner not in spans)
+            parts = [one for one in (*spans.items(), *others) if one[0] != CONTEXT]
         else:
             parts = [*spans.items()]
         for owner, part in parts:
@@ -218,7 +231,7 @@ class ExampleEncoder:
     ) -> Example:
         mask = weights > 0
         if not mask.any():
-            raise RejectedRow(f"no supervised token within prepare.max_length = {self._max_length}")
+            raise self._too_long()
         plain = mask & ~self._encoder.control_mask(tokens, rendered.text)
         return Example(
             messages=messages,
@@ -232,6 +245,20 @@ class ExampleEncoder:
             turn=turn,
             weights=None if np.all(weights[mask] == 1) else weights,
         )
+
+
+def _join(paths: list[list[Example] | RejectedRow]) -> list[Example] | RejectedRow:
+    """Examples of all paths of a tree; one that is too long is left out, as turns are."""
+    refused = [one for one in paths if isinstance(one, RejectedRow)]
+    for one in refused:
+        if one is paths[0] or not isinstance(one, TooLong):
+            return one
+    return [
+        example._replace(branch=number, truncated=example.truncated or bool(refused))
+        for number, examples in enumerate(paths)
+        if isinstance(examples, list)
+        for example in examples
+    ]
 
 
 def _replies(messages: Sequence[Message]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,14 @@ from stages.shared.core import files
 from stages.shared.core.errors import UserError, reading
 from stages.shared.data.encoding import encoding_of
 
+Line = tuple[int, bytes]  # its number from 1, and its bytes
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
+
+
+# NUL and C1: UTF-16 or Windows-1252 converted as ISO-8859-1.
+_CONTROL = re.compile("[\0\x80-\x9f]")
+_DEEPEST = 64  # templates and JSON writers recurse
 
 
 class _Entry(BaseModel):
@@ -77,27 +84,27 @@ def find_sources(folder: Path) -> dict[Split, Source]:
     }
 
 
-def read_lines(
-    path: str, position: int, line: int, max_bytes: int, max_row_bytes: int
-) -> Iterator[dict[str, Any]]:
-    """Read `LINES` from byte `position`, line number `line`, to the first past `max_bytes`.
+def read_chunks(path: Path, max_bytes: int, max_row_bytes: int) -> Iterator[tuple[list[Line], int]]:
+    """Read a file's lines, in chunks that end with the first past `max_bytes`, and their bytes.
 
     Of a row that is too long the first bytes are read, one more than `max_row_bytes`.
     """
-    end = position + max_bytes
-    with Path(path).open("rb") as file:
-        file.seek(position)
-        while position < end and (row := file.readline(max_row_bytes + 1)):
-            rest = row
+    number, lines, begin = 0, list[Line](), 0
+    with path.open("rb") as file:
+        while row := file.readline(max_row_bytes + 1):
+            rest, number = row, number + 1
             while len(row) > max_row_bytes and rest and not rest.endswith(b"\n"):
                 rest = file.readline(1 << 20)
-            position = file.tell()
-            yield {"line": line, "row": row, "position": position}
-            line += 1
+            lines.append((number, row))
+            if (end := file.tell()) - begin >= max_bytes:
+                yield lines, end - begin
+                lines, begin = [], end
+        if lines:
+            yield lines, file.tell() - begin
 
 
 def require_length(row: bytes, max_row_bytes: int) -> None:
-    """Reject a row of which `read_lines` read the beginning alone."""
+    """Reject a row of which `read_chunks` read the beginning alone."""
     if len(row) > max_row_bytes:
         raise RejectedRow(f"longer than prepare.max_row_bytes, {max_row_bytes:,}")
 
@@ -164,3 +171,36 @@ def kind_of(value: Any) -> str:
     names = {list: "a list", dict: "an object", str: "a text", bool: "a truth value"}
     names |= {type(None): "null", int: "a number", float: "a number"}
     return names[type(value)]
+
+
+def require_characters(*values: Any) -> None:
+    """Refuse lone surrogates, and control characters of a wrong conversion, in JSON values."""
+    text = "\n".join(_texts_of(values))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RejectedRow("a text holds half a surrogate pair, which is no character") from None
+    if match := _CONTROL.search(text):
+        origin = "UTF-16" if match[0] == "\0" else "Windows-1252"
+        raise RejectedRow(
+            f"a text holds the control character U+{ord(match[0]):04X}, left where {origin} was "
+            "converted as ISO-8859-1"
+        )
+
+
+def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:
+    """All strings of a JSON value, names of fields among them; `RejectedRow` for a deep one."""
+    if depth > _DEEPEST:
+        raise RejectedRow(f"a call, tool or argument is nested more than {_DEEPEST} deep")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield name
+            if isinstance(one, str):
+                yield one
+            else:
+                yield from _texts_of(one, depth + 1)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts_of(one, depth + 1)

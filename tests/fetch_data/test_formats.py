@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from stages.fetch_data import formats
+from stages.fetch_data import formats, json_lines
 from stages.shared.core.errors import UserError
 from tests.fetch_data.helpers import CSV, JSONL, ROWS, arrow, from_file, parquet, rows
 
@@ -244,7 +244,7 @@ def test_long_row_becomes_its_reason(name: str, tmp_path: Path) -> None:
 def test_row_that_cannot_be_passed_over_ends_in_one_line(
     name: str, content: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "_BLOCK", 1000)
+    monkeypatch.setattr(json_lines, "BLOCK", 1000)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=reason):
         from_file(tmp_path / name, tmp_path / "raw", max_row_bytes=3000)

@@ -32,6 +32,24 @@ def test_model_is_loadable_by_itself(mine: Path, tmp_path: Path) -> None:
     assert alone.eos_token == "<|im_end|>"
 
 
+@pytest.mark.parametrize("from_a_hub", [False, True])
+def test_named_templates_and_all_end_tokens_are_kept(
+    from_a_hub: bool, mine: Path, hub: hubs.Hub, tmp_path: Path
+) -> None:
+    named = mine / "additional_chat_templates/rag.jinja"
+    named.parent.mkdir()
+    named.write_text("{{ messages }}")
+    change(mine, GENERATION, eos_token_id=[0, 2])
+    hub.repositories["me/tiny"] = {
+        path.relative_to(mine).as_posix(): path.read_bytes()
+        for path in mine.rglob("*")
+        if path.is_file()
+    }
+    base, tokenizer = fetched(from_hub() if from_a_hub else from_path(mine), tmp_path)
+    assert AutoTokenizer.from_pretrained(tokenizer).chat_template["rag"] == "{{ messages }}"
+    assert json.loads((base / "config.json").read_text())["eos_token_id"] == [2, 0]
+
+
 def test_index_is_made_of_the_shards(mine: Path, tmp_path: Path) -> None:
     tensors = load_file(mine / WEIGHTS)
     shard(mine)

@@ -47,31 +47,27 @@ def test_a_line_is_rejected_with_its_fault(line: bytes, reason: str) -> None:
     assert reason in str(error.value)
 
 
-def test_lines_are_read_from_any_of_them_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("max_bytes", "lengths"), [(1000, [4]), (5, [2, 1, 1]), (1, [1] * 4)])
+def test_chunks_hold_all_lines_with_their_numbers(
+    tmp_path: Path, max_bytes: int, lengths: list[int]
+) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"one\n\nthree\nfour")
-    whole = [*rows.read_lines(str(path), 0, 1, 1000, 1000)]
-    assert [(row["line"], row["row"]) for row in whole] == [
-        *((1, b"one\n"), (2, b"\n"), (3, b"three\n"), (4, b"four"))
-    ]
-    parts: list[dict[str, Any]] = []
-    at, line = 0, 1
-    while at < path.stat().st_size:
-        parts += rows.read_lines(str(path), at, line, max_bytes=5, max_row_bytes=1000)
-        at, line = parts[-1]["position"], parts[-1]["line"] + 1
-    assert parts == whole
+    chunks = [*rows.read_chunks(path, max_bytes, 1000)]
+    assert [len(lines) for lines, _ in chunks] == lengths
+    assert sum(size for _, size in chunks) == path.stat().st_size
+    expected = [(1, b"one\n"), (2, b"\n"), (3, b"three\n"), (4, b"four")]
+    assert [one for lines, _ in chunks for one in lines] == expected
 
 
 def test_long_line_is_read_in_part_and_rejected(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"one\n" + b"x" * (3 << 20) + b"\nthree\n" + b"y" * 50)
-    read = [*rows.read_lines(str(path), 0, 1, 1 << 30, 10)]
-    assert [(row["line"], row["row"]) for row in read] == [
-        *((1, b"one\n"), (2, b"x" * 11), (3, b"three\n"), (4, b"y" * 11))
-    ]
-    assert read[-1]["position"] == path.stat().st_size
+    [(lines, size)] = rows.read_chunks(path, 1 << 30, 10)
+    assert lines == [(1, b"one\n"), (2, b"x" * 11), (3, b"three\n"), (4, b"y" * 11)]
+    assert size == path.stat().st_size
     with pytest.raises(RejectedRow, match=r"longer than prepare\.max_row_bytes, 10"):
-        rows.require_length(read[1]["row"], 10)
+        rows.require_length(lines[1][1], 10)
 
 
 def test_the_place_of_a_row_is_that_of_the_users_file(tmp_path: Path) -> None:

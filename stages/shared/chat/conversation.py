@@ -40,6 +40,8 @@ class Conversation:
     """Messages with their context, or a plain text without messages."""
 
     messages: list[Message]  # the last is a reply
+    # Other paths of a tree, best first; what they share with one before has the weight 0.
+    branches: list[list[Message]] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None  # OpenAI's function schemas, at least one
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template
     text: str | None = None  # continued pre-training: no messages, all supervised

@@ -8,14 +8,15 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain, pairwise, zip_longest
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from stages.shared.chat.conversation import Conversation, RejectedRow
-from stages.shared.chat.templates import Rendered, Span, Template
+from stages.shared.chat.rendered import Rendered, Span
+from stages.shared.chat.templates import Template
 from stages.shared.chat.tokenizer import pattern_of
 
 _PLACEHOLDERS = 0xF0000  # a plane of Unicode for private use
@@ -89,15 +90,12 @@ class Encoder:
             for start, _ in rendered.replies
             if ((tokens.starts < start) & (tokens.ends > start)).any()
         ]
-        fixed = not self._template.is_own and rendered.owners is None
-        if not cuts or fixed or self._adds_space:
+        if not cuts or not self._template.is_own or self._adds_space:
             return tokens
         parts = list[Tokens]()
         for start, end in pairwise([0, *cuts, len(rendered.text)]):
-            text = rendered.text[start:end]
-            spans = ((max(a, start) - start, min(b, end) - start) for a, b in rendered.contents)
-            one = Rendered(text, tuple((a, b) for a, b in spans if a < b), ())
-            [encoding] = self._encode([text])
+            one = rendered.cut(start, end)
+            [encoding] = self._encode([one.text])
             part = self._check(one, encoding, None)
             if isinstance(part, RejectedRow):
                 return part
@@ -143,10 +141,10 @@ class Encoder:
 
     def _find_markers(self, batch: Sequence[Rendered]) -> list[str | None]:
         """Find a marker in each conversation's messages, or None."""
-        contents = [rendered.text[a:b] for rendered in batch for a, b in rendered.contents]
+        contents = [rendered.text[p.start : p.end] for rendered in batch for p in rendered.parts]
         held = map(self._marker_in, self._read_back(contents))
         return [
-            next(filter(None, [next(held) for _ in rendered.contents]), None) for rendered in batch
+            next(filter(None, [next(held) for _ in rendered.parts]), None) for rendered in batch
         ]
 
     def _marker_in(self, content: str) -> str | None:
@@ -182,10 +180,11 @@ class Encoder:
         """Encode all but the template's own control tokens as plain text."""
         plain, placeholders, ids = self._plain
         pattern = pattern_of(placeholders)
-        edges = [0, *chain.from_iterable(rendered.contents), len(rendered.text)]
-        pieces = [rendered.text[start:end] for start, end in pairwise(edges)]
-        pieces[::2] = [pattern.sub(lambda m: placeholders[m[0]], piece) for piece in pieces[::2]]
-        tokens = _tokens(plain.encode("".join(pieces), add_special_tokens=False))
+        text = ""
+        for literal, part in zip_longest(rendered.literals(), rendered.parts):
+            text += pattern.sub(lambda m: placeholders[m[0]], literal)
+            text += rendered.text[part.start : part.end] if part else ""
+        tokens = _tokens(plain.encode(text, add_special_tokens=False))
         tokens = Tokens(ids[tokens.input_ids], tokens.starts, tokens.ends)
         if self._is_forged(tokens, rendered):
             return RejectedRow("the tokenizer makes a control token of a message's plain text")
@@ -194,7 +193,7 @@ class Encoder:
     def _is_forged(self, tokens: Tokens, rendered: Rendered) -> bool:
         """Whether a control token overlaps a message."""
         control = tokens[self.control_mask(tokens, rendered.text)]
-        return bool(control.overlap(rendered.contents).any())
+        return bool(control.overlap([part[:2] for part in rendered.parts]).any())
 
 
 def _tokens(encoding: Encoding) -> Tokens:

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import Conversation, Message, RejectedRow
 from stages.shared.chat.encode import Encoder, Tokens
-from stages.shared.chat.templates import Rendered, Template
+from stages.shared.chat.rendered import Part, Rendered
+from stages.shared.chat.templates import Template
 from tests import tiny, vocabularies
 from tests.conversations import FORGED, PLAIN, assistant, system, user
 
@@ -185,7 +186,7 @@ def test_encode_rejects_control_tokens_made_of_plain_text() -> None:
     template = Template(
         "chatml", tokenizer, "{% for m in messages %}{{ m.content }}e{% endfor %}", ()
     )
-    [one] = Encoder(tokenizer, template).encode([Rendered("a<b>e", ((1, 4),), ((1, 5),))])
+    [one] = Encoder(tokenizer, template).encode([Rendered("a<b>e", (Part(1, 4, 0),), ((1, 5),))])
     assert isinstance(one, RejectedRow)
 
 

@@ -57,7 +57,7 @@ TWO = [system("S"), user("U"), assistant("A"), user("V"), assistant("B")]
 def test_template_renders_messages_and_replies(name: str) -> None:
     rendered = templates.make(name, TOKENIZER).render(TWO)
     assert rendered.text == RENDERED[name]
-    assert [rendered.text[a:b] for a, b in rendered.contents] == ["S", "U", "A", "V", "B"]
+    assert [rendered.text[p.start : p.end] for p in rendered.parts] == ["S", "U", "A", "V", "B"]
     assert [rendered.text[a:b] for a, b in rendered.replies] == REPLIES[name]
 
 

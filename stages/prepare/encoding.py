@@ -1,0 +1,192 @@
+"""Raw lines as encoded rows, in worker processes; the rows do not depend on how many there are."""
+
+import ctypes
+import os
+import signal
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stages.prepare.config import Prepare
+from stages.prepare.forms import parse
+from stages.prepare.loss_mask import Example, ExampleEncoder
+from stages.prepare.output import FIGURES, SCHEMA
+from stages.prepare.rows import Line, parse_line, read_chunks, require_length
+from stages.prepare.splitting import digest_of, is_held_out
+from stages.shared.chat import templates
+from stages.shared.chat.conversation import (
+    Conversation,
+    RejectedRow,
+    conversation_id,
+    dump,
+    to_columns,
+)
+from stages.shared.chat.tokenizer import load_tokenizer
+from stages.shared.core import watcher
+from stages.shared.core.display import visible
+
+ENCODED = pa.schema(
+    {
+        **{column.name: column.type for column in SCHEMA},
+        **FIGURES,
+        "line": pa.int64(),
+        "reason": pa.string(),  # of the rejection; other columns are null then
+        "question": pa.string(),  # a digest
+        "is_held_out": pa.bool_(),
+        "truncated": pa.bool_(),
+        "dropped_turns": pa.bool_(),
+        "unknown": pa.list_(pa.string()),
+        "form": pa.string(),
+    }
+)
+CHUNK_BYTES = 8 << 20
+BYTES_PER_PROCESS = 1 << 20  # at least
+BATCH_ROWS = 250
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_prctl = ctypes.CDLL(None).prctl
+
+
+def encode_file(
+    path: Path, processes: int, tokenizer: str, parameters: Prepare
+) -> Generator[tuple[pa.Table, int]]:
+    """Encode a file chunk by chunk: a table of `ENCODED` and the bytes read for it, each time."""
+    encode = partial(encode_rows, tokenizer=tokenizer, parameters=parameters)
+    workers = min(processes, path.stat().st_size // BYTES_PER_PROCESS)
+    with _workers(workers) as run:
+        begun: tuple[Iterable[pa.Table], int] | None = None
+        for lines, size in read_chunks(path, CHUNK_BYTES, parameters.max_row_bytes):
+            batches = [lines[i : i + BATCH_ROWS] for i in range(0, len(lines), BATCH_ROWS)]
+            encoded = run(encode, batches)  # while the chunk before it is written
+            if begun:
+                yield pa.concat_tables(begun[0]), begun[1]
+            begun = encoded, size
+        if begun:
+            yield pa.concat_tables(begun[0]), begun[1]
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[Any]:
+    """A `map` over forked processes, which inherit the encoder and end with the parent."""
+    if count < 2:
+        yield map
+        return
+    pool = ProcessPoolExecutor(count, get_context("fork"), _begin_worker, (os.getpid(),))
+    try:
+        with _signals_deferred():
+            pool.submit(int)  # starts all
+        yield pool.map
+    finally:
+        with _signals_deferred():
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Defer signals: an exception while a pool begins or ends leaves its processes behind."""
+    caught: list[int] = []
+    numbers = [n for n in watcher.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = [signal.signal(number, lambda got, _: caught.append(got)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
+
+
+def _begin_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def encode_rows(lines: list[Line], tokenizer: str, parameters: Prepare) -> pa.Table:
+    """Parse, render and encode lines: a table of `ENCODED`, rows for each non-blank line."""
+    encoder = make_encoder(tokenizer, parameters)
+    parsed = {line: _parse(row, parameters) for line, row in lines if row.strip()}
+    conversations = [one for one in parsed.values() if isinstance(one, Conversation)]
+    encoded = iter(encoder.encode_conversations(conversations))
+    rows: list[dict[str, Any]] = []
+    for line, one in parsed.items():
+        columns: dict[str, Any] = {"line": line, "is_first": True}
+        result = one if isinstance(one, RejectedRow) else next(encoded)
+        if isinstance(one, Conversation):
+            columns["unknown"] = [*map(visible, one.unknown)]
+            columns["form"] = one.form
+        if isinstance(result, RejectedRow):
+            rows.append({**columns, "reason": visible(str(result))})
+            continue
+        assert isinstance(one, Conversation)
+        for example in _columns(one, result, parameters):
+            rows.append(example | columns)
+            columns = {"line": line, "is_first": False}
+    return pa.Table.from_pylist(rows, schema=ENCODED)
+
+
+def _parse(row: bytes, parameters: Prepare) -> Conversation | RejectedRow:
+    try:
+        require_length(row, parameters.max_row_bytes)
+        return parse(parse_line(row), parameters.format, parameters.columns)
+    except RejectedRow as reason:
+        return reason.with_traceback(None)  # whose frames would hold the batch
+    except RecursionError:
+        return RejectedRow("nested too deeply")
+
+
+def _columns(
+    conversation: Conversation, examples: list[Example], parameters: Prepare
+) -> Iterator[dict[str, Any]]:
+    """Columns of each of a conversation's examples."""
+    kept = [one for one in examples if one.branch == 0][-1]  # it holds all messages
+    tools, kwargs = conversation.tools, conversation.template_kwargs
+    context: dict[str, Any] = {"tools": tools, "template_kwargs": kwargs}
+    context |= {"text": conversation.text, "branches": conversation.branches}
+    question = conversation.text or next(m["content"] for m in kept.messages if m["role"] == "user")
+    shared = {
+        "conversation_id": conversation_id(kept.messages, **context),
+        "language": conversation.language,
+        "tools": dump(tools) if tools else None,
+        "template_kwargs": dump(kwargs) if kwargs else None,
+        "question": digest_of(question),
+        "is_held_out": is_held_out(question, parameters.eval_fraction, parameters.seed),
+        "truncated": any(one.truncated for one in examples),
+        "dropped_turns": conversation.dropped_turn,
+    }
+    for one in examples:
+        yield {
+            **shared,
+            "messages": to_columns(one.messages),
+            "text": one.text,
+            "input_ids": one.input_ids,
+            "loss_mask": one.loss_mask,
+            "text_bytes": one.text_bytes,
+            "answer": conversation.answer if one is kept and one.answered else None,
+            "turn": one.turn,
+            "weights": one.weights,
+            "supervised_tokens": one.supervised_tokens,
+        }
+
+
+@lru_cache(maxsize=1)  # forked processes inherit it
+def make_encoder(folder: str, parameters: Prepare) -> ExampleEncoder:
+    """Load the tokenizer and make the encoder for it."""
+    tokenizer = load_tokenizer(Path(folder))
+    template = templates.make(parameters.template, tokenizer, parameters.template_name)
+    return ExampleEncoder(
+        tokenizer,
+        template,
+        parameters.train_on,
+        parameters.max_length,
+        parameters.thinking,
+        merge_system=parameters.system == "merge",
+    )
