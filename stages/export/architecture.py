@@ -3,17 +3,21 @@
 Source: https://github.com/ggml-org/llama.cpp, convert_hf_to_gguf.py; the package `gguf`.
 """
 
+import re
 from typing import Any
 
 import gguf
 import numpy as np
 
+EXPERT = re.compile(r"\.experts\.(\d+)\.")  # here, as every stage may import this: torch takes long
 # transformers' model_type → llama.cpp's architecture, and whether its rotary pairs are neighbours
 _ARCHITECTURES = {
     "llama": (gguf.MODEL_ARCH.LLAMA, True),
     "mistral": (gguf.MODEL_ARCH.LLAMA, True),
     "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
     "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
+    "mixtral": (gguf.MODEL_ARCH.LLAMA, True),
+    "qwen3_moe": (gguf.MODEL_ARCH.QWEN3MOE, False),
 }
 # Keys of each type of rotary embedding; YaRN's as far as llama.cpp computes the same by default.
 _ROPES: dict[str, set[str]] = {
@@ -44,8 +48,10 @@ class Architecture:
         self._arch, self._permuted = _ARCHITECTURES[kind]
         if config.get("hidden_act", "silu") != "silu":
             raise Unsupported(f"its hidden_act is {config['hidden_act']}, and not silu")
-        if kind == "qwen3" and config.get("attention_bias"):
-            raise Unsupported("llama.cpp has no attention_bias for qwen3")
+        if kind.startswith("qwen3") and config.get("attention_bias"):
+            raise Unsupported(f"llama.cpp has no attention_bias for {kind}")
+        if kind == "qwen3_moe" and not config.get("norm_topk_prob"):
+            raise Unsupported("its norm_topk_prob is false, and llama.cpp's experts sum to one")
         self.config = config
         self.name = gguf.MODEL_ARCH_NAMES[self._arch]
         self.rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -72,14 +78,15 @@ class Architecture:
     def context_length(self) -> int:
         """Tokens up to which llama.cpp computes the same: it has no sliding window for these."""
         config, window = self.config, self.config.get("sliding_window")
-        slides = config["model_type"] == "mistral" or "sliding_attention" in (
+        slides = config["model_type"] in ("mistral", "mixtral") or "sliding_attention" in (
             config.get("layer_types") or ()
         )
         positions = int(config["max_position_embeddings"])
         return min(positions, window) if window and slides else positions
 
     def tensor_name(self, key: str) -> str:
-        """llama.cpp's name of a parameter, or of a module."""
+        """llama.cpp's name of a parameter, or of a module; experts of a layer have one."""
+        key = EXPERT.sub(".experts.", key).replace(".mlp.experts.w", ".block_sparse_moe.experts.w")
         name = self._names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise Unsupported(f"{self.name} has no tensor for {key}")
@@ -103,6 +110,11 @@ class Architecture:
         writer.add_embedding_length(config["hidden_size"])
         writer.add_block_count(config["num_hidden_layers"])
         writer.add_feed_forward_length(config["intermediate_size"])
+        if "num_experts_per_tok" in config:
+            writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+            writer.add_expert_used_count(config["num_experts_per_tok"])
+            if width := config.get("moe_intermediate_size"):
+                writer.add_expert_feed_forward_length(width)
         writer.add_head_count(self.heads)
         writer.add_head_count_kv(config.get("num_key_value_heads") or self.heads)
         writer.add_key_length(self.head_dim)

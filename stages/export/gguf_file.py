@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
-from stages.export.architecture import Architecture, Unsupported
+from stages.export.architecture import EXPERT, Architecture, Unsupported
 from stages.export.vocabulary import Vocabulary
 from stages.shared.chat.templates import Format
 from stages.shared.core import files, progress
@@ -39,8 +39,10 @@ class ModelFormat:
         architecture = self.architecture
         tied = architecture.config.get("tie_word_embeddings")  # the embedding is then the head
         keys = {s.name: s.shape for s in weights.parameters if not (tied and "lm_head" in s.name)}
-        names = {key: architecture.tensor_name(key) for key in keys}
-        types = {key: stored_type(names[key], shape, kind) for key, shape in keys.items()}
+        tensors: dict[str, list[str]] = {}  # an expert's keys in order, else one
+        for key in keys:
+            tensors.setdefault(architecture.tensor_name(key), []).append(key)
+        types = {name: stored_type(name, keys[key], kind) for name, (key, *_) in tensors.items()}
         writer = gguf.GGUFWriter(path, architecture.name)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name("tuned")
@@ -50,11 +52,13 @@ class ModelFormat:
         self._vocabulary.add(writer, architecture.config["vocab_size"], self._special)
         writer.add_chat_template(self._form.chat_template)
         total = 0
-        for key, shape in keys.items():
-            block, size = gguf.GGML_QUANT_SIZES[types[key]]
+        for name, (key, *others) in tensors.items():
+            stacked = [1 + len(others)] if EXPERT.search(key) else []
+            shape = (*stacked, *keys[key])
+            block, size = gguf.GGML_QUANT_SIZES[types[name]]
             nbytes = math.prod(shape) // block * size
             dtype = np.dtype(np.float32)  # overruled by the type
-            writer.add_tensor_info(names[key], shape, dtype, nbytes, types[key])
+            writer.add_tensor_info(name, shape, dtype, nbytes, types[name])
             total += nbytes
         divisors = architecture.rope_divisors()
         if divisors is not None:
@@ -65,15 +69,18 @@ class ModelFormat:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for key in keys:
-                rows = architecture.reorder(key, weights.tensor(key).float().numpy())
-                if types[key] is GGMLQuantizationType.F16 and np.abs(rows).max() > FP16_MAX:
-                    raise Unsupported(f"{key} holds weights beyond {FP16_MAX:.0f}, where F16 ends")
-                data = gguf.quantize(np.ascontiguousarray(rows), types[key])
+            for name, own in tensors.items():
+                data = np.stack([self._stored(weights, key, types[name]) for key in own])
                 writer.write_tensor_data(data)
                 bar.update(data.nbytes)
             if divisors is not None:
                 writer.write_tensor_data(divisors)
+
+    def _stored(self, weights: Weights, key: str, kind: GGMLQuantizationType) -> np.ndarray:
+        rows = self.architecture.reorder(key, weights.tensor(key).float().numpy())
+        if kind is GGMLQuantizationType.F16 and np.abs(rows).max() > FP16_MAX:
+            raise Unsupported(f"{key} holds weights beyond {FP16_MAX:.0f}, where F16 ends")
+        return gguf.quantize(np.ascontiguousarray(rows), kind)
 
     def write_adapter(self, path: Path, adapter: Path) -> None:
         """Write the factors of a LoRA adapter in F16 under the names of the base's tensors."""
@@ -107,7 +114,9 @@ class ModelFormat:
 
         def copy(named: tuple[str, torch.nn.Parameter]) -> None:
             key, parameter = named
-            rows = architecture.reorder(key, tensors(architecture.tensor_name(key)), back=True)
+            expert = EXPERT.search(key)
+            rows = tensors(architecture.tensor_name(key), int(expert[1]) if expert else None)
+            rows = architecture.reorder(key, rows, back=True)
             parameter.data.copy_(torch.from_numpy(rows))
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -135,12 +144,13 @@ class _Reader(gguf.GGUFReader):
         )
 
 
-def _read(path: Path) -> Callable[[str], np.ndarray]:
-    """Tensors of a file by llama.cpp's names, dequantized: fp32."""
+def _read(path: Path) -> Callable[..., np.ndarray]:
+    """Tensors of a file by llama.cpp's names and an expert's number, dequantized: fp32."""
     tensors = {tensor.name: tensor for tensor in _Reader(path).tensors}
 
-    def tensor(name: str) -> np.ndarray:
-        rows = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+    def tensor(name: str, expert: int | None = None) -> np.ndarray:
+        data = tensors[name].data
+        rows = gguf.dequantize(data if expert is None else data[expert], tensors[name].tensor_type)
         return np.require(rows, requirements="W")  # F32 is a view of the file
 
     return tensor
@@ -149,10 +159,10 @@ def _read(path: Path) -> Callable[[str], np.ndarray]:
 def stored_type(name: str, shape: Sequence[int], kind: GGMLQuantizationType) -> Any:
     """Type of a tensor in a file of `kind`.
 
-    llama.cpp wants vectors in F32. The head, or a tied embedding, suffers most from 4 bits. Rows
-    that blocks do not divide stay F16.
+    llama.cpp wants vectors and routers in F32. The head, or a tied embedding, suffers most from 4
+    bits. Rows that blocks do not divide stay F16.
     """
-    if len(shape) < 2:
+    if len(shape) < 2 or "ffn_gate_inp" in name:
         return F32
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if block > 1 and shape[-1] % block:

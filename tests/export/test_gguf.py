@@ -18,9 +18,10 @@ from stages.export.gguf_file import ModelFormat
 from stages.export.vocabulary import Vocabulary
 from stages.shared.chat import templates
 from stages.shared.core import files
+from stages.shared.model import loading
 from stages.shared.weights.checkpoint import Weights
 from tests import tiny, vocabularies
-from tests.architectures import saved
+from tests.architectures import MIXTURES, saved
 from tests.llama import opened
 from tests.tiny import CORPUS
 
@@ -41,6 +42,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
     "qwen2": ("qwen2", {"use_sliding_window": False}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "mixtral": ("mixtral", MIXTURES["mixtral"] | {"sliding_window": None}),
+    "qwen3_moe": ("qwen3_moe", MIXTURES["qwen3_moe"] | {"norm_topk_prob": True}),
 }
 
 
@@ -142,7 +145,8 @@ def test_llama_cpp_predicts_as_transformers(tmp_path: Path, name: str) -> None:
     ids = [rng.randrange(3, 384) for _ in range(90)]
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    with opened(folder / "model.gguf") as llama:
+    path = folder / "model.gguf"
+    with opened(path) as llama:
         found = {length: llama.next_token(ids[:length]) for length in (5, 17, 33, 60, 90)}
     found = {length: top for length, top in found.items() if top}
     assert len(found) > 1
@@ -150,6 +154,13 @@ def test_llama_cpp_predicts_as_transformers(tmp_path: Path, name: str) -> None:
         assert next(iter(top)) == expected[length - 1].argmax()
         for token, logp in top.items():
             assert logp == pytest.approx(expected[length - 1, token].item(), abs=0.05)
+    again = loading.load_model(folder, torch.device("cpu"), torch.float32)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    ModelFormat(folder, templates.read_format(folder / "format.json")).fill(again, path)
+    with torch.inference_mode():
+        read_back = again(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert torch.allclose(read_back, expected, atol=0.05)
 
 
 @pytest.mark.parametrize("quantization", ["F16", "Q8_0"])

@@ -84,10 +84,11 @@ def on_fused_experts(tuned: PeftModel) -> dict[str, Any]:
     ):
         dense = {name for name in adapted if name.endswith(own) and not experts.EXPERT.search(name)}
         parameters |= {f"{'.'.join(name.split('.')[-2:])}.weight" for name in dense}
+    both = {r".*\.gate_up_proj": 2} if "experts.gate_up_proj" in parameters else {}
     return {
         "target_parameters": sorted(parameters),
-        "rank_pattern": {r".*\.gate_up_proj": 2 * config.r},
-        "alpha_pattern": {r".*\.gate_up_proj": 2 * config.lora_alpha},
+        "rank_pattern": {name: n * config.r for name, n in both.items()},
+        "alpha_pattern": {name: n * config.lora_alpha for name, n in both.items()},
     }
 
 
