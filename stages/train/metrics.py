@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from stages.shared.step import targets
 from stages.shared.step.fused import liger
 from stages.shared.weights import experts
@@ -29,7 +31,7 @@ def metrics_of(training: "Recipe") -> dict[str, Any]:
         "best_step": history.best_step,
         "best_epoch": history.rows[history.best_step]["epoch"],
         "stopped_early": training.step < training.schedule.total,
-        "peak_memory_bytes": execution.peak_memory_bytes(plan.device),
+        "peak_memory_bytes": _peak_memory_bytes(training),
         "predicted_memory_bytes": plan.predicted_bytes,
         "tokens_per_second": round(counts.tokens / training.seconds, 1),
         "supervised_tokens_per_second": round(counts.supervised_tokens / training.seconds, 1),
@@ -44,6 +46,15 @@ def metrics_of(training: "Recipe") -> dict[str, Any]:
         "checkpoint_bytes": training.checkpoints.newest_bytes(),
         "resumed_from_step": training.resumed_from,
     }
+
+
+def _peak_memory_bytes(training: "Recipe") -> int:
+    """Of the first device; of a CPU, which they share, the sum of all processes."""
+    device = training.plan.device
+    peak = torch.tensor(execution.peak_memory_bytes(device), device=device)
+    if device.type == "cpu":
+        training.group.all_reduce([peak])
+    return int(peak)
 
 
 def _mixture(training: "Recipe") -> dict[str, Any]:

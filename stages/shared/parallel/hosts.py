@@ -55,6 +55,17 @@ def local_size() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"])
 
 
+def open_store(timeout: timedelta) -> tuple[distributed.Store, int, int]:
+    """The group's own keys in torch's store; this process's rank, and how many there are.
+
+    A group that torchrun restarts finds its predecessor's addresses in the store, and would wait
+    for them (`TORCH_DISABLE_SHARE_RDZV_TCP_STORE` unset, torch 2.13).
+    """
+    store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return distributed.PrefixStore(f"attempt {attempt}", store), rank, size
+
+
 def rank_from_leader(store: distributed.Store, rank: int, size: int, leads: bool) -> int:
     """The rank of a process, counted from the first that `leads`, or from 0 where none does."""
     store.set(f"qlora/leads/{rank}", str(int(leads)))
@@ -115,7 +126,7 @@ class Heartbeat(Thread):
         heard: dict[int, tuple[int, float]] = {}
         try:
             patience = timedelta(seconds=SILENT_SECONDS)
-            store, *_ = next(distributed.rendezvous("env://", timeout=patience))
+            store, *_ = open_store(patience)
             store.set_timeout(patience)
             while True:
                 store.add(f"qlora/beats/{self._rank}", 1)

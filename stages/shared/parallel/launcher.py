@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
+from types import FrameType
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ class _Agent(Thread):
         """Pass signals on until all workers have ended, whatever the agent waits for."""
         told = set[int]()
         last = time.monotonic()
+        signal.signal(signal.SIGTSTP, self._pause)
         while self.is_alive():
             self.join(0.2)
             running = _running(self._folder)
@@ -137,6 +139,13 @@ class _Agent(Thread):
                 last = time.monotonic()
             if time.monotonic() - last > AGENT_SECONDS:
                 return
+
+    def _pause(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z and `fg`, which workers do not hear: their sessions are their own."""
+        for process in (*_running(self._folder), os.getpid()):
+            os.kill(process, signal.SIGSTOP)
+        for process in _running(self._folder):
+            os.kill(process, signal.SIGCONT)
 
 
 def _running(folder: Path) -> set[int]:

@@ -62,7 +62,7 @@ def member(
         share = len(os.sched_getaffinity(0)) // hosts.local_size()
         torch.set_num_threads(max(1, share))
     with peers():
-        store, first, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+        store, first, size = hosts.open_store(PATIENCE)
         rank = hosts.rank_from_leader(store, first, size, leads)
         if rank > 0:  # one progress bar, one warning
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

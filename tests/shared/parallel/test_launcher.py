@@ -38,6 +38,13 @@ def is_killed(group: Group, device: torch.device) -> None:
     group.wait()
 
 
+def vanishes(group: Group, device: torch.device) -> None:
+    """A library ends the process: no error, no answer, exit code 0."""
+    if group.rank == 0:
+        os._exit(0)
+    group.wait()
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_launch_sums_over_all_devices(size: int) -> None:
     expected = [10.0, 10.0, 1.0, 0.0] if size == 1 else [21.0, 21.0, 2.0, 1.0]
@@ -50,6 +57,8 @@ def test_launch_ends_in_the_line_of_the_process_that_failed() -> None:
     with pytest.raises(UserError, match=r"one of 2, was .* from outside \(SIGKILL\)") as killed:
         launcher.launch(2, CPU, is_killed)
     assert "\n" not in str(killed.value)
+    with pytest.raises(launcher.WorkerLost, match=r"^one of 2 processes, was .*without a word"):
+        launcher.launch(2, CPU, vanishes)
 
 
 HOLDS = """
