@@ -14,7 +14,7 @@ steps. The count runs in its own process, so the measurement does not include it
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -45,7 +45,9 @@ from stages.shared.core import progress
 from stages.shared.core.errors import run
 from stages.shared.model import loading, packing
 from stages.shared.model.packing import Example
+from stages.shared.parallel.distributed import Group
 from stages.shared.parallel.limits import GIB
+from stages.shared.parallel.shards import Shards
 from stages.shared.step import adapter, fit, gradient, optim
 from stages.shared.step.config import Lora
 from stages.shared.step.count import Prediction, StepCounter
@@ -184,15 +186,38 @@ def micro_batch(setting: Setting, vocabulary: int) -> list[Example]:
     return packed
 
 
-def measure(base: Path, setting: Setting) -> int:
-    """Peak of live bytes in the second of two steps, of two micro-batches each.
+class LiveShards(LiveBytes):
+    """Live bytes with the buffers of shards, whose storage is resized."""
 
-    Quantized models are kept next to `base`.
-    """
+    def __init__(self, held: Iterable[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
+        super().__init__(held)
+        self._buffers, self.most = buffers, 0
+        self._alive |= {buffer.untyped_storage()._cdata for buffer in buffers}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        gathered = sum(buffer.untyped_storage().nbytes() for buffer in self._buffers)
+        self.most = max(self.most, self.total + gathered)
+        return result
+
+
+def quantized(base: Path, setting: Setting) -> Path:
+    """The model as `quantize` writes it, made once."""
     folder = base.with_name(f"{base.name}-{setting.precision}-{setting.double_quant}")
     if not folder.exists():
         folder.mkdir()
         convert(base, folder, setting.quantize, CPU)
+    return folder
+
+
+def measure(base: Path, setting: Setting, group: Group | None = None) -> int:
+    """Peak of live bytes in the second of two steps, of two micro-batches each.
+
+    Quantized models are kept next to `base`. In a `group` the weights are sharded.
+    """
+    folder = quantized(base, setting)
     if setting.rank:
         model: Any = adapter.load_for_lora(folder, setting.lora, CPU)
     else:
@@ -201,6 +226,7 @@ def measure(base: Path, setting: Setting) -> int:
         fused = counter.persistent(setting.setup())["unfused_because"] is None
     if fused:
         patch.fuse(model)
+    shards = Shards(model, group.rank, group.size, CPU) if group else None
     if setting.checkpointed:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = optim.make_optimizer(model, setting.train, CPU)
@@ -223,15 +249,24 @@ def measure(base: Path, setting: Setting) -> int:
     step()
     states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     held = [*model.parameters(), *model.buffers(), *states]
-    with LiveBytes([*held, *state_tensors(model)]) as live:
+    held += state_tensors(model)
+    if shards is None:
+        with LiveBytes(held) as live:
+            step()
+        return live.peak_bytes
+    buffers = shards.buffers
+    own = {buffer.untyped_storage()._cdata for buffer in buffers}
+    held = [*(x for x in held if x.untyped_storage()._cdata not in own), *shards.parts]
+    with LiveShards(held, buffers) as sharded:
         step()
-    return live.peak_bytes
+    return sharded.most
 
 
-def predict(config: Path, setting: Setting, device: Device = "cpu") -> Prediction:
+def predict(config: Path, setting: Setting, device: Device = "cpu", shards: int = 1) -> Prediction:
     """Count of a setting's step."""
+    batch = micro_batch_of(micro_batch(setting, 2))
     with StepCounter(config) as counter:
-        return counter.predict(setting.setup(device), micro_batch_of(micro_batch(setting, 2)))
+        return counter.predict(setting.setup(device), batch, shards)
 
 
 def settings() -> Iterator[tuple[str, Setting]]:

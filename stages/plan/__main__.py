@@ -4,6 +4,7 @@ Reads:  models/base/config.json, reports/prepare.json
 Writes: reports/plan.json, reports/plan.svg
 Run:    python -m stages.plan
         python -m stages.plan --model Llama-3-8B --budget 16 --max-length 2048
+        python -m stages.plan --model Llama-3-70B --devices 4
         python -m stages.plan --model owner/name --set lora.r=64 --set quantize.precision=bf16
 
 The files depend on parameters, config and counts alone, and are not written with any option.
@@ -28,6 +29,7 @@ COUNTS = Path("reports/prepare.json")
 PLAN = Path("reports/plan.json")
 PICTURE = Path("reports/plan.svg")
 LARGEST = 10**9  # upper bound of an option: sizes beyond it overflow
+MOST_DEVICES = 1024  # as QLORA_DEVICES
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -36,6 +38,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--model", help=known)
     parser.add_argument("--budget", type=float, help="GiB; this machine's memory if left out")
     parser.add_argument("--max-length", type=int, help="tokens of the longest conversation")
+    help_devices = "devices that train together, each with all weights or a part"
+    parser.add_argument("--devices", type=int, help=help_devices)
     parser.add_argument("--picture", type=Path, help="where to draw the plan, as SVG")
     help_set = "a parameter of quantize, lora or train, for this plan alone; may be repeated"
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help=help_set)
@@ -49,6 +53,8 @@ def check(options: Namespace) -> None:
         raise UserError(
             f"--max-length: is {options.max_length}. Give 2 tokens or more, below {LARGEST:,}."
         )
+    if options.devices is not None and not 1 <= options.devices <= MOST_DEVICES:
+        raise UserError(f"--devices: is {options.devices}. Give 1 to {MOST_DEVICES}.")
 
 
 def changed(values: Params, settings: Sequence[str]) -> Params:
@@ -87,9 +93,12 @@ def main(options: Namespace) -> None:
             charts.draw(plan["techniques"], growth, figures.LENGTHS, tokens, target)
         if is_stage:
             files.write_json(PLAN, plan)
+        shown = [tables.model(plan), tables.cards(plan)]
+        if options.devices:
+            plans = figures.on_devices(counter, counts, values, options.devices)
+            shown.append(tables.devices(plans))
         print(
-            tables.model(plan),
-            tables.cards(plan),
+            *shown,
             tables.techniques(plan),
             tables.disk(plan),
             sep="\n\n",
@@ -98,7 +107,9 @@ def main(options: Namespace) -> None:
             from stages.plan import this_machine  # noqa: PLC0415  (imports torch)
 
             print()
-            for line in this_machine.described(counter, counts, values, options.budget):
+            for line in this_machine.described(
+                counter, counts, values, options.budget, options.devices
+            ):
                 print(line, flush=True)
 
 

@@ -36,12 +36,27 @@ def configured(values: Params, device: Device = "cuda", *, bf16: bool = True) ->
 
 
 def request(
-    counter: StepCounter, values: Params, counts: Data, setup: TrainingSetup, total_bytes: int
+    counter: StepCounter,
+    values: Params,
+    counts: Data,
+    setup: TrainingSetup,
+    total_bytes: int,
+    devices: int = 1,
 ) -> Request:
-    """A training within `total_bytes`, with only counts of the data known."""
+    """A training within `total_bytes` a device, with only counts of the data known.
+
+    Devices of a CPU are processes that share them.
+    """
     work = workload_of_counts(counts.longest, values.train.batch_size, counts.supervised_share)
-    lora = lora_of(values.lora)
-    return Request(counter, setup, work, total_bytes, instead_of_full=lora)
+    return Request(
+        counter,
+        setup,
+        work,
+        total_bytes,
+        processes=devices if setup.device == "cpu" else 1,
+        shards=fit.shard_counts(setup, devices),
+        instead_of_full=lora_of(values.lora),
+    )
 
 
 def plan(counter: StepCounter, counts: Data, values: Params) -> dict[str, Any]:
@@ -75,6 +90,20 @@ def plan(counter: StepCounter, counts: Data, values: Params) -> dict[str, Any]:
         },
         "disk": disk(counter, setup),
         "operations_per_token": operations(counter, setup, counts),
+    }
+
+
+def on_devices(counter: StepCounter, counts: Data, values: Params, devices: int) -> dict[str, Any]:
+    """Training on several GPUs of each size, with all weights on each or a part: plans by way."""
+    setup = configured(values)
+    ways = {"whole": 1, "sharded": fit.shard_counts(setup, devices)[-1]}
+    requested = request(counter, values, counts, setup, 0)
+    return {
+        f"{devices} × {gib} GiB": {
+            way: chosen(replace(requested, total_bytes=gib * GIB, shards=(parts,)))
+            for way, parts in ways.items()
+        }
+        for gib in sorted(set(techniques.CARDS_GIB.values()))
     }
 
 

@@ -25,6 +25,14 @@ def cards(plan: Mapping[str, Any]) -> str:
     return f"what fits\n{_table(rows)}"
 
 
+def devices(plans: Mapping[str, Any]) -> str:
+    """Table of several devices: memory of each, with all weights or with its part of them."""
+    rows = {
+        size: {way: choice(chosen) for way, chosen in ways.items()} for size, ways in plans.items()
+    }
+    return f"params.yaml on several devices, memory of each\n{_table(rows)}"
+
+
 def techniques(plan: Mapping[str, Any]) -> str:
     """Table of techniques: smallest card, peak, and its parts."""
     ways = plan["techniques"]

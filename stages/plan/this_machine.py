@@ -11,7 +11,7 @@ from stages.plan import figures, sources, tables, techniques
 from stages.plan.config import Params
 from stages.plan.data import Data
 from stages.shared.core.errors import UserError
-from stages.shared.core.machine import device
+from stages.shared.core.machine import device, machine
 from stages.shared.parallel.limits import GIB, total_memory_bytes
 from stages.shared.step import fit
 from stages.shared.step.count import StepCounter
@@ -33,21 +33,26 @@ SMALL_VOCABULARY = 256  # the head is not timed
 
 
 def described(
-    counter: StepCounter, counts: Data, values: Params, budget: float | None
+    counter: StepCounter, counts: Data, values: Params, budget: float | None, devices: int | None
 ) -> Iterator[str]:
     """Lines on memory and time of params.yaml's training here; `budget` is in GiB."""
     place = device()
     device_type: Device = "cuda" if place.type == "cuda" else "cpu"
     total = total_memory_bytes(device_type, budget)
     setup = figures.configured(values, device_type, bf16=precision.has_bf16_matmuls(device_type))
-    requested = figures.request(counter, values, counts, setup, total)
+    here = torch.cuda.device_count() if device_type == "cuda" else 1
+    devices = devices or machine().devices or here
+    requested = figures.request(counter, values, counts, setup, total, devices)
     yield f"this machine ({device_type}, {total / GIB:.1f} GiB)"
     choice = fit.choose(requested)
     if choice is None:
         yield f"  {fit.refusal(requested)}"
         return
     yield f"  {tables.choice(figures.chosen(requested, choice))}"
-    yield f"  the process will hold about {choice.device_bytes / GIB:.2f} GiB"
+    holder = "each device" if device_type == "cuda" else "all processes"
+    holder = "the process" if devices == 1 else holder
+    sharded = f", weights sharded over {devices}" if choice.shards > 1 else ""
+    yield f"  {holder} will hold about {choice.device_bytes / GIB:.2f} GiB{sharded}"
     yield from _fitting(requested, values)
     setup = replace(setup, gradient_checkpointing=choice.gradient_checkpointing)
     rate = operations_per_second(counter, setup, place)

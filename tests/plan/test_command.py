@@ -83,10 +83,11 @@ def test_model_that_is_missing_is_told_with_those_that_exist(tmp_path: Path) -> 
         ("budget", math.nan),
         ("max_length", 1),
         ("max_length", 10**23),
+        ("devices", 0),
     ],
 )
 def test_number_that_nothing_has_is_refused(option: str, value: float) -> None:
-    options = Namespace(**{"budget": None, "max_length": None, option: value})
+    options = Namespace(**{"budget": None, "max_length": None, "devices": None, option: value})
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')}: is .* Give"):
         stage.check(options)
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,3 +163,18 @@ def test_three_checkpoints_of_12_bytes_a_parameter_fit_the_disk(smollm2: StepCou
     assert disk["merged_bytes"] == 2 * 134_515_008
     models = ("base", "quantized", "adapter", "merged")
     assert disk["cache_bytes"] == sum(disk[f"{name}_bytes"] for name in models)
+
+
+def test_70b_fits_two_cards_of_24_gib_sharded() -> None:
+    """With rank 8, 8-bit AdamW and 1,024 tokens; whole it fits neither 4 × 24 nor 8 × 40."""
+    values = settings(lora={"r": 8}, train={"optimizer": "adamw_8bit"})
+    long = replace(DATA, longest=1024)
+    fits: dict[str, Any] = {}
+    with StepCounter(CONFIGS / "Llama-3-70B.json") as counter:
+        for count in (2, 4, 8):
+            fits |= figures.on_devices(counter, long, values, count)
+    for size in ("2 × 24 GiB", "4 × 24 GiB", "8 × 40 GiB"):
+        assert fits[size]["sharded"]["fits"] and not fits[size]["whole"]["fits"], size
+    assert not fits["2 × 16 GiB"]["sharded"]["fits"]
+    assert fits["8 × 16 GiB"]["sharded"]["fits"]
+    assert "22.90 GiB: micro-batches of 1,024 tokens, checkpointed" in tables.devices(fits)

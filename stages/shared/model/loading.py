@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 # oneDNN compiles and caches each matmul shape: 0.56 MB each, 1,024 by default. A micro-batch has
@@ -104,11 +105,13 @@ def load_dequantized(folder: Path, device: torch.device) -> PreTrainedModel:
     return model.float().eval()
 
 
-def load_adapted(adapter: Path, base: Path, device: torch.device) -> PreTrainedModel | PeftModel:
-    """Load an adapter on its base model, or a fully fine-tuned model."""
+def load_adapted(
+    adapter: Path, base: Path, device: torch.device, *, on_cpu: bool = False
+) -> PreTrainedModel | PeftModel:
+    """Load an adapter on its base model, or a fully fine-tuned model; `on_cpu` as `load_model`."""
     if not is_adapter(adapter):
-        return load_model(adapter, device)
-    return attach(load_model(base, device), adapter)
+        return load_model(adapter, device, on_cpu=on_cpu)
+    return attach(load_model(base, device, on_cpu=on_cpu), adapter)
 
 
 def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -179,6 +182,13 @@ def saved_names(tuned: PeftModel, names: Iterable[str]) -> dict[str, str]:
 def without_adapter(model: nn.Module) -> nn.Module:
     """The transformers model below an adapter, if any."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def blocks_of(model: Any) -> Any:
+    """The blocks of a decoder."""
+    layers = model.config.get_text_config().num_hidden_layers
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    return next(blocks for blocks in lists if len(blocks) == layers)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from stages.shared.core.errors import UserError
+from stages.shared.model.loading import blocks_of
 from stages.shared.step import fake_model
 from stages.shared.weights import experts
 
@@ -66,13 +67,6 @@ def read_config(path: Path) -> PretrainedConfig:
             f"{path}: {reason:.200}. Choose a causal language model that transformers knows."
         ) from None
     return config
-
-
-def blocks_of(model: Any) -> Any:
-    """The blocks of a decoder."""
-    layers = model.config.get_text_config().num_hidden_layers
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
-    return next(blocks for blocks in lists if len(blocks) == layers)
 
 
 def first_blocks(config: PretrainedConfig, layers: int) -> PretrainedConfig:

@@ -24,6 +24,8 @@ from stages.shared.step.memory import DENSE_BYTES
 from stages.shared.step.setup import MicroBatch, TrainingSetup
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
+# What of sharded weights is whole in these phases, in place of two blocks.
+GATHERED = {"start": "embedding", "loss": "head", "gradient of the loss": "head"}
 TRANSIENT = ("activations", "logits", "workspace")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 SHARED = Path(__file__).parents[1]
@@ -121,18 +123,22 @@ class StepCounter:
     def persistent(self, setup: TrainingSetup) -> dict[str, Any]:
         """Bytes held from step to step, by part, and what else is known of a setup.
 
-        `pageable`: bytes of the optimizer's states that may leave a GPU; `shardable`: frozen bytes
-        of all blocks, and `largest_block` of one; `trainable`: parameters; `unfused_because`: why
-        no fused function computes the step, or None.
+        `pageable`: bytes of the optimizer's states that may leave a GPU; `blocks`, `embedding` and
+        `untied_head`: frozen bytes that devices may divide; `trainable`: parameters;
+        `unfused_because`: why no fused function computes the step, or None.
         """
         return self._answer("persistent", replace(setup, gradient_checkpointing=False))
 
-    def predict(self, setup: TrainingSetup, batch: MicroBatch) -> Prediction:
-        """The peak of a step of more than one micro-batch, the largest of them this one."""
-        held, counted = self.persistent(setup), self._answer("step", setup, batch)
-        return Prediction({n: held[n] for n in PARTS[:4]} | counted["parts"], counted["phase"])
+    def predict(self, setup: TrainingSetup, batch: MicroBatch, shards: int = 1) -> Prediction:
+        """The peak of a step of more than one micro-batch, the largest of them this one.
 
-    def predict_scoring(self, setup: TrainingSetup, batch: MicroBatch) -> Prediction:
+        `shards`: devices that frozen weights are divided among.
+        """
+        return _largest(self.persistent(setup), self._answer("step", setup, batch), shards)
+
+    def predict_scoring(
+        self, setup: TrainingSetup, batch: MicroBatch, shards: int = 1
+    ) -> Prediction:
         """The peak of scoring held-out conversations between two steps: there are no gradients.
 
         Of a full fine-tune the weights are scored as their file will hold them: copies.
@@ -140,14 +146,15 @@ class StepCounter:
         held = self.persistent(setup) | {"gradients": 0}
         copies = held["trainable"] * DENSE_BYTES[setup.compute] if setup.rounds_masters else 0
         scored = replace(setup, gradient_checkpointing=False, masters=not copies)
-        counted = self._answer("scoring", scored, batch)
-        parts = {n: held[n] for n in PARTS[:4]} | counted["parts"]
-        parts["workspace"] += copies
-        return Prediction(parts, f"scoring, {counted['phase']}")
+        found = _largest(held, self._answer("scoring", scored, batch), shards)
+        parts = found.parts | {"workspace": found.parts["workspace"] + copies}
+        return Prediction(parts, f"scoring, {found.phase}")
 
-    def largest(self, setup: TrainingSetup, batches: Iterable[MicroBatch]) -> Prediction:
+    def largest(
+        self, setup: TrainingSetup, batches: Iterable[MicroBatch], shards: int = 1
+    ) -> Prediction:
         """The peak of a training that sees these micro-batches, of which few are counted."""
-        found = (self.predict(setup, batch) for batch in few(undominated(batches)))
+        found = (self.predict(setup, batch, shards) for batch in few(undominated(batches)))
         return max(found, key=lambda prediction: prediction.total_bytes)
 
     def _answer(
@@ -173,6 +180,23 @@ class StepCounter:
             return json.loads(self.config.read_bytes())
         except (OSError, ValueError):
             return None  # the dry run says what is wrong with it
+
+
+def _largest(held: dict[str, Any], phases: dict[str, dict[str, int]], shards: int) -> Prediction:
+    """The phase that holds most, with what is held in all."""
+
+    def parts(phase: str) -> dict[str, int]:
+        weights = held["weights"]
+        if shards > 1:
+            whole = (held["blocks"], held["embedding"], held["untied_head"])
+            weights += sum(-(-one // shards) - one for one in whole)
+            end = GATHERED.get(phase)
+            weights += held[end] if end else 2 * held["largest_block"]
+        return {n: held[n] for n in PARTS[:4]} | phases[phase] | {"weights": weights}
+
+    return max(
+        (Prediction(parts(phase), phase) for phase in phases), key=lambda one: one.total_bytes
+    )
 
 
 def serve() -> None:

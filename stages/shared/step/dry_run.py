@@ -27,6 +27,7 @@ from transformers import PretrainedConfig
 
 from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import Example
+from stages.shared.parallel import shards
 from stages.shared.step import (
     adapter,
     architecture,
@@ -87,8 +88,7 @@ def answer(
     micro_batch = MicroBatch(tuple(batch["lengths"]), batch["supervised"])
     live, held_bytes = run(few, training, micro_batch, scoring_only=kind == "scoring")
     phases = extended(live, held_bytes, pattern)
-    phase = max(phases, key=lambda name: sum(phases[name].values()))
-    return {"phase": _in_words(phase, pattern), "parts": phases[phase]}
+    return {_in_words(phase, pattern): parts for phase, parts in phases.items()}
 
 
 def _same_targets_in_all_blocks(setup: TrainingSetup, config: PretrainedConfig) -> bool:
@@ -151,7 +151,7 @@ def unfused_because(setup: TrainingSetup, model: Any) -> str | None:
         return SWITCHED_OFF
     if lora is None:
         return "train.method is full"
-    blocks = architecture.blocks_of(model)
+    blocks = loading.blocks_of(model)
     names = sorted({type(block).__name__ for block in blocks})
     linear = [m for m in blocks.modules() if isinstance(m, nn.Linear | LoraLayer)]
     inside = {m for layer in linear if isinstance(layer, LoraLayer) for m in layer.modules()}
@@ -189,7 +189,6 @@ def persistent(
     times = _times(model, pattern)
     weights = adapter = gradients = tensors = 0
     sizes: list[int] = []
-    frozen_bytes: dict[torch.Tensor, int] = {}
     for p in model.parameters():
         count = times.get(p, 1)
         tensors += count
@@ -202,15 +201,9 @@ def persistent(
             adapter += count * one
         else:
             weights += count * one
-        if not p.requires_grad:
-            frozen_bytes[p] = one
         if p.requires_grad:
             gradients += count * p.nbytes
             sizes += [p.numel()] * count
-    blocks = [
-        [(frozen_bytes[p], times.get(p, 1)) for p in block.parameters() if p in frozen_bytes]
-        for block in architecture.blocks_of(model)
-    ]
     frozen = (b for name, b in model.named_buffers() if name.endswith(".frozen"))
     adapter += sum(times.get(b, 1) * b.nbytes for b in frozen)
     return {
@@ -221,8 +214,25 @@ def persistent(
         "pageable": memory.pageable_bytes(setup.optimizer, sizes),
         "trainable": sum(sizes),
         "tensors": tensors + 4 * len(sizes),
-        "shardable": sum(size * count for block in blocks for size, count in block),
-        "largest_block": max(sum(size for size, _ in block) for block in blocks),
+        **_shardable(model, pattern, nested=nested),
+    }
+
+
+def _shardable(model: Any, pattern: Pattern | None, *, nested: bool) -> dict[str, int]:
+    """Frozen bytes that processes may divide, by what is gathered at once."""
+    plain: Any = loading.without_adapter(model)
+    for p in plain.parameters():
+        if isinstance(p, Params4bit) and not nested:
+            p.quant_state.absmax = p.quant_state.absmax.float()
+    sizes = [shards.frozen_bytes(block) for block in loading.blocks_of(plain)]
+    repeated = sum(sizes[i] for i in pattern.repeated) * pattern.repeats if pattern else 0
+    head = shards.frozen_bytes(plain.get_output_embeddings())
+    return {
+        "blocks": sum(sizes) + repeated,
+        "largest_block": max(sizes),
+        "embedding": shards.frozen_bytes(plain.get_input_embeddings()),
+        "head": head,
+        "untied_head": 0 if shards.is_tied(plain) else head,
     }
 
 
@@ -230,7 +240,7 @@ def _times(model: nn.Module, pattern: Pattern | None) -> dict[torch.Tensor, int]
     """How often tensors of the blocks that stand for several count."""
     if pattern is None:
         return {}
-    repeated = [architecture.blocks_of(model)[i] for i in pattern.repeated]
+    repeated = [loading.blocks_of(model)[i] for i in pattern.repeated]
     tensors = [t for block in repeated for t in (*block.parameters(), *block.buffers())]
     return dict.fromkeys(tensors, 1 + pattern.repeats)
 
@@ -266,7 +276,7 @@ def run(
         if scoring_only:
             live = LiveBytes(held, vocabulary, PYTHON_KERNELS)
             before = live.total
-            _follow(live, architecture.blocks_of(model))
+            _follow(live, loading.blocks_of(model))
             with live, torch.no_grad(), precision.autocast(CPU, dtype):
                 live.phase = "start"
                 scoring.negative_log_likelihoods(model.eval(), packing.pack(examples, CPU))
@@ -278,7 +288,7 @@ def run(
         held += [*states, *(p.grad for p in trained)]
         live = LiveBytes(held, vocabulary, PYTHON_KERNELS)
         before = live.total
-        _follow(live, architecture.blocks_of(model))
+        _follow(live, loading.blocks_of(model))
 
         def scale(loss: torch.Tensor) -> torch.Tensor:
             live.phase = "gradient of the loss"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stages.shared.core.errors import UserError
 from stages.shared.parallel.limits import GIB
 from stages.shared.step.count import Prediction, StepCounter, undominated
 from stages.shared.step.setup import MicroBatch, TrainingSetup
@@ -32,6 +33,7 @@ CONTEXT_BYTES = 768 * 2**20
 ALLOCATOR_BYTES = 20 * 2**20
 MATMUL_BYTES = 2 * 32 * 2**20
 ROUNDING_BYTES = 256
+MORE_DEVICES = {2: "two", 4: "four", 8: "eight"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Request:
         gradient_checkpointing: None to choose.
         scored: micro-batches that held-out conversations are scored in, between steps.
         processes: trainings of a CPU that share a step and this memory.
-        shards: parts that the blocks' frozen weights may be divided in; the first that fits.
+        shards: devices that frozen weights may be divided among; the first that fits.
         instead_of_full: the keys of `lora` that could be trained instead of all weights.
     """
 
@@ -67,7 +69,7 @@ class Request:
 class Choice:
     """How a step is computed; `device_bytes`: what a device, or a CPU's processes, will hold.
 
-    `shards`: parts that frozen weights are divided in, 1 where each device holds all.
+    `shards`: devices that frozen weights are divided among, 1 where each holds all.
     """
 
     micro_batch_tokens: int
@@ -75,6 +77,18 @@ class Choice:
     prediction: Prediction
     device_bytes: int
     shards: int = 1
+
+
+def shard_counts(setup: TrainingSetup, processes: int, shard: str = "auto") -> tuple[int, ...]:
+    """`Request.shards` of so many devices; `shard` is `QLORA_SHARD`."""
+    if shard == "true" and setup.lora is None and processes > 1:
+        raise UserError(
+            "QLORA_SHARD: only frozen weights are sharded, and train.method full has none. Set "
+            "train.method to lora, or unset it."
+        )
+    if processes == 1 or setup.lora is None or shard == "false":
+        return (1,)
+    return (processes,) if shard == "true" else (1, processes)
 
 
 def choose(request: Request) -> Choice | None:
@@ -141,22 +155,12 @@ def _counted(candidate: _Candidate) -> Choice:
     counter = request.counter
     setup = replace(request.setup, gradient_checkpointing=checkpointing)
     batches = request.workload.micro_batches(tokens)
-    trained = counter.largest(setup, batches)
-    scored = [counter.predict_scoring(setup, batch) for batch in undominated(request.scored)]
     shards = request.shards[0]
-    predictions = [_sharded(p, counter.persistent(setup), shards) for p in (trained, *scored)]
-    held = [(device_bytes(counter, setup, p), p) for p in predictions]
+    trained = counter.largest(setup, batches, shards)
+    scored = [counter.predict_scoring(setup, b, shards) for b in undominated(request.scored)]
+    held = [(device_bytes(counter, setup, p), p) for p in (trained, *scored)]
     most, prediction = max(held, key=lambda one: one[0])
     return Choice(tokens, checkpointing, prediction, most * request.processes, shards)
-
-
-def _sharded(prediction: Prediction, held: dict[str, Any], shards: int) -> Prediction:
-    """With blocks divided: a device holds its part, and two blocks that are gathered."""
-    if shards == 1:
-        return prediction
-    whole, gathered = held["shardable"], 2 * held["largest_block"]
-    weights = prediction.parts["weights"] - whole + -(-whole // shards) + gathered
-    return replace(prediction, parts=prediction.parts | {"weights": weights})
 
 
 def refusal(request: Request) -> str:
@@ -169,12 +173,24 @@ def refusal(request: Request) -> str:
     margin = MARGIN[request.setup.device]
     found = remedies(request)
     advice = f"Set {'; or '.join(found)}." if found else "Take a smaller model or more memory."
+    if more := more_devices(request):
+        advice += f" Or train on {more} devices, sharded."
     return (
         f"memory: training needs {margin * least.device_bytes / GIB:.2f} GiB ({listed}, beside "
         f"tensors {(margin * least.device_bytes - least.device_bytes + beside) / GIB:.2f}) at "
         f"{least.micro_batch_tokens} tokens a micro-batch, checkpointing {checkpointing}; there "
         f"are {request.total_bytes / GIB:.2f}. {advice}"
     )
+
+
+def more_devices(request: Request) -> str | None:
+    """The least of two, four or eight GPUs that hold it, each with its part of the weights."""
+    for count, words in MORE_DEVICES.items():
+        wider = replace(request, shards=(count,))
+        apart = request.setup.device == "cuda" and request.setup.lora and count > request.shards[-1]
+        if apart and fits(wider, smallest(wider)):
+            return words
+    return None
 
 
 def remedies(request: Request) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stages.plan.sources import CONFIGS
+from stages.shared.core.errors import UserError
 from stages.shared.model.packing import Example
 from stages.shared.parallel import limits
 from stages.shared.parallel.limits import GIB, cgroup_limits, total_memory_bytes
@@ -126,6 +127,22 @@ def test_refusal_gives_remedies_that_help(llama: StepCounter, name: str) -> None
     for word in words:
         if word in every:
             assert fit.choose(every[word]), word
+
+
+def test_refusal_names_the_devices_that_would_do(llama: StepCounter) -> None:
+    needed = fit.smallest(request_of(llama, 1)).device_bytes / GIB
+    assert fit.refusal(request_of(llama, needed - 1)).endswith("Or train on two devices, sharded.")
+    less = fit.smallest(request_of(llama, 1, shards=(4,))).device_bytes / GIB
+    assert "on four devices, sharded" in fit.refusal(request_of(llama, less, shards=(1, 2)))
+    for setup in (replace(QLORA, device="cpu"), TrainingSetup("bf16", None)):
+        assert "sharded" not in fit.refusal(request_of(llama, 4, setup))
+
+
+def test_full_fine_tuning_is_not_sharded() -> None:
+    full = TrainingSetup("bf16", None)
+    assert fit.shard_counts(full, 2) == (1,)
+    with pytest.raises(UserError, match=r"^QLORA_SHARD: .* Set train\.method to lora"):
+        fit.shard_counts(full, 2, "true")
 
 
 def test_refusal_without_a_remedy_says_so(llama: StepCounter) -> None:

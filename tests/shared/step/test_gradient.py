@@ -90,9 +90,7 @@ def step(
     if fused:
         fuse(model)
     if sharded and group:
-        before = sum(p.nbytes for p in model.get_base_model().get_decoder().layers.parameters())
-        held = Shards(model, group.rank, group.size, CPU)
-        assert held.bytes < before / group.size + before
+        Shards(model, group.rank, group.size, CPU)
         examples = read_examples(folders[1] / "eval.parquet")
         scoring.score(model, examples, CPU, torch.float32, "score", (group.rank, group.size))
     loss = accumulate(model, chosen(folders, rows), tokens, fused, group or Group())
@@ -183,13 +181,8 @@ def steps(
     }
 
 
-def steps_whole_and_sharded(group: Group, fp32: Folders, nf4: Folders) -> list[Any]:
-    return [
-        steps(group, fp32),
-        steps(group, fp32, True),
-        steps(group, nf4),
-        steps(group, nf4, True),
-    ]
+def steps_whole_and_sharded(group: Group, every: list[Folders]) -> list[Any]:
+    return [(steps(group, folders), steps(group, folders, sharded=True)) for folders in every]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -197,13 +190,14 @@ def test_gradient_is_the_same_on_several_devices(
     folders: Folders, tmp_path: Path, size: int
 ) -> None:
     """Of sharded weights the bits are those of whole ones."""
-    nf4 = tiny.quantize(tmp_path / "quantized", "nf4"), folders[1]
     alone = steps(Group(), folders)
-    shared, *others = devices.together(size, steps_whole_and_sharded, folders, nf4)
-    for name, (loss, gradients) in shared.items():
+    quantized = [tiny.quantize(tmp_path / kind, kind) for kind in ("nf4", "int8", "bf16")]
+    every = [folders, *((folder, folders[1]) for folder in quantized[: 3 if size == 2 else 1])]
+    found = devices.together(size, steps_whole_and_sharded, every)
+    for name, (loss, gradients) in found[0][0].items():
         assert distance(gradients, alone[name][1]) < 1e-5, name
         assert loss == pytest.approx(alone[name][0], rel=1e-6), name
-    for whole, sharded in ((shared, others[0]), (others[1], others[2])):
+    for whole, sharded in found:
         for name, (loss, gradients) in whole.items():
             assert sharded[name][0] == loss, name
             assert all(torch.equal(sharded[name][1][n], gradients[n]) for n in gradients), name

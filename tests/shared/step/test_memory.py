@@ -4,6 +4,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from stages.plan.sources import CONFIGS
+from stages.shared.model import loading
 from stages.shared.step import architecture, dry_run, memory
 from stages.shared.step.count import StepCounter
 from stages.shared.step.setup import Stored, TrainingSetup, stored_as
@@ -110,7 +111,7 @@ def test_every_architecture_is_described(kind: str) -> None:
     described = architecture.describe(config)
     model = dry_run.fake_model.model_on_meta(config, dry_run.torch.float32)
     assert described["parameters"]["parameters"] == sum(p.numel() for p in model.parameters())
-    assert architecture.pattern_of(config).layers == len(architecture.blocks_of(model))
+    assert architecture.pattern_of(config).layers == len(loading.blocks_of(model))
 
 
 @pytest.mark.parametrize(
