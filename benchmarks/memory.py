@@ -45,7 +45,7 @@ from stages.shared.core import progress
 from stages.shared.core.errors import run
 from stages.shared.model import loading, packing
 from stages.shared.model.packing import Example
-from stages.shared.parallel.distributed import Group
+from stages.shared.parallel.group import Group
 from stages.shared.parallel.limits import GIB
 from stages.shared.parallel.shards import Shards
 from stages.shared.step import adapter, fit, gradient, optim

@@ -7,6 +7,7 @@ Reads:  data/prepared/eval.parquet, data/prepared/format.json, models/tokenizer,
 Writes: reports/evaluate/<variant>.json, reports/details/evaluate/<variant>.json,
         reports/answers/<variant>.json
 Run:    python -m stages.evaluate base | quantized | adapter | merged
+        One that fits no device is divided among all, as QLORA_SHARD says (docs/clusters.md).
         python -m stages.evaluate --adapters EXPERIMENT ...     (workspace: the one that lies here)
 """
 
@@ -17,6 +18,7 @@ from tempfile import TemporaryDirectory
 from stages.evaluate.config import Params
 from stages.shared.core import files, params, progress
 from stages.shared.core.errors import UserError, run
+from stages.shared.core.machine import device
 
 PREPARED = Path("data/prepared")
 TOKENIZER = Path("models/tokenizer")
@@ -50,11 +52,18 @@ def main(options: Namespace) -> None:
     settings = params.load(Params, f"evaluate@{variant}")
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with progress.quick_imports():
-        from stages.evaluate.evaluate import evaluate  # noqa: PLC0415
+        from stages.evaluate.evaluate import evaluate_on  # noqa: PLC0415
+        from stages.shared.parallel import placement  # noqa: PLC0415
+        from stages.shared.parallel.member import joined  # noqa: PLC0415
 
-    metrics, answers = evaluate(
-        variant, MODELS[variant], QUANTIZED, TOKENIZER, PREPARED, settings.evaluate
-    )
+    model, target = MODELS[variant], device()
+    inputs = (variant, model, QUANTIZED, TOKENIZER, PREPARED, settings.evaluate)
+    with joined(target) as member:
+        shards = placement.shards_for(QUANTIZED if variant == "adapter" else model, target, member)
+        found = placement.compute(member, target, shards, evaluate_on, *inputs)
+        if member and not member[0].is_main:
+            return
+    metrics, answers = found
     files.write_json(ANSWERS / f"{variant}.json", answers)
     name = f"{variant}.json"
     files.write_report(METRICS / name, DETAILS / name, metrics, COMPARED)

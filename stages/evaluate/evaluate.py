@@ -11,6 +11,7 @@ from stages.shared.model import loading  # before transformers
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+import torch
 
 from stages.evaluate import breakdown, generate
 from stages.evaluate.config import Evaluate
@@ -22,6 +23,17 @@ from stages.shared.core import machine
 from stages.shared.core.errors import reading
 from stages.shared.model import scoring
 from stages.shared.model.packing import read_examples, require_vocabulary
+from stages.shared.parallel.group import Group
+from stages.shared.parallel.shards import Shards
+
+ALONE = generate.ALONE
+
+
+def evaluate_on(
+    group: Group, device: torch.device, sharded: bool, *args: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`evaluate` as one of the processes of `placement.compute`."""
+    return evaluate(*args, None, group, device, sharded=sharded)
 
 
 def evaluate_adapters(
@@ -46,9 +58,16 @@ def evaluate(
     data: Path,
     settings: Evaluate,
     model: Any = None,
+    group: Group = ALONE,
+    device: torch.device | None = None,
+    *,
+    sharded: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics and replies of a model, or of an adapter on its base; `model` if it is loaded."""
-    device = machine.device()
+    """Metrics and replies of a model, or of an adapter on its base; `model` if it is loaded.
+
+    Processes of a `group` share the work, and where it is `sharded` the frozen weights.
+    """
+    device = device or machine.device()
     tokenizer = load_tokenizer(tokenizer_folder)
     form = templates.read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
@@ -61,12 +80,18 @@ def evaluate(
         rows = pq.read_table(file, columns=columns).to_pylist()
         conversations = [from_columns(row) for row in rows]
     dtype = loading.compute_dtype(base if loading.is_adapter(folder) else folder, device)
-    model = model or loading.load_adapted(folder, base, device)
+    model = model or loading.load_adapted(folder, base, device, on_cpu=sharded)
     # peft's wrapper has no `num_embeddings`.
     require_vocabulary(examples, len(model.get_input_embeddings().weight))
+    if sharded:
+        Shards(model, group.rank, group.size, device)
     losses: dict[int, np.ndarray] = {}
-    desc = f"{variant}: loss"
-    sums, tokens = scoring.score(model, examples, device, dtype, desc, by_token=losses)
+    desc, share = f"{variant}: loss", (group.rank, group.size)
+    own, tokens = scoring.score(model, examples, device, dtype, desc, share, losses)
+    sums = np.zeros_like(own)
+    for others in group.gather((own, losses)):
+        sums += others[0]
+        losses |= others[1]
 
     template = templates.make(form.template, tokenizer, form.template_name)
     encoder = Encoder(tokenizer, template)
@@ -80,7 +105,9 @@ def evaluate(
         if len(prompt) < len(examples[row]):  # else truncated inside the prompt
             prompts[row] = prompt
     inputs, limit = list(prompts.values()), settings.max_new_tokens
-    replies = generate.generate(model, tokenizer, inputs, form.stop_ids, limit, device, dtype)
+    replies = generate.generate(
+        model, tokenizer, inputs, form.stop_ids, limit, device, dtype, group
+    )
     by_row = dict(zip(prompts, replies, strict=True))
     frame = pd.DataFrame(rows, columns=columns).assign(nats=sums, tokens=tokens)
     answers = {

@@ -19,12 +19,14 @@ from transformers import (
 from stages.shared.core import progress
 from stages.shared.model.loading import without_adapter
 from stages.shared.model.packing import has_length_dependent_rope
+from stages.shared.parallel.group import Group
 from stages.shared.weights.precision import autocast
 
 # Fixed, as other prompts in the batch can change a bf16 reply. A 7B model with multi-head attention
 # caches half a MB per token.
 BATCH = 32
 BATCH_TOKENS = 8192  # of prompts and replies, padding included
+ALONE = Group()
 UNBATCHED = frozenset({"rwkv"})  # left padding changes their replies
 
 
@@ -81,21 +83,29 @@ def generate(
     max_new_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
+    group: Group = ALONE,
 ) -> list[Reply]:
-    """Reply to each prompt by greedy decoding, up to `stop_ids` or the end of learned positions."""
+    """Reply to each prompt by greedy decoding, up to `stop_ids` or the end of learned positions.
+
+    Processes of a `group` divide the batches, and all make as many forward passes.
+    """
     # Unset options would be the model's own: penalties, beams, minimum lengths.
     plain: Any = without_adapter(model)
     plain.generation_config = GenerationConfig()
     positions = _learned_positions(plain)
     replies: dict[int, Reply] = {}
     groups = group_by_length(prompts, max_new_tokens, BATCH if may_batch(plain.config) else 1)
+    if positions == sys.maxsize:  # else one could pass the last position while it waits
+        batches = -(-len(groups) // group.size)
+        own = groups[group.rank :: group.size]
+        groups = own + groups[:1] * (batches - len(own))  # once more, to the same replies
     total = len(groups) * max_new_tokens
     with progress.bar(total=total, desc="answers", unit="batch-token") as bar:
-        for done, group in enumerate(groups, start=1):
-            width = max(len(prompts[i]) for i in group)
-            ids = torch.full((len(group), width), stop_ids[0], device=device)
+        for done, batch in enumerate(groups, start=1):
+            width = max(len(prompts[i]) for i in batch)
+            ids = torch.full((len(batch), width), stop_ids[0], device=device)
             mask = torch.zeros_like(ids)
-            for line, i in enumerate(group):  # left padding: all replies start at `width`
+            for line, i in enumerate(batch):  # left padding: all replies start at `width`
                 ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
                 mask[line, width - len(prompts[i]) :] = 1
             config = GenerationConfig(
@@ -110,10 +120,13 @@ def generate(
                     attention_mask=mask,
                     generation_config=config,
                     stopping_criteria=[_Advance(bar)],
+                    synced_gpus=group.size > 1,
                 )
-            for line, i in enumerate(group):
+            for line, i in enumerate(batch):
                 replies[i] = _reply(tokenizer, output[line, width:].tolist(), stop_ids)
             bar.update(done * max_new_tokens - bar.n)
+    for others in group.gather(replies):
+        replies |= others
     return [replies[i] for i in range(len(prompts))]
 
 

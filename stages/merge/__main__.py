@@ -11,6 +11,7 @@ from pathlib import Path
 from stages.merge.config import Params
 from stages.shared.core import files, params, progress
 from stages.shared.core.errors import run
+from stages.shared.core.machine import device
 
 ADAPTER = Path("models/adapter")
 WEIGHTS = {"quantized": Path("models/quantized"), "original": Path("models/base")}
@@ -28,10 +29,16 @@ def main() -> None:
     settings = params.load(Params, "merge")
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with progress.quick_imports():
-        from stages.merge.merge import merge  # noqa: PLC0415
+        from stages.merge.merge import follow, merge  # noqa: PLC0415
+        from stages.shared.parallel.member import joined  # noqa: PLC0415
 
-    with files.whole_folder(MERGED) as partial:
-        metrics = merge(settings.merge, ADAPTER, WEIGHTS, TOKENIZER, PREPARED, partial)
+    with joined(device()) as member:
+        if member and not member[0].is_main:
+            follow(member, ADAPTER, WEIGHTS, PREPARED)
+            return
+        inputs = (ADAPTER, WEIGHTS, TOKENIZER, PREPARED)
+        with files.whole_folder(MERGED) as partial:
+            metrics = merge(settings.merge, *inputs, partial, member)
     files.write_report(METRICS, DETAILS, metrics, COMPARED)
 
 

@@ -21,7 +21,8 @@ from stages.shared.chat.templates import Format, read_format
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError, reading
 from stages.shared.model.handover import save_tokenizer
-from stages.shared.model.packing import read_examples
+from stages.shared.model.packing import Example, read_examples
+from stages.shared.parallel.placement import Member
 from stages.shared.verify.agreement import first_positions
 from stages.shared.weights import experts
 from stages.shared.weights.precision import DTYPES
@@ -34,10 +35,12 @@ def merge(
     tokenizer: Path,
     data: Path,
     folder: Path,
+    member: Member | None = None,
 ) -> dict[str, Any]:
     """Write a standalone model into the existing `folder`, verify it, and return its metrics.
 
-    `adapter` is a standalone model after full fine-tuning.
+    `adapter` is a standalone model after full fine-tuning. `member`: this process's place where
+    torchrun or Slurm has started the devices; the others `follow`.
     """
     quantized, device = weights["quantized"], machine.device()
     refuse_original(adapter, settings.onto)
@@ -47,10 +50,21 @@ def merge(
     else:
         files.link_folder(adapter, folder)
     make_standalone(folder, quantized, tokenizer, read_format(data / "format.json"))
-    examples = first_positions(read_examples(data / "eval.parquet"), verify.POSITIONS)
+    examples = held_out(data)
     required = settings.onto == "quantized"
-    metrics = verify.verify(folder, adapter, quantized, examples, device, required=required)
+    models = (folder, adapter, quantized, examples, device)
+    metrics = verify.verify(*models, required=required, member=member)
     return {"onto": settings.onto, **metrics, "bytes": files.folder_bytes(folder)}
+
+
+def follow(member: Member, adapter: Path, weights: Mapping[str, Path], data: Path) -> None:
+    """Take part in the first process's proof, as one of those that write nothing."""
+    verify.agreement_as_run(None, adapter, weights["quantized"], held_out(data), member[1], member)
+
+
+def held_out(data: Path) -> list[Example]:
+    """The conversations that a merge is verified on."""
+    return first_positions(read_examples(data / "eval.parquet"), verify.POSITIONS)
 
 
 def merge_adapter(

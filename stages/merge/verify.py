@@ -10,6 +10,10 @@ from torch import nn
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.shared.model.packing import Example
+from stages.shared.parallel import placement
+from stages.shared.parallel.group import Group
+from stages.shared.parallel.placement import Member
+from stages.shared.parallel.shards import Shards
 from stages.shared.verify.agreement import Agreement, compare, log_probabilities
 from stages.shared.weights import experts
 
@@ -30,8 +34,13 @@ def verify(
     device: torch.device,
     *,
     required: bool,
+    member: Member | None = None,
 ) -> dict[str, Any]:
-    """Compare the merged with the trained model in fp32, and in this device's compute dtype."""
+    """Compare the merged with the trained model in fp32, and in this device's compute dtype.
+
+    The first takes this process the memory that merging takes, the second as a `placement` of both
+    models; `member` where torchrun or Slurm has started the devices.
+    """
     trained, expected = trained_exactly(adapter, quantized, examples, device)
     model = loading.load_model(merged, CPU, torch.float32)
     expert_error = largest_expert_error(expected, expert_outputs(model))
@@ -50,11 +59,10 @@ def verify(
             f"reach {largest.value:.3g}. Set merge.dtype to bf16 or fp32."
         )
     dtype = loading.compute_dtype(merged, device)
-    if (device, dtype) != (CPU, torch.float32):
-        model = loading.load_model(merged, device, dtype)
-        saved = log_probabilities(model, examples, device, dtype, "runtime: merged")
-        del model
-    runtime = compare(trained_as_run(adapter, quantized, examples, device), saved)
+    same = (device, dtype) == (CPU, torch.float32)
+    runtime = agreement_as_run(
+        merged, adapter, quantized, examples, device, member, saved if same else None
+    )
     return {
         "kl_divergence": exact.kl_divergence,
         "top1_agreement": exact.top1_agreement,
@@ -83,13 +91,65 @@ def trained_exactly(
     return log_probabilities(model, examples, CPU, torch.float32, "verify: trained"), outputs
 
 
-def trained_as_run(
-    adapter: Path, quantized: Path, examples: Sequence[Example], device: torch.device
-) -> list[torch.Tensor]:
-    """Log-probabilities of the trained model in this device's compute dtype."""
-    dtype = loading.compute_dtype(quantized if loading.is_adapter(adapter) else adapter, device)
-    model = loading.load_adapted(adapter, quantized, device)
-    return log_probabilities(model, examples, device, dtype, "runtime: adapter")
+def agreement_as_run(
+    merged: Path | None,
+    adapter: Path,
+    quantized: Path,
+    examples: Sequence[Example],
+    device: torch.device,
+    member: Member | None = None,
+    saved: list[torch.Tensor] | None = None,
+) -> Agreement:
+    """Agreement of both models in this device's compute dtype; of several processes, in each.
+
+    Args:
+        merged: None in all processes but the first.
+        adapter: or the model that full fine-tuning left.
+        quantized: the adapter's base.
+        examples: conversations.
+        device: cpu or cuda.
+        member: this process's place where torchrun or Slurm has started the devices.
+        saved: log-probabilities of the merged model, where they are known.
+    """
+    merged = member[0].broadcast(merged) if member else merged
+    assert merged is not None
+    shards = placement.shards_for(merged, device, member)
+    known = saved if shards == 1 and member is None else None
+    inputs = (merged, adapter, quantized, examples, known)
+    result: Agreement = placement.compute(member, device, shards, _share_of_agreement, *inputs)
+    return result
+
+
+def _share_of_agreement(
+    group: Group,
+    device: torch.device,
+    sharded: bool,
+    merged: Path,
+    adapter: Path,
+    quantized: Path,
+    examples: Sequence[Example],
+    saved: list[torch.Tensor] | None,
+) -> Agreement:
+    """The same by one of several processes, which share conversations and, `sharded`, weights."""
+
+    def computed(folder: Path, desc: str) -> list[torch.Tensor]:
+        based_on = quantized if loading.is_adapter(folder) else folder
+        dtype = loading.compute_dtype(based_on, device)
+        model = loading.load_adapted(folder, quantized, device, on_cpu=sharded)
+        if sharded:
+            Shards(model, group.rank, group.size, device)
+        return log_probabilities(model, examples, device, dtype, desc, (group.rank, group.size))
+
+    saved = saved or computed(merged, "runtime: merged")
+    trained = computed(adapter, "runtime: adapter")
+    own = compare(trained, saved) if any(map(len, saved)) else Agreement(0.0, 0.0, 0)
+    every = group.gather(own)
+    positions = sum(one.positions for one in every)
+    return Agreement(
+        sum(one.kl_divergence * one.positions for one in every) / positions,
+        sum(one.top1_agreement * one.positions for one in every) / positions,
+        positions,
+    )
 
 
 @torch.inference_mode()

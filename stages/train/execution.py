@@ -12,13 +12,13 @@ from stages.shared.core.errors import UserError
 from stages.shared.core.machine import Machine, device, machine
 from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import Example, require_vocabulary
+from stages.shared.parallel import placement
 from stages.shared.parallel.limits import total_memory_bytes
 from stages.shared.step import fit
 from stages.shared.step.count import StepCounter
 from stages.shared.step.setup import (
     SWITCHED_OFF,
     Device,
-    TrainingSetup,
     lora_of,
     micro_batch_of,
     setup_of,
@@ -89,7 +89,7 @@ def make_plan(
     """
     target, requested = device(), _requested(saved)
     device_type: Device = "cuda" if target.type == "cuda" else "cpu"
-    processes = processes or _processes(target, requested)
+    processes = processes or placement.device_count(target, requested.devices)
     config = model_folder / "config.json"
     setup = setup_of(
         stored_as(config),
@@ -111,7 +111,7 @@ def make_plan(
             requested.gradient_checkpointing,
             scored=frozenset(map(micro_batch_of, packing.bins(held_out, scoring.SCORING_TOKENS))),
             processes=processes if device_type == "cpu" else 1,
-            shards=_shards(setup, requested.shard, processes * requested.nodes),
+            shards=fit.shard_counts(setup, processes * requested.nodes, requested.shard),
             instead_of_full=lora_of(settings.lora),
         )
         choice = fit.choose(request)
@@ -131,19 +131,6 @@ def make_plan(
     )
 
 
-def _shards(setup: TrainingSetup, shard: str, processes: int) -> tuple[int, ...]:
-    """Parts that frozen weights may be divided in; UserError where they cannot be."""
-    possible = processes > 1 and setup.lora is not None and setup.precision != "int8"
-    if shard == "true" and processes > 1 and not possible:
-        raise UserError(
-            "QLORA_SHARD: only frozen weights are sharded, and int8 is not. Set quantize.precision "
-            "to nf4 or bf16 and train.method to lora, or unset it."
-        )
-    if not possible or shard == "false":
-        return (1,)
-    return (processes,) if shard == "true" else (1, processes)
-
-
 def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:
     schedule = Schedule.of(settings.train, len(train))
     if schedule.total > MOST_STEPS:
@@ -161,20 +148,6 @@ def _requested(saved: Mapping[str, Any] | None) -> Machine:
     before["fused"] = saved["unfused_because"] != SWITCHED_OFF
     unset = before.keys() - requested.model_fields_set
     return requested.model_copy(update={name: before[name] for name in unset})
-
-
-def _processes(target: torch.device, requested: Machine) -> int:
-    """Process count of a host: requested, else the checkpoint's, else one per GPU."""
-    if target.type == "cpu":
-        return requested.devices or 1
-    present = torch.cuda.device_count()
-    devices = machine().devices
-    if devices and devices > present:
-        raise UserError(
-            f"QLORA_DEVICES: {devices} requested, and this machine has {present} CUDA devices. "
-            "Lower it, or unset it to use all."
-        )
-    return min(requested.devices or present, present)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

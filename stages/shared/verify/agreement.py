@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stages.shared.core.errors import UserError
-from stages.shared.model import scoring
+from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example
 from stages.shared.weights.precision import autocast
 
@@ -36,10 +36,15 @@ def log_probabilities(
     device: torch.device,
     dtype: torch.dtype,
     desc: str,
+    share: tuple[int, int] = (0, 1),
 ) -> list[torch.Tensor]:
-    """Log-probabilities at supervised positions, fp32 [supervised, vocabulary] per batch."""
+    """Log-probabilities at supervised positions, fp32 [supervised, vocabulary] per batch.
+
+    Of a `share` (rank, size), one process's batches.
+    """
     result = []
-    for batch in scoring.batches(examples, device, desc):
+    packs = packing.may_pack(model.config)
+    for batch in scoring.batches(examples, device, desc, share, packs):
         with autocast(device, dtype):
             logits = scoring.supervised_logits(model, batch)
         result.append(logits.float().log_softmax(-1).cpu())

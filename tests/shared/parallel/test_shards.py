@@ -7,7 +7,7 @@ from torch import distributed
 
 from benchmarks import memory
 from benchmarks.memory import Setting
-from stages.shared.parallel.distributed import Group
+from stages.shared.parallel.group import Group
 from tests import devices
 
 SETTINGS = {
