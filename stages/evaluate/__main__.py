@@ -60,7 +60,7 @@ def main(options: Namespace) -> None:
     inputs = (variant, model, QUANTIZED, TOKENIZER, PREPARED, settings.evaluate)
     with joined(target) as member:
         shards = placement.shards_for(QUANTIZED if variant == "adapter" else model, target, member)
-        found = placement.compute(member, target, shards, evaluate_on, *inputs)
+        found = placement.compute(member, target, shards, evaluate_on, inputs)
         if member and not member[0].is_main:
             return
     metrics, answers = found

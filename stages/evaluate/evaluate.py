@@ -27,13 +27,14 @@ from stages.shared.parallel.group import Group
 from stages.shared.parallel.shards import Shards
 
 ALONE = generate.ALONE
+Inputs = tuple[str, Path, Path, Path, Path, Evaluate]  # as `evaluate` takes them
 
 
 def evaluate_on(
-    group: Group, device: torch.device, sharded: bool, *args: Any
+    group: Group, device: torch.device, sharded: bool, inputs: Inputs
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`evaluate` as one of the processes of `placement.compute`."""
-    return evaluate(*args, None, group, device, sharded=sharded)
+    return evaluate(*inputs, group=group, device=device, sharded=sharded)
 
 
 def evaluate_adapters(

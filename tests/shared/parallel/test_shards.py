@@ -1,14 +1,24 @@
 """Weights divided among processes: what each holds, and what it computes with them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import distributed
 
 from benchmarks import memory
 from benchmarks.memory import Setting
+from stages.evaluate import generate
+from stages.evaluate.config import Evaluate
+from stages.evaluate.evaluate import evaluate_on
+from stages.merge import verify
+from stages.merge.merge import held_out, merge_adapter
 from stages.shared.parallel.group import Group
-from tests import devices
+from stages.shared.step import adapter
+from tests import devices, tiny
+from tests.architectures import BESIDES, saved
+from tests.shared.step.adapters import CPU, moved
 
 SETTINGS = {
     "untied head": [Setting("nf4", 8, True, (40, 90, 50)), Setting("int8", 8, False, (40,))],
@@ -37,3 +47,36 @@ def test_count_of_a_rank_equals_its_live_bytes(tmp_path: Path) -> None:
     for rank in measured:
         assert rank == pytest.approx(expected, rel=0.02)
     assert all(own < all_of_it for own, all_of_it in zip(expected, whole, strict=True))
+
+
+def evaluations(group: Group, work: Path) -> list[Any]:
+    """Of an adapter, a merged model and one with learned positions; and the proof of the merge."""
+    data, sharded = work / "prepared", group.size > 1
+    wanted = Evaluate(generate_rows=12, max_new_tokens=6, prompts=12, seed=0)
+    beside = (work / "nf4", work / "base", data, wanted)
+    found: list[Any] = [
+        evaluate_on(group, CPU, sharded, (name, work / name, *beside))
+        for name in ("adapter", "merged", "gpt2")
+    ]
+    models = (work / "merged", work / "adapter", work / "nf4", held_out(data), None)
+    return [*found, verify._share_of_agreement(group, CPU, sharded, *models)]
+
+
+def test_sharded_evaluation_and_proof_equal_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches of replies: one process generates one more than it needs."""
+    tiny.prepared(tmp_path / "prepared")
+    model = moved(tiny.quantize(tmp_path / "nf4", "nf4"))
+    for name in ("adapter", "merged"):
+        (tmp_path / name).mkdir()
+    adapter.save(model, tmp_path / "adapter", torch.bfloat16)
+    merge_adapter(tmp_path / "adapter", tmp_path / "nf4", tmp_path / "merged", torch.float16, CPU)
+    saved(tmp_path / "gpt2", "gpt2", BESIDES["gpt2"])
+    monkeypatch.setattr(generate, "BATCH", 5)
+    *alone, proof = evaluations(Group(), tmp_path)
+    *shared, shared_proof = devices.together(2, evaluations, tmp_path)
+    assert shared == alone
+    assert shared_proof.positions == proof.positions > 0
+    assert shared_proof.top1_agreement == proof.top1_agreement
+    assert shared_proof.kl_divergence == pytest.approx(proof.kl_divergence, rel=1e-6, abs=1e-9)
