@@ -140,7 +140,7 @@ def test_stage_uses_its_own_files_and_no_other_stages(folder: str) -> None:
 
 
 def test_every_folder_is_a_stage_shared_or_tools() -> None:
-    folders = {p.name for p in STAGES.iterdir()} - {"__pycache__"}
+    folders = {p.name for p in STAGES.iterdir() if p.is_dir()} - {"__pycache__"}
     assert folders - {"shared", "tools"} == set(STAGE_FOLDERS)
 
 

@@ -74,11 +74,9 @@ def evaluate(
     examples = read_examples(data / "eval.parquet")
     columns = ["messages", "text_bytes", "answer", "language"]
     with reading(data / "eval.parquet"), (data / "eval.parquet").open("rb") as file:
-        known = pq.read_schema(file).names
-        columns += [
-            name for name in ("text", "tools", "template_kwargs", "source") if name in known
-        ]
-        rows = pq.read_table(file, columns=columns).to_pylist()
+        stored, more = pq.ParquetFile(file), ("text", "tools", "template_kwargs", "source")
+        columns += [name for name in more if name in stored.schema_arrow.names]
+        rows = stored.read(columns, use_threads=False).to_pylist()
         conversations = [from_columns(row) for row in rows]
     dtype = loading.compute_dtype(base if loading.is_adapter(folder) else folder, device)
     model = model or loading.load_adapted(folder, base, device, on_cpu=sharded)

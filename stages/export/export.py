@@ -42,8 +42,9 @@ class Export:
         self.form = read_format(data / "format.json")
         examples = packing.read_examples(data / "eval.parquet")
         self.examples = first_positions(examples, POSITIONS)
-        sizes = pq.read_table(data / "eval.parquet", columns=["text_bytes"])["text_bytes"]
-        self.text_bytes = sum(sizes.to_pylist()[: len(self.examples)])
+        with pq.ParquetFile(data / "eval.parquet") as stored:
+            sizes = stored.read(["text_bytes"], use_threads=False)["text_bytes"].to_pylist()
+        self.text_bytes = sum(sizes[: len(self.examples)])
 
     def run(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
         """Write `formats` into folders of their names, and return their metrics."""

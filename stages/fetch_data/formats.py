@@ -24,6 +24,8 @@ from stages.fetch_data.json_lines import (
     File,
     bounded_lines,
     empty,
+    expands,
+    most_bytes,
     parse,
     read_items,
     read_lines,
@@ -36,8 +38,6 @@ from stages.shared.data.encoding import encoding_advice
 SUPPORTED = ".jsonl .json .csv .parquet .arrow, also as .gz or .zst"
 _HIGH = bytes(range(0x80, 0x100))
 _UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, by surrogateescape
-# A file may become so many times its size, and in any case so many bytes.
-_EXPANSION, _SMALL = 200, 1 << 28
 
 
 def is_readable(name: str) -> bool:
@@ -53,7 +53,7 @@ def read(
     `name` is for messages and gives the format; `path` is the original of `copy`, for the command
     that converts its encoding. Errors are raised here or while iterating.
     """
-    most = max(_SMALL, _EXPANSION * copy.stat().st_size)
+    most = most_bytes(copy.stat().st_size)
     extension, compression = _extension(name)
     reader = _READERS[extension]
     if reader is not read_table:
@@ -73,7 +73,7 @@ def read(
             for row in reader(file, name, limit):
                 size += len(row)
                 if size > most:
-                    raise _expands(name, most)
+                    raise expands(name, most)
                 yield row if len(row) <= limit else too_long(limit)
 
     return ("line" if reader is read_lines else "row"), rows()
@@ -100,7 +100,7 @@ def _unpack(packed: File, name: str, most: int) -> IO[bytes]:
     file = TemporaryFile()  # noqa: SIM115  (closed with the last reference)
     while block := packed.read(BLOCK):
         if file.tell() + len(block) > most:
-            raise _expands(name, most)
+            raise expands(name, most)
         file.write(block)
     file.seek(0)
     return file
@@ -115,13 +115,6 @@ def _damage_as_one_line(name: str) -> Iterator[None]:
             raise  # a fault of the disk
         reason = str(error).partition("\n")[0]
         raise UserError(f"{name}: is damaged ({reason:.80}). {TRUNCATED}") from None
-
-
-def _expands(name: str, most: int) -> UserError:
-    return UserError(
-        f"{name}: expands to more than {most / 1e9:.1f} GB. Check where it comes from; if it is "
-        "right, unpack it or write it as JSON Lines."
-    )
 
 
 def _require_utf8(file: File, name: str, path: Path | None, most: int) -> None:
@@ -143,7 +136,7 @@ def _require_utf8(file: File, name: str, path: Path | None, most: int) -> None:
         offset += len(text.encode("utf-8", "surrogateescape")) + len(decoder.getstate()[0])
         number += line.endswith(b"\n")
         if offset > most:
-            raise _expands(name, most)
+            raise expands(name, most)
     if 2 * undecoded > high:
         advice = encoding_advice(path, first) if path else "Unpack it and save it as UTF-8."
         raise UserError(f"{name}:{where}: is not UTF-8. {advice}")

@@ -14,6 +14,8 @@ from stages.shared.core.errors import UserError
 File = io.BufferedReader | gzip.GzipFile | IO[bytes]
 TRUNCATED = "The file looks truncated: fetch or export it again."
 BLOCK = 1 << 20  # bytes or characters read at once
+# A file may become so many times its size, and in any case so many bytes.
+_EXPANSION, _SMALL = 200, 1 << 28
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -35,6 +37,19 @@ def _spell(value: Any) -> str:
         return value.decode()
     except UnicodeDecodeError:
         return base64.b64encode(value).decode()
+
+
+def most_bytes(size: int) -> int:
+    """Bytes of JSON Lines that a file of `size` bytes may become."""
+    return max(_SMALL, _EXPANSION * size)
+
+
+def expands(name: str, most: int) -> UserError:
+    """Error for a file that becomes more than `most` bytes."""
+    return UserError(
+        f"{name}: expands to more than {most / 1e9:.1f} GB. Check where it comes from; if it is "
+        "right, unpack it or write it as JSON Lines."
+    )
 
 
 def empty(name: str) -> UserError:

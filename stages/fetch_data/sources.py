@@ -75,7 +75,7 @@ def _find_in(folder: Path, config: str | None) -> list[Part]:
 
 
 def _shards(paths: list[Path]) -> list[Part]:
-    for path in paths:
+    for path in map(require_regular, paths):
         if not is_readable(path.name):
             raise UserError(f"data.path: cannot read {str(path)!r}. Convert it to {SUPPORTED}.")
     return [Part("train", path, str(path)) for path in paths]

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from stages.fetch_data.json_lines import TRUNCATED, File, dump, empty
+from stages.fetch_data.json_lines import TRUNCATED, File, dump, empty, expands, most_bytes
 from stages.shared.core import bounds
 from stages.shared.core.errors import UserError
 
@@ -90,14 +90,22 @@ def _table_batches(file: File, name: str) -> Iterator[list[bytes]]:
     import pyarrow as pa  # noqa: PLC0415  (takes a second)
     import pyarrow.parquet as pq  # noqa: PLC0415
 
+    def bounded(rows: int, schema: pa.Schema) -> int:  # a billion nulls take no room in a table
+        if rows * len(dump(dict.fromkeys(schema.names, 0))) > most:
+            raise expands(name, most)
+        return rows
+
+    most = most_bytes(file.seek(0, io.SEEK_END))
+    file.seek(0)
     is_parquet = file.read(4) == b"PAR1"
     file.seek(0)
     if is_parquet:
         table = pq.ParquetFile(file)
         groups = (table.metadata.row_group(i) for i in range(table.num_row_groups))
         size = sum(group.total_byte_size for group in groups)
-        rows = _rows_at_once(table.metadata.num_rows, size)
-        schema, batches = table.schema_arrow, table.iter_batches(batch_size=rows)
+        schema = table.schema_arrow
+        rows = _rows_at_once(bounded(table.metadata.num_rows, schema), size)
+        batches = table.iter_batches(rows, use_threads=False)
     else:
         try:
             reader = pa.ipc.open_file(file)
@@ -108,7 +116,7 @@ def _table_batches(file: File, name: str) -> Iterator[list[bytes]]:
         schema = reader.schema
     _require_distinct(_field_names(schema), name)
     for batch in batches:
-        rows = _rows_at_once(batch.num_rows, batch.nbytes)
+        rows = _rows_at_once(bounded(batch.num_rows, schema), batch.nbytes)
         for start in range(0, batch.num_rows, rows):
             yield [*_batch_rows(batch.slice(start, rows))]
 

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from stages.shared.core import files, progress
+from stages.shared.core.display import panics_untold
 from stages.shared.core.errors import UserError, reading
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
             shutil.copytree(named, Path(folder, NAMED_TEMPLATES))
         files.write_json(Path(folder, CONFIG), checkpoint.config)
         original = _load_tokenizer(Path(folder), name)
-    with reading(f"{name}/{TOKENIZER_CONFIG}", "Repair it, or choose another model."):
+    with panics_untold(), reading(f"{name}/{TOKENIZER_CONFIG}", "Repair it, or choose another."):
         if original.eos_token_id is None:
             what = "its tokenizer has no eos_token, and a reply could not end"
             raise UserError(f"{name}: {what}. Name it in {TOKENIZER_CONFIG}.")
@@ -245,14 +246,9 @@ def _require_embedded(tokenizer: "PreTrainedTokenizerBase", checkpoint: Checkpoi
 def _load_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds)
 
-    try:
+    advice = f"Check tokenizer.json and {TOKENIZER_CONFIG}, or choose another model."
+    with panics_untold(), reading(f"{name}: its tokenizer", advice):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers raises plain exceptions
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{name}: has no tokenizer that transformers can load by itself ({reason:.100}). "
-            f"Check its tokenizer.json and {TOKENIZER_CONFIG}, or choose another model."
-        ) from None
 
 
 def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> tuple[object, ...]:

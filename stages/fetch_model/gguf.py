@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from stages.fetch_model.checkpoint import Checkpoint, gather
-from stages.shared.core.errors import UserError
+from stages.shared.core.display import panics_untold
+from stages.shared.core.errors import reading
 
 # Tokenizers that split digits before BPE (llama-vocab.cpp), which transformers does not restore:
 # without it, SmolLM2 needs 1.8 % more nats on 12 English texts with numbered lists.
@@ -13,14 +14,8 @@ _LONE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 def to_safetensors(gguf: Path, folder: Path) -> Checkpoint:
     """Write the model and tokenizer of a GGUF file to a new folder."""
-    try:
+    with reading(gguf.name, "Choose another GGUF file."):
         _convert(gguf, folder)
-    except Exception as error:  # gguf, numpy and transformers raise many types
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # a fault of the disk
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        what = f"transformers cannot read it ({reason:.100}). Choose another GGUF file."
-        raise UserError(f"{gguf.name}: {what}") from None
     return gather([path.name for path in folder.iterdir()], gguf.name, lambda _: folder)
 
 
@@ -34,7 +29,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     source = {"gguf_file": gguf.name, "local_files_only": True}
     print(f"{gguf.name}: reading the tokenizer, which takes some seconds", file=sys.stderr)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    with panics_untold():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     metadata, _ = read_gguf_metadata(gguf)
     if metadata.get("tokenizer.ggml.pre") in _LONE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(

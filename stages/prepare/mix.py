@@ -57,7 +57,7 @@ class Mixture:
         begun = 0
         with pq.ParquetFile(self.path) as stored:
             for group in range(stored.num_row_groups):
-                rows = stored.read_row_group(group)
+                rows = stored.read_row_group(group, use_threads=False)
                 conversations = begun + np.cumsum(rows["is_first"].to_numpy()) - 1
                 begun = int(conversations[-1]) + 1
                 file.add(rows.filter(pa.array(drawn[conversations])))

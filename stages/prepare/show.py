@@ -23,7 +23,7 @@ def show(split: Path, tokenizer: Path, count: int, stream: TextIO) -> None:
     decode = load_tokenizer(tokenizer).decode
     marks = _GREEN if stream.isatty() and not os.environ.get("NO_COLOR") else _PLAIN
     with pq.ParquetFile(split) as file:
-        batch = next(file.iter_batches(batch_size=count, columns=_COLUMNS))
+        batch = next(file.iter_batches(count, columns=_COLUMNS, use_threads=False))
     for number, row in enumerate(batch.to_pylist(), start=1):
         print(_heading(number, row), file=stream)
         mask = np.array(row["loss_mask"])

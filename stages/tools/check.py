@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.shared.core import params
+from stages.shared.core.bounds import require_regular
 from stages.shared.core.errors import UserError, reading, run
 
 DVC = Path(".dvc/tmp")
@@ -28,6 +29,9 @@ def require_data(path: str) -> None:
         raise UserError(f"{key}, and no shell expands it. Write {str(found.expanduser())!r}.")
     if not path.strip() or not (found.is_file() or found.is_dir()):
         raise UserError(f"{key}, which is no file or folder. Correct it; DVC depends on it always.")
+    for file in found.rglob("*"):
+        if file.exists() and not file.is_dir():
+            require_regular(file)  # DVC would wait for ever at a pipe
     for out in (out.resolve() for out in FIRST_OUTS):
         if out.is_relative_to(found.resolve()) or found.resolve().is_relative_to(out):
             raise UserError(f"{key}, where stages write. Put the conversations elsewhere.")

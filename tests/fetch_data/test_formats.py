@@ -275,8 +275,17 @@ def _long_bomb() -> bytes:
 def test_file_that_expands_without_end_is_refused(
     name: str, content: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "_SMALL", 10**6)
+    monkeypatch.setattr(json_lines, "_SMALL", 10**6)
     packed = content()
     assert len(packed) < 2 * 10**6
-    monkeypatch.setattr(formats, "_EXPANSION", 1)
+    monkeypatch.setattr(json_lines, "_EXPANSION", 1)
     assert re.search(reason, refusal(tmp_path, name, packed))
+
+
+@pytest.mark.parametrize("kind", [pa.null(), pa.string()])
+def test_nulls_without_end_are_refused_unread(kind: pa.DataType, tmp_path: Path) -> None:
+    """They take no room in a table, and in JSON Lines half a gigabyte."""
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet(pa.table({"text": pa.nulls(4 * 10**7, kind)})))
+    with pytest.raises(UserError, match="expands to more than"):
+        next(formats.read(path, path.name, path, 3000)[1])

@@ -165,7 +165,7 @@ def test_token_ids_are_bounded_by_the_embedding(beyond: int, mine: Path, tmp_pat
     ("name", "content", "reason"),
     [
         (WEIGHTS, b"\x08" + bytes(7) + b"{}", r"mine/model\.safetensors: is not whole"),
-        ("tokenizer.json", None, "has no tokenizer that transformers can load"),
+        ("tokenizer.json", None, "its tokenizer: cannot be read"),
         ("token*", None, r"has no tokenizer\. Put"),
         (CONFIG, b"{", r"config\.json: is not JSON"),
         (CONFIG, b"[]", r"config\.json: is no JSON object"),
@@ -179,3 +179,27 @@ def test_missing_or_damaged_files_are_refused(
     for path in mine.glob(name):
         path.unlink() if content is None else path.write_bytes(content)
     refused(from_path(mine), reason, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            },
+        ),
+    ],
+)
+def test_a_panic_of_the_tokenizer_is_one_line(
+    mine: Path, name: str, value: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is no `Exception`, and writes to the terminal before it is raised."""
+    change(mine, "tokenizer.json", **{name: value})
+    refused(from_path(mine), r"tokenizer.*cannot be read \(PanicException", tmp_path / "out")
+    assert "panicked" not in capfd.readouterr().err

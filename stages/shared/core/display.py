@@ -1,8 +1,12 @@
 """Display of foreign text: names, messages and model output, on a terminal and in HTML."""
 
+import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 # C0 and C1 controls but tab and newline, line separators, bidirectional controls, surrogates.
@@ -48,4 +52,25 @@ class _Visible:
 
 def guard() -> None:
     """Make all that this process prints visible, of a progress bar, a warning or a library too."""
-    sys.stdout, sys.stderr = (_Visible(stream) for stream in (sys.stdout, sys.stderr))
+    closed = Path(os.devnull).open("w") if None in (sys.stdout, sys.stderr) else None  # noqa: SIM115
+    sys.stdout, sys.stderr = (_Visible(stream or closed) for stream in (sys.stdout, sys.stderr))
+
+
+@contextmanager
+def panics_untold() -> Iterator[None]:
+    """Drop what native code writes to stderr where it raises: a panic of Rust tells of itself."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        held.seek(0)
+        print(held.read().decode(errors="replace"), end="", file=sys.stderr)

@@ -23,7 +23,10 @@ from stages.shared.core.watcher import SIGNALS, watched
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOGS = ".logs"
 REMEDY = "Run `dvc repro`, which writes it again."
-MEMORY_WORDS = "(can't|cannot) allocate memory|out of memory|failed to map segment"
+MEMORY_WORDS = (
+    "(can't|cannot) allocate memory|out of memory|failed to map segment"
+    "|could not create a primitive"  # oneDNN's
+)
 MEMORY = "Free some, raise its limit, or lower QLORA_MICRO_BATCH_TOKENS."
 
 
@@ -42,8 +45,12 @@ class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
         self.message, self.signal = message, signal
 
 
-class _Signalled(BaseException):
-    """SIGTERM or SIGHUP; no `Exception`, which a library might catch."""
+class Signalled(BaseException):
+    """A signal came; no `Exception`, which a library might catch."""
+
+
+class _Ended(Signalled):
+    """SIGTERM or SIGHUP ends the command."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -64,39 +71,47 @@ def run(
         main: called with the parsed options where there are any to add, else with nothing.
         add_options: adds the command's arguments to a parser.
     """
+    is_command = main.__module__ == "__main__"  # a test keeps its streams and signals
     for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 ends no stage
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
-    if main.__module__ == "__main__":  # a test keeps its streams
-        display.guard()
     module = sys.modules[main.__module__]
     command = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else module.__name__
-    heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup does
-    before = [signal.signal(number, _stop) for number in heard]
-    hook, sys.unraisablehook = sys.unraisablehook, _raise_again
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]  # as nohup does
     try:
+        for number in heard:
+            signal.signal(number, _stop)
+        if is_command:
+            display.guard()
+            tell_of_asides(command)
+            sys.excepthook = lambda _, error, trace: _say(_ending(error, command)[0])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by `stages`
         options = _parse(module, command, add_options)
-        with watched(command) if main.__module__ == "__main__" else nullcontext():
+        with watched(command) if is_command else nullcontext():
             main(*([options] if add_options else []))
             from stages.shared.core import integrity  # noqa: PLC0415  (imports this module)
 
             integrity.record()
             sys.stdout.flush()  # or Python would find its reader gone when all is over
-    except (Exception, KeyboardInterrupt, _Signalled) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of Rust is no `Exception`
         for number in heard:  # a second one comes too late
             signal.signal(number, signal.SIG_IGN)
         line, code = _ending(error, command)
-    else:
-        return
+        for stream in (sys.stdout, sys.stderr):
+            if _reader_is_gone(stream):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _say(line)
+        sys.exit(code)
     finally:
-        sys.unraisablehook = hook
-        for number, handler in zip(heard, before, strict=True):
-            signal.signal(number, handler)
-    for stream in (sys.stdout, sys.stderr):
-        if _reader_is_gone(stream):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        for number in heard:  # of a command, all is over; Python's own end would print a traceback
+            signal.signal(number, signal.SIG_IGN if is_command else before[number])
+
+
+def _say(line: str) -> None:
     print(display.one_line(line), file=sys.stderr)
-    sys.exit(code)
 
 
 @contextmanager
@@ -109,9 +124,9 @@ def reading(path: Path | str, remedy: str = REMEDY) -> Iterator[None]:
         path.open("rb").close()  # not every library says which file is missing
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, Signalled, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of Rust is no `Exception`
         missing = isinstance(error, OSError) and error.errno is not None
         if missing or _is_of_a_full_disk(error) or lacks_memory(error):
             raise
@@ -165,7 +180,7 @@ def _ending(error: BaseException, command: str) -> tuple[str, int]:
             return f"stopped: {error.message}", 128 + error.signal
         case KeyboardInterrupt():
             return "stopped: by SIGINT", 128 + signal.SIGINT
-        case _Signalled():
+        case _Ended():
             return f"stopped: by {error.signal.name}", 128 + error.signal
     broken = any(isinstance(cause, BrokenPipeError) for cause in _causes(error))
     if broken and any(map(_reader_is_gone, (sys.stdout, sys.stderr))):  # `| head`
@@ -182,6 +197,8 @@ def _explain(error: BaseException, command: str) -> str:
         )
     if lacks_memory(error):
         return f"{command}: out of memory ({_describe(error)}). {MEMORY}"
+    if getattr(error, "errno", None) == errno.EMFILE:
+        return f"{command}: too many open files. Raise their limit, `ulimit -n`."
     if name and isinstance(error, FileNotFoundError):
         return f"{name}: not there; `dvc repro` runs the stages that write it, in order"
     if name and isinstance(error, OSError):
@@ -244,15 +261,21 @@ def _reader_is_gone(stream: TextIO | None) -> bool:
         return False
 
 
-def _raise_again(ignored: "sys.UnraisableHookArgs") -> None:
-    """Send a signal once more that came inside a `__del__`, which swallows what is raised in it."""
-    error = ignored.exc_value
-    if not isinstance(error, KeyboardInterrupt | _Signalled):
-        sys.__unraisablehook__(ignored)
-        return
-    number = getattr(error, "signal", signal.SIGINT)
-    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+def tell_of_asides(command: str) -> None:
+    """Tell in one line of an error of a `__del__` or a thread, which Python prints whole."""
+    sys.unraisablehook = lambda ignored: _pass_over(ignored.exc_value, command)
+    threading.excepthook = lambda ended: _pass_over(ended.exc_value, command)
+
+
+def _pass_over(error: BaseException | None, command: str) -> None:
+    """Tell of an error; send a signal once more, unless its handler has noted it."""
+    match error:
+        case KeyboardInterrupt() | _Ended():
+            number = getattr(error, "signal", signal.SIGINT)
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        case Exception():
+            _say(f"warning: {command}: passed over {_describe(error)}, {_log(error, command)}")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt if number == signal.SIGINT else _Signalled(number)
+    raise KeyboardInterrupt if number == signal.SIGINT else _Ended(number)

@@ -1,5 +1,6 @@
 """Parameters of params.yaml, checked against the schema of each stage."""
 
+import errno
 import importlib
 import reprlib
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def load(schema: type[P], stage: str) -> P:
     except UserError:
         raise
     except Exception as error:  # DVC's, and of the libraries that it reads by
-        if lacks_memory(error):
+        if lacks_memory(error) or getattr(error, "errno", None) == errno.EMFILE:
             raise
         raise UserError(
             f"{FILE}: DVC cannot read what {stage} declares ({' '.join(str(error).split()):.120}). "

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.shared.core import files
+from stages.shared.core.display import panics_untold
 from stages.shared.core.errors import reading
 
 
@@ -21,7 +22,7 @@ def save_tokenizer(
     """
     (source / "tokenizer_config.json").open().close()  # transformers would ask the hub
     files.require_json(source)
-    with reading(source):
+    with reading(source), panics_untold():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.chat_template, tokenizer.eos_token = form["chat_template"], form["eos_token"]
     silenced = add_no_special_tokens(tokenizer)

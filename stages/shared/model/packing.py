@@ -73,8 +73,10 @@ IDLE = Example(np.zeros(2, np.int64), np.zeros(2, bool), row=0)
 def read_examples(path: Path) -> list[Example]:
     """Read a split that `prepare` wrote."""
     with reading(path), path.open("rb") as file:
-        names, stored = ["input_ids", "loss_mask", "weights"], pq.read_schema(file).names
-        table = pq.read_table(file, columns=[name for name in names if name in stored])
+        # In this thread: `read_table` waits for ever for one that a limit of memory denies it.
+        stored, names = pq.ParquetFile(file), ["input_ids", "loss_mask", "weights"]
+        columns = [name for name in names if name in stored.schema_arrow.names]
+        table = stored.read(columns, use_threads=False)
         weights = table["weights"] if "weights" in table.column_names else repeat(None, len(table))
         rows = zip(table["input_ids"], table["loss_mask"], weights, strict=True)
         examples = [

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-from stages.shared.core.errors import Stopped
+from stages.shared.core.errors import Signalled, Stopped
 from stages.shared.core.watcher import SIGNALS
 
 
-class Interrupted(BaseException):
+class Interrupted(Signalled):
     """A signal came in a computation that can be repeated."""
 
 

@@ -12,7 +12,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from stages.shared.core.errors import Stopped, UserError
+from stages.shared.core import display
+from stages.shared.core.errors import Stopped, UserError, tell_of_asides
 from stages.shared.core.watcher import SIGNALS
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
@@ -21,6 +22,8 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 def main() -> None:
     """Do the job of the folder; its answer, or an error, is left there, pickled."""
     folder, launcher = Path(sys.argv[1]), int(sys.argv[2])
+    display.guard()
+    tell_of_asides("stages.train")
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:  # it had gone before
         os._exit(1)

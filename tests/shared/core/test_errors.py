@@ -155,12 +155,17 @@ def test_a_bug_is_one_line_and_its_traceback_is_kept(space: Workspace) -> None:
 
 
 ENDS = """
-import os, signal, sys, time, resource
-import torch
-from stages.shared.core.errors import run
+import os, signal, sys, threading, time
+from stages.shared.core.errors import Signalled, run
 class D:
+    def __init__(self, does):
+        self.does = does
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGTERM)
+        self.does()
+class Panic(BaseException):
+    pass
+def interrupt():
+    raise Signalled
 def main():
     print("begun", flush=True)
     {}
@@ -172,10 +177,18 @@ run(main)
     ("does", "code", "told"),
     [
         ("bytearray(1 << 60)", 1, "error: __main__: out of memory (MemoryError"),
-        ("torch.empty(1 << 60)", 1, "error: __main__: out of memory (RuntimeError"),
+        ("import torch; torch.empty(1 << 60)", 1, "error: __main__: out of memory (RuntimeError"),
+        ("raise Panic", 1, "error: __main__: Panic: , in "),
+        ("D(interrupt); 1 / 0", 1, "error: __main__: ZeroDivisionError"),
+        ("D(lambda: 1 / 0)", 0, "warning: __main__: passed over ZeroDivisionError"),
+        (
+            "threading.Thread(target=lambda: 1 / 0).start()",
+            0,
+            "warning: __main__: passed over Zero",
+        ),
         ("os.kill(os.getpid(), signal.SIGHUP)", 129, "stopped: by SIGHUP"),
         ("os.kill(os.getpid(), signal.SIGINT)", 130, "stopped: by SIGINT"),
-        ("D(); time.sleep(60)", 143, "stopped: by SIGTERM"),
+        ("D(lambda: os.kill(os.getpid(), signal.SIGTERM)); time.sleep(60)", 143, "stopped: by SIG"),
         ("os.kill(os.getpid(), signal.SIGKILL)", -9, "error: __main__: ended without a word"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", -11, "error: __main__: ended without a word"),
     ],
@@ -185,6 +198,32 @@ def test_every_end_is_told_in_one_line(space: Workspace, does: str, code: int, t
     assert done.returncode == code, done.stderr
     [line] = done.stderr.splitlines()
     assert line.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "told"),
+    [
+        ("import os; os.kill(os.getpid(), 15)", 143, "stopped: by SIGTERM"),
+        ("import os; os.kill(os.getpid(), 2)", 130, "stopped: by SIGINT"),
+        ("import no_such_package", 1, "error: the command cannot start (ModuleNotFoundError: No m"),
+    ],
+)
+def test_an_end_before_it_begins_is_one_line(
+    space: Workspace, does: str, code: int, told: str
+) -> None:
+    (space.root / "stages/early").mkdir(exist_ok=True)
+    (space.root / "stages/early/__main__.py").write_text(
+        f"{does}\nfrom stages.shared.core.errors import run\nrun(lambda: None)\n"
+    )
+    done = space.stage("early")
+    assert done.returncode == code
+    [line] = done.stderr.splitlines()
+    assert line.startswith(told)
+
+
+def test_a_closed_terminal_ends_no_command(space: Workspace) -> None:
+    command = f"{sys.executable} -c '{ENDS.replace('{}', 'print(1, file=sys.stderr)')}' >&- 2>&-"
+    assert space.run("bash", "-c", command).returncode == 0
 
 
 def test_a_reader_that_is_gone_is_a_signal(space: Workspace) -> None:
