@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import common, gpu, prepare, train
+from benchmarks import budget, common, gpu, prepare, train
 from tests import tiny
+from tests.test_contract import declared
 
 OWN_PARAMS = {
     "train.batch_size": 4,
@@ -34,7 +35,7 @@ def test_publish_replaces_what_is_between_its_marks(tmp_path, capsys):
 
 def test_every_table_has_its_marks():
     page = common.PAGE.read_text()
-    for name in ("train", "prepare", "mixtures", "gpu", "plan on a gpu"):
+    for name in ("budget", "train", "prepare", "mixtures", "gpu", "plan on a gpu"):
         assert f"<!-- {name} -->" in page
         assert f"<!-- end of {name} -->" in page
 
@@ -105,3 +106,8 @@ def test_random_model_is_quantized_as_training_reads_it(tmp_path, monkeypatch):
     table = gpu.training(work, options, {})
     assert table["who"].tolist() == ["ours"]
     assert float(table["tokens/s"].iloc[0].replace(",", "")) > 0
+
+
+def test_budget_has_every_stage_once():
+    budgeted = [stage for _, stages in budget.BUDGET.values() for stage in stages]
+    assert sorted(budgeted) == sorted(declared())
