@@ -22,9 +22,9 @@ from stages.shared.core.errors import UserError, reading
 from stages.shared.model import loading
 from stages.shared.step import initialisation, targets
 from stages.shared.step.config import Lora
+from stages.shared.step.fused.lora import ADAPTER
 from stages.shared.step.masters import as_saved, make_masters
 from stages.shared.weights import bnb, experts
-from stages.shared.weights.bnb import Linear8bitLt
 
 
 def load_for_lora(
@@ -35,9 +35,10 @@ def load_for_lora(
     *,
     on_cpu: bool = False,
 ) -> PeftModel:
-    """Put a fresh fp32 adapter on the frozen model; UserError where it does not fit.
+    """Load a frozen model with a fresh fp32 adapter; UserError where it does not fit.
 
-    `original` is the folder of the weights before quantization, for LoftQ.
+    `original` is the folder of the weights before quantization, for LoftQ; `on_cpu` as in
+    `loading.load_model`.
     """
     base = loading.load_model(folder, device, on_cpu=on_cpu)
     _refuse_endless_pattern(base, lora)
@@ -45,9 +46,7 @@ def load_for_lora(
     _refuse_for_precision(base, lora, device)
     rank, alpha = initialisation.rank_and_alpha(lora)
     mixture, rslora = bool(experts.layers(base)), lora.rslora
-    if (
-        mixture and rslora
-    ):  # peft doubles the rank where it fuses gate and up: their scale is alpha / r
+    if mixture and rslora:  # peft doubles the rank where it fuses gate and up: scale by alpha / r
         alpha, rslora = alpha * math.sqrt(rank), False
     saved = lora.modules_to_save or []
     config = LoraConfig(
@@ -78,9 +77,23 @@ def load_for_lora(
         ) from None
     _refuse_missing(model, lora)
     _refuse_embedding_with_mask(model)
-    initialisation.initialise(model, lora, original)
+    if lora.init != "default":
+        before = original if lora.init == "loftq" else None
+        initialisation.initialise(model, lora, before)
+    if lora.dora:
+        initialise_magnitudes(model)
     make_masters(model)
     return model
+
+
+def initialise_magnitudes(model: PeftModel) -> None:
+    """DoRA's: peft measures them before the adapter is initialised, and rounds them to bf16."""
+    for layer in model.modules():
+        magnitudes: Any = getattr(layer, "lora_magnitude_vector", {})
+        if ADAPTER in magnitudes and isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+            base, scale = layer.get_base_layer(), layer.scaling[ADAPTER]
+            factors = {k: getattr(layer, k)[ADAPTER].weight for k in ("lora_A", "lora_B")}
+            magnitudes[ADAPTER].update_layer(base_layer=base, scaling=scale, **factors)
 
 
 def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -147,7 +160,7 @@ def _refuse_for_precision(base: PreTrainedModel, lora: Lora, device: torch.devic
             "lora.init: loftq needs quantized weights. Set quantize.precision to nf4, fp4 or int8, "
             "or lora.init to default."
         )
-    int8 = any(isinstance(layer, Linear8bitLt) for layer in quantized.values())
+    int8 = any(isinstance(layer, bnb.Linear8bitLt) for layer in quantized.values())
     if lora.dora and int8 and device.type == "cpu":
         raise UserError(
             "lora.dora: on a CPU, peft loses the scales of int8 weights at the first step. Set "

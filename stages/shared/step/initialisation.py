@@ -25,13 +25,11 @@ from stages.shared.core import progress
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.shared.step.config import Lora
+from stages.shared.step.fused.lora import ADAPTER
 from stages.shared.weights.bnb import Linear4bit, Linear8bitLt
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, in] and B [out, r], fp32
-
-CPU = torch.device("cpu")
 WITH_FROZEN = ("pissa", "olora")
-ADAPTER = "default"  # peft's name of the only adapter
 
 
 class _FrozenHalf(nn.Module):
@@ -47,14 +45,11 @@ class _FrozenHalf(nn.Module):
     def forward(self, trainable: torch.Tensor) -> torch.Tensor:
         return torch.cat([trainable, self.frozen], self.dim)
 
-    def right_inverse(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole.chunk(2, self.dim)[0].clone()
-
 
 def freeze_half(layer: nn.Linear, trainable: torch.Tensor, frozen: torch.Tensor, dim: int) -> None:
-    """Set a layer's weight to [trainable; frozen] along `dim`, and train the first half alone."""
-    layer.weight.data.copy_(torch.cat([trainable, frozen], dim))
-    register_parametrization(layer, "weight", _FrozenHalf(frozen.clone(), dim))
+    """Make a layer's weight [trainable; frozen] along `dim`."""
+    layer.weight.data = trainable.contiguous()
+    register_parametrization(layer, "weight", _FrozenHalf(frozen.clone(), dim), unsafe=True)
 
 
 def ordinary_state(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -71,27 +66,10 @@ def rank_and_alpha(lora: Lora) -> tuple[int, float]:
     return 2 * lora.r, lora.alpha * (sqrt(2) if lora.rslora else 2)
 
 
-def initialise(model: PeftModel, lora: Lora, original: Path | None = None) -> None:
-    """Initialise a fresh adapter of `rank_and_alpha`; UserError where a layer has no such start."""
-    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    if lora.init != "default":
-        _decompose(layers, lora, original)
-    if lora.init == "loftq":
-        model.peft_config[ADAPTER].loftq_config = {"loftq_iter": 1}  # `merge` reads it
-    for layer in layers.values():
-        if ADAPTER in layer.lora_magnitude_vector and ADAPTER in layer.lora_A:
-            # DoRA: peft measured it before the adapter was initialised, and rounded it to bf16.
-            factors = {
-                "lora_A": layer.lora_A[ADAPTER].weight,
-                "lora_B": layer.lora_B[ADAPTER].weight,
-            }
-            layer.lora_magnitude_vector[ADAPTER].update_layer(
-                base_layer=layer.get_base_layer(), scaling=layer.scaling[ADAPTER], **factors
-            )
-
-
 @torch.no_grad()
-def _decompose(layers: dict[str, LoraLayer], lora: Lora, original: Path | None) -> None:
+def initialise(model: PeftModel, lora: Lora, original: Path | None) -> None:
+    """Initialise an adapter, of `original` weights for LoftQ; UserError where one has no start."""
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     for name, layer in layers.items():
         base, size = layer.get_base_layer(), min(layer.in_features, layer.out_features)
         if not isinstance(base, nn.Linear | Conv1D) or lora.r > size:
@@ -99,7 +77,7 @@ def _decompose(layers: dict[str, LoraLayer], lora: Lora, original: Path | None) 
                 f"lora.init: {name} ({type(base).__name__}) has no {lora.init} decomposition of "
                 f"rank lora.r ({lora.r}). Lower lora.r, or change lora.target_modules."
             )
-    whole: Any = loading.load_model(original, CPU) if original and lora.init == "loftq" else None
+    whole: Any = loading.load_model(original, torch.device("cpu")) if original else None
     with progress.bar(total=len(layers), desc=lora.init, unit="matrix") as bar:
         for name, layer in layers.items():
             base, scale = layer.get_base_layer(), layer.scaling[ADAPTER]
@@ -115,10 +93,12 @@ def _decompose(layers: dict[str, LoraLayer], lora: Lora, original: Path | None) 
                 lora_a.weight.copy_(a)
                 lora_b.weight.copy_(b)
             bar.update()
+    if lora.init == "loftq":
+        model.peft_config[ADAPTER].loftq_config = {"loftq_iter": 1}  # `merge` reads it
 
 
 def svd_factors(matrix: torch.Tensor, rank: int, scale: float) -> Factors:
-    """Equally large factors whose scale·B·A approximates a matrix best, within 0.1 % of the SVD.
+    """Equally large factors: the error of scale·B·A is within 0.1 % of the truncated SVD's.
 
     Randomized, in milliseconds: Halko et al. 2011, arXiv:0909.4061, algorithm 4.4.
     """
@@ -128,7 +108,7 @@ def svd_factors(matrix: torch.Tensor, rank: int, scale: float) -> Factors:
 
 
 def qr_factors(matrix: torch.Tensor, rank: int, _scale: float) -> Factors:
-    """The first rows of R, and columns of Q, in matrix = Q·R."""
+    """First rows of R and columns of Q, in matrix = Q·R."""
     q = torch.linalg.qr(matrix[:, :rank]).Q
     return q.T @ matrix, q
 
