@@ -40,7 +40,7 @@ def main(options: Namespace | None) -> None:
         show(PREPARED / "train.parquet", TOKENIZER, options.show, sys.__stdout__ or sys.stdout)
         return
     settings = params.load(Params, "prepare")
-    # Imported late: a mistake in params.yaml is told before the seconds that transformers takes.
+    # Imported late: a mistake in params.yaml is reported before transformers takes seconds.
     from stages.prepare.dataset import prepare  # noqa: PLC0415
 
     metrics = prepare(RAW, TOKENIZER, MODEL, PREPARED, settings.prepare)

@@ -21,7 +21,7 @@ MODEL_CARD = Path("reports/model_card.md")
 def main() -> None:
     """Read, render, write, print."""
     params.load(Params, "report")
-    # Imported late: a mistake in params.yaml is told before the second that charts take.
+    # Imported late: a mistake in params.yaml is reported before the second that charts take.
     with progress.quick_imports():
         from stages.report import page, sources  # noqa: PLC0415
 

@@ -43,7 +43,7 @@ COMPARED = {
 def main() -> None:
     """Read, train, write."""
     settings = params.load(Params, "train")
-    # Imported late: a mistake in params.yaml is told before the seconds that torch takes.
+    # Imported late: a mistake in params.yaml is reported before the seconds that torch takes.
     with progress.quick_imports():
         import stages.shared.model.loading  # noqa: F401, PLC0415  (before peft)
 

@@ -1,7 +1,7 @@
-"""QLoRA as it is done here, top to bottom: set up, loop, step, evaluate, checkpoint, save.
+"""QLoRA training, top to bottom: set up, loop, step, evaluate, checkpoint, save.
 
-A frozen base model in 4 bits, an adapter (LoRA) in fp32 beside its linear layers, AdamW on the
-adapter alone. A step takes `train.batch_size` conversations, packed end to end into micro-batches.
+A frozen base model in 4 bits, a LoRA adapter in fp32 on its linear layers, and AdamW on the adapter
+alone. A step takes `train.batch_size` conversations, packed end to end into micro-batches.
 Its loss is the mean over the supervised tokens of all of them (by weight, where the data has
 weights), whichever micro-batch or process computed it. Held-out conversations are scored before the
 first step and when an evaluation is due; the weights of the best evaluation are kept. Everything
@@ -41,21 +41,21 @@ from stages.train.execution import ExecutionPlan
 from stages.train.history import History, TokenCounts
 from stages.train.schedule import Schedule
 
-if TYPE_CHECKING:  # stages.shared.models is imported before these
+if TYPE_CHECKING:  # at run time stages.shared.model is imported before these
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# Paths of `train` and `eval` conversations, of the `model`, and of its `original` weights (loftq).
+# Paths of `train` and `eval` conversations, the `model`, and its `original` weights (for LoftQ).
 Inputs = Mapping[str, Path]
 
-# Of the predicted memory. At 1 the default's heap was trimmed before each step: 7,000 page faults a
-# second instead of 130.
+# The heap is trimmed above this share of the predicted memory. At 1, the default's was before each
+# step: 7,000 page faults a second instead of 130.
 TRIM_ABOVE = 1.25
 
 
 @dataclass(frozen=True)
 class Data:
-    """Conversations to train on, and held out."""
+    """Conversations of both splits."""
 
     train: list[Example]
     held_out: list[Example]
@@ -64,9 +64,9 @@ class Data:
 def load_model(
     settings: Params, inputs: Inputs, device: torch.device, sharded: bool = False
 ) -> "PreTrainedModel | PeftModel":
-    """The frozen, quantized base with a fresh adapter; in full fine-tuning, fp32 masters.
+    """Load the frozen, quantized base with a fresh adapter; in full fine-tuning, fp32 masters.
 
-    One that will be `sharded` stays in its files' pages, on the CPU.
+    A model that will be `sharded` stays memory-mapped on the CPU.
     """
     torch.manual_seed(settings.train.seed)  # before the adapter's random matrices are drawn
     if settings.train.method == "full":
@@ -76,9 +76,9 @@ def load_model(
 
 
 class Recipe:
-    """A training, wherever it stands: the model, its optimizer, and what has been measured.
+    """State of a training: the model, its optimizer and schedule, and what has been measured.
 
-    `step` and `history` say where, so that a resumed training is the same loop, entered later.
+    A resumed training is the same loop, entered at a later `step`.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Recipe:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)  # an evaluation needs the room
+        self.optimizer.zero_grad(set_to_none=True)  # an evaluation needs the memory
 
         self.step += 1
         self.history.record(
@@ -220,7 +220,7 @@ class Recipe:
         return loss.item(), counts
 
     def _refuse_nonfinite(self, loss: float, norm: float, rate: float) -> None:
-        """Before the optimizer has touched a weight."""
+        """Stop before the optimizer has touched a weight."""
         if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
             return  # a scaler skips the steps that overflow
         name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
@@ -261,13 +261,13 @@ class Recipe:
         self.history.record_evaluation(self.step, epoch, loss, use.tolist())
 
     def _repeatable(self, stop: Interruption) -> AbstractContextManager[None]:
-        """Work that changes nothing that is kept; several devices wait for the others' part."""
+        """Context of work that a signal aborts on one device, as none of it is kept."""
         return stop.at_once() if self.group.size == 1 else nullcontext()
 
     # ------------------------------------------------------------------------------- checkpoint
 
     def checkpoint(self) -> None:
-        """Write what is needed to go on, unless this very step has been written."""
+        """Write a checkpoint of this step, unless there is one."""
         if self.checkpointed != self.step and self.group.is_main:
             self.checkpoints.write(self.step, self._state(), self.plan.saved)
         self.checkpointed = self.step
@@ -286,7 +286,7 @@ class Recipe:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Stand where a checkpoint was written."""
+        """Restore the state of a checkpoint."""
         weights = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, weight in state["weights"].items():
@@ -300,6 +300,6 @@ class Recipe:
         self.seconds = state["seconds"]
 
     def _write_history(self) -> None:
-        """The curve so far, for whoever watches; the report's is written from it at the end."""
+        """Write the curve so far, for whoever watches."""
         if self.group.is_main:
             self.history.write(self.checkpoints.folder / "loss.csv")
