@@ -79,7 +79,7 @@ def main(options: Namespace) -> None:
     values = changed(params.load(Params, "plan"), options.set or ())
     config = sources.config_path(options.model)
     counts = data_of(options.max_length, values.train.batch_size, COUNTS)
-    # Imported late: a mistake in params.yaml is told before the seconds that these take.
+    # Imported late: a mistake in params.yaml is reported before the seconds that these take.
     with progress.quick_imports():
         from stages.plan import charts, figures, tables  # noqa: PLC0415
         from stages.shared.step.count import StepCounter  # noqa: PLC0415

@@ -4,15 +4,14 @@ from typing import Literal
 
 from stages.shared.core.params import BorrowedSection, Section
 from stages.shared.step.config import Lora, Train
-from stages.shared.step.memory import DensePrecision, Precision
 
 
 class Quantize(BorrowedSection):
-    """Keys of `quantize` that memory depends on."""
+    """Precision of the linear layers."""
 
-    precision: Precision
+    precision: Literal["fp32", "bf16", "fp16", "int8", "fp4", "nf4"]
     double_quant: bool
-    compute_dtype: DensePrecision
+    compute_dtype: Literal["bf16", "fp16", "fp32"]
 
 
 class Plan(Section):

@@ -8,11 +8,12 @@ from stages.plan.config import Params
 from stages.plan.data import Data
 from stages.shared.core.errors import UserError
 from stages.shared.parallel.limits import GIB
-from stages.shared.step import fit, memory
+from stages.shared.step import fit
 from stages.shared.step.count import StepCounter
 from stages.shared.step.fit import Choice, Request
 from stages.shared.step.setup import Device, MicroBatch, TrainingSetup, lora_of, setup_of
 from stages.shared.step.workload import workload_of_counts
+from stages.shared.weights.precision import DENSE_BYTES
 
 NOTE = (
     "Predicted peaks of live tensors in a training step on CUDA, by part: the step was run on "
@@ -143,7 +144,7 @@ def disk(counter: StepCounter, setup: TrainingSetup) -> dict[str, int]:
     trained = 4 * held["trainable"]
     checkpoint = trained + held["optimizer"]
     tuned = trained if setup.lora else MERGED_BYTES * parameters
-    full_bytes = memory.DENSE_BYTES[setup.stored] * parameters
+    full_bytes = DENSE_BYTES[setup.stored] * parameters
     models = {
         "base_bytes": 2 * parameters,
         "quantized_bytes": held["weights"] if setup.lora else full_bytes,

@@ -6,8 +6,8 @@ from typing import Any
 from stages.shared.parallel.limits import GIB
 from stages.shared.step import fit
 from stages.shared.step.count import PARTS, Prediction, StepCounter
-from stages.shared.step.memory import DENSE_BYTES
 from stages.shared.step.setup import MicroBatch, TrainingSetup
+from stages.shared.weights.precision import DENSE_BYTES
 
 CARDS_GIB = {
     "T4_16GiB": 16,

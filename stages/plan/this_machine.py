@@ -36,8 +36,8 @@ def described(
     counter: StepCounter, counts: Data, values: Params, budget: float | None, devices: int | None
 ) -> Iterator[str]:
     """Lines on memory and time of params.yaml's training here; `budget` is in GiB."""
-    place = device()
-    device_type: Device = "cuda" if place.type == "cuda" else "cpu"
+    target = device()
+    device_type: Device = "cuda" if target.type == "cuda" else "cpu"
     total = total_memory_bytes(device_type, budget)
     setup = figures.configured(values, device_type, bf16=precision.has_bf16_matmuls(device_type))
     here = torch.cuda.device_count() if device_type == "cuda" else 1
@@ -55,7 +55,7 @@ def described(
     yield f"  {holder} will hold about {choice.device_bytes / GIB:.2f} GiB{sharded}"
     yield from _fitting(requested, values)
     setup = replace(setup, gradient_checkpointing=choice.gradient_checkpointing)
-    rate = operations_per_second(counter, setup, place)
+    rate = operations_per_second(counter, setup, target)
     yield f"  one block computes {rate / 1e9:,.0f} billion operations a second here;"
     yield f"  an epoch of {counts.tokens:,} tokens at that rate, in hours, on so many such devices:"
     yield f"  {'':16}" + "".join(f"{count:>10}" for count in DEVICES)
@@ -88,7 +88,9 @@ def _fitting(requested: Request, values: Params) -> Iterator[str]:
     yield from (f"  {words}: {', '.join(names)}" for words, names in groups.items() if names)
 
 
-def operations_per_second(counter: StepCounter, setup: TrainingSetup, place: torch.device) -> float:
+def operations_per_second(
+    counter: StepCounter, setup: TrainingSetup, target: torch.device
+) -> float:
     """FLOP/s of a random frozen dense block, forward and backward; the best run counts."""
     config = AutoConfig.from_pretrained(counter.config, trust_remote_code=False)
     text = config.get_text_config()
@@ -98,17 +100,17 @@ def operations_per_second(counter: StepCounter, setup: TrainingSetup, place: tor
         setattr(text, key, text.num_experts_per_tok)  # those that a token uses take the time
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     dtype = precision.DTYPES[setup.compute]
-    with torch.device(place):
+    with torch.device(target):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
         inputs = torch.randn(1, TOKENS, text.hidden_size, dtype=dtype, requires_grad=True)
 
     def seconds() -> float:
         started = time.perf_counter()
-        with precision.autocast(place, dtype):
+        with precision.autocast(target, dtype):
             logits = model(inputs_embeds=inputs, use_cache=False).logits
         logits.sum().backward()
-        if place.type == "cuda":
-            torch.cuda.synchronize(place)
+        if target.type == "cuda":
+            torch.cuda.synchronize(target)
         return time.perf_counter() - started
 
     best = min(seconds() for _ in range(REPEATS + 1))

@@ -122,7 +122,7 @@ def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrain
 
 
 def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:
-    """Configuration of bitsandbytes; None for a dense precision."""
+    """Bitsandbytes' configuration; None for a dense precision."""
     if settings.precision in FOUR_BIT:
         return BitsAndBytesConfig(
             load_in_4bit=True,

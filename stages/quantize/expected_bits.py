@@ -5,15 +5,12 @@ parameter, which bitsandbytes silently leaves in bf16, as it quantizes linear la
 """
 
 from collections.abc import Iterable, Sequence
-from math import ceil, prod
 
 from stages.quantize.config import FOUR_BIT, Quantize
-from stages.quantize.quantization_error import BLOCK
 from stages.shared.core.errors import UserError
 from stages.shared.weights.checkpoint import Stored
+from stages.shared.weights.precision import stored_bytes
 
-NESTED_BLOCK = 256  # block constants that share a constant in double quantization
-DENSE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TABLE_BYTES = 16 * 4 + 256  # of a 4-bit matrix: codebook in fp32, and metadata in JSON, at most
 NESTED_TABLE_BYTES = 256 * 4  # codebook of the constants
 # For small dense matrices like a router; one dense linear layer among 30 × 7 exceeds it.
@@ -35,28 +32,11 @@ def quantized_parameters(matrices: Iterable[Stored]) -> int:
     return sum(m.parameters for m in matrices if m.parts)
 
 
-def expected_bytes(shape: tuple[int, ...], precision: str, double_quant: bool) -> int:
-    """Bytes of a matrix, without tables of a fixed size.
-
-    int8 has an fp32 constant per row (LLM.int8(), arXiv:2208.07339), 4-bit types one per block of
-    64, or with double quantization a byte per block and an fp32 constant per 256 blocks (QLoRA,
-    arXiv:2305.14314): 0.5 or 0.127 bits per parameter.
-    """
-    count = prod(shape)
-    if precision in DENSE_BYTES:
-        return DENSE_BYTES[precision] * count
-    if precision == "int8":
-        return count + 4 * (count // shape[-1])
-    blocks = ceil(count / BLOCK)
-    constants = blocks + 4 * ceil(blocks / NESTED_BLOCK) if double_quant else 4 * blocks
-    return ceil(count / 2) + constants
-
-
 def require_expected_bits(matrices: Sequence[Stored], settings: Quantize) -> None:
     """Raise a UserError that names the worst matrix, unless the files have the expected size."""
 
     def expected(matrix: Stored) -> int:
-        return expected_bytes(matrix.shape, settings.precision, settings.double_quant)
+        return stored_bytes(matrix.shape, settings.precision, settings.double_quant)
 
     tables = TABLE_BYTES + NESTED_TABLE_BYTES * settings.double_quant
     nominal, written = sum(map(expected, matrices)), sum(m.bytes for m in matrices)

@@ -16,8 +16,8 @@ from stages.shared.core import progress
 from stages.shared.core.errors import UserError
 from stages.shared.weights import bnb, checkpoint, heap
 from stages.shared.weights.checkpoint import Stored, Weights
+from stages.shared.weights.precision import BLOCK
 
-BLOCK = 64  # weights that share a constant in all 4-bit types
 STEPS = 7  # of linear 4-bit, on either side of zero
 ALPHAS = tuple(k / 40 for k in range(20, 41))  # 0.5, 0.525, …, 1
 COMPARED_PARAMETERS = 1_000_000_000  # of larger models, every nth matrix
@@ -27,7 +27,7 @@ BLOCKS_FOR_ALPHA = 256  # of each matrix
 
 @dataclass(frozen=True)
 class Layout:
-    """Parameter names that only the model's modules tell apart."""
+    """Parameter names by the modules that they belong to."""
 
     embeddings: frozenset[str]  # embeddings and head; never quantized
     transposed: frozenset[str]  # stored [in, out], as in GPT-2
@@ -45,7 +45,7 @@ class QuantizationError:
 
 
 class Base:
-    """Matrices before quantization, as [out, in]."""
+    """Matrices before quantization."""
 
     def __init__(self, weights: Weights, layout: Layout, device: torch.device) -> None:
         self._weights, self._layout, self._device = weights, layout, device
@@ -70,7 +70,7 @@ class Base:
 def measure(
     base: Base, written: Weights, matrices: Sequence[Stored], device: torch.device
 ) -> QuantizationError:
-    """Measure the written weights and each codebook."""
+    """Errors of the written weights and of each codebook."""
     compared = {m.name for m in every_nth(matrices, COMPARED_PARAMETERS)}
     alpha = best_alpha(sample_blocks(base, sorted(compared)))
     written_error = norm = compared_norm = 0.0
@@ -112,8 +112,7 @@ def split_rows(weight: torch.Tensor) -> Sequence[torch.Tensor]:
 
 def sample_blocks(base: Base, names: Sequence[str]) -> torch.Tensor:
     """Evenly spaced blocks of each matrix: fp32 [blocks, 64]."""
-    trim = heap.Trimmer()
-    parts = []
+    trim, parts = heap.Trimmer(), []
     with progress.bar(total=len(names), desc="best clipping", unit="matrix") as bar:
         for name in names:
             in_blocks = blocks(base.matrix(name))

@@ -41,8 +41,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention function for transformers: [batch, tokens, heads, head size], and no weights.
 
-    `query`, `key` and `value` are [batch, heads, tokens, head size]. `conversation_lengths`, in
-    tokens, are those of a packed row (batch 1); `kwargs` go to `sdpa_attention_forward`.
+    `query`, `key` and `value` are [batch, heads, tokens, head size], with `conversation_lengths`
+    (tokens) a packed row.
     """
     lengths, window = conversation_lengths, kwargs.get("sliding_window")
     windowed = bool(lengths and window and max(lengths) > window)
@@ -64,8 +64,8 @@ def attend(
 def needs_mask(config: Any, lengths: Sequence[int], weight: torch.Tensor) -> bool:
     """Whether attention to a packed row reads the mask; `weight` is any of the model's.
 
-    transformers otherwise builds one that is not used, a byte for each pair of tokens (1 GiB for
-    32,768 tokens), and synchronizes with the device.
+    transformers would build one for nothing, a byte for each pair of tokens (1 GiB for 32,768), and
+    synchronize with the device.
     """
     if config._attn_implementation != NAME:
         return True
@@ -105,20 +105,15 @@ def flash_attend(
     head. `window` is a number of tokens, the token itself included; None is unlimited.
     """
     offsets = cumulative_lengths(tuple(lengths), query.device)
-    longest = max(lengths)
-    positions = (offsets, offsets, longest, longest)
+    positions = (offsets, offsets, max(lengths), max(lengths))
     window_size = (window - 1 if window else -1, 0)  # other tokens to the left and to the right
-    return cast(
-        torch.Tensor,
-        varlen_attn(
-            query, key, value, *positions, scale=scaling, window_size=window_size, enable_gqa=True
-        ),
-    )
+    options: Any = {"scale": scaling, "window_size": window_size, "enable_gqa": True}
+    return cast(torch.Tensor, varlen_attn(query, key, value, *positions, **options))
 
 
 @lru_cache(maxsize=1)  # the same in every layer: one copy to the device a step
 def cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Start of each conversation and end of the last: int32 [conversations + 1]."""
+    """Start of each conversation, and the end of the last: int32 [conversations + 1]."""
     with torch.inference_mode(False):  # training uses a tensor cached by scoring
         return to_device(np.array([*accumulate(lengths, initial=0)], dtype=np.int32), device)
 

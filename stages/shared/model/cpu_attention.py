@@ -40,8 +40,7 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention inside each conversation: [tokens, heads, head size], as `query`.
 
-    `key` and `value` may have fewer heads; adjacent heads of `query` share one. `lengths` are those
-    of conversations, in tokens.
+    `key` and `value` may have fewer heads: adjacent heads of `query` share one.
     """
     return _Attention.apply(query, key, value, scaling, tuple(lengths))
 
@@ -55,7 +54,7 @@ class LengthGroup:
 
     @property
     def conversations(self) -> int:
-        """Number of conversations."""
+        """Rows of the padded batch."""
         return len(self.lengths)
 
     @property
@@ -138,11 +137,11 @@ class _Attention(torch.autograd.Function):
 
 
 class _Workspace:
-    """Inputs of a length group in matmul layout, and a buffer for scores.
+    """Inputs of a length group in matmul layout, and a buffer for the scores of each block.
 
     `query` is [conversations · key-value heads, length · heads that share one, head size]; `key`
-    and `value` are [conversations · key-value heads, length, head size]. All blocks use one buffer,
-    as fresh pages cost as much as a matmul.
+    and `value` are [conversations · key-value heads, length, head size]. Fresh pages for scores
+    would cost as much as a matmul.
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor], scaling: float, group: LengthGroup) -> None:

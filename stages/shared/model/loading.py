@@ -47,7 +47,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def compute_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """Compute dtype of a model on a device: its own, or fp32 (`precision.compute_dtype`)."""
+    """Compute dtype of a model on a device, see `precision.compute_dtype`."""
     return precision.compute_dtype(stored_dtype(folder), device.type)
 
 
@@ -60,7 +60,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model in evaluation mode, its dense weights in `dtype` or the `compute_dtype`.
 
-    `on_cpu`: it lies there, to be moved to the device that it is prepared for.
+    `on_cpu`: on the CPU, to be moved to `device` later.
     """
     weights = Weights(folder)
     dtype = dtype or compute_dtype(folder, device)
@@ -78,13 +78,12 @@ def load_model(
 
 def _load(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Load with our attention, or the library's where unsupported (Gemma 2, gpt-oss)."""
-    options = {"dtype": dtype, "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     with reading(weights.folder):
         for attn in (attention.NAME, "sdpa", "eager"):
+            options["attn_implementation"] = attn
             try:
-                return load_strictly(
-                    weights, AutoModelForCausalLM, attn_implementation=attn, **options
-                )
+                return load_strictly(weights, AutoModelForCausalLM, **options)
             except (KeyError, ValueError) as error:
                 unsupported = error
         raise unsupported
@@ -154,12 +153,11 @@ def adapting(model: nn.Module) -> Iterator[None]:
     if not experts.layers(model):
         yield
         return
-    with (
-        patch.object(transformers_weight_conversion, "_convert_peft_config_moe", lambda *_: None),
-        patch.object(
-            transformers_weight_conversion,
-            "convert_peft_adapter_state_dict_for_transformers",
-            lambda adapter_state_dict, **_: adapter_state_dict,
+    with patch.multiple(
+        transformers_weight_conversion,
+        _convert_peft_config_moe=lambda *_: None,
+        convert_peft_adapter_state_dict_for_transformers=lambda adapter_state_dict, **_: (
+            adapter_state_dict
         ),
     ):
         yield
@@ -193,7 +191,7 @@ def blocks_of(model: Any) -> Any:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter, not a standalone model."""
-    found = (folder / "adapter_config.json").is_file()
-    if not found:
+    adapter = (folder / "adapter_config.json").is_file()
+    if not adapter:
         (folder / "config.json").open().close()
-    return found
+    return adapter

@@ -50,7 +50,7 @@ class Example:
 
     @cached_property
     def supervised_tokens(self) -> int:
-        """Number of supervised tokens."""
+        """Tokens that the loss counts."""
         return len(self.predictors)
 
     @cached_property
@@ -209,10 +209,7 @@ def even_passes(parts: Sequence[list[list[Example]]], packs: bool) -> list[list[
     """Give every device the same number of forward passes: those with fewer get `IDLE` ones.
 
     Each pass gathers sharded weights from all devices, and would wait for ever for one without.
-
-    Args:
-        parts: micro-batches of each device.
-        packs: whether a micro-batch is one pass; else each of its conversations is.
+    `packs`: a micro-batch is one pass; else each of its conversations is.
     """
     passes = [len(part) if packs else sum(map(len, part)) for part in parts]
     most = max(passes)

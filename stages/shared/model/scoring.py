@@ -27,8 +27,7 @@ SCORING_TOKENS = 1024
 def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
     """Logits that predict the supervised tokens: compute dtype [supervised, vocabulary].
 
-    The head sees no other position: most tokens of a chat are not supervised, and logits are the
-    largest tensor of a step.
+    The head sees no other position: logits are the largest tensor of a step.
     """
     if not packing.may_pack(model.config):
         return torch.cat([_unpacked_logits(model, one) for one in packing.unpack(batch)])
@@ -86,14 +85,11 @@ def score(
     share: tuple[int, int] = (0, 1),
     by_token: dict[int, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum the negative log-likelihoods of each conversation; keeps the model's mode.
+    """Sum each conversation's negative log-likelihood, in nats: fp64 [rows]; and count its tokens.
 
     `row` numbers the examples from 0. Processes that score a `share` (rank, size) of the
     micro-batches each add up their sums. `by_token` takes each row's, fp32 [supervised]. Weights
     act on training alone: here each supervised token counts once.
-
-    Returns:
-        The sums in nats, float64 [rows]; and the number of supervised tokens, int64 [rows].
     """
     sums = np.zeros(len(examples))
     was_training = model.training

@@ -21,23 +21,16 @@ KINDS = ("embedding", "head", "linear", "experts", "norm", "bias", "other")
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which blocks stand for all.
+    """The first blocks, which stand for all."""
 
-    Attributes:
-        layers: blocks of the model.
-        run: blocks that are run, the first ones.
-        start: the first block of the period that repeats.
-        period: its blocks; the model has them `repeats` times more than are run.
-    """
-
-    layers: int
-    run: int
-    start: int
-    period: int
+    layers: int  # blocks of the model
+    run: int  # of them, the first ones
+    start: int  # the first block of the period that repeats
+    period: int  # its blocks
 
     @property
     def repeats(self) -> int:
-        """How often the period comes besides."""
+        """How often the model has the period besides."""
         return (self.layers - self.run) // self.period
 
     @property
@@ -47,13 +40,11 @@ class Pattern:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """The config of a causal language model.
-
-    Raises:
-        UserError: the file is missing, or transformers knows no such model.
-    """
+    """Read the config of a causal language model; UserError where transformers knows none."""
     if not path.is_file():
-        raise UserError(f"{path}: not found. Run `dvc repro fetch_model`, or name another model.")
+        raise UserError(
+            f"{path}: not shortest. Run `dvc repro fetch_model`, or name another model."
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
@@ -81,35 +72,30 @@ def first_blocks(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 def pattern_of(config: PretrainedConfig) -> Pattern:
-    """The shortest run of blocks that stands for all: three, or more where kinds alternate."""
+    """The shortest pattern: three blocks are run, or more where kinds of them alternate."""
     kinds = _kinds(config)
     layers = len(kinds)
-    found = Pattern(layers, layers, 0, 1)
+    shortest = Pattern(layers, layers, 0, 1)
     for period in range(1, layers // 2 + 1):
         same = [i for i in range(layers - period) if kinds[i] != kinds[i + period]]
         start = max(1, same[-1] + 1 if same else 0)  # below the first block nothing has a gradient
         run = start + period + 1
         run += (layers - run) % period
-        if run < found.run:
-            found = Pattern(layers, run, run - 1 - period, period)
-    if _kinds(first_blocks(config, found.run)) != kinds[: found.run]:
+        if run < shortest.run:
+            shortest = Pattern(layers, run, run - 1 - period, period)
+    if _kinds(first_blocks(config, shortest.run)) != kinds[: shortest.run]:
         return Pattern(layers, layers, 0, 1)
-    return found
+    return shortest
 
 
 def _kinds(config: PretrainedConfig) -> list[Any]:
-    """What tells blocks apart: the shapes of their parameters, and lists of the config."""
+    """Kinds of the blocks, by the shapes of their parameters and the config's lists."""
     model = fake_model.model_on_meta(config, torch.float32)
     blocks = blocks_of(model)
     text = vars(model.config.get_text_config())
     lists = [v for v in text.values() if isinstance(v, list) and len(v) == len(blocks)]
-    return [
-        (
-            [(name, tuple(p.shape)) for name, p in block.named_parameters()],
-            [values[i] for values in lists],
-        )
-        for i, block in enumerate(blocks)
-    ]
+    shapes = ([(name, tuple(p.shape)) for name, p in b.named_parameters()] for b in blocks)
+    return [(own, [values[i] for values in lists]) for i, own in enumerate(shapes)]
 
 
 def describe(config: PretrainedConfig) -> dict[str, Any]:

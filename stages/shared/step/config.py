@@ -48,7 +48,7 @@ class Lora(Section):
 
 
 class Train(Section):
-    """`train`: what is trained, on how much, and how fast."""
+    """`train`: method, length, optimizer and schedule."""
 
     method: Literal["lora", "full"]
     epochs: Annotated[int, Field(ge=1, le=10_000)]

@@ -1,7 +1,7 @@
 """Predicted memory of a training step: what persists, by formula, and what a dry run counts.
 
-The dry run is a process of its own, started when the first answer is not in the cache and asked
-over pipes, a line of JSON each way. Answers are kept in `.counts/` at the root by the hash of the
+The dry run is a process of its own, started for the first answer that is not in the cache and asked
+over pipes, a line of JSON each way. Answers are cached in `.counts/` at the root by the hash of the
 model's config, the setup, the micro-batch, the versions of the libraries and the shared code.
 """
 
@@ -20,8 +20,8 @@ from typing import Any, Self
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import root
-from stages.shared.step.memory import DENSE_BYTES
 from stages.shared.step.setup import MicroBatch, TrainingSetup
+from stages.shared.weights.precision import DENSE_BYTES
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
 # What of sharded weights is whole in these phases, in place of two blocks.
@@ -44,11 +44,6 @@ class Prediction:
         """All parts."""
         return sum(self.parts.values())
 
-    @property
-    def transient_bytes(self) -> int:
-        """The parts that live within a step."""
-        return sum(self.parts[name] for name in TRANSIENT)
-
 
 class DryRun:
     """The process that counts, shared by all counters of this one and ended with the last."""
@@ -58,28 +53,19 @@ class DryRun:
 
     @classmethod
     def ask(cls, question: dict[str, Any]) -> dict[str, Any]:
-        """Send a question and wait for its answer; starts the process if there is none.
-
-        Raises:
-            UserError: the step cannot be counted, or the process was ended from outside.
-        """
+        """Send a question and wait for its answer; UserError where the step cannot be counted."""
         if cls.process is None:
             command = "from stages.shared.step import count; count.serve()"
+            changes = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
             cls.process = subprocess.Popen(  # noqa: S603  (this Python, this code)
                 [sys.executable, "-c", command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                env=os.environ
-                | {
-                    "CUDA_VISIBLE_DEVICES": "",
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(SHARED.parents[1]),
-                },
+                env=os.environ | changes | {"PYTHONPATH": str(SHARED.parents[1])},
             )
-        assert cls.process.stdin is not None
-        assert cls.process.stdout is not None
+        assert cls.process.stdin is not None and cls.process.stdout is not None
         try:
             print(json.dumps(question), file=cls.process.stdin, flush=True)
             answer: dict[str, Any] = json.loads(cls.process.stdout.readline())
@@ -104,7 +90,6 @@ class StepCounter:
     """Predicts steps of one model, from its config alone; a context manager."""
 
     def __init__(self, config: Path) -> None:
-        """Nothing is started yet; `config` is a `config.json`."""
         self.config = config
 
     def __enter__(self) -> Self:
@@ -121,11 +106,11 @@ class StepCounter:
         return self._answer("describe")
 
     def persistent(self, setup: TrainingSetup) -> dict[str, Any]:
-        """Bytes held from step to step, by part, and what else is known of a setup.
+        """Bytes held from step to step by part, and what else is known of a setup.
 
         `pageable`: bytes of the optimizer's states that may leave a GPU; `blocks`, `embedding` and
         `untied_head`: frozen bytes that devices may divide; `trainable`: parameters;
-        `unfused_because`: why no fused function computes the step, or None.
+        `unfused_because`: see `dry_run.unfused_because`.
         """
         return self._answer("persistent", replace(setup, gradient_checkpointing=False))
 
@@ -154,17 +139,14 @@ class StepCounter:
         self, setup: TrainingSetup, batches: Iterable[MicroBatch], shards: int = 1
     ) -> Prediction:
         """The peak of a training that sees these micro-batches, of which few are counted."""
-        found = (self.predict(setup, batch, shards) for batch in few(undominated(batches)))
-        return max(found, key=lambda prediction: prediction.total_bytes)
+        counted = (self.predict(setup, batch, shards) for batch in few(undominated(batches)))
+        return max(counted, key=lambda prediction: prediction.total_bytes)
 
     def _answer(
         self, kind: str, setup: TrainingSetup | None = None, batch: MicroBatch | None = None
     ) -> dict[str, Any]:
-        question = {
-            "kind": kind,
-            "setup": setup and asdict(setup),
-            "batch": batch and asdict(batch),
-        }
+        question: dict[str, Any] = {"kind": kind}
+        question |= {"setup": setup and asdict(setup), "batch": batch and asdict(batch)}
         key = json.dumps([question, self._read_config(), _environment()], sort_keys=True)
         kept = root() / ".counts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         try:
@@ -200,7 +182,7 @@ def _largest(held: dict[str, Any], phases: dict[str, dict[str, int]], shards: in
 
 
 def serve() -> None:
-    """Answer questions until there are no more: what the dry run's process does."""
+    """Answer questions until there are no more: the main loop of the dry run's process."""
     answers, sys.stdout = sys.stdout, sys.stderr  # no library shall write among the answers
     from stages.shared.step import dry_run  # noqa: PLC0415  (its patches stay in this process)
 
@@ -221,7 +203,7 @@ def serve() -> None:
 
 @cache
 def _environment() -> list[str]:
-    """What else a count depends on: versions of libraries, and the shared code."""
+    """Versions of libraries, and the hash of the shared code: a count depends on both."""
     code = hashlib.sha256()
     for path in sorted(SHARED.rglob("*.py")):
         code.update(path.read_bytes())
@@ -229,13 +211,13 @@ def _environment() -> list[str]:
 
 
 def undominated(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
-    """Those that no other equals or exceeds in every size: few of thousands."""
-    found: list[MicroBatch] = []
+    """Micro-batches that no other equals or exceeds in every size: few of thousands."""
+    largest: list[MicroBatch] = []
     for batch in sorted(batches, key=lambda batch: batch.sizes, reverse=True):
         sizes = batch.sizes
-        if not any(all(map(int.__ge__, larger.sizes, sizes)) for larger in found):
-            found.append(batch)
-    return found
+        if not any(all(map(int.__ge__, larger.sizes, sizes)) for larger in largest):
+            largest.append(batch)
+    return largest
 
 
 def few(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -250,6 +232,5 @@ def few(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         return sum(size / largest for size, largest in zip(batch.sizes, most, strict=True) if size)
 
     extremes = (max(batches, key=lambda b: (b.sizes[i], shares(b))) for i in range(len(most)))
-    return list(dict.fromkeys([*extremes, *sorted(batches, key=shares, reverse=True)]))[
-        :MOST_COUNTED
-    ]
+    ranked = dict.fromkeys([*extremes, *sorted(batches, key=shares, reverse=True)])
+    return list(ranked)[:MOST_COUNTED]

@@ -15,30 +15,14 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.shared.model import attention
-from stages.shared.step.memory import BLOCK, NESTED_BLOCK
 from stages.shared.weights.bnb import Int8Params, Linear4bit, Linear8bitLt, Params4bit, QuantState
+from stages.shared.weights.precision import BLOCK, NESTED_BLOCK
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-ATTRIBUTES_4BIT = (
-    "blocksize",
-    "compress_statistics",
-    "quant_type",
-    "quant_storage",
-    "bnb_quantized",
-    "module",
-    "quant_state",
-)
-
-
-class FakeParams4bit(FakeTensor):
-    """Stands for `Params4bit`."""
-
-
-class FakeInt8Params(FakeTensor):
-    """Stands for `Int8Params`."""
-
-
-FakeParams4bit.__name__, FakeInt8Params.__name__ = "Params4bit", "Int8Params"
+ATTRIBUTES_4BIT = ["blocksize", "compress_statistics", "quant_type", "quant_storage"]
+ATTRIBUTES_4BIT += ["bnb_quantized", "module", "quant_state"]
+FakeParams4bit = type("Params4bit", (FakeTensor,), {})
+FakeInt8Params = type("Int8Params", (FakeTensor,), {})
 
 
 def model_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -71,11 +55,10 @@ def quantize_on_meta(model: Any, precision: str, double_quant: bool, dtype: torc
     """Replace quantizable layers by those of bitsandbytes; nothing in a dense precision."""
     if precision in ("nf4", "fp4", "int8"):
         for name, layer in quantizable(model).items():
-            made = (
-                _int8(layer)
-                if precision == "int8"
-                else _four_bit(layer, precision, double_quant, dtype)
-            )
+            if precision == "int8":
+                made: Any = _int8(layer)
+            else:
+                made = _four_bit(layer, precision, double_quant, dtype)
             made.bias = layer.bias
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, made)
@@ -97,15 +80,15 @@ def to_fake(model: nn.Module) -> None:
 
 def state_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Constants of quantized layers that are neither parameters nor buffers."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     for layer in model.modules():
         if isinstance(layer, Linear8bitLt):
-            found.append(layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB)
+            tensors.append(layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB)
         elif isinstance(layer, Linear4bit):
             state: Any = layer.weight.quant_state
             for part in filter(None, (state, state.state2)):
-                found += [value for value in vars(part).values() if torch.is_tensor(value)]
-    return found
+                tensors += [value for value in vars(part).values() if torch.is_tensor(value)]
+    return tensors
 
 
 def _fake(x: torch.Tensor) -> torch.Tensor:
@@ -134,27 +117,17 @@ def _four_bit(
 ) -> Linear4bit:
     parameters = layer.weight.numel()
     blocks = -(-parameters // BLOCK)
-    made = Linear4bit(
-        layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device=META
-    )
+    sizes = layer.in_features, layer.out_features
+    made = Linear4bit(*sizes, bias=False, compute_dtype=dtype, device=META)
     made.support_avx512bf16_for_cpu = False
     with META:
-        nested = QuantState(
-            absmax=torch.empty(-(-blocks // NESTED_BLOCK)),
-            code=torch.empty(256),
-            blocksize=NESTED_BLOCK,
-            dtype=torch.float32,
-        )
-        state = QuantState(
-            absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
-            shape=layer.weight.shape,
-            dtype=dtype,
-            blocksize=BLOCK,
-            code=torch.empty(16),
-            quant_type=precision,
-            offset=torch.empty(()) if double_quant else None,
-            state2=nested if double_quant else None,
-        )
+        absmax = torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
+        code = torch.empty(16)
+        state = QuantState(absmax, layer.weight.shape, code, BLOCK, precision, dtype)
+        if double_quant:
+            constants = {"absmax": torch.empty(-(-blocks // NESTED_BLOCK)), "dtype": torch.float32}
+            nested = QuantState(**constants, code=torch.empty(256), blocksize=NESTED_BLOCK)
+            state.offset, state.state2, state.nested = torch.empty(()), nested, True
         codes = torch.empty(-(-parameters // 2), 1, dtype=torch.uint8)
     made.weight = Params4bit(
         codes,
@@ -170,9 +143,8 @@ def _four_bit(
 
 
 def _int8(layer: nn.Linear) -> Linear8bitLt:
-    made = Linear8bitLt(
-        layer.in_features, layer.out_features, bias=False, has_fp16_weights=False, device=META
-    )
+    sizes = layer.in_features, layer.out_features
+    made = Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device=META)
     codes = torch.empty(layer.weight.shape, dtype=torch.int8, device=META)
     made.weight = Int8Params(codes, requires_grad=False)
     return made

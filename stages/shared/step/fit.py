@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.shared.core.errors import UserError
 from stages.shared.parallel.limits import GIB
-from stages.shared.step.count import Prediction, StepCounter, undominated
+from stages.shared.step.count import TRANSIENT, Prediction, StepCounter, undominated
 from stages.shared.step.setup import MicroBatch, TrainingSetup
 from stages.shared.step.workload import Workload
 
@@ -38,45 +38,29 @@ MORE_DEVICES = {2: "two", 4: "four", 8: "eight"}
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be trained, on what, with how much memory.
-
-    Attributes:
-        counter: of the model.
-        setup: its `gradient_checkpointing` is not read.
-        workload: the conversations.
-        total_bytes: of the machine's memory, or the budget.
-        micro_batch_tokens: None to choose.
-        gradient_checkpointing: None to choose.
-        scored: micro-batches that held-out conversations are scored in, between steps.
-        processes: trainings of a CPU that share a step and this memory.
-        shards: devices that frozen weights may be divided among; the first that fits.
-        instead_of_full: the keys of `lora` that could be trained instead of all weights.
-    """
+    """A training, and the memory that it may take."""
 
     counter: StepCounter
-    setup: TrainingSetup
+    setup: TrainingSetup  # its `gradient_checkpointing` is not read
     workload: Workload
-    total_bytes: int
-    micro_batch_tokens: int | None = None
-    gradient_checkpointing: bool | None = None
-    scored: frozenset[MicroBatch] = frozenset()
-    processes: int = 1
-    shards: tuple[int, ...] = (1,)
-    instead_of_full: dict[str, Any] | None = None
+    total_bytes: int  # of the machine's memory, or the budget
+    micro_batch_tokens: int | None = None  # None to choose
+    gradient_checkpointing: bool | None = None  # None to choose
+    scored: frozenset[MicroBatch] = frozenset()  # of held-out conversations, between steps
+    processes: int = 1  # of a CPU, that share a step and this memory
+    shards: tuple[int, ...] = (1,)  # devices that divide frozen weights; the first that fits
+    instead_of_full: dict[str, Any] | None = None  # `lora_of` a training instead
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a step is computed; `device_bytes`: what a device, or a CPU's processes, will hold.
-
-    `shards`: devices that frozen weights are divided among, 1 where each holds all.
-    """
+    """Settings that a step is computed with."""
 
     micro_batch_tokens: int
     gradient_checkpointing: bool
     prediction: Prediction
-    device_bytes: int
-    shards: int = 1
+    device_bytes: int  # that a device, or a CPU's processes, will hold
+    shards: int = 1  # devices that divide frozen weights, 1 where each holds all
 
 
 def shard_counts(setup: TrainingSetup, processes: int, shard: str = "auto") -> tuple[int, ...]:
@@ -123,9 +107,9 @@ def device_bytes(counter: StepCounter, setup: TrainingSetup, prediction: Predict
     """
     if setup.device == "cuda":
         rounding = ROUNDING_BYTES * counter.persistent(setup)["tensors"]
-        beside = CONTEXT_BYTES + ALLOCATOR_BYTES + MATMUL_BYTES + rounding
-        return prediction.total_bytes + beside
-    pages = int((PAGES_PER_BYTE - 1) * prediction.transient_bytes)
+        overhead = CONTEXT_BYTES + ALLOCATOR_BYTES + MATMUL_BYTES + rounding
+        return prediction.total_bytes + overhead
+    pages = int((PAGES_PER_BYTE - 1) * sum(prediction.parts[name] for name in TRANSIENT))
     return PROCESS_BYTES + prediction.total_bytes + pages
 
 
@@ -135,12 +119,12 @@ _Candidate = tuple[Request, int, bool]
 def _candidates(request: Request) -> Iterator[_Candidate]:
     """Tokens and checkpointing, the fastest first."""
     tokens, checkpointing = request.micro_batch_tokens, request.gradient_checkpointing
-    found = [
-        (request, limit, on)
+    candidates = [
+        (request, limit, checkpointed)
         for limit in ([tokens] if tokens else MICRO_BATCH_TOKENS[request.setup.device])
-        for on in ((False, True) if checkpointing is None else (checkpointing,))
+        for checkpointed in ((False, True) if checkpointing is None else (checkpointing,))
     ]
-    return iter(sorted(found, key=_cost))
+    return iter(sorted(candidates, key=_cost))
 
 
 def _cost(candidate: _Candidate) -> float:
@@ -167,17 +151,18 @@ def refusal(request: Request) -> str:
     """One line for a training that `choose` finds no settings for: its parts, and remedies."""
     least = smallest(request)
     parts = least.prediction.parts
-    beside = least.device_bytes - sum(parts.values())
+    overhead = least.device_bytes - sum(parts.values())
     listed = ", ".join(f"{n} {size / GIB:.2f}" for n, size in parts.items() if size >= GIB / 200)
     checkpointing = "on" if least.gradient_checkpointing else "off"
     margin = MARGIN[request.setup.device]
-    found = remedies(request)
-    advice = f"Set {'; or '.join(found)}." if found else "Take a smaller model or more memory."
+    changes = remedies(request)
+    advice = f"Set {'; or '.join(changes)}." if changes else "Take a smaller model or more memory."
     if more := more_devices(request):
         advice += f" Or train on {more} devices, sharded."
+    needed = margin * least.device_bytes
     return (
-        f"memory: training needs {margin * least.device_bytes / GIB:.2f} GiB ({listed}, beside "
-        f"tensors {(margin * least.device_bytes - least.device_bytes + beside) / GIB:.2f}) at "
+        f"memory: training needs {needed / GIB:.2f} GiB ({listed}, beside "
+        f"tensors {(needed - least.device_bytes + overhead) / GIB:.2f}) at "
         f"{least.micro_batch_tokens} tokens a micro-batch, checkpointing {checkpointing}; there "
         f"are {request.total_bytes / GIB:.2f}. {advice}"
     )
@@ -194,7 +179,7 @@ def more_devices(request: Request) -> str | None:
 
 
 def remedies(request: Request) -> list[str]:
-    """Changes that each make it fit alone; or the first few in order that do so together."""
+    """Changes that each make it fit alone; else the first few in order that do so together."""
     changes = list(_changes(request))
     alone = [words for words, changed in changes if fits(changed, smallest(changed))]
     if alone:

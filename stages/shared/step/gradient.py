@@ -30,21 +30,21 @@ def accumulate(
     """Add the gradient of a step's mean loss to the parameters' `grad`.
 
     The loss is the sum of -w log p over all supervised tokens of the step, divided by the sum of
-    their weights w, which are 1 unless the data says otherwise: a conversation counts by its
-    supervised tokens, whichever micro-batch or process it falls to.
+    their weights w (`loss_weight`), which are 1 unless the data says otherwise: a conversation
+    counts by its supervised tokens, whichever micro-batch or process it falls to.
 
     Args:
         model: in training mode.
         micro_batches: of this process, as many as of the others (`packing.even_passes`).
-        loss_weight: `Example.loss_weight` of the whole step, over all processes.
-        dtype: compute dtype.
+        loss_weight: of the whole step, over all processes.
+        dtype: of the matmuls.
         fused: the model was patched by `patch.fuse`.
         scaler: enabled for fp16 on a GPU.
-        all_reduce: leaves every process with the whole step's gradient and loss.
-        router: adds the load-balancing loss of a mixture to the gradient.
+        all_reduce: sums gradient and loss over the processes.
+        router: adds the load-balancing loss of a mixture to the gradient, not to the result.
 
     Returns:
-        The loss without that, in nats a supervised token, fp64 [1].
+        The loss in nats a supervised token, fp64 [1].
     """
     device = next(model.parameters()).device
     loss = torch.zeros(1, dtype=torch.float64, device=device)
@@ -86,9 +86,9 @@ def _backward(
 
 
 def _gradients(model: nn.Module) -> list[torch.Tensor]:
-    """Of all trainable parameters: zeros where no token went to an expert, or none to a process.
+    """Gradients of all trainable parameters: zeros for an expert that no token went to.
 
-    Without, AdamW would pass over them, and what it did would depend on the number of processes.
+    AdamW would pass over None, and its result would depend on the number of processes.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:

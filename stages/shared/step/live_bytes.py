@@ -31,12 +31,10 @@ class LiveBytes(TorchDispatchMode):
         vocabulary: int = 0,
         python_kernels: Collection[str] | None = None,
     ) -> None:
-        """Begin with tensors that exist already.
+        """Begin with tensors that are `held` already.
 
-        Args:
-            held: these tensors.
-            vocabulary: width of logits.
-            python_kernels: operators of bitsandbytes that are looked into; None for all.
+        Logits are known by their width, `vocabulary`; `python_kernels` are the operators of
+        bitsandbytes that are looked into, None for all.
         """
         super().__init__()
         self.phase, self.total = "held", 0

@@ -14,10 +14,7 @@ from stages.shared.weights.bnb import Linear4bit, Linear8bitLt
 
 
 def make_masters(model: nn.Module) -> None:
-    """Cast the trained base weights to fp32.
-
-    Their layers return the dtype that they did: what follows them takes no other.
-    """
+    """Cast the trained base weights to fp32; their layers still return the dtype that they did."""
     masters = set(base_weights(model))
     for layer in model.modules():
         if isinstance(layer, Linear4bit | Linear8bitLt) and layer.bias in masters:
@@ -34,8 +31,8 @@ def as_saved(
 ) -> Iterator[None]:
     """Replace masters by the values that their file will hold, until the block ends.
 
-    What is evaluated is then exactly what is saved: rounded to the file's dtype, and cast to the
-    compute dtype. LoRA weights are saved in fp32, as they are.
+    So the saved values are evaluated: rounded to the file's dtype, and cast to the compute dtype.
+    LoRA weights are saved in fp32, as they are.
     """
     masters = {weight: weight.data for weight in base_weights(model)}
     for weight in masters:

@@ -17,39 +17,23 @@ is counted: `stages.shared.step.dry_run`.
 """
 
 from collections.abc import Iterable
-from typing import Literal
 
-Precision = Literal["fp32", "bf16", "fp16", "int8", "fp4", "nf4"]
-DensePrecision = Literal["fp32", "bf16", "fp16"]
-Optimizer = Literal["adamw", "adamw_8bit"]
+from stages.shared.weights.precision import stored_bytes
 
-DENSE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-BLOCK = 64  # weights that share a constant in fp4 and nf4
-NESTED_BLOCK = 256  # constants that share a constant with double quantization
+CODEBOOK, NESTED_CODEBOOK = 16, 256 + 1  # fp32 values; with double quantization, its mean too
 ADAM_8BIT_BLOCK = 256  # elements of an 8-bit state that share a constant
 ADAM_8BIT_MINIMUM = 4096  # a tensor with fewer elements keeps its states in fp32
 PAGED_MINIMUM = 100_000  # a tensor with fewer elements keeps its states on the device
 
 
-def int8_bytes(rows: int, columns: int) -> int:
-    """A code a weight and an fp32 absmax a row."""
-    return rows * columns + 4 * rows
-
-
 def four_bit_bytes(parameters: int, double_quant: bool) -> int:
-    """Codes and constants of a matrix in fp4 or nf4: 4.5 bits a parameter, or 4.127.
-
-    The codebooks come on top: 16 fp32 values, with double quantization 256 more and a mean
-    (bitsandbytes 0.50.2, `QuantState`).
-    """
-    codes, blocks = -(-parameters // 2), -(-parameters // BLOCK)
-    if not double_quant:
-        return codes + 4 * blocks + 4 * 16
-    return codes + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 * (16 + 256 + 1)
+    """Codes, constants and codebooks of a matrix in fp4 or nf4 (`QuantState`)."""
+    codebooks = CODEBOOK + NESTED_CODEBOOK * double_quant
+    return stored_bytes([parameters], "nf4", double_quant) + 4 * codebooks
 
 
 def optimizer_bytes(optimizer: str, sizes: Iterable[int]) -> int:
-    """States of `adamw` or `adamw_8bit` for trainable tensors with these numbers of elements.
+    """States of AdamW for trainable tensors with these numbers of elements.
 
     Two moments each. In fp32 whatever the parameter is in, paged or not; in 8 bits with two fp32
     constants a block of 256 (bitsandbytes 0.50.2, `Optimizer2State.init_state`).
@@ -63,9 +47,5 @@ def optimizer_bytes(optimizer: str, sizes: Iterable[int]) -> int:
 
 
 def pageable_bytes(optimizer: str, sizes: Iterable[int]) -> int:
-    """States of a paged optimizer that may leave a full device for the host.
-
-    Those of tensors with 100,000 elements and more (bitsandbytes 0.50.2,
-    bitsandbytes/optim/optimizer.py, `get_state_buffer`).
-    """
+    """States of a paged optimizer that may leave a full device (`get_state_buffer`)."""
     return optimizer_bytes(optimizer, [size for size in sizes if size >= PAGED_MINIMUM])

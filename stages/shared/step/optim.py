@@ -16,10 +16,9 @@ from stages.shared.weights import bnb
 
 
 class _SynchronizedOnce(bnb.Optimizer8bit):
-    """A paged optimizer that waits for the device once a step, not after each parameter.
+    """A paged optimizer that waits for the device once a step, not for each of 448 matrices (8B).
 
-    Those are 448 waits for an adapter of an 8B. Pages move in the order of the device's work, and
-    the host reads states only after the step.
+    Pages move in the order of the device's work, and the host reads states only after the step.
 
     Source: bitsandbytes 0.50.2, `Optimizer8bit.step`.
     """
@@ -88,8 +87,8 @@ def make_scheduler(optimizer: Optimizer, train: Train, steps: int) -> LRSchedule
 def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load `optimizer.state_dict()`; 8-bit states stay 8-bit, paged ones paged.
 
-    `load_state_dict` of bitsandbytes moves a paged state to the device for good: a training that
-    fitted would not, resumed. Here such a state gets pages again.
+    bitsandbytes moves a paged state to the device for good: a training that fitted would not,
+    resumed.
     """
     if not isinstance(optimizer, bnb.Optimizer8bit):
         optimizer.load_state_dict(state)

@@ -27,7 +27,7 @@ class RouterLoss:
     """Load-balancing loss of a step, added up over its micro-batches.
 
     Attributes:
-        weight: of this loss beside the cross-entropy.
+        weight: of this loss, added to the cross-entropy.
         total: of the step, without the weight: fp64 [1].
     """
 
@@ -71,10 +71,10 @@ class RouterLoss:
         hits, probabilities = layers.sum(0).unbind(1)  # [conversations, experts]
         lengths = torch.tensor(batch.lengths, device=layers.device)
         each = hits.shape[1] * (hits * probabilities).sum(1) / (lengths * len(layers)) ** 2
-        found = torch.bucketize(batch.predictors, lengths.cumsum(0), right=True)
-        weights = torch.ones(len(found), device=found.device)
+        conversation = torch.bucketize(batch.predictors, lengths.cumsum(0), right=True)
+        weights = torch.ones(len(conversation), device=conversation.device)
         weights = weights if batch.weights is None else batch.weights
-        own = torch.zeros(len(each), device=each.device).index_add_(0, found, weights)
+        own = torch.zeros(len(each), device=each.device).index_add_(0, conversation, weights)
         loss = (each * own).sum() / loss_weight
         self.total += loss.detach()
         return self.weight * loss
@@ -98,10 +98,10 @@ def weight_of(config: Any, requested: float | None) -> float:
 
 
 def _routers(model: nn.Module) -> Sequence[nn.Module]:
-    """The router beside each layer's experts."""
-    found = []
+    """The router of each layer with experts."""
+    routers = []
     for block in model.modules():
         if any(isinstance(child, experts.Experts) for child in block.children()):
             named = dict(block.named_children())
-            found.append(named.get("gate") or named["router"])
-    return found
+            routers.append(named.get("gate") or named["router"])
+    return routers

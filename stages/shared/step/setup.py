@@ -1,4 +1,4 @@
-"""What is trained and how a step computes it, as far as its memory depends on it."""
+"""Training setup and micro-batches, as far as memory depends on them."""
 
 import json
 from collections.abc import Sequence
@@ -9,52 +9,29 @@ from typing import Any, Literal, NamedTuple
 from stages.shared.core.errors import reading
 from stages.shared.model.cpu_attention import MOST_QUERIES, length_groups
 from stages.shared.model.packing import Example
-from stages.shared.step.memory import DENSE_BYTES
+from stages.shared.weights.precision import DENSE_BYTES
 
 Device = Literal["cpu", "cuda"]
 SWITCHED_OFF = "QLORA_FUSED is false"
 DENSE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-LORA_KEYS = (
-    "r",
-    "dropout",
-    "target_modules",
-    "experts",
-    "modules_to_save",
-    "bias",
-    "init",
-    "dora",
-)
+SCALES = {"alpha", "rslora"}  # keys of `lora` without a byte
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained.
+    """How a model is trained."""
 
-    Attributes:
-        precision: of the linear layers.
-        lora: the keys of `lora` that matter; None for full fine-tuning.
-        double_quant: of fp4 and nf4.
-        stored: dtype of what is not quantized, in files.
-        compute: dtype of matmuls on this device; fp32 where it lacks the stored one.
-        optimizer: adamw or adamw_8bit.
-        gradient_checkpointing: whether each block is computed again in the backward pass.
-        device: whose kernels run.
-        fused: whether fused functions compute the step where they cover it.
-        router_aux_loss: as in `train`; of the plan's techniques, as the config has it.
-        masters: full fine-tuning in bf16 keeps fp32 weights, as `train` does; False for pure bf16.
-    """
-
-    precision: str
-    lora: dict[str, Any] | None
+    precision: str  # of the linear layers
+    lora: dict[str, Any] | None  # see `lora_of`; None for full fine-tuning
     double_quant: bool = False
-    stored: str = "bf16"
-    compute: str = "bf16"
+    stored: str = "bf16"  # dtype of what is not quantized, in files
+    compute: str = "bf16"  # dtype of matmuls; fp32 where the device lacks the stored one
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
     device: Device = "cuda"
-    fused: bool = True
-    masters: bool = True
-    router_aux_loss: float | None = None
+    fused: bool = True  # where fused functions cover the step
+    masters: bool = True  # full fine-tuning keeps fp32 weights, as `train` does
+    router_aux_loss: float | None = None  # as in `train`; None: as the config has it
 
     @property
     def rounds_masters(self) -> bool:
@@ -64,27 +41,16 @@ class TrainingSetup:
 
 def lora_of(lora: Any) -> dict[str, Any]:
     """The keys of the section `lora` that memory depends on."""
-    return {key: getattr(lora, key) for key in LORA_KEYS}
+    return {key: value for key, value in vars(lora).items() if key not in SCALES}
 
 
 def setup_of(
-    quantize: Any,
-    lora: Any,
-    train: Any,
-    device: Device,
-    *,
-    bf16: bool = True,
-    fused: bool = True,
+    quantize: Any, lora: Any, train: Any, device: Device, *, bf16: bool = True, fused: bool = True
 ) -> TrainingSetup:
-    """The setup that parameters describe.
+    """The setup that the sections `quantize` (or `Stored`), `lora` and `train` describe.
 
-    Args:
-        quantize: has `precision`, `double_quant` and `compute_dtype`.
-        lora: the section `lora`, as whichever stage reads it.
-        train: has `method`, `optimizer` and `router_aux_loss`.
-        device: whose kernels run; no CPU has fp16 matmuls.
-        bf16: whether it has bf16 matmuls, see `precision.has_bf16_matmuls`.
-        fused: `QLORA_FUSED`.
+    `bf16`: whether the device has matmuls in it (`precision.has_bf16_matmuls`); `fused`:
+    `QLORA_FUSED`.
     """
     dense = quantize.precision in DENSE_BYTES
     stored = quantize.precision if dense else quantize.compute_dtype
@@ -103,7 +69,7 @@ def setup_of(
 
 
 class Stored(NamedTuple):
-    """What a model's weights are stored in, by the names of the section `quantize`."""
+    """Precision of a model's files, by the names of the section `quantize`."""
 
     precision: str
     double_quant: bool
@@ -111,7 +77,7 @@ class Stored(NamedTuple):
 
 
 def stored_as(config: Path) -> Stored:
-    """Read from a `config.json` that `quantize` wrote what its weights are in."""
+    """Read the precision from a `config.json` that `quantize` wrote."""
     with reading(config):
         values = json.loads(config.read_bytes())
         dense = DENSE_NAMES[values.get("dtype") or values.get("torch_dtype") or "float32"]
@@ -126,10 +92,9 @@ def stored_as(config: Path) -> Stored:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Conversations that go through the model at once: their lengths and their targets, in tokens.
+    """Lengths and supervised tokens of conversations that go through the model at once.
 
-    A step's micro-batches are packed by `packing.partition`, and order counts: attention pads
-    neighbours of about one length together.
+    Order counts: attention pads neighbours of about one length together.
     """
 
     lengths: tuple[int, ...]

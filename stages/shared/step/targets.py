@@ -34,7 +34,7 @@ def refuse_without_experts(base: nn.Module, lora: Lora) -> None:
 def of_mixture(base: Any, lora: Lora) -> dict[str, Any]:
     """Arguments of `LoraConfig` that say which modules of an unfused mixture get an adapter.
 
-    All linear layers are those beside the head and the routers, a shared expert's among them. A
+    All linear layers are all but the head and the routers, a shared expert's among them. A
     router that `lora.target_modules` name is a parameter to peft, as it is no linear layer.
     """
     linear = {n for n, m in base.named_modules() if hasattr(m, "in_features")}
@@ -98,12 +98,12 @@ def _is_router(module: str) -> bool:
 
 def trainable_by_kind(model: nn.Module) -> dict[str, int]:
     """Trainable parameters of each kind that a mixture has; 0 where a kind is left frozen."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for name, p in model.named_parameters():
         kind = next((k for k, pattern in KINDS.items() if pattern.search(name)), "other")
         if kind != "other" or p.requires_grad:
-            found[kind] += p.numel() * p.requires_grad
-    return dict(found)
+            counts[kind] += p.numel() * p.requires_grad
+    return dict(counts)
 
 
 def left_out(model: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""The micro-batches that a training will see, for any number of tokens in each."""
+"""Workload: the micro-batches that a training will see, for any number of tokens in each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +12,7 @@ from stages.shared.step.setup import MicroBatch, micro_batch_of
 
 @dataclass(frozen=True)
 class Workload:
-    """The conversations of each optimizer step.
-
-    Memory depends on the largest micro-batch, so steps that repeat others may be left out, and one
-    of the longest conversations stands for all of them.
-    """
+    """The conversations of each optimizer step; those that repeat others may be left out."""
 
     steps: Sequence[Sequence[Example]]
     _packed: dict[int, set[MicroBatch]] = field(default_factory=dict, repr=False, compare=False)
@@ -27,7 +23,7 @@ class Workload:
         return max(example.input_tokens for step in self.steps for example in step)
 
     def micro_batches(self, tokens: int) -> set[MicroBatch]:
-        """The micro-batches of at most so many tokens; a longer conversation stands alone."""
+        """Micro-batches of at most so many tokens; a longer conversation stands alone."""
         if tokens not in self._packed:
             self._packed[tokens] = {
                 micro_batch_of(batch) for step in self.steps for batch in packing.bins(step, tokens)
@@ -40,13 +36,7 @@ class Workload:
 
 
 def workload_of_counts(longest: int, batch_size: int, supervised_share: float) -> Workload:
-    """A step of conversations of the greatest length, where only counts are known.
-
-    Args:
-        longest: tokens of the longest conversation, as it goes through the model.
-        batch_size: conversations a step.
-        supervised_share: share of the tokens that are targets.
-    """
+    """A step of `batch_size` conversations of the greatest length, where only counts are known."""
     mask = np.arange(longest + 1) > longest - max(1, round(longest * supervised_share))
     ids = np.zeros(longest + 1, dtype=np.int64)
     return Workload([[Example(ids, mask, row) for row in range(batch_size)]])

@@ -94,8 +94,8 @@ def guard(model: nn.Module, device: torch.device) -> None:
     """Prevent weight repacking, and dequantize to one dtype in forward, backward and merge.
 
     On a CPU with AVX512-BF16, an evaluation forward of `Linear4bit` repacks the weight in place,
-    and whatever reads it later reads garbage (gradient norm 3.07 before, 0.50 after). Without this
-    the forward pass uses the layer's compute dtype, the others the quantization state's.
+    and whatever reads it later reads garbage (gradient norm 3.07 before, 0.50 after). The forward
+    pass would take the layer's compute dtype, the others the quantization state's.
     """
     for layer in quantized_layers(model).values():
         if isinstance(layer, Linear4bit):

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
@@ -47,7 +47,7 @@ REMEDY = "Write the folder again (dvc repro), or repair the model it came from."
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter as it is stored."""
+    """A parameter in its file."""
 
     name: str
     shape: tuple[int, ...]  # of the dequantized weight
@@ -92,8 +92,8 @@ class Weights:
         for name, piece in self.pieces.items():
             dtype = self._fused[piece.source]["dtype"]
             dtype = "BF16" if dtype == "U8" else dtype
-            size = prod(piece.shape) * str_to_torch_dtype[dtype].itemsize
-            self._headers[name] = {"dtype": dtype, "shape": piece.shape, "data_offsets": [0, size]}
+            offsets = [0, _size(piece.shape, dtype)]
+            self._headers[name] = {"dtype": dtype, "shape": piece.shape, "data_offsets": offsets}
             self._paths[name] = self._paths[piece.source]
 
     @property
@@ -207,7 +207,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that transformers reads by `[...]` when it loads it."""
+    """A tensor that transformers reads by `[...]` when it is loaded."""
 
     weights: Weights
     name: str
@@ -305,14 +305,17 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         for value in sorted(tensors.values(), key=lambda value: value["data_offsets"]):
             begin, previous = value["data_offsets"][0], end
             end = value["data_offsets"][1]
-            size = prod(value["shape"]) * str_to_torch_dtype[value["dtype"]].itemsize
-            complete &= (begin, end - begin) == (previous, size)
+            complete &= begin == previous and end - begin == _size(value["shape"], value["dtype"])
         complete &= path.stat().st_size == 8 + length + end
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         complete = False
     if not complete:
         raise UserError(f"{path}: is no whole safetensors file. {REMEDY}")
     return tensors, 8 + length
+
+
+def _size(shape: Sequence[int], dtype: str) -> int:
+    return prod(shape) * str_to_torch_dtype[dtype].itemsize
 
 
 def _model_type(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Heap trimming: returns freed pages of the C library's heap to the system.
+"""Heap trimming: freed pages of the C library's heap go back to the system.
 
 Temporaries leave holes between results: quantizing 1.2 GB of weights grew the process to 1.7 GB,
 and training steps of varying length grew one with 0.5 GB of tensors to 4.3 GB.

@@ -1,11 +1,32 @@
 """Dtypes of weights, matmuls and autocast."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import ceil, prod
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DENSE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BLOCK = 64  # weights that share a constant in fp4 and nf4
+NESTED_BLOCK = 256  # constants that share a constant with double quantization
+
+
+def stored_bytes(shape: Sequence[int], precision: str, double_quant: bool) -> int:
+    """Bytes of a matrix, without codebooks of a fixed size.
+
+    int8 has an fp32 constant a row (LLM.int8(), arXiv:2208.07339, 2.1), 4-bit types one a block, or
+    with double quantization a byte a block and an fp32 constant for 256 blocks (QLoRA,
+    arXiv:2305.14314, 3): 4.5 or 4.127 bits a parameter.
+    """
+    count = prod(shape)
+    if precision in DENSE_BYTES:
+        return DENSE_BYTES[precision] * count
+    if precision == "int8":
+        return count + 4 * (count // shape[-1])
+    blocks = ceil(count / BLOCK)
+    constants = blocks + 4 * ceil(blocks / NESTED_BLOCK) if double_quant else 4 * blocks
+    return ceil(count / 2) + constants
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -34,10 +55,7 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 
 @contextmanager
 def exact_matmuls(dtype: torch.dtype) -> Iterator[None]:
-    """Context for fp32 matmuls whose inputs all fit `dtype` exactly.
-
-    A CPU with bf16 in hardware multiplies in bf16 and sums in fp32, a third faster.
-    """
+    """fp32 matmuls whose inputs all fit `dtype`: by a CPU's bf16 hardware, a third faster."""
     if dtype != torch.bfloat16:
         yield
         return

@@ -3,7 +3,7 @@
     z = h·Wᵀ,  loss = ln Σ exp(z) − z[target],  ∂h = (softmax(z) − onehot(target))·W
 
 Logits are the largest tensor of a step. A chunk's gradient is computed as soon as its losses are;
-what is saved for the backward pass is the gradient of the hidden states.
+the gradient of the hidden states is saved for the backward pass.
 
 Source: Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, section 3.2.
 """
@@ -23,12 +23,9 @@ FP32_LOGITS_BYTES = 4 * 2**20
 def linear_cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Negative log-likelihood of each target, in nats, fp32 [tokens].
+    """Negative log-likelihood of each target (int64 [tokens]), in nats, fp32 [tokens].
 
-    Args:
-        hidden: [tokens, width], in the compute dtype.
-        head: [vocabulary, width], frozen.
-        targets: int64 [tokens].
+    `hidden` is [tokens, width], in the compute dtype; `head` [vocabulary, width], frozen.
     """
     if not len(hidden):  # no kernel is launched on nothing
         return hidden.float().sum(1)

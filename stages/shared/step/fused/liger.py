@@ -1,7 +1,6 @@
 """liger-kernel's RMSNorm, RoPE and SwiGLU, on a GPU where it is installed.
 
-Each is one pass over memory; the same formulas in operations of torch, beside their calls, take
-several.
+Each is one pass over memory; the same formulas in torch's operations take several.
 
 Source: Hsu et al. 2024, Liger Kernel, arXiv:2410.10989.
 """
@@ -23,7 +22,7 @@ RELEASE = "0.8."  # its functions' signatures
 
 @cache
 def installed() -> bool:
-    """Whether a release of liger-kernel with known signatures is installed."""
+    """Whether liger-kernel is installed, in a release with known signatures."""
     return bool(find_spec("liger_kernel")) and metadata.version("liger-kernel").startswith(RELEASE)
 
 

@@ -2,15 +2,17 @@
 
     y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ                  x [tokens, in], W [out, in], A [r, in], B [out, r]
 
-Backward, with ∂y for the gradient of the loss L in y, and W frozen: y is a sum of products, so the
-gradient in a factor is ∂y times the transposes of the others, as dL = ⟨∂y, dy⟩ shows (for A,
-⟨∂y, s·x·dAᵀ·Bᵀ⟩ = ⟨s·(∂y·B)ᵀ·x, dA⟩):
+Backward, from ∂y, the gradient of the loss L in y (W is frozen and has none):
 
     ∂x = ∂y·W + s·(∂y·B)·A            ∂A = s·(∂y·B)ᵀ·x            ∂B = s·∂yᵀ·(x·Aᵀ)
 
-Saved are x and x·Aᵀ (`x_a`, r numbers a token); ∂y·B (`dy_b`) serves twice. W is dequantized for
-one matmul at a time, in both passes, and never saved. The adapter's small product comes first, and
-the large matmul accumulates onto it: the sum is rounded once, without another pass over y.
+Each term of y is a product, so a factor's gradient is ∂y times the transposes of the others: for A,
+dL = ⟨∂y, s·x·dAᵀ·Bᵀ⟩ = ⟨s·(∂y·B)ᵀ·x, dA⟩.
+
+Saved for it are x and x·Aᵀ (`x_a`, r numbers a token); ∂y·B (`dy_b`) serves ∂x and ∂A. W is
+dequantized for one matmul at a time, in both passes, and never saved. The adapter's small product
+comes first, and the large matmul accumulates onto it: the sum is rounded once, and y is written in
+one pass.
 
 Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6; Hu et al. 2021, LoRA,
 arXiv:2106.09685, equation 3.
@@ -33,6 +35,7 @@ from stages.shared.weights.bnb import (
 )
 
 ADAPTER = "default"  # peft's name of the only adapter
+Gradients = tuple[torch.Tensor | None, ...]  # of a function's arguments; None without one
 CastWeights = tuple[torch.Tensor, list[torch.Tensor]]
 
 _cast_cache: dict[Any, CastWeights] | None = None  # None outside of a step
@@ -64,18 +67,18 @@ def lora_weights(*layers: LoraLayer) -> list[torch.Tensor]:
 
 
 class LoraLinears:
-    """Linear layers with LoRA adapters on one input, such as q, k and v.
+    """Linear layers with LoRA adapters on one input x, such as q, k and v.
 
     Attributes:
-        a: A of all layers as one matrix [sum of r, in], in the compute dtype.
-        b: B [out, r] of each layer, in the compute dtype.
+        a: A of all layers, one below the other [sum of r, in]: one matmul gives every x·Aᵀ.
+        b: B [out, r] of each layer.
         scale: s.
     """
 
     def __init__(
         self, layers: Sequence[LoraLayer], weights: Sequence[torch.Tensor], dtype: torch.dtype
     ) -> None:
-        """`weights` from `lora_weights`; `dtype` of the matmuls."""
+        """`weights` from `lora_weights`, cast to the compute dtype `dtype`."""
         self._layers, self._dtype = layers, dtype
         self.a, self.b = _cast(layers[0], weights, dtype)
         self.scale = layers[0].scaling[ADAPTER]
@@ -83,11 +86,9 @@ class LoraLinears:
     def matmul_lora(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Y [tokens, out] of each layer, plus `residual` [tokens, out]; and x_a [tokens, sum of r].
+        """Y [tokens, out] of each layer, to which `residual` is added; and x_a [tokens, sum of r].
 
-        Args:
-            x: [tokens, in], in the compute dtype.
-            residual: added within the matmul.
+        x is [tokens, in], in the compute dtype.
         """
         x_a = x @ self.a.t()
         ys = []
@@ -103,8 +104,8 @@ class LoraLinears:
 
     def dy_b(self, dys: Sequence[torch.Tensor]) -> torch.Tensor:
         """∂y·B of all layers, [tokens, sum of r]."""
-        products = [dy @ b for dy, b in zip(dys, self.b, strict=True)]
-        return products[0] if len(products) == 1 else torch.cat(products, 1)
+        parts = [dy @ b for dy, b in zip(dys, self.b, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def lora_gradients(
         self, dys: Sequence[torch.Tensor], x: torch.Tensor, x_a: torch.Tensor, dy_b: torch.Tensor
@@ -130,7 +131,7 @@ class LoraLinears:
 
 
 def dequantize(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
-    """The frozen weight [out, in] below an adapter, in `dtype`, until the next is dequantized."""
+    """The frozen weight [out, in] below an adapter; on a CPU the next call overwrites it."""
     base = layer.get_base_layer()
     weight = base.weight
     if isinstance(base, Linear4bit):
@@ -155,15 +156,13 @@ def dequantize_absmax(model: nn.Module) -> None:
                 state.nested, state.state2, state.offset = False, None, None
 
 
-def _cast(layer: LoraLayer, weights: Sequence[torch.Tensor], dtype: torch.dtype) -> CastWeights:
-    key = layer, dtype
+def _cast(first: LoraLayer, weights: Sequence[torch.Tensor], dtype: torch.dtype) -> CastWeights:
+    """`a` and `b` of `LoraLinears`; a layer comes first in one call alone, so it is the key."""
+    key = first, dtype
     if _cast_cache and key in _cast_cache:
         return _cast_cache[key]
-    a = [a.detach().to(dtype) for a in weights[::2]]
-    cast_weights = (
-        torch.cat(a) if len(a) > 1 else a[0],
-        [b.detach().to(dtype) for b in weights[1::2]],
-    )
+    a, b = ([w.detach().to(dtype) for w in weights[start::2]] for start in (0, 1))
+    cast_weights = torch.cat(a) if len(a) > 1 else a[0], b
     if _cast_cache is not None and gpu.on_gpu(weights[0].device):
         _cast_cache[key] = cast_weights
     return cast_weights

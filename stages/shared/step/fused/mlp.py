@@ -7,6 +7,7 @@ Saved are x, gate and up; everything between them and y is computed again in the
 Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202, equation 6.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from stages.shared.step.fused import gpu, liger
-from stages.shared.step.fused.lora import LoraLinears, lora_weights
+from stages.shared.step.fused.lora import Gradients, LoraLinears, lora_weights
 from stages.shared.step.fused.rms_norm import (
     recompute_rms_norm,
     rms_norm_backward,
@@ -27,36 +28,30 @@ from stages.shared.weights import precision
 def swiglu_mlp(norm: nn.Module, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The MLP of the normed residual stream x [tokens, width], added to x."""
     layers: Any = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    dtype = precision.matmul_dtype(x)
-    return _MLP.apply(x, norm.weight, norm.variance_epsilon, layers, dtype, *lora_weights(*layers))
+    return _MLP.apply(x, norm, layers, *lora_weights(*layers))
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        epsilon: float,
-        layers: tuple[LoraLayer, ...],
-        dtype: torch.dtype,
-        *lora: torch.Tensor,
+        ctx: Any, x: torch.Tensor, norm: Any, layers: Sequence[LoraLayer], *lora: torch.Tensor
     ) -> torch.Tensor:
-        normed, rstd = rms_norm_forward(x, weight, epsilon)
-        gate_up, down = linears(layers, lora, dtype)
-        (gate, up), x_a = gate_up.matmul_lora(normed.to(dtype))
+        ctx.norm, ctx.layers, ctx.dtype = norm, layers, precision.matmul_dtype(x)
+        normed, rstd = rms_norm_forward(x, norm.weight, norm.variance_epsilon)
+        gate_up, down = linears(layers, lora, ctx.dtype)
+        (gate, up), x_a = gate_up.matmul_lora(normed.to(ctx.dtype))
         del normed
-        (y,), down_x_a = down.matmul_lora(swiglu(gate, up), x.to(dtype))
-        ctx.save_for_backward(x, rstd, weight, gate, up, x_a, down_x_a, *lora)
-        ctx.layers, ctx.dtype, ctx.epsilon = layers, dtype, epsilon
+        (y,), down_x_a = down.matmul_lora(swiglu(gate, up), x.to(ctx.dtype))
+        ctx.save_for_backward(x, rstd, gate, up, x_a, down_x_a, *lora)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, rstd, weight, gate, up, x_a, down_x_a, *lora = ctx.saved_tensors
+    def backward(ctx: Any, dy: torch.Tensor) -> Gradients:
+        x, rstd, gate, up, x_a, down_x_a, *lora = ctx.saved_tensors
+        weight, epsilon = ctx.norm.weight, ctx.norm.variance_epsilon
         gate_up, down = linears(ctx.layers, lora, ctx.dtype)
         # First of all: its fp32 temporaries would be the peak beside the gradients of gate and up.
-        normed = recompute_rms_norm(x, rstd, weight, ctx.epsilon).to(ctx.dtype)
+        normed = recompute_rms_norm(x, rstd, weight, epsilon).to(ctx.dtype)
         dys, down_gradients = down_backward(down, dy, gate, up, down_x_a)
         dy_b = gate_up.dy_b(dys)
         gate_up_gradients = gate_up.lora_gradients(dys, normed, x_a, dy_b)
@@ -64,7 +59,7 @@ class _MLP(torch.autograd.Function):
         dnormed = gate_up.input_gradient(dys, dy_b)
         dys.clear()
         dx = rms_norm_backward(dnormed, x, rstd, weight).add_(dy)
-        return dx, *[None] * 4, *gate_up_gradients, *down_gradients
+        return dx, None, None, *gate_up_gradients, *down_gradients
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -73,7 +68,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def linears(
-    layers: tuple[LoraLayer, ...], lora: tuple[torch.Tensor, ...], dtype: torch.dtype
+    layers: Sequence[LoraLayer], lora: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> tuple[LoraLinears, LoraLinears]:
     """Gate and up, which share an input, and down."""
     return LoraLinears(layers[:2], lora[:4], dtype), LoraLinears(layers[2:], lora[4:], dtype)
@@ -83,17 +78,13 @@ def down_backward(
     down: LoraLinears, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, x_a: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """∂gate and ∂up; and ∂A and ∂B of `down`. Overwrites gate and up on a GPU."""
-    compute = _down_backward_gpu if gpu.on_gpu(gate.device) else _down_backward_cpu
-    return compute(down, dy, gate, up, x_a)
-
-
-def _down_backward_cpu(
-    down: LoraLinears, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, x_a: torch.Tensor
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """∂gate and ∂up; and ∂A and ∂B of `down`."""
+    dy_b = down.dy_b([dy])
+    if gpu.on_gpu(gate.device):  # by one kernel: nothing reads gate and up afterwards
+        x = down.input_gradient([dy], dy_b)
+        gpu.kernels().swiglu_backward(gate, up, x)  # from ∂x to x
+        return [gate, up], down.lora_gradients([dy], x, x_a, dy_b)
     activated = silu(gate)
     x = activated * up
-    dy_b = down.dy_b([dy])
     lora_gradients = down.lora_gradients([dy], x, x_a, dy_b)
     del x
     dx = down.input_gradient([dy], dy_b)
@@ -101,13 +92,3 @@ def _down_backward_cpu(
     dgate = dx.mul_(up)
     torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
     return [dgate, dup], lora_gradients
-
-
-def _down_backward_gpu(
-    down: LoraLinears, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, x_a: torch.Tensor
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The same by one kernel, which overwrites gate and up: nothing reads them afterwards."""
-    dy_b = down.dy_b([dy])
-    x = down.input_gradient([dy], dy_b)
-    gpu.kernels().swiglu_backward(gate, up, x)  # from ∂x to x
-    return [gate, up], down.lora_gradients([dy], x, x_a, dy_b)

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from stages.shared.step.fused import liger
-from stages.shared.step.fused.lora import LoraLinears, lora_weights
+from stages.shared.step.fused.lora import Gradients, LoraLinears, lora_weights
 from stages.shared.step.fused.rms_norm import (
     recompute_rms_norm,
     rms_norm_backward,
@@ -19,27 +19,19 @@ from stages.shared.step.fused.rms_norm import (
 )
 from stages.shared.weights import precision
 
+Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [tokens, head size]
+
 
 def qkv(
-    norm: nn.Module,
-    layers: Sequence[LoraLayer],
-    x: torch.Tensor,
-    rope: tuple[torch.Tensor, torch.Tensor] | None,
+    norm: nn.Module, layers: Sequence[LoraLayer], x: torch.Tensor, rope: Rope | None
 ) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values [tokens, their width] of the residual stream x [tokens, width].
-
-    `layers` are q_proj, k_proj and v_proj; `rope` is cos and sin [tokens, head size], or None.
-    """
-    dtype = precision.matmul_dtype(x)
-    cos, sin = rope or (None, None)
-    return _QKV.apply(
-        x, norm.weight, norm.variance_epsilon, cos, sin, layers, dtype, *lora_weights(*layers)
-    )
+    """Queries, keys and values [tokens, their width] of the residual stream x [tokens, width]."""
+    return _QKV.apply(x, norm, rope, layers, *lora_weights(*layers))
 
 
 def o_proj(residual: torch.Tensor, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
     """The output projection of attention's result x [tokens, in], added to the residual stream."""
-    return _OProj.apply(residual, x, layer, precision.matmul_dtype(x), *lora_weights(layer))
+    return _OProj.apply(residual, x, layer, *lora_weights(layer))
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -72,60 +64,53 @@ class _QKV(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        epsilon: float,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
+        norm: Any,
+        rope: Rope | None,
         layers: Sequence[LoraLayer],
-        dtype: torch.dtype,
         *lora: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        normed, rstd = rms_norm_forward(x, weight, epsilon)
-        (q, k, v), x_a = LoraLinears(layers, lora, dtype).matmul_lora(normed.to(dtype))
-        if cos is not None and sin is not None:
-            q, k = apply_rope_qk(q, k, cos, sin)
-        ctx.save_for_backward(x, rstd, weight, x_a, cos, sin, *lora)
-        ctx.layers, ctx.dtype, ctx.epsilon = layers, dtype, epsilon
+        ctx.norm, ctx.rope, ctx.layers, ctx.dtype = norm, rope, layers, precision.matmul_dtype(x)
+        normed, rstd = rms_norm_forward(x, norm.weight, norm.variance_epsilon)
+        (q, k, v), x_a = LoraLinears(layers, lora, ctx.dtype).matmul_lora(normed.to(ctx.dtype))
+        if rope:
+            q, k = apply_rope_qk(q, k, *rope)
+        ctx.save_for_backward(x, rstd, x_a, *lora)
         return q, k, v
 
     @staticmethod
-    def backward(
-        ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        x, rstd, weight, x_a, cos, sin, *lora = ctx.saved_tensors
-        if cos is not None:
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> Gradients:
+        x, rstd, x_a, *lora = ctx.saved_tensors
+        weight, epsilon = ctx.norm.weight, ctx.norm.variance_epsilon
+        if ctx.rope:
+            cos, sin = ctx.rope
             dq, dk = apply_rope_qk(dq, dk, cos, -sin)
         linears = LoraLinears(ctx.layers, lora, ctx.dtype)
         dys = (dq, dk, dv)
-        normed = recompute_rms_norm(x, rstd, weight, ctx.epsilon).to(ctx.dtype)
+        normed = recompute_rms_norm(x, rstd, weight, epsilon).to(ctx.dtype)
         dy_b = linears.dy_b(dys)
         lora_gradients = linears.lora_gradients(dys, normed, x_a, dy_b)
         del normed
         dx = None
         if ctx.needs_input_grad[0]:  # below the first block nothing is trainable
             dx = rms_norm_backward(linears.input_gradient(dys, dy_b), x, rstd, weight)
-        return dx, *[None] * 6, *lora_gradients
+        return dx, None, None, None, *lora_gradients
 
 
 class _OProj(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        residual: torch.Tensor,
-        x: torch.Tensor,
-        layer: LoraLayer,
-        dtype: torch.dtype,
-        *lora: torch.Tensor,
+        ctx: Any, residual: torch.Tensor, x: torch.Tensor, layer: LoraLayer, *lora: torch.Tensor
     ) -> torch.Tensor:
-        (y,), x_a = LoraLinears([layer], lora, dtype).matmul_lora(x.to(dtype), residual.to(dtype))
+        ctx.layer, ctx.dtype = layer, precision.matmul_dtype(x)
+        linear = LoraLinears([layer], lora, ctx.dtype)
+        (y,), x_a = linear.matmul_lora(x.to(ctx.dtype), residual.to(ctx.dtype))
         ctx.save_for_backward(x, x_a, *lora)
-        ctx.layer, ctx.dtype = layer, dtype
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor) -> Gradients:
         x, x_a, *lora = ctx.saved_tensors
         linear = LoraLinears([ctx.layer], lora, ctx.dtype)
         dy_b = linear.dy_b([dy])
         lora_gradients = linear.lora_gradients([dy], x, x_a, dy_b)
-        return dy, linear.input_gradient([dy], dy_b), None, None, *lora_gradients
+        return dy, linear.input_gradient([dy], dy_b), None, *lora_gradients

@@ -35,7 +35,7 @@ def rms_norm_forward(
 def recompute_rms_norm(
     x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
-    """Y again, in the backward pass."""
+    """`y` again, in the backward pass."""
     if liger.covers(x.device):
         return liger.rms_norm_forward(x, weight, epsilon)[0]
     return _scale(x, rstd, weight)
