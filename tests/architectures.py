@@ -114,10 +114,14 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def saved(folder: Path, kind: str, besides: dict[str, Any]) -> Path:
+def random(kind: str, besides: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**SHAPE | besides)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def saved(folder: Path, kind: str, besides: dict[str, Any]) -> Path:
+    random(kind, besides).save_pretrained(folder)
     return folder
 
 

@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from stages.quantize.config import Quantize
+
 CORPUS = [
     "### Human: What is two plus two?### Assistant: Two plus two is four.\n4",
     "user assistant system [INST] [/INST] <<SYS>> <</SYS>> the of and to in is it for with",
@@ -71,6 +73,14 @@ def save(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     model(seed, layers).to(torch.bfloat16).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def quantization(
+    precision: str, compute_dtype: str = "bf16", double_quant: bool = True
+) -> Quantize:
+    """The section `quantize`."""
+    values = {"precision": precision, "compute_dtype": compute_dtype}
+    return Quantize.model_validate(values | {"double_quant": double_quant})
 
 
 def quantize(folder: Path, precision: str, seed: int = 0) -> Path:

@@ -30,7 +30,7 @@ def drawn(config: Path, path: Path) -> str:
     return path.read_text()
 
 
-def test_picture_is_the_same_bytes_twice_and_leads_with_what_fits(tmp_path: Path) -> None:
+def test_picture_is_the_same_bytes_and_says_what_fits(tmp_path: Path) -> None:
     config = written(tmp_path)
     text = drawn(config, tmp_path / "one.svg")
     assert text == drawn(config, tmp_path / "two.svg")
@@ -126,7 +126,7 @@ def test_stage_says_nothing_of_this_machine(ran) -> None:
     assert (space.root / "reports/plan.svg").is_file()
 
 
-def test_command_tells_what_this_machine_fits_and_writes_the_same(ran) -> None:
+def test_command_says_what_fits_here_and_writes_the_same(ran) -> None:
     space, _ = ran
     before = [(space.root / f"reports/plan.{end}").read_bytes() for end in ("json", "svg")]
     result = space.stage("plan", env={"QLORA_MEMORY_BUDGET": "3", "QLORA_DEVICE": "cpu"})
@@ -137,7 +137,7 @@ def test_command_tells_what_this_machine_fits_and_writes_the_same(ran) -> None:
     assert before == [(space.root / f"reports/plan.{e}").read_bytes() for e in ("json", "svg")]
 
 
-def test_named_model_that_cannot_fit_is_refused_and_nothing_is_written(ran) -> None:
+def test_model_that_cannot_fit_is_refused_and_writes_nothing(ran) -> None:
     space, _ = ran
     shutil.rmtree(space.root / "reports")
     command = ("--model", "Llama-3-70B", "--budget", "30", "--max-length", "2048")

@@ -1,21 +1,16 @@
 import pytest
 
 from stages.quantize import expected_bits
-from stages.quantize.config import Quantize
 from stages.shared.core.errors import UserError
 from stages.shared.weights.checkpoint import Stored
+from stages.shared.weights.precision import DENSE_BYTES, stored_bytes
+from tests.tiny import quantization
 
 SHAPE = (64, 256)  # 16,384 parameters, 256 blocks: one constant of constants
 
 
-def settings(precision: str, double_quant: bool = True) -> Quantize:
-    return Quantize.model_validate(
-        {"precision": precision, "double_quant": double_quant, "compute_dtype": "bf16"}
-    )
-
-
 def matrix(name: str, kind: str, size: int) -> Stored:
-    parts = {} if kind in expected_bits.DENSE_BYTES else {"constants": f"{name}.constants"}
+    parts = {} if kind in DENSE_BYTES else {"constants": f"{name}.constants"}
     return Stored(name, SHAPE, kind, size, parts)
 
 
@@ -32,29 +27,29 @@ def matrix(name: str, kind: str, size: int) -> Stored:
     ],
 )
 def test_expected_bytes_by_hand(precision: str, double_quant: bool, size: int, bits: float):
-    assert expected_bits.expected_bytes(SHAPE, precision, double_quant) == size
+    assert stored_bytes(SHAPE, precision, double_quant) == size
     assert 8 * size / 16_384 == pytest.approx(bits, abs=5e-4)
 
 
 def test_expected_bits_allow_for_tables():
-    size = expected_bits.expected_bytes(SHAPE, "nf4", double_quant=True) + 64 + 1024 + 190
+    size = stored_bytes(SHAPE, "nf4", True) + 64 + 1024 + 190
     matrices = [matrix("a", "nf4", size), matrix("b", "nf4", size)]
-    expected_bits.require_expected_bits(matrices, settings("nf4"))
+    expected_bits.require_expected_bits(matrices, quantization("nf4"))
     assert expected_bits.bits_per_parameter(matrices) == 8 * size / 16_384
     assert expected_bits.quantized_parameters(matrices) == 2 * 16_384
 
 
 def test_one_dense_matrix_among_many_is_refused():
-    good = expected_bits.expected_bytes(SHAPE, "int8", double_quant=False)
+    good = stored_bytes(SHAPE, "int8", False)
     matrices = [matrix(f"layer.{i}", "int8", good) for i in range(60)]
     matrices.append(matrix("layer.60.experts", "bf16", 32_768))
     with pytest.raises(UserError, match=r"int8, 8\.12 bits.*layer\.60\.experts is bf16.*2%"):
-        expected_bits.require_expected_bits(matrices, settings("int8"))
+        expected_bits.require_expected_bits(matrices, quantization("int8"))
 
 
 def test_fewer_bits_than_expected_are_refused():
     with pytest.raises(UserError, match="bf16"):
-        expected_bits.require_expected_bits([matrix("a", "nf4", 8_452)], settings("bf16"))
+        expected_bits.require_expected_bits([matrix("a", "nf4", 8_452)], quantization("bf16"))
 
 
 def test_embedding_head_and_vectors_do_not_count():

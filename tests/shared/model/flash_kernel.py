@@ -4,11 +4,36 @@ torch has it for a GPU alone. With this in its place, what we ask of it (boundar
 layout) can be held against other attention on any machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def assert_exact(
+    result: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    scale: float,
+    lengths: Sequence[int],
+    window: int | None = None,
+    tolerance: float = 1e-6,
+) -> None:
+    """Result and gradients, relative to those of torch in fp64 with a mask."""
+    gradient = torch.randn_like(result)
+    gradients = torch.autograd.grad(result, inputs, gradient)
+    exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    blocks = [torch.ones(n, n).tril() for n in lengths]
+    if window:
+        blocks = [block.triu(1 - window) for block in blocks]  # itself and window - 1 before it
+    q, k, v = (x.transpose(0, 1)[None] for x in exact)
+    mask = torch.block_diag(*blocks).bool()
+    expected = scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    expected = expected[0].transpose(0, 1)
+    due = torch.autograd.grad(expected, exact, gradient.cpu().double())
+    for one, other in zip((result, *gradients), (expected, *due), strict=True):
+        assert (one.cpu() - other).norm() < tolerance * max(1.0, other.norm())
 
 
 @contextmanager

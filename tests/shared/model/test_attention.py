@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, MistralConfig, PreTrainedModel
 
 from stages.shared.model import attention, packing, scoring
 from stages.shared.model.attention import cumulative_lengths, flash_attend, has_kernel
 from stages.shared.model.packing import Example
 from tests import tiny
+from tests.architectures import random
 from tests.shared.model import flash_kernel
+from tests.shared.model.flash_kernel import assert_exact
 
 CPU = torch.device("cpu")
 HEADS, SIZE, SCALE = 4, 16, 0.3
 LENGTHS = (20, 1, 9, 33)
 WINDOW = 6
+WINDOWED = {"sliding_window": WINDOW}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -95,24 +97,9 @@ def test_kernel_is_given_one_half_precision() -> None:
     assert result.dtype == torch.bfloat16
 
 
-def windowed() -> MistralForCausalLM:
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=WINDOW,
-        initializer_range=0.2,
-    )
-    return MistralForCausalLM(config).eval()
-
-
 def examples() -> list[Example]:
-    random = np.random.default_rng(0)
-    return [Example(random.integers(3, 384, n), np.ones(n, bool), n) for n in (9, 4, 17)]
+    drawn = np.random.default_rng(0)
+    return [Example(drawn.integers(3, 384, n), np.ones(n, bool), n) for n in (9, 4, 17)]
 
 
 def losses_and_gradient(model: PreTrainedModel, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +111,9 @@ def losses_and_gradient(model: PreTrainedModel, name: str) -> tuple[torch.Tensor
     return losses.detach(), torch.cat(gradients)
 
 
-@pytest.mark.parametrize("model", [tiny.model(), windowed()], ids=["llama", "mistral"])
+@pytest.mark.parametrize(
+    "model", [tiny.model(), random("mistral", {"sliding_window": WINDOW})], ids=["llama", "mistral"]
+)
 @pytest.mark.usefixtures("covered")
 def test_model_learns_the_same_by_the_kernel(model: LlamaForCausalLM) -> None:
     with Calls() as seen:
@@ -139,7 +128,7 @@ def test_model_learns_the_same_by_the_kernel(model: LlamaForCausalLM) -> None:
 def test_packed_row_goes_through_a_model_without_a_wait() -> None:
     """From conversations on the host to the gradient; `nobody` spares the library's mask."""
     device = torch.device("cuda", 0)
-    model = windowed().to(device, torch.bfloat16)
+    model = random("mistral", WINDOWED).to(device, torch.bfloat16)
     model.set_attn_implementation(attention.NAME)
     nobody = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
@@ -200,30 +189,12 @@ def attended(x: list[torch.Tensor], window: int | None = None) -> torch.Tensor:
     return flash_attend(query, key, value, SCALE, LENGTHS, window)
 
 
-def compare(x: list[torch.Tensor], window: int | None, tolerance: float) -> None:
-    """Result and gradients, relative to those of torch in fp64 with a mask."""
-    result = attended(x, window)
-    gradient = torch.randn_like(result)
-    gradients = torch.autograd.grad(result, x, gradient)
-
-    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in x]
-    blocks = [torch.ones(n, n).tril() for n in LENGTHS]
-    if window:
-        blocks = [block.triu(1 - window) for block in blocks]  # itself and window - 1 before it
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in exact)
-    mask = torch.block_diag(*blocks).bool()
-    expected = scaled_dot_product_attention(q, k, v, mask, scale=SCALE, enable_gqa=True)
-    expected = expected[0].transpose(0, 1)
-    due = torch.autograd.grad(expected, exact, gradient.cpu().double())
-    for one, other in zip((result, *gradients), (expected, *due), strict=True):
-        assert (one.cpu() - other).norm() < tolerance * max(1.0, other.norm())
-
-
 @pytest.mark.parametrize("window", [None, 1, 5, 33, 40])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.usefixtures("kernel")
 def test_flash_attention_is_that_of_torch_with_a_mask(key_heads: int, window: int | None) -> None:
-    compare(inputs(key_heads, CPU, torch.float32), window, 1e-6)
+    x = inputs(key_heads, CPU, torch.float32)
+    assert_exact(attended(x, window), x, SCALE, LENGTHS, window)
 
 
 @needs_gpu
@@ -234,7 +205,8 @@ def test_flash_attention_on_a_gpu(key_heads: int, window: int | None, dtype: tor
     x = inputs(key_heads, torch.device("cuda", 0), dtype)
     if not has_kernel(x[0].device, x[0].dtype, SIZE, SIZE):
         pytest.skip("the kernel is not made for this GPU")
-    compare(x, window, 5e-3 if dtype == torch.float16 else 2e-2)
+    tolerance = 5e-3 if dtype == torch.float16 else 2e-2
+    assert_exact(attended(x, window), x, SCALE, LENGTHS, window, tolerance)
     cumulative_lengths.cache_clear()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stages.shared.model import cpu_attention
 from stages.shared.model.cpu_attention import PADDING_TOKENS, length_groups
+from tests.shared.model.flash_kernel import assert_exact
 
 HEADS, SIZE, SCALE = 6, 8, 0.3
 LENGTHS = (70, 20, 20, 9, 1, 1, 33)
@@ -26,18 +27,7 @@ def test_attention_and_gradients_are_those_of_torch(
     shapes = [(sum(LENGTHS), n, SIZE) for n in (HEADS, key_heads, key_heads)]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     result = cpu_attention.attend(inputs[0], inputs[1], inputs[2], SCALE, LENGTHS)
-    gradient = torch.randn_like(result)
-    gradients = torch.autograd.grad(result, inputs, gradient)
-
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    query, key, value = (x.transpose(0, 1)[None] for x in exact)
-    mask = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool).tril() for n in LENGTHS)).bool()
-    expected = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=SCALE, enable_gqa=True
-    )[0].transpose(0, 1)
-    due = torch.autograd.grad(expected, exact, gradient.double())
-    for one, other in zip((result, *gradients), (expected, *due), strict=True):
-        assert (one - other).norm() < 1e-6 * other.norm()
+    assert_exact(result, inputs, SCALE, LENGTHS)
 
 
 def test_scores_are_not_rounded_in_half_precision() -> None:

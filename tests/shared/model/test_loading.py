@@ -9,8 +9,7 @@ from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
 from torch import nn
 from torch.nn.functional import linear
 
-from stages.quantize.__main__ import quantize
-from stages.quantize.config import Quantize
+from stages.quantize.convert import convert
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.shared.weights import bnb, precision
@@ -20,11 +19,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def quantized(folder: Path, kind: str, compute_dtype: str = "bf16") -> Path:
-    settings = Quantize.model_validate(
-        {"precision": kind, "double_quant": True, "compute_dtype": compute_dtype}
-    )
-    base = tiny.save(folder / "base")
-    quantize(base, folder / kind, folder / "quantize.svg", settings, CPU)
+    (folder / kind).mkdir()
+    settings = tiny.quantization(kind, compute_dtype)
+    convert(tiny.save(folder / "base"), folder / kind, settings, CPU)
     return folder / kind
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from stages.shared.model import attention, loading, packing, scoring
 from stages.shared.model.packing import PACKING, Example
 from tests import tiny
-from tests.architectures import BESIDES, OTHERS, saved
+from tests.architectures import BESIDES, OTHERS, random, saved
 
 CPU = torch.device("cpu")
 
@@ -107,33 +107,8 @@ def test_changed_word_changes_no_logit_of_a_neighbour(model: LlamaForCausalLM) -
     assert not torch.equal(logits[~neighbours], other[~neighbours])
 
 
-def test_attention_mask_of_ones_would_mix_conversations() -> None:
-    """The trap that `supervised_logits` avoids by giving no mask at all."""
-    batch, model = packing.pack(conversations(), CPU), tiny.model()
-    with torch.inference_mode():
-        right = scoring.supervised_logits(model, batch)
-        masked = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=torch.ones_like(batch.input_ids),
-            logits_to_keep=batch.predictors,
-        ).logits[0]
-    assert not torch.allclose(right, masked, atol=1e-3)
-
-
 def test_sliding_window_is_kept_to() -> None:
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=4,
-        initializer_range=0.2,
-    )
-    model, batch = MistralForCausalLM(config).eval(), packing.pack(conversations(), CPU)
+    model, batch = random("mistral", {"sliding_window": 4}), packing.pack(conversations(), CPU)
     logits = []
     for name in ("eager", "sdpa", attention.NAME):
         model.set_attn_implementation(name)
@@ -151,10 +126,10 @@ MODELS = [(kind, True) for kind in sorted(PACKING)] + [(kind, False) for kind in
 def test_architecture_keeps_conversations_apart(tmp_path: Path, kind: str, packs: bool) -> None:
     """Against each by itself, with the attention that is written out in the library."""
     folder = saved(tmp_path, kind, BESIDES.get(kind, {}) if packs else OTHERS[kind])
-    random = np.random.default_rng(0)
+    drawn = np.random.default_rng(0)
     lengths = (40, 30, 9, 5)
     examples = [
-        Example(random.integers(3, 384, n), np.arange(n) > 2, i) for i, n in enumerate(lengths)
+        Example(drawn.integers(3, 384, n), np.arange(n) > 2, i) for i, n in enumerate(lengths)
     ]
     library = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     losses = []

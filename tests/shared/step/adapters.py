@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, Starcoder2Config
 
 from stages.shared.model import loading
 from stages.shared.step import adapter
+from stages.shared.step.setup import lora_of
 from stages.shared.weights.precision import autocast
 from tests import tiny
+from tests.architectures import random
 from tests.train.running import settings
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 60)[None]
+LORA = lora_of(settings().lora) | {"r": 16}
 Gradients = dict[str, torch.Tensor]
 
 
@@ -76,18 +78,7 @@ def exactly(folder: Path, model: Any, precision: str) -> torch.Tensor:
 
 def biased(folder: Path) -> Path:
     """A tiny model with LayerNorms, biases everywhere, and a tied head, in nf4."""
-    torch.manual_seed(2)
-    config = Starcoder2Config(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_bias=True,
-        sliding_window=None,
-    )
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model = random("starcoder2", {"sliding_window": None}).to(torch.bfloat16)
     for name, weight in model.named_parameters():
         if name.endswith(".bias"):
             torch.nn.init.normal_(weight, std=0.1)

@@ -16,10 +16,9 @@ from stages.shared.parallel.limits import GIB
 from stages.shared.step import architecture, count, dry_run
 from stages.shared.step.count import StepCounter, few, undominated
 from stages.shared.step.setup import MicroBatch, TrainingSetup
+from tests.shared.step.adapters import LORA
 
 LENGTHS = (40, 90, 50)
-LORA = {"r": 8, "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": None}
-LORA |= {"bias": "none", "init": "default", "dora": False, "experts": None}
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from stages.shared.step.count import StepCounter
 from stages.shared.step.fit import Request
 from stages.shared.step.setup import MicroBatch, TrainingSetup
 from stages.shared.step.workload import Workload, workload_of_counts
+from tests.shared.step import adapters
 
-LORA = {"r": 64, "dropout": 0.0, "target_modules": "all-linear", "modules_to_save": None}
-LORA |= {"bias": "none", "init": "default", "dora": False, "experts": None}
+LORA = adapters.LORA | {"r": 64}
 QLORA = TrainingSetup("nf4", LORA, double_quant=True)
 LONG = workload_of_counts(longest=2048, batch_size=16, supervised_share=0.5)
 

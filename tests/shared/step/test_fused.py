@@ -20,7 +20,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from stages.quantize.config import Quantize
 from stages.quantize.convert import convert
 from stages.shared.core import machine
 from stages.shared.model import attention, packing, scoring
@@ -29,19 +28,11 @@ from stages.shared.step.fused import gpu, lora, patch
 from stages.shared.weights import bnb, precision
 from stages.shared.weights.precision import autocast
 from tests import tiny
+from tests.architectures import SHAPE
 from tests.shared.step.adapters import Gradients, distance, gradients_of, moved
 from tests.train.running import run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 300,
-    "initializer_range": 0.2,
-}
 LONGROPE = {  # two scales, of which the longest conversation of a row chooses
     "rope_type": "longrope",
     "attention_factor": 1.0,
@@ -79,15 +70,14 @@ def quantized(base: Path, precision: Any, compute_dtype: Any) -> Path:
     folder = base.with_name(f"{base.name}-{precision}-{compute_dtype}")
     if not folder.exists():
         folder.mkdir()
-        params = Quantize(precision=precision, double_quant=True, compute_dtype=compute_dtype)
-        convert(base, folder, params, DEVICE)
+        convert(base, folder, tiny.quantization(precision, compute_dtype), DEVICE)
     return folder
 
 
 def batch(seed: int = 0) -> packing.Packed:
     random = np.random.default_rng(seed)
     examples = [
-        Example(random.integers(3, 300, n), random.random(n) < 0.6, i)
+        Example(random.integers(3, 384, n), random.random(n) < 0.6, i)
         for i, n in enumerate(LENGTHS)
     ]
     return packing.pack(examples, DEVICE)
@@ -192,7 +182,7 @@ def test_dequantized_weight_reuses_a_buffer_within_a_step(kind: str, dtype: torc
 @pytest.mark.parametrize(
     ("shape", "block", "double_quant"), [((48, 80), 64, True), ((8, 4096), 2048, False)]
 )
-def test_weight_that_the_buffer_does_not_cover_is_dequantized_too(
+def test_weight_beyond_the_buffer_is_dequantized_too(
     shape: tuple[int, int], block: int, double_quant: bool
 ) -> None:
     codes, state = bnb.quantize_4bit(

@@ -211,7 +211,7 @@ def test_peft_reads_the_adapter_on_fused_experts(tmp_path: Path, kind: str, rslo
     assert (tuned - found).abs().max() < 1e-4 < (tuned - plain).abs().max()
 
 
-def test_experts_and_router_loss_are_refused_where_there_are_none(tmp_path: Path) -> None:
+def test_experts_and_router_loss_are_refused_without_experts(tmp_path: Path) -> None:
     dense = tiny.quantize(tmp_path / "quantized", "fp32")
     with pytest.raises(UserError, match=r"lora\.experts: this model has no experts"):
         adapter.load_for_lora(dense, settings(lora__experts=True).lora, CPU)

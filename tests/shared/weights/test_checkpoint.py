@@ -14,7 +14,6 @@ from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate
 from stages.merge.config import Merge
 from stages.merge.merge import merge
-from stages.quantize.config import Quantize
 from stages.quantize.convert import convert
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
@@ -137,8 +136,7 @@ def evaluated(root: Path, folder: str) -> Any:
 
 
 def quantized(root: Path) -> Any:
-    nf4 = Quantize(precision="nf4", double_quant=True, compute_dtype="bf16")
-    return convert(root / "base", root / "out", nf4, CPU)
+    return convert(root / "base", root / "out", tiny.quantization("nf4"), CPU)
 
 
 def trained(root: Path, init: str = "default") -> Any:
