@@ -26,7 +26,7 @@ THINKING = "thinking"  # the part of a reply before its content and its calls
 def part_of_tokens(
     conversation: Conversation, example: Example, template: Template, encoder: Encoder
 ) -> np.ndarray | None:
-    """What each supervised token is of: a role, `thinking`, or `template`; str [supervised].
+    """Part of each supervised token: a role, `thinking`, or `template`; str [supervised].
 
     None where the row's tokens are not found again, as those of a cut one may not be.
     """

@@ -1,4 +1,4 @@
-"""Write the tuned model for llama.cpp, Ollama and vLLM, and verify what was written.
+"""Write the tuned model for llama.cpp, Ollama and vLLM, and verify the files.
 
 Reads:  models/merged, models/adapter, models/quantized, models/base/config.json,
         models/tokenizer, data/prepared/eval.parquet, data/prepared/format.json

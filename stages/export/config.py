@@ -23,7 +23,7 @@ class Export(Section):
     @field_validator("formats")
     @classmethod
     def _can_be_had(cls, formats: list[Kind], info: ValidationInfo) -> list[Kind]:
-        """Refuse, once the model is there and before it is trained, what it cannot be written as.
+        """Refuse formats that the model cannot be written in, before it is trained.
 
         The default is not refused: for such a model its metrics say why nothing was exported.
         """

@@ -117,7 +117,7 @@ class Export:
         model: PreTrainedModel,
         adapter: Path | None = None,
     ) -> None:
-        """Write a file and its Modelfile; `model` is overwritten with what the file holds."""
+        """Write a file and its Modelfile; `model` is overwritten with the file's values."""
         self.gguf.write(path, Weights(source), GGMLQuantizationType[kind])
         self.gguf.fill(model, path)
         ends, context = [self.form.eos_token], self.gguf.architecture.context_length

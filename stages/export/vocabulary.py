@@ -157,7 +157,7 @@ def _types(normalizer: dict[str, Any] | None) -> list[str]:
 
 
 def _step(step: dict[str, Any]) -> tuple[str, Any]:
-    """What tells one step of a pre-tokenizer from another."""
+    """Key of a pre-tokenizer's step."""
     kind = step["type"]
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
         return kind, step.get("use_regex", True)

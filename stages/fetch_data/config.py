@@ -8,7 +8,7 @@ from stages.shared.core.params import BorrowedSection, Section
 
 
 class Data(Section):
-    """Where conversations come from."""
+    """`data`: source of the conversations."""
 
     source: Literal["file", "hub"]
     path: str
@@ -18,7 +18,7 @@ class Data(Section):
 
 
 class RowLimit(BorrowedSection):
-    """What `fetch_data` reads of the section `prepare`."""
+    """Keys of `prepare` that `fetch_data` reads."""
 
     max_row_bytes: int = Field(ge=1000, le=10**8)
 

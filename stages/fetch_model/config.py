@@ -8,7 +8,7 @@ from stages.shared.core.params import Section
 
 
 class Model(Section):
-    """Where the base model comes from."""
+    """`model`: source of the base model."""
 
     source: Literal["pypi", "hub", "path"]
     name: str = Field(min_length=1)

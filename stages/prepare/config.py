@@ -33,6 +33,6 @@ class Prepare(Section):
 
 
 class Params(Section):
-    """What dvc.yaml declares for `prepare`."""
+    """The sections that dvc.yaml declares for the stage."""
 
     prepare: Prepare

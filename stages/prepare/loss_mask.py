@@ -128,7 +128,7 @@ class ExampleEncoder:
         rows: Sequence[Rendered],
         encoded: Sequence[Tokens | RejectedRow],
     ) -> list[Example]:
-        """Examples of a conversation's rows; what does not fit is left out, or a single one cut."""
+        """Examples of a conversation's rows; those too long are left out, or a single one cut."""
         tokens = [_require(one) for one in encoded]
         if conversation.text is not None:
             return self._parts(rows[0], tokens[0])

@@ -94,7 +94,7 @@ def _message(number: int, fields: Any, unknown: set[str]) -> tuple[Message, bool
 
 
 def _add_fields(message: Message, fields: dict[str, Any], where: str, unknown: set[str]) -> None:
-    """Add what a message may have beside role and content, and tell what is not read."""
+    """Add a message's other fields, and name those that are not read."""
     if message["role"] == "tool":
         for name in _OF_TOOLS:
             if says(fields.get(name)):

@@ -85,7 +85,7 @@ def verdict(metric: str, change: float, noise: float = 0.0) -> str:
 
 
 def join_answers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """For each prompt, in order: variant → answer, without variants that have none."""
+    """Variant → answer of each prompt, in order, without variants that have none."""
     columns = {}
     for variant, rows in answers.items():
         frame = pd.DataFrame({"prompt": [repr(row.get("prompt")) for row in rows], "row": rows})

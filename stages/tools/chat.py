@@ -1,4 +1,4 @@
-"""Talk with the tuned model in the terminal, or with what it was made from.
+"""Talk with the tuned model in the terminal, or with the base.
 
   /variant base|quantized|adapter|merged   another of the four models, the same conversation
   /reset                                   forget the conversation

@@ -118,7 +118,7 @@ class Server:
         self._lock = threading.Lock()
 
     def reply(self, request: "Request", on_text: Callable[[str], Any]) -> "Reply":
-        """Reply by the adapter that is asked for; a UserError tells what cannot be rendered."""
+        """Reply by the requested adapter; UserError where messages cannot be rendered."""
         from stages.shared.chat.conversation import RejectedRow, normalize  # noqa: PLC0415
 
         messages: Any = [

@@ -59,7 +59,7 @@ print(chat(messages)[0]["generated_text"][-1]["content"])""",
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add the repository's name and what goes there."""
+    """Add the repository's name and the folder to upload."""
     parser.add_argument("repo", metavar="USER/NAME", help="of the repository on the hub")
     parser.add_argument("--what", default="merged", help="merged, adapter, or an exported format")
     parser.add_argument("--license", metavar="ID", help="of the base, as the hub spells it")

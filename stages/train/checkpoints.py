@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read only where every byte is what was written.
+"""Checkpoints: written whole or not at all, and read only if their hashes are right.
 
     .checkpoints/<fingerprint>.lock        held by the one training that may write there
     .checkpoints/<fingerprint>/loss.csv    the curve so far, written after every step

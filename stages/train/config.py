@@ -5,7 +5,7 @@ from stages.shared.step.config import Lora, Train
 
 
 class Params(Section):
-    """What dvc.yaml declares for `train`."""
+    """The sections that dvc.yaml declares for the stage."""
 
     lora: Lora
     train: Train

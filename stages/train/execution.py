@@ -66,7 +66,7 @@ class ExecutionPlan:
 
     @property
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint holds of it, for a resumed training to keep to."""
+        """Settings that a checkpoint holds, for a resumed training to keep to."""
         return {name: getattr(self, name) for name in SAVED}
 
 
@@ -139,7 +139,7 @@ def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:
 
 
 def _requested(saved: Mapping[str, Any] | None) -> Machine:
-    """`QLORA_*`; what they leave unset is the saved plan's."""
+    """`QLORA_*`, and where they are unset the saved plan's settings."""
     requested = machine()
     if saved is None:
         return requested

@@ -23,14 +23,14 @@ WHERE_INSTALLED = ("liger-kernel",)
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that shape a result."""
+    """Versions of Python and of the libraries that shape a result."""
     found = [name for name in WHERE_INSTALLED if find_spec(name.replace("-", "_"))]
     libraries = {name: metadata.version(name) for name in (*LIBRARIES, *found)}
     return {"python": platform.python_version()} | libraries
 
 
 def code_sha256() -> str:
-    """One hash over the code that dvc.yaml declares for `train`, which is what it imports."""
+    """Hash of the code that dvc.yaml declares for `train`: all that it imports."""
     declared = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]["train"]["deps"]
     code = [Path(name) for name in declared if name.startswith("stages/")]
     sources = {p for path in code for p in (path.rglob("*.py") if path.is_dir() else [path])}
@@ -39,7 +39,7 @@ def code_sha256() -> str:
 
 
 def identity(settings: Params, device: str, inputs: list[Path]) -> dict[str, Any]:
-    """What shapes a training, by the name that a user knows it by.
+    """Parts that shape a training, by the names that users know.
 
     Args:
         settings: the parameters.

@@ -58,7 +58,7 @@ def _peak_memory_bytes(training: "Recipe") -> int:
 
 
 def _mixture(training: "Recipe") -> dict[str, Any]:
-    """Of a mixture: what is trained, the load-balancing loss, and the use of its experts."""
+    """Metrics of a mixture: trained kinds, load-balancing loss, use of experts."""
     if not experts.layers(training.model):
         return {}
     history = training.history

@@ -76,7 +76,7 @@ def load_model(
 
 
 class Recipe:
-    """State of a training: the model, its optimizer and schedule, and what has been measured.
+    """State of a training: the model, its optimizer and schedule, and the history.
 
     A resumed training is the same loop, entered at a later `step`.
     """

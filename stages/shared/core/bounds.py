@@ -1,4 +1,4 @@
-"""Bounds on what comes from outside: CPU time, memory, kind of file, depth and size of YAML."""
+"""Bounds on foreign input: CPU time, memory, kind of file, depth and size of YAML."""
 
 import os
 import resource

@@ -25,7 +25,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Visible text in one line; of a long one the beginning, and the end, which says what to do."""
+    """Visible text in one line; a long one loses its middle, as its end says what to do."""
     line = visible(" ".join(text.split()))
     cut = len(line) - LONGEST
     return line if cut <= 0 else f"{line[: LONGEST * 2 // 3]} […] {line[LONGEST * 2 // 3 + cut :]}"

@@ -189,7 +189,7 @@ def _ending(error: BaseException, command: str) -> tuple[str, int]:
 
 
 def _explain(error: BaseException, command: str) -> str:
-    """Where, what is wrong, what to do."""
+    """One line: the place, the fault, the remedy."""
     name = isinstance(error, OSError) and (error.filename2 or error.filename)
     if _is_of_a_full_disk(error):
         return (

@@ -1,4 +1,4 @@
-"""Integrity of what stages hand over: a file that rots keeps its time, and DVC trusts the time.
+"""Integrity of the stages' files: one that rots keeps its time, and DVC trusts the time.
 
 DVC's own database has the hash of each file by inode, modification time and size. What a stage
 reads is held against it; what a stage has written is entered, so that it covers stages run by hand.

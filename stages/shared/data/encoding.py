@@ -71,7 +71,7 @@ def _is_double_byte(sample: bytes) -> bool:
 
 
 def _latin_score(sample: bytes, encoding: str) -> int:
-    """How many more characters beyond ASCII are plausible under a code page than are not."""
+    """Plausible characters beyond ASCII under a code page, less the implausible ones."""
     try:
         text = sample.decode(encoding)
     except UnicodeDecodeError:

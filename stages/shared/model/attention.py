@@ -8,7 +8,7 @@ the mask remains for generation (no lengths) and for a sliding window without th
 Source: Dao 2023, FlashAttention-2, arXiv:2307.08691; torch 2.13, torch/nn/attention/varlen.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, cast
@@ -59,6 +59,16 @@ def attend(
     parts = zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts]
     return torch.cat(outputs, dim=1), None
+
+
+def with_supported(load: Callable[[str], Any]) -> Any:
+    """`load(name)` with our attention, or the library's where unsupported (Gemma 2, gpt-oss)."""
+    for name in (NAME, "sdpa", "eager"):
+        try:
+            return load(name)
+        except (KeyError, ValueError) as error:
+            unsupported = error
+    raise unsupported
 
 
 def needs_mask(config: Any, lengths: Sequence[int], weight: torch.Tensor) -> bool:

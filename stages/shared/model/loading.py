@@ -77,16 +77,12 @@ def load_model(
 
 
 def _load(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Load with our attention, or the library's where unsupported (Gemma 2, gpt-oss)."""
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    def load(attn: str) -> PreTrainedModel:
+        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+        return load_strictly(weights, AutoModelForCausalLM, attn_implementation=attn, **options)
+
     with reading(weights.folder):
-        for attn in (attention.NAME, "sdpa", "eager"):
-            options["attn_implementation"] = attn
-            try:
-                return load_strictly(weights, AutoModelForCausalLM, **options)
-            except (KeyError, ValueError) as error:
-                unsupported = error
-        raise unsupported
+        return attention.with_supported(load)
 
 
 def load_dequantized(folder: Path, device: torch.device) -> PreTrainedModel:

@@ -78,7 +78,7 @@ class Group:
         return values
 
     def require_same(self, identity: dict[str, Any]) -> None:
-        """Refuse in every process what is not the first one's in any, before the first step.
+        """Refuse in every process an identity that differs in any, before the first step.
 
         Args:
             identity: what shapes the result, by the name that a user knows it by.

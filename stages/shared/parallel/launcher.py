@@ -47,7 +47,7 @@ class WorkerLost(UserError):  # noqa: N818  (what is told, not raised here)
 
 
 def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any) -> Any:
-    """Call `work(group, device, *args)` on each of `size` devices; returns what the first returns.
+    """Call `work(group, device, *args)` on each of `size` devices; returns the first's result.
 
     Args:
         size: devices of all hosts; one process runs in this one, without any machinery.

@@ -1,4 +1,4 @@
-"""How much memory this machine has or may be used: never how much of it is free."""
+"""Memory that this machine has or allows: never how much of it is free."""
 
 import os
 import resource

@@ -72,7 +72,7 @@ class Shards:
     """The frozen weights of a model, divided among the processes of a group."""
 
     def __init__(self, model: nn.Module, rank: int, size: int, device: torch.device) -> None:
-        """Keep this process's part, on `device`; what is not sharded moves there too.
+        """Keep this process's part, on `device`; unsharded weights move there too.
 
         At the most, its part and one block are in memory at once: a model that was loaded on the
         CPU lies in its files until then.

@@ -30,7 +30,7 @@ class Pattern:
 
     @property
     def repeats(self) -> int:
-        """How often the model has the period besides."""
+        """Times that the model has the period more than once."""
         return (self.layers - self.run) // self.period
 
     @property
@@ -42,9 +42,7 @@ class Pattern:
 def read_config(path: Path) -> PretrainedConfig:
     """Read the config of a causal language model; UserError where transformers knows none."""
     if not path.is_file():
-        raise UserError(
-            f"{path}: not shortest. Run `dvc repro fetch_model`, or name another model."
-        )
+        raise UserError(f"{path}: not found. Run `dvc repro fetch_model`, or name another model.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
@@ -140,7 +138,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _kind(name: str, layer: nn.Module, p: nn.Parameter, head: nn.Module | None) -> str:
-    """What a parameter is for, by the class of its layer."""
+    """Kind of a parameter, by the class of its layer."""
     class_name = type(layer).__name__.lower()
     if name.endswith("bias"):
         return "bias"

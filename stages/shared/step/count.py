@@ -1,4 +1,4 @@
-"""Predicted memory of a training step: what persists, by formula, and what a dry run counts.
+"""Predicted memory of a training step: persistent parts by formula, others by a dry run.
 
 The dry run is a process of its own, started for the first answer that is not in the cache and asked
 over pipes, a line of JSON each way. Answers are cached in `.counts/` at the root by the hash of the
@@ -106,7 +106,7 @@ class StepCounter:
         return self._answer("describe")
 
     def persistent(self, setup: TrainingSetup) -> dict[str, Any]:
-        """Bytes held from step to step by part, and what else is known of a setup.
+        """Bytes held from step to step by part, and other sizes of a setup.
 
         `pageable`: bytes of the optimizer's states that may leave a GPU; `blocks`, `embedding` and
         `untied_head`: frozen bytes that devices may divide; `trainable`: parameters;
@@ -221,7 +221,7 @@ def undominated(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
 
 
 def few(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """At most `MOST_COUNTED`: the largest in each size, then those that are large in all of them.
+    """The `MOST_COUNTED` that decide: the largest in each size, then those large in all sizes.
 
     Memory is about linear in the sizes. Of five trainings with 11 to 28 undominated ones, the peak
     of these eight was at most 0.24 % below that of all.

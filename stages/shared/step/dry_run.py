@@ -110,7 +110,7 @@ def prepare(config: PretrainedConfig, setup: TrainingSetup) -> Any:
 
 
 def _initialise(model: PeftModel, lora: Any, *_: Any) -> None:
-    """What `lora.init` changes in the shapes of an adapter."""
+    """Give an adapter the shapes of `lora.init`."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A]
     for layer in layers if lora.init in initialisation.WITH_FROZEN else ():  # others are refused
         for part, dim in ((layer.lora_A["default"], 0), (layer.lora_B["default"], 1)):
@@ -150,7 +150,7 @@ def unfused_because(setup: TrainingSetup, model: Any) -> str | None:
 def persistent(
     setup: TrainingSetup, model: nn.Module, pattern: Pattern | None = None, *, fused: bool
 ) -> dict[str, int]:
-    """Bytes by part that a training holds from step to step, and what of it may be paged.
+    """Bytes by part that a training holds from step to step, and of them those that may be paged.
 
     `model`, from `prepare`, has all blocks, or those that `pattern` runs. On a CPU the fused step
     dequantizes the constants of double quantization for good.
@@ -211,7 +211,7 @@ def _shardable(model: Any, pattern: Pattern | None, *, nested: bool) -> dict[str
 def run(
     config: PretrainedConfig, setup: TrainingSetup, batch: MicroBatch, *, scoring_only: bool = False
 ) -> tuple[LiveBytes, int]:
-    """Run a step on all blocks of a config: what was alive, and what of it was held before.
+    """Run a step on all blocks of a config: its live bytes, and those held before.
 
     Gradients of an earlier micro-batch and the optimizer's states exist already. `scoring_only`:
     the micro-batch is scored as held-out conversations are, and nothing is trained.

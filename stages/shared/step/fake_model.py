@@ -27,18 +27,13 @@ FakeInt8Params = type("Int8Params", (FakeTensor,), {})
 
 def model_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config, with the attention that `loading.load_model` would give it."""
-    for implementation in (attention.NAME, "sdpa", "eager"):
-        try:
-            with META:
-                return AutoModelForCausalLM.from_config(
-                    copy.deepcopy(config),
-                    dtype=dtype,
-                    attn_implementation=implementation,
-                    trust_remote_code=False,
-                )
-        except (KeyError, ValueError) as error:
-            refused = error
-    raise refused
+
+    def build(attn: str) -> PreTrainedModel:
+        options: Any = {"attn_implementation": attn, "trust_remote_code": False}
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
+
+    with META:
+        return attention.with_supported(build)
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Linear]:

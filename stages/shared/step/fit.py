@@ -1,4 +1,4 @@
-"""Settings of the machine that fit its memory: the fastest of them, or what to change if none do.
+"""Settings of the machine that fit its memory: the fastest of them, or remedies if none do.
 
 A pure function of the model, the parameters, the data and the machine's cores and total memory:
 never of free memory or of a timing, so that the same machine always computes in the same way.

@@ -1,4 +1,4 @@
-"""Memory by formula: what training holds from one step to the next.
+"""Persistent memory by formula: weights, adapter, gradients, optimizer.
 
 | what                 | bytes                              | source |
 |----------------------|------------------------------------|--------|

@@ -19,7 +19,7 @@ SCALES = {"alpha", "rslora"}  # keys of `lora` without a byte
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained."""
+    """A training, as far as its memory depends on it."""
 
     precision: str  # of the linear layers
     lora: dict[str, Any] | None  # see `lora_of`; None for full fine-tuning

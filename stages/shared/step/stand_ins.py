@@ -1,4 +1,4 @@
-"""Stand-ins of a dry run: for what reads values or addresses, and for CUDA's choices on a CPU."""
+"""Stand-ins of a dry run: for readers of values or addresses, and for CUDA's choices on a CPU."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +23,7 @@ from stages.shared.weights import bnb, experts
 def without_values(
     setup: TrainingSetup, dtype: torch.dtype, examples: Sequence[Example]
 ) -> Iterator[None]:
-    """Replace what reads values or addresses, and on CUDA what a CPU computes otherwise."""
+    """Replace readers of values or addresses, and for CUDA the functions that differ on a CPU."""
     grouped_mm = torch._meta_registrations._meta_grouped_mm_common
 
     def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -79,5 +79,5 @@ _KERNELS = {  # of a GPU: in place, but for a dequantized matrix
 
 
 def _cuda_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, *_: Any) -> torch.Tensor:
-    """As CUDA keeps it: a byte an element, where a CPU keeps a factor."""
+    """Dropout whose mask takes a byte an element, as CUDA's does; a CPU's is a factor."""
     return torch.native_dropout(x, p, True)[0] if training and p else x

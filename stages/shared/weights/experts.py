@@ -49,7 +49,7 @@ _GRANITE_KINDS = {"input": "gate_up", "output": "down"}
 
 @dataclass(frozen=True)
 class Family:
-    """How an architecture fuses experts, and what its files call their matrices.
+    """Layout of an architecture's fused experts, and their matrices' names in files.
 
     Attributes:
         names: of gate, up and down.

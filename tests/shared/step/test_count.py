@@ -19,6 +19,8 @@ from stages.shared.step.setup import MicroBatch, TrainingSetup
 from tests.shared.step.adapters import LORA
 
 LENGTHS = (40, 90, 50)
+LEFT_OUT = "lora.target_modules leave out a linear layer"
+WITH_HEAD = "lora.target_modules take in the head"
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +164,9 @@ def test_config_of_no_language_model_is_one_line(
         ({"lora": LORA | {"init": "olora"}}, "lora.init is pissa or olora"),
         ({"lora": LORA | {"modules_to_save": ["norm"]}}, "lora.modules_to_save are trained too"),
         ({"lora": LORA | {"bias": "all"}}, "lora.bias is not none"),
-        (
-            {"lora": LORA | {"target_modules": ["q_proj"]}},
-            "lora.target_modules leave out a linear layer",
-        ),
+        ({"lora": LORA | {"target_modules": ["q_proj"]}}, LEFT_OUT),
+        ({"lora": LORA | {"target_modules": r".*layers\.1\..*proj"}}, LEFT_OUT),
+        ({"lora": LORA | {"target_modules": r".*(proj|lm_head)"}}, WITH_HEAD),
     ],
 )
 def test_fused_functions_cover_plain_lora_alone(changes: dict, reason: str | None) -> None:

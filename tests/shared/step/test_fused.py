@@ -218,25 +218,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.prepared(tmp_path_factory.mktemp("data") / "prepared")
 
 
-LEAVE_OUT = "stock: lora.target_modules leave out a linear layer"
-
-
 @pytest.mark.parametrize(
     ("precision", "changes", "path"),
     [
         ("nf4", {}, "fused"),
-        ("nf4", {"lora__dropout": 0.1}, "stock: lora.dropout is not 0"),
-        ("nf4", {"lora__dora": True}, "stock: lora.dora is true"),
         ("nf4", {"lora__init": "pissa"}, "stock: lora.init is pissa or olora"),
-        ("nf4", {"lora__modules_to_save": ["lm_head"]}, "stock: lora.modules_to_save are trained"),
-        ("nf4", {"lora__target_modules": ["q_proj", "v_proj"]}, LEAVE_OUT),
-        ("nf4", {"lora__target_modules": r".*layers\.1\..*proj"}, LEAVE_OUT),
-        (
-            "nf4",
-            {"lora__target_modules": r".*(proj|lm_head)"},
-            "stock: lora.target_modules take in the head",
-        ),
-        ("int8", {}, "stock: quantize.precision is int8"),
         ("bf16", {"train__method": "full"}, "stock: train.method is full"),
     ],
 )
