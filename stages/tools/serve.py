@@ -18,7 +18,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from aiohttp import web
 from pydantic import BaseModel, Field, ValidationError
@@ -68,7 +68,7 @@ class Request(BaseModel):
     class Message(BaseModel):
         """A turn; a content of parts is refused."""
 
-        role: str
+        role: Literal["system", "user", "assistant"]
         content: str
 
     model: str
@@ -160,7 +160,7 @@ class Server:
             request = Request.model_validate_json(await http.read())
         except ValidationError as error:
             first = error.errors()[0]
-            return _refuse(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+            return _refuse(400, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}")
         if request.model not in self.names:
             return _refuse(404, f"model: {request.model!r} is none of {', '.join(self.names)}")
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}

@@ -41,19 +41,19 @@ NOTICES = {
     "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms",
 }
+TALK = """messages = [{{"role": "user", "content": "What is 48 plus 17?"}}]
+print(chat(messages)[0]["generated_text"][-1]["content"])"""
 SNIPPETS = {
-    "transformers": """from transformers import pipeline
+    "transformers": f"""from transformers import pipeline
 
-chat = pipeline("text-generation", "{repo}")
-messages = [{{"role": "user", "content": "What is 48 plus 17?"}}]
-print(chat(messages)[0]["generated_text"][-1]["content"])""",
-    "peft": """from peft import AutoPeftModelForCausalLM
+chat = pipeline("text-generation", "{{repo}}")
+{TALK}""",
+    "peft": f"""from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
 
-model = AutoPeftModelForCausalLM.from_pretrained("{repo}")
-chat = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained("{repo}"))
-messages = [{{"role": "user", "content": "What is 48 plus 17?"}}]
-print(chat(messages)[0]["generated_text"][-1]["content"])""",
+model = AutoPeftModelForCausalLM.from_pretrained("{{repo}}")
+chat = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained("{{repo}}"))
+{TALK}""",
     "gguf": "ollama run hf.co/{repo}",
 }
 
@@ -83,7 +83,8 @@ def main(options: Namespace) -> None:
     target = UPLOAD / _name(options.repo)
     with files.whole_folder(target) as folder:
         library = assemble(folder, options.what, origin)
-        text = card(source, origin, options.repo, library, licence)
+        measured = source.export if library == "gguf" else source.evaluate
+        text = card(source, origin, options.repo, library, licence, measured[options.what])
         files.write_text(folder / "README.md", text)
         if licence in NOTICES:
             files.write_text(folder / "NOTICE", NOTICES[licence] + "\n")
@@ -95,11 +96,15 @@ def main(options: Namespace) -> None:
 
 def assemble(folder: Path, what: str, origin: Origin) -> str:
     """Link the files of a model or an adapter; returns the library that loads them."""
+    if what.endswith("-lora"):
+        raise UserError(f"--what: {what} has a base and an adapter. Upload the adapter.")
     source = MODELS[what] if what in ("merged", "adapter") else EXPORTED / what
     if not source.is_dir():
         raise UserError(f"{source}: not there. `dvc repro` writes it, if export.formats names it.")
-    if what.endswith("-lora"):
-        raise UserError(f"--what: {what} has a base and an adapter. Upload the adapter.")
+    if source in MODELS.values():
+        from stages.shared.weights.checkpoint import Weights  # noqa: PLC0415  (brings torch)
+
+        Weights(source)  # a folder that is half there is told
     files.link_folder(source, folder)
     if not (folder / "adapter_config.json").exists():
         return "gguf" if what.startswith("gguf") else "transformers"
@@ -113,21 +118,25 @@ def assemble(folder: Path, what: str, origin: Origin) -> str:
 
 
 def card(
-    source: sources.Sources, origin: Origin, repo: str, library: str, licence: str | None
+    source: sources.Sources,
+    origin: Origin,
+    repo: str,
+    library: str,
+    licence: str | None,
+    measured: Mapping[str, Any],
 ) -> str:
-    """README.md: the hub's metadata with the measured results, the model card, a snippet."""
-    variant = "adapter" if library == "peft" else "merged"
-    languages = [name for name in source.evaluate[variant].get("by_language") or {} if name == "en"]
+    """README.md: the hub's metadata with the `measured` results, the model card, a snippet."""
+    languages = source.evaluate["merged"].get("by_language") or {}
     data = ModelCardData(
         base_model=origin.hub,
         datasets=origin.data_set,
-        language=languages or None,
+        language=["en"] if "en" in languages else None,
         library_name=None if library == "gguf" else library,
         license=licence,
         pipeline_tag="text-generation",
         tags=["dvc-qlora", page.method(source.parameters).lower().replace(" ", "-"), library],
         model_name=_name(repo),
-        eval_results=results(source.evaluate[variant], origin),
+        eval_results=results(measured, origin),
     )
     body = page.model_card(replace(source, parameters=published(source.parameters)))
     body = re.sub(r"\A---\n.*?\n---\n", "", body, flags=re.DOTALL)

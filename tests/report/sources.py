@@ -96,7 +96,12 @@ def contents() -> dict[str, Any]:
         "reports/details/export.json": {
             "merged_loss": 1.0625,
             "merged_tokens": 500,
-            "gguf-q8_0": {"perplexity": 2.894, "bits_per_byte": 0.53, "tokens": 500},
+            "gguf-q8_0": {
+                "perplexity": 2.894,
+                "bits_per_byte": 0.53,
+                "tokens": 500,
+                "conversations": 25,
+            },
         },
         "reports/plan.json": {"note": "predicted", "techniques": {"qlora_nf4": way}},
         "reports/plan.svg": SVG,

@@ -114,6 +114,7 @@ def test_stop_string_over_two_pieces_is_held_back() -> None:
         ({"model": "rank9"}, 404, "model: 'rank9' is none of base, rank8, rank32"),
         ({"model": "base", "messages": []}, 400, "messages: List should have at least 1 item"),
         ({"model": "base", "messages": [{"role": "user", "content": [1]}]}, 400, "content"),
+        ({"model": "base", "messages": [ASKED[0] | {"role": "robot"}]}, 400, "messages.0.role"),
         ({"model": "base", "messages": ASKED * 2}, 400, ""),
     ],
 )

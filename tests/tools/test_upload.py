@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
@@ -28,7 +30,7 @@ def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     adapter.mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "models/quantized")}
     files.write_json(adapter / "adapter_config.json", config)
-    (adapter / "adapter_model.safetensors").write_bytes(b"factors")
+    save_file({"lora_A": torch.ones(2)}, adapter / "adapter_model.safetensors")
     gguf = tmp_path / "models/exported/gguf-q8_0"
     gguf.mkdir(parents=True)
     (gguf / "model.gguf").write_bytes(b"GGUF")
@@ -86,6 +88,9 @@ def test_exported_file_is_uploaded_with_its_card(space: Path) -> None:
     folder, card = uploaded("me/tuned", "--what", "gguf-q8_0")
     assert (folder / "model.gguf").read_bytes() == b"GGUF"
     assert "ollama run hf.co/me/tuned" in card.text
+    measured = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    exported = files.read_json(Path("reports/export.json"))["gguf-q8_0"]
+    assert measured["loss"] == exported["loss"] != made.LOSS["merged"]
 
 
 def test_no_folder_of_this_machine_is_named(space: Path) -> None:
@@ -112,9 +117,11 @@ def test_no_folder_of_this_machine_is_named(space: Path) -> None:
         (["me/tuned", "--license", "llama3.1"], "asks for a name with Llama first"),
         (["me//tuned"], "is no name of a repository"),
         (["me/tuned", "--what", "gguf-f16"], "models/exported/gguf-f16: not there"),
+        (["me/tuned", "--what", "adapter"], "adapter_model.safetensors: is no whole"),
     ],
 )
 def test_upload_refuses_in_one_line(space: Path, arguments: list[str], message: str) -> None:
+    (space / "models/adapter/adapter_model.safetensors").write_bytes(b"factors")
     with pytest.raises(UserError, match=message):
         uploaded(*arguments)
 
