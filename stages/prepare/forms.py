@@ -40,7 +40,7 @@ _CONTEXT = {*_SYSTEM, *TOOLS, KWARGS, "answer"}
 _REPLIES = {"response", "reply", "target"}
 _RENAMES = {
     **dict.fromkeys(("question", "query"), "instruction"),
-    **dict.fromkeys(("conversation", "dialogue", "dialog", "chat"), "messages"),
+    **dict.fromkeys(("conversation", "dialogue", "dialog", "chat", "items"), "messages"),
     "context": "input",
 }
 # Turns that another template has rendered, which are no plain text.
@@ -63,6 +63,7 @@ def parse(
     unknown: set[str] = set()
     if columns:
         fields = _mapped(fields, columns, unknown)
+    fields |= _loaded(fields)
     chosen: Form = "oasst" if form == "oasst_all" else form_of(fields) if form == "auto" else form
     text = _text(fields, "text") if chosen == "text" else None
     paths = _paths(fields, chosen, unknown, every=form == "oasst_all") if text is None else [[]]
@@ -114,6 +115,19 @@ def _paths(
     else:
         found = [_turns(fields, form, unknown)]
     return [_with_system(fields, messages) for messages in found]
+
+
+def _loaded(fields: dict[str, Any]) -> dict[str, Any]:
+    """Prompt and completion that are JSON text of messages or of a tree, as CSV has them."""
+    texts = {name: fields.get(name) for name in _PAIRS[1]}
+    some = {n: loaded(t) for n, t in texts.items() if isinstance(t, str) and t.lstrip()[:1] in "[{"}
+    return {
+        name: value
+        for name, value in some.items()
+        if (one := value[0] if isinstance(value, list) and value else value)
+        and isinstance(one, dict)
+        and {"role", "from"} & one.keys()
+    }
 
 
 def _mapped(

@@ -19,11 +19,12 @@ _ROLES: dict[str, Role] = {
 _CALLS = ("tool_calls", "function_call")
 _CALL_ROLES = ("tool_call", "function_call")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
-_WEIGHTS = ("weight", "train", "loss", "trainable", "training")
+_WEIGHTS = ("weight", "train", "loss", "trainable", "training", "loss_weight", "loss_scale")
 _OF_TOOLS: tuple[Literal["tool_call_id", "name"], ...] = ("tool_call_id", "name")
 _READ = {"role", "from", "content", "value", *_WEIGHTS}
 _READ_OF: dict[str, set[str]] = {"assistant": {*_CALLS, *THOUGHTS}, "tool": {*_OF_TOOLS}}
-_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+# Without the opening tag where the model's prompt wrote it (DeepSeek-R1, QwQ).
+_THINK = re.compile(r"\s*<think>(.*?)</think>(.*)|((?:(?!<think>).)*?)\n</think>\n(.*)", re.DOTALL)
 
 _TOOLS, _MEDIA = "tool calls", "images, audio or video"
 _UNREAD = {
@@ -32,7 +33,7 @@ _UNREAD = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _MEDIA),
     **dict.fromkeys(("chosen", "rejected", "rejected_response"), "preference data"),
     **dict.fromkeys(("label", "kto_tag"), "preference data"),
-    **dict.fromkeys((*_WEIGHTS, "train_detail", "weights"), "weight"),
+    **dict.fromkeys((*_WEIGHTS, "train_detail", "training_detail", "weights"), "weight"),
     **dict.fromkeys(("context", "contexts", "documents"), "context"),
     "history": "earlier turns",
     "refusal": "refusal",
@@ -81,7 +82,7 @@ def _message(number: int, fields: Any, unknown: set[str]) -> tuple[Message, bool
         calls = _calls_of(fields, where, unknown)
     if isinstance(content, list):
         content = "".join(_part(part, where, unknown) for part in content)
-    if not isinstance(content, str) and not (content is None and calls):
+    if not isinstance(content, str) and not (content is None and (calls or role == "tool")):
         raise RejectedRow(f"message {number} holds {kind_of(content)}, expected a text")
     message: Message = {"role": role, "content": normalize(content or "")}
     if role == "assistant":
@@ -174,9 +175,9 @@ def add_thoughts(message: Message, fields: dict[str, Any], where: str) -> None:
             if not isinstance(value, str):
                 raise RejectedRow(f"`{name}`{where} is {kind_of(value)}, expected a text")
             thoughts.add(normalize(value))
-    if "<think>" in message["content"] and (match := _THINK.fullmatch(message["content"])):
-        thoughts.add(normalize(match[1]))
-        message["content"] = normalize(match[2])
+    if "</think>" in message["content"] and (match := _THINK.fullmatch(message["content"])):
+        thoughts.add(normalize(match[1] or match[3] or ""))
+        message["content"] = normalize(match[2] or match[4] or "")
     if len(thoughts) > 1:
         raise RejectedRow(f"the thoughts{where} stand twice and differ; remove one")
     if thoughts:
