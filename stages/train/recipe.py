@@ -199,7 +199,8 @@ class Recipe:
     def backward(self) -> tuple[float, TokenCounts]:
         """Gradient of the step's mean loss, summed over the group, in the parameters' `grad`."""
         if self.plan.device.type == "cpu" and self.plan.predicted_bytes:
-            heap.trim_above(round(TRIM_ABOVE * self.plan.predicted_bytes))
+            share = self.plan.predicted_bytes / (self.group.size // machine().nodes or 1)
+            heap.trim_above(round(TRIM_ABOVE * share))
         self.model.train()
         self.schedule.seed(self.step, self.group.rank)
         examples = [self.data.train[row] for row in self.schedule.rows(self.step)]
