@@ -125,6 +125,8 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
         names = saved_names(tuned, own)
         expected = {names[name]: tensor for name, tensor in own.items()}
     tensors = {name: weights.tensor(name) for name in weights.lazy_tensors()}
+    with reading(adapter / "adapter_model.safetensors"):
+        experts.split_adapter(tuned, tensors)
     for name in sorted(expected.keys() - tensors.keys()):
         raise weights.error(name, "is missing from the adapter")
     for name in sorted(tensors.keys() - expected.keys()):

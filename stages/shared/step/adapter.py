@@ -126,10 +126,11 @@ def save(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype) -
 
 
 def _rename(path: Path, model: PeftModel) -> None:
-    """Give the tensors of a mixture the names of the hub's files."""
+    """Give the tensors of a mixture the names and the fused experts of the hub's files."""
     tensors = load_file(path)
-    names = loading.saved_names(model, tensors)
-    if any(name != saved for name, saved in names.items()):
+    if experts.layers(model):
+        experts.fuse_adapter(model, tensors)
+        names = loading.saved_names(model, tensors)
         renamed = {names[name]: tensor for name, tensor in tensors.items()}
         save_file(renamed, path, metadata={"format": "pt"})
 

@@ -71,7 +71,7 @@ def on_fused_experts(tuned: PeftModel) -> dict[str, Any]:
     """
     base: Any = tuned.get_base_model()
     layers = experts.layers(base)
-    if not layers or layers[0].family.fused_files:  # whose files hold no names of single experts
+    if not layers:
         return {}
     config: Any = tuned.peft_config[ADAPTER]
     own = layers[0].family.names

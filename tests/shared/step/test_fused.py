@@ -15,9 +15,11 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from stages.quantize.convert import convert
@@ -49,6 +51,8 @@ KINDS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SHAPE),  # q, k and v have biases
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),  # queries and keys have norms
     "longrope": LlamaConfig(**SHAPE, rope_parameters=LONGROPE),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(**SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2),
 }
 LENGTHS = (40, 30, 9, 5)
 
@@ -113,7 +117,8 @@ def error(gradients: Gradients, truth: Gradients) -> float:
     return squares / sum(float(g.square().sum()) for g in truth.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# In a mixture, what counts is the tokens that change their experts: 12 % whoever computes.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mixtral", "qwen3_moe")])
 def test_fused_step_rounds_no_more_than_the_modules(
     bases: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

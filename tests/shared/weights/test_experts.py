@@ -49,6 +49,27 @@ def test_an_expert_without_tokens_does_not_run(tmp_path: Path) -> None:
     assert ran == [0, 2]
 
 
+def test_padded_experts_compute_what_unpadded_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = saved(tmp_path, "mixtral", MIXTURES["mixtral"])
+    layer = experts.layers(loading.load_model(base, CPU, torch.float32).bfloat16())[0]
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(75, 64, generator=random).bfloat16().requires_grad_()
+    index = torch.rand(75, 4, generator=random).topk(2).indices
+    found = []
+    for size in (experts.padded_size, lambda n: n):
+        monkeypatch.setattr(experts, "padded_size", size)
+        x.grad = None
+        y = layer(x, index, torch.full((75, 2), 0.5))
+        y.square().sum().backward()
+        found.append(torch.cat([y.detach(), x.grad]))
+    assert torch.allclose(*found, atol=1e-2, rtol=1e-2)
+    monkeypatch.undo()
+    sizes = {n: experts.padded_size(n) for n in (0, 1, 2, 9, 33, 64, 65, 200)}
+    assert sizes == {0: 0, 1: 1, 2: 8, 9: 16, 33: 40, 64: 64, 65: 80, 200: 224}
+
+
 def test_mxfp4_is_dequantized_expert_by_expert(tmp_path: Path) -> None:
     base = saved(tmp_path, "gpt_oss", MIXTURES["gpt_oss"])
     tensors, random = load_file(base / SAFETENSORS), torch.Generator().manual_seed(1)
