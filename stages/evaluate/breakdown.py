@@ -99,18 +99,18 @@ def calls(row: Conversation, reference: str, reply: Reply) -> dict[str, bool] | 
     expected = row.messages[-1].get("tool_calls") if row.messages else None
     if not expected:
         return None
-    wanted, last = reference, row.messages[-1]
+    expected, last = reference, row.messages[-1]
     for text, is_thought in ((last.get("reasoning"), True), (last["content"], False)):
-        if text and text in wanted:
-            wanted = wanted[wanted.index(text) + len(text) :].lstrip()
-            close = _TAG.match(wanted) if is_thought else None
-            wanted = wanted[close.end() :].lstrip() if close else wanted
-    tag = _TAG.match(wanted)
-    at = reply.raw.find(tag[0] if tag else wanted[:1])
+        if text and text in expected:
+            expected = expected[expected.index(text) + len(text) :].lstrip()
+            close = _TAG.match(expected) if is_thought else None
+            expected = expected[close.end() :].lstrip() if close else expected
+    tag = _TAG.match(expected)
+    at = reply.raw.find(tag[0] if tag else expected[:1])
     found = reply.raw[at:] if at >= 0 else ""
     return {
-        "call_named": _canonical(found, names_only=True) == _canonical(wanted, names_only=True),
-        "call_exact": _canonical(found) == _canonical(wanted),
+        "call_named": _canonical(found, names_only=True) == _canonical(expected, names_only=True),
+        "call_exact": _canonical(found) == _canonical(expected),
     }
 
 

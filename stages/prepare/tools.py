@@ -18,8 +18,8 @@ def parse_tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
     lists = [loaded(fields[name]) for name in TOOLS if says(fields.get(name))]
     if not lists:
         return None
-    given = [value if isinstance(value, list) else [value] for value in lists]
-    tools = [[_tool(number, one) for number, one in enumerate(some, start=1)] for some in given]
+    values = [value if isinstance(value, list) else [value] for value in lists]
+    tools = [[_tool(number, one) for number, one in enumerate(some, start=1)] for some in values]
     if tools[0] != tools[-1]:
         raise RejectedRow("`tools` and `functions` differ; remove one")
     return tools[0]

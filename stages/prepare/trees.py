@@ -13,7 +13,7 @@ _TREE = {"text", "role", "replies", "rank", "lang", "deleted"}
 def paths(root: Any, *, every: bool) -> Iterator[list[dict[str, Any]]]:
     """Paths in OpenAI's form, best ranked replies first; without `every`, the first alone.
 
-    What a path shares with one before it has the weight 0: nothing is learnt twice.
+    What a path shares with one before it has the weight 0: nothing is trained on twice.
     """
     pending, before = [[_Node(root, 1)]], list[_Node]()
     while pending:

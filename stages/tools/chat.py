@@ -105,11 +105,11 @@ class Talk:
     def _reply(self, text: str) -> None:
         if self._replier is None:
             raise UserError("no model is loaded. Choose one: /variant merged")
-        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         most, temperature = self._options.max_new_tokens, self._options.temperature
-        reply = self._replier.reply(asked, most, _write, temperature)
+        reply = self._replier.reply(messages, most, _write, temperature)
         _write("\n" if reply.stopped else " […]\n")
-        self.messages = [*asked, {"role": "assistant", "content": reply.text}]
+        self.messages = [*messages, {"role": "assistant", "content": reply.text}]
 
 
 def _write(text: str) -> None:

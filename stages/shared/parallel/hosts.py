@@ -66,10 +66,10 @@ def open_store(timeout: timedelta) -> tuple[distributed.Store, int, int]:
     return distributed.PrefixStore(f"attempt {attempt}", store), rank, size
 
 
-def rank_from_leader(store: distributed.Store, rank: int, size: int, leads: bool) -> int:
-    """The rank of a process, counted from the first that `leads`, or from 0 where none does."""
-    store.set(f"qlora/leads/{rank}", str(int(leads)))
-    leading = [store.get(f"qlora/leads/{other}") == b"1" for other in range(size)]
+def rank_from_leader(store: distributed.Store, rank: int, size: int, launched: bool) -> int:
+    """The rank of a process, counted from the first that was `launched`, or else from 0."""
+    store.set(f"qlora/launched/{rank}", str(int(launched)))
+    leading = [store.get(f"qlora/launched/{other}") == b"1" for other in range(size)]
     return (rank - (leading.index(True) if any(leading) else 0)) % size
 
 

@@ -34,7 +34,7 @@ def joined(device: torch.device) -> Iterator[tuple[Group, torch.device] | None]:
             print(f"error: {one_line(hosts.GONE)}", file=stream)
 
     try:
-        with member(device.type, leads=False, lost=tell) as place:
+        with member(device.type, launched=False, lost=tell) as place:
             yield place
     except PeerLost:
         raise UserError(hosts.GONE) from None
@@ -44,13 +44,13 @@ def joined(device: torch.device) -> Iterator[tuple[Group, torch.device] | None]:
 
 @contextmanager
 def member(
-    device_type: str, *, leads: bool, lost: Callable[[], None] = lambda: None
+    device_type: str, *, launched: bool, lost: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Group, torch.device]]:
     """This process's group and device, by the environment that torch's agent gives it.
 
     Args:
         device_type: cpu or cuda.
-        leads: our launcher has started it: the first of these is the first of all.
+        launched: our launcher has started it: the first of these is the first of all.
         lost: called when another host is gone, before this process ends.
     """
     hosts.set_interface()
@@ -63,7 +63,7 @@ def member(
         torch.set_num_threads(max(1, share))
     with peers():
         store, first, size = hosts.open_store(PATIENCE)
-        rank = hosts.rank_from_leader(store, first, size, leads)
+        rank = hosts.rank_from_leader(store, first, size, launched)
         if rank > 0:  # one progress bar, one warning
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

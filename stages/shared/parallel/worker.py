@@ -40,7 +40,7 @@ def main() -> None:
 
     try:
         device_type, work, args = pickle.loads((folder / "job").read_bytes())  # noqa: S301
-        with member(device_type, leads=True) as (group, device):
+        with member(device_type, launched=True) as (group, device):
             answer = work(group, device, *args)
             if group.is_main:
                 _leave(folder, "answer", answer)

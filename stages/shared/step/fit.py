@@ -172,8 +172,8 @@ def more_devices(request: Request) -> str | None:
     """The least of two, four or eight GPUs that hold it, each with its part of the weights."""
     for count, words in MORE_DEVICES.items():
         wider = replace(request, shards=(count,))
-        apart = request.setup.device == "cuda" and request.setup.lora and count > request.shards[-1]
-        if apart and fits(wider, smallest(wider)):
+        frozen = request.setup.device == "cuda" and request.setup.lora
+        if frozen and count > request.shards[-1] and fits(wider, smallest(wider)):
             return words
     return None
 
