@@ -23,6 +23,7 @@ from stages.shared.core import machine
 from stages.shared.core.errors import reading
 from stages.shared.model import scoring
 from stages.shared.model.packing import read_examples, require_vocabulary
+from stages.shared.parallel import placement
 from stages.shared.parallel.group import Group
 from stages.shared.parallel.shards import Shards
 
@@ -34,6 +35,7 @@ def evaluate_on(
     group: Group, device: torch.device, sharded: bool, inputs: Inputs
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`evaluate` as one of the processes of `placement.compute`."""
+    placement.require_same(group, *inputs[1:5])
     return evaluate(*inputs, group=group, device=device, sharded=sharded)
 
 

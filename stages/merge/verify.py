@@ -131,6 +131,7 @@ def _share_of_agreement(
     saved: list[torch.Tensor] | None,
 ) -> Agreement:
     """The same by one of several processes, which share conversations and, `sharded`, weights."""
+    placement.require_same(group, merged, adapter, quantized)
 
     def computed(folder: Path, desc: str) -> list[torch.Tensor]:
         based_on = quantized if loading.is_adapter(folder) else folder

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import machine
 from stages.shared.parallel import launcher
@@ -19,6 +20,7 @@ from stages.shared.parallel.limits import GIB, total_memory_bytes
 # Memory of a model that computes, in sizes of its files: activations, logits and the cache of keys
 # and values are assumed to be a quarter.
 SIZES = 1.25
+HASHED_BYTES = 2**28  # of a larger file the size is compared
 Member = tuple[Group, torch.device]
 
 
@@ -74,3 +76,16 @@ def compute(
     if member:
         return work(*member, shards > 1, *args)
     return launcher.launch(shards, target, work, shards > 1, *args)
+
+
+def require_same(group: Group, *paths: Path) -> None:
+    """Refuse a process whose files are not the first one's: those of another host may differ."""
+    identity = {}
+    for path in paths if group.size > 1 else ():
+        some = sorted(path.rglob("*")) if path.is_dir() else [path]
+        sizes = {file: file.stat().st_size for file in some if file.is_file()}
+        identity[str(path)] = [
+            (file.name, files.sha256(file) if size <= HASHED_BYTES else size)
+            for file, size in sizes.items()
+        ]
+    group.require_same(identity)
