@@ -111,7 +111,10 @@ def row_of(event: str, work: Path) -> tuple[str, ...]:
         for path in ("prepared", "quantized", "tokenizer", "source.json"):
             space.link(f"{'data' if path == 'prepared' else 'models'}/{path}", work / path)
     with network():
-        running = {name: start(name, space) for name, space in clones.items()}
+        running = {"leader": start("leader", clones["leader"])}
+        while ":29500 " not in ip("netns", "exec", "leader", "ss", "-ltn"):
+            time.sleep(0.1)  # torchrun waits a minute for it
+        running["follower"] = start("follower", clones["follower"])
         if event != EVENTS[0]:
             happen(event, running, clones["leader"].root)
         happened, row = time.monotonic(), [event]
@@ -121,7 +124,7 @@ def row_of(event: str, work: Path) -> tuple[str, ...]:
             said = read(clones[name].root).replace("\r", "\n").splitlines()
             lines = [line for line in said if line.startswith(("error:", "stopped:"))]
             row += [f"{process.returncode}", f"{seconds:.0f} s", "; ".join(lines) or "nothing"]
-            print(row, flush=True)
+            print(row[-3:], flush=True)
         for name in HOSTS:
             lose(name)
     return tuple(row)

@@ -19,6 +19,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERVAL = 1.0  # seconds between two looks at the children
 PATIENCE = 10  # looks at which a child is stopped, and its parent is not: then it is killed
 
+_pipes: list[int] = []  # to the watchers of this process
+
 
 @contextmanager
 def watched(command: str) -> Iterator[None]:
@@ -32,13 +34,22 @@ def watched(command: str) -> Iterator[None]:
         _watch(parent, reader, command)
         os._exit(0)
     os.close(reader)
+    _pipes.append(writer)
     try:
         yield
     finally:
+        _pipes.remove(writer)
         with suppress(OSError), os.fdopen(writer, "wb", buffering=0) as pipe:
             pipe.write(b".")  # it may have been killed itself
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
+
+
+def dismiss() -> None:
+    """Send the watchers home: this process has said why it ends, and does so at once."""
+    for pipe in _pipes:
+        with suppress(OSError):
+            os.write(pipe, b".")
 
 
 def _watch(parent: int, reader: int, command: str) -> None:

@@ -18,6 +18,7 @@ from threading import Thread
 from torch import distributed
 
 from stages.shared.core.errors import UserError
+from stages.shared.core.watcher import dismiss
 
 LOST = 75  # exit status of a process whose peer is gone: the cause lies elsewhere
 GONE = (
@@ -143,4 +144,5 @@ class Heartbeat(Thread):
         except RuntimeError:  # the leader's store cannot be reached
             pass
         self._lost()
+        dismiss()
         os._exit(LOST)

@@ -87,14 +87,14 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
         finally:
             for process in _running(folder):
                 os.kill(process, signal.SIGKILL)
-        # The earliest error: those of the others, who wait in vain, come after it.
-        errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-        for file in (*errors, folder / "answer"):
-            if file.exists():
-                answer = pickle.loads(file.read_bytes())  # noqa: S301  (our own)
-                break
-        else:
-            answer = _ended(agent.failure, size, stop)
+            # The earliest error: those of the others, who wait in vain, come after it.
+            errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+            left = [*errors, *folder.glob("answer")]
+            if not left:
+                print(file=sys.stderr)  # ends the progress bar of one that was killed
+        answer: Any = _ended(agent.failure, size, stop)
+        if left:
+            answer = pickle.loads(left[0].read_bytes())  # noqa: S301  (our own)
     if isinstance(answer, Exception):
         raise answer
     return answer
