@@ -163,7 +163,7 @@ def test_shared_units_have_two_users_and_no_dead_file() -> None:
         assert len(users) >= 2, f"{unit.name} is used by {users or 'nobody'} alone"
 
 
-def test_no_stage_imports_torch_before_its_parameters_are_known_to_be_right() -> None:
+def test_no_stage_imports_torch_before_its_parameters_are_read() -> None:
     """Nor transformers: a mistake in params.yaml is told at once."""
     mains = [f"stages.{folder}.__main__" for folder in STAGE_FOLDERS]
     script = "\n".join(f"import {name}" for name in ["sys", *mains])
@@ -184,7 +184,7 @@ def test_parameters_are_the_sections_that_the_schema_names(stage: str) -> None:
     assert list(schema.model_fields) == sections(declared()[stage])
 
 
-def test_params_yaml_fits_every_schema_and_has_no_section_that_nobody_reads() -> None:
+def test_params_yaml_fits_every_schema_and_has_no_unread_section() -> None:
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     read = {section for stage in declared().values() for section in sections(stage)}
     assert set(values) == read

@@ -165,7 +165,7 @@ def test_another_model_leaves_the_raw_data_alone(change: Workspace) -> None:
     assert ran(change) == set(declared()) - {"fetch_data", "prepare", "plan"}
 
 
-def test_from_rank_8_to_16_and_back_trains_nothing_the_third_time(space: Workspace) -> None:
+def test_rank_8_to_16_and_back_trains_nothing_the_third_time(space: Workspace) -> None:
     assert not ran(space) & AFTER_TRAINING
     before = files.sha256(space.root / "models/adapter/adapter_model.safetensors")
     space.set_params({"lora.r": 16})
@@ -175,7 +175,7 @@ def test_from_rank_8_to_16_and_back_trains_nothing_the_third_time(space: Workspa
     assert files.sha256(space.root / "models/adapter/adapter_model.safetensors") == before
 
 
-def test_an_edit_marks_exactly_the_stages_that_declare_its_folder(space: Workspace) -> None:
+def test_an_edit_marks_the_stages_that_declare_its_folder(space: Workspace) -> None:
     users = {stage: declared_code(stage) for stage in declared()}
     originals = {
         source: source.read_text()

@@ -202,7 +202,7 @@ def test_max_rows_counts_conversations_that_are_accepted(stage: Stage) -> None:
     assert figures["beyond_max_rows"] + 5 == whole["train"]["conversations"]
 
 
-def test_max_rows_stops_reading_where_the_source_has_its_own_eval(
+def test_max_rows_stops_reading_where_there_is_an_eval_split(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "CHUNK_BYTES", 1)

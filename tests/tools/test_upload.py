@@ -72,7 +72,7 @@ def test_card_has_the_measured_results_and_a_snippet_that_runs(
     exec(code.replace('"me/tuned"', repr(str(folder))).replace("print(", "shown = str("), {})
 
 
-def test_adapter_names_its_base_on_the_hub_and_brings_the_tokenizer(space: Path) -> None:
+def test_adapter_names_its_base_and_brings_the_tokenizer(space: Path) -> None:
     folder, card = uploaded("me/tuned", "--what", "adapter")
     config = files.read_json(folder / "adapter_config.json")
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -135,7 +135,7 @@ def uninterrupted(
         pytest.param(Recipe, "evaluate", 2, 2, id="in the second evaluation"),
     ],
 )
-def test_a_signal_anywhere_stops_and_the_resumed_run_ends_in_the_same_bytes(
+def test_a_signal_anywhere_stops_and_resumes_to_the_same_bytes(
     uninterrupted: tuple[Path, Path, dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,
     owner: Any,

@@ -96,7 +96,7 @@ def test_encode_makes_no_control_token_of_a_message(
     assert not tokenizer.backend_tokenizer.encode_special_tokens
 
 
-def test_encode_ignores_a_control_token_across_the_edge_of_a_message() -> None:
+def test_encode_ignores_a_control_token_across_a_message_edge() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["four<|im"]})
     tokens = encoded(tokenizer, "chatml", [user("two"), assistant("four")])
@@ -117,7 +117,7 @@ def test_tokens_overlap_spans() -> None:
         assert tokens.overlap(spans).tolist() == [bool(x) for x in expected]
 
 
-def test_encode_ignores_truncation_and_padding_of_the_tokenizer_file() -> None:
+def test_encode_ignores_the_tokenizers_truncation_and_padding() -> None:
     careless = tiny.tokenizer()
     careless.backend_tokenizer.enable_truncation(max_length=3)
     careless.backend_tokenizer.enable_padding()

@@ -103,7 +103,7 @@ def _save_file() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is full")
 @pytest.mark.parametrize("write", [_torch_save, _save_file])
-def test_a_disk_that_fills_up_while_tensors_are_written_is_one_line(
+def test_a_disk_that_fills_up_under_tensors_is_one_line(
     write: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -79,7 +79,7 @@ def test_a_stage_sees_only_what_it_declares(
         params.load(TrainParams, "merge")
 
 
-def test_a_mistake_in_what_comes_later_is_told_before_hours_of_training(
+def test_a_mistake_in_a_later_section_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = workspace.make(tmp_path, {"merge.dtype": "bf61"})

@@ -8,7 +8,7 @@ from stages.shared.core import progress
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_what_a_block_makes_is_not_looked_at_and_the_collector_is_as_it_was(enabled: bool) -> None:
+def test_quick_imports_freeze_objects_and_restore_the_collector(enabled: bool) -> None:
     before, frozen = gc.isenabled(), gc.get_freeze_count()
     (gc.enable if enabled else gc.disable)()
     try:
