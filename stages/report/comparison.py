@@ -57,6 +57,18 @@ def language_tables(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, p
     return {LANGUAGES[k]: metrics_table({v: part[k] for v, part in parts.items()}) for k in common}
 
 
+def part_losses(evaluations: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Held-out loss (nats a token) of each source and role, where there are several, by variant."""
+    items = evaluations.items()
+    rows = {
+        f"{label} {name}": {v: (m.get(key) or {}).get(name, {}).get("loss") for v, m in items}
+        for key, label in (("by_source", "Source"), ("by_role", "Role"))
+        for names in [sorted({name for _, m in items for name in m.get(key) or {}})]
+        for name in (names if len(names) > 1 else ())
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").astype(float)
+
+
 def changes(table: pd.DataFrame) -> pd.DataFrame:
     """Differences of metrics (columns), later minus earlier, for each of `CHANGES` (rows)."""
     rows = {name: table.loc[new] - table.loc[old] for name, (new, old) in CHANGES.items()}

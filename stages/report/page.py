@@ -80,6 +80,7 @@ def context(sources: Sources) -> dict[str, Any]:
             language: part.to_dict("index")
             for language, part in comparison.language_tables(sources.evaluate).items()
         },
+        "part_losses": comparison.part_losses(sources.evaluate).to_dict("index"),
         "memory": memory.to_dict("index"),
         "memory_unit": memory.attrs["unit"],
         "cards": [column for column in memory if column not in ("peak", *PARTS)],

@@ -109,7 +109,9 @@ def contents() -> dict[str, Any]:
     }
     for variant in VARIANTS:
         by_language = {"en": metrics(variant), "other": metrics(variant)}
-        compared, rest = core_files.split(metrics(variant) | {"by_language": by_language}, COMPARED)
+        by_role = {role: {"loss": 1.5, "tokens": 90} for role in ("assistant", "user")}
+        parts = {"by_language": by_language, "by_role": by_role}
+        compared, rest = core_files.split(metrics(variant) | parts, COMPARED)
         files[f"reports/evaluate/{variant}.json"] = compared
         files[f"reports/details/evaluate/{variant}.json"] = rest
         files[f"reports/answers/{variant}.json"] = {

@@ -76,6 +76,14 @@ def test_noise_is_twice_the_standard_error_of_a_difference():
     assert noise["loss"] == 0
 
 
+def test_part_losses_are_of_several_sources_and_roles():
+    one = {"by_source": {"a": {"loss": 1}, "b": {"loss": 2}}, "by_role": {"user": {"loss": 3}}}
+    table = comparison.part_losses({"base": one, "merged": {}})
+    assert table["base"].to_dict() == {"Source a": 1, "Source b": 2}
+    assert table["merged"].isna().all()
+    assert comparison.part_losses({"base": {}}).empty
+
+
 def test_languages_without_rows_are_left_out():
     tables = comparison.language_tables({v: {"by_language": {"en": {"loss": 1}}} for v in "ab"})
     assert list(tables) == ["English"]

@@ -62,6 +62,7 @@ def parsed(source):
         "What merging cost merged − adapter +0.0625",
         "English Model",
         "Other languages Model",
+        "Role user 1.5000 1.5000 1.5000 1.5000",
         "QLoRA on 16 of 1,500 conversations",
         "of 64 generated replies, exact match of the 40 among them whose answer is known",
         "Technique peak, MB T4 16 GiB qlora nf4 0.0 ✓",
@@ -125,7 +126,7 @@ def test_page_spells_out_control_characters(tmp_path):
 
 def test_narrow_layout_has_a_heading_for_every_cell(source):
     tables = re.findall(r'<table class="wide">.*?</table>', page.html(source), flags=re.S)
-    assert len(tables) == 6
+    assert len(tables) == 7
     for table in tables:
         heads = re.findall(r"<th>([^<]*)</th>", table.partition("</thead>")[0])[1:]
         assert heads == re.findall(r'data-label="([^"]*)"', table)[: len(heads)]
