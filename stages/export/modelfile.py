@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from stages.export.architecture import Unsupported
 
@@ -25,15 +26,6 @@ class Literals:
     between: dict[tuple[str, str], str]
     prompt: str  # after the last message, before the reply
 
-    def render(self, messages: Messages) -> str:
-        """Text of a conversation up to the reply, as the Go template renders it."""
-        roles = ["", *(message["role"] for message in messages)]
-        parts = [
-            self.between.get((before, message["role"]), "") + message["content"]
-            for before, message in zip(roles, messages, strict=False)
-        ]
-        return "".join(parts) + self.prompt
-
 
 def literals(render: Callable[[Messages], str]) -> Literals:
     """Read the texts off a function that renders messages up to the reply.
@@ -43,7 +35,7 @@ def literals(render: Callable[[Messages], str]) -> Literals:
     """
     turns = ["user", "assistant", "user", "assistant", "user"]
     between: dict[tuple[str, str], str] = {}
-    prompt = None
+    prompts = set()
     for roles in (turns, turns[:1], ["system", *turns], ["system", "user"]):
         try:
             text = render([{"role": r, "content": f"\ue000{i}\ue001"} for i, r in enumerate(roles)])
@@ -51,16 +43,13 @@ def literals(render: Callable[[Messages], str]) -> Literals:
             if "system" in roles:
                 continue
             raise
-        parts = re.split("\ue000[0-9]+\ue001", text)
-        pairs = zip(["", *roles], roles, strict=False)
-        found = list(zip(pairs, parts, strict=False))
-        prompt = parts[-1] if prompt is None else prompt
-        if len(parts) != len(roles) + 1 or parts[-1] != prompt:
+        *parts, prompt = re.split("\ue000[0-9]+\ue001", text)
+        prompts.add(prompt)
+        pairs = zip(pairwise(["", *roles]), parts, strict=False)
+        same = all(between.setdefault(pair, part) == part for pair, part in pairs)
+        if not same or len(parts) != len(roles) or len(prompts) > 1:
             raise Unsupported("its chat template is none that Ollama's Modelfile can hold")
-        for pair, part in found:
-            if between.setdefault(pair, part) != part:
-                raise Unsupported("its chat template is none that Ollama's Modelfile can hold")
-    return Literals(between, prompt or "")
+    return Literals(between, prompts.pop())
 
 
 def go_template(texts: Literals) -> str:

@@ -53,7 +53,7 @@ def main(options: Namespace) -> None:
         server = Server(options.adapters, Path(folder))
         host, port = listening.getsockname()
         print(f"http://{host}:{port}/v1 serves {', '.join(server.names)}", flush=True)
-        web.run_app(server.app(), sock=listening, print=None)
+        web.run_app(server.app(), sock=listening, print=None, shutdown_timeout=1)
 
 
 def _refuse(status: int, message: str) -> web.Response:
@@ -140,14 +140,10 @@ class Server:
 
     def app(self) -> web.Application:
         """The application."""
-        app, self._closing = web.Application(), False
+        app = web.Application()
         app.router.add_get("/v1/models", self.models)
         app.router.add_post("/v1/chat/completions", self.complete)
-        app.on_shutdown.append(self._close)
         return app
-
-    async def _close(self, _: web.Application) -> None:
-        self._closing = True
 
     async def models(self, _: web.Request) -> web.Response:
         """The names that `model` may have."""
@@ -178,7 +174,7 @@ class Server:
 
         def on_text(text: str) -> None:  # on the model's thread; what it raises ends the reply
             pieces.append(text)
-            if self._closing or http.transport is None:
+            if http.transport is None:  # closed, by Ctrl-C too
                 raise ConnectionAbortedError
             if request.stream:
                 asyncio.run_coroutine_threadsafe(send({"content": text}), loop).result(TIMEOUT)
