@@ -43,10 +43,10 @@ class Vocabulary:
 
     def __init__(self, folder: Path) -> None:
         described = files.read_json(folder / "tokenizer.json")
-        self._added = described["added_tokens"]
-        self._pre_tokenizer = described.get("pre_tokenizer")
-        self._normalizer = described.get("normalizer")
-        self._model = described["model"]
+        self._added, self._model = described["added_tokens"], described["model"]
+        self._cuts = _parts(described.get("pre_tokenizer"), "pretokenizers")
+        normalizers = _parts(described.get("normalizer"), "normalizers")
+        self._normalizer = [part["type"] for part in normalizers]
         if self._model["type"] != "BPE":
             raise Unsupported(f"its tokenizer is {self._model['type']}, and not BPE")
         for token in self._added:
@@ -63,10 +63,9 @@ class Vocabulary:
             self.pre = self._byte_level_name()
 
     def _byte_level_name(self) -> str:
-        if _types(self._normalizer) not in ([], ["NFC"]):  # Qwen's; llama.cpp leaves it out
-            raise Unsupported(f"llama.cpp has no normalizer {', '.join(_types(self._normalizer))}")
-        steps = tuple(_step(step) for step in _parts(self._pre_tokenizer, "pretokenizers"))
-        name = _NAMES.get(steps)
+        if self._normalizer not in ([], ["NFC"]):  # Qwen's; llama.cpp leaves it out
+            raise Unsupported(f"llama.cpp has no normalizer {', '.join(self._normalizer)}")
+        name = _NAMES.get(tuple(map(_step, self._cuts)))
         ignores = bool(self._model.get("ignore_merges"))
         if name is None or ignores != (name in _IGNORE_MERGES):
             raise Unsupported("llama.cpp's name for the way its tokenizer cuts text is not known")
@@ -74,8 +73,7 @@ class Vocabulary:
 
     def _sentencepiece_prefix(self) -> bool:
         """Whether a space is put before a text that follows a control token, too."""
-        normalizer = _types(self._normalizer)
-        cuts = _parts(self._pre_tokenizer, "pretokenizers")
+        normalizer, cuts = self._normalizer, self._cuts
         if normalizer in (["Prepend", "Replace"], ["Replace"]) and not cuts:
             return normalizer[0] == "Prepend"
         if not normalizer and [cut["type"] for cut in cuts] == ["Metaspace"]:
@@ -150,10 +148,6 @@ def _parts(described: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     if described is None:
         return []
     return list(described[key]) if described["type"] == "Sequence" else [described]
-
-
-def _types(normalizer: dict[str, Any] | None) -> list[str]:
-    return [part["type"] for part in _parts(normalizer, "normalizers")]
 
 
 def _step(step: dict[str, Any]) -> tuple[str, Any]:

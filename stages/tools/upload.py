@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from stages.evaluate.__main__ import MODELS
 from stages.export.__main__ import EXPORTED
+from stages.export.config import Kind
 from stages.report import page, sources
 from stages.report.provenance import Origin, origin_of
 from stages.shared.core import files
@@ -26,20 +27,19 @@ from stages.shared.core.errors import UserError, run
 
 UPLOAD = Path("upload")
 SAMPLE = "data/sample"  # the project's own conversations
+WHAT = ["merged", "adapter", *(name for name in get_args(Kind) if not name.endswith("-lora"))]
 METRICS = ("loss", "perplexity", "bits_per_byte", "exact_match", "stop_rate")
-LLAMA = "Copyright © Meta Platforms, Inc. All Rights Reserved."
+META = "Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
 # What a base's licence wants to stand beside a model that is made of it.
 NOTICES = {
-    "llama2": f"Llama 2 is licensed under the LLAMA 2 Community License, {LLAMA}",
-    "llama3": "Built with Meta Llama 3. Meta Llama 3 is licensed under the Meta Llama 3 Community "
-    f"License, {LLAMA}",
-    **{
-        f"llama3.{minor}": f"Built with Llama. Llama 3.{minor} is licensed under the Llama "
-        f"3.{minor} Community License, {LLAMA}"
-        for minor in (1, 2, 3)
-    },
+    "llama2": f"Llama 2 is licensed under the LLAMA 2 {META}",
+    "llama3": f"Built with Meta Llama 3. Meta Llama 3 is licensed under the Meta Llama 3 {META}",
     "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms",
+}
+NOTICES |= {
+    f"llama3.{n}": f"Built with Llama. Llama 3.{n} is licensed under the Llama 3.{n} {META}"
+    for n in (1, 2, 3)
 }
 TALK = """messages = [{{"role": "user", "content": "What is 48 plus 17?"}}]
 print(chat(messages)[0]["generated_text"][-1]["content"])"""
@@ -61,7 +61,7 @@ chat = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretraine
 def add_options(parser: ArgumentParser) -> None:
     """Add the repository's name and the folder to upload."""
     parser.add_argument("repo", metavar="USER/NAME", help="of the repository on the hub")
-    parser.add_argument("--what", default="merged", help="merged, adapter, or an exported format")
+    parser.add_argument("--what", choices=WHAT, default="merged", help="or an exported format")
     parser.add_argument("--license", metavar="ID", help="of the base, as the hub spells it")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--push", action="store_true", help="send it; else it is only assembled")
@@ -83,8 +83,10 @@ def main(options: Namespace) -> None:
     target = UPLOAD / _name(options.repo)
     with files.whole_folder(target) as folder:
         library = assemble(folder, options.what, origin)
-        measured = source.export if library == "gguf" else source.evaluate
-        text = card(source, origin, options.repo, library, licence, measured[options.what])
+        measured = (source.export if library == "gguf" else source.evaluate).get(options.what)
+        if not measured:
+            raise UserError(f"reports: have no metrics of {options.what}. Run `dvc repro`.")
+        text = card(source, origin, options.repo, library, licence, measured)
         files.write_text(folder / "README.md", text)
         if licence in NOTICES:
             files.write_text(folder / "NOTICE", NOTICES[licence] + "\n")
@@ -96,9 +98,7 @@ def main(options: Namespace) -> None:
 
 def assemble(folder: Path, what: str, origin: Origin) -> str:
     """Link the files of a model or an adapter; returns the library that loads them."""
-    if what.endswith("-lora"):
-        raise UserError(f"--what: {what} has a base and an adapter. Upload the adapter.")
-    source = MODELS[what] if what in ("merged", "adapter") else EXPORTED / what
+    source = MODELS.get(what, EXPORTED / what)
     if not source.is_dir():
         raise UserError(f"{source}: not there. `dvc repro` writes it, if export.formats names it.")
     if source in MODELS.values():
