@@ -33,6 +33,7 @@ METRICS = Path("reports/evaluate")
 DETAILS = Path("reports/details/evaluate")
 KEYS = ("loss", "perplexity", "bits_per_byte", "tokens", "stop_rate", "exact_match")
 COMPARED = {*KEYS, *(f"by_language.{name}.{key}" for name in ("en", "other") for key in KEYS)}
+COMPARED |= {f"tool_calls.{name}" for name in ("rows", "name_match", "exact_match")}
 ANSWERS = Path("reports/answers")
 
 
