@@ -70,8 +70,8 @@ def _watch(parent: int, reader: int, command: str) -> None:
         why = "the kernel ran out of memory"
     elif limit != resource.RLIM_INFINITY:
         why = f"SIGKILL or a crash; `ulimit -v` allows it {limit / 2**30:.1f} GiB"
-    line = f"error: {command}: ended without a word ({why}). Free memory, and run it again."
-    print(line, file=sys.stderr, flush=True)
+    line = f"\nerror: {command}: ended without a word ({why}). Free memory, and run it again."
+    print(line, file=sys.stderr, flush=True)  # a progress bar may stand in the line before
 
 
 def _descendants(process: int) -> Iterator[int]:

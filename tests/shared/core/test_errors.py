@@ -194,9 +194,11 @@ run(main)
     ],
 )
 def test_every_end_is_told_in_one_line(space: Workspace, does: str, code: int, told: str) -> None:
-    done = space.run(sys.executable, "-c", ENDS.replace("{}", does))
+    bar = "print('bar', end='', file=sys.stderr, flush=True)" if code < 0 else "None"
+    done = space.run(sys.executable, "-c", ENDS.replace("{}", f"{bar}; {does}"))
     assert done.returncode == code, done.stderr
-    [line] = done.stderr.splitlines()
+    *_, line = done.stderr.splitlines()
+    assert len(done.stderr.splitlines()) == (2 if code < 0 else 1)
     assert line.startswith(told)
 
 
