@@ -14,6 +14,7 @@ from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate, evaluate_adapters
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
+from stages.shared.model import loading
 from stages.tools import chat
 from stages.tools.replies import Replier
 from tests import tiny
@@ -73,6 +74,10 @@ def test_adapters_of_experiments_come_from_the_cache(tmp_path: Path) -> None:
     assert fetch("workspace", tmp_path)[0] == Path("models/adapter")
     here = files.sha256(Path("models/adapter/adapter_model.safetensors"))
     assert here == tensors[NAMES[-1]]
+    for name, commit in zip(("a/b", "a-b"), NAMES, strict=True):  # no folder of one is the other's
+        git("tag", name, commit)
+    found = [fetch(name, tmp_path)[0] / "adapter_model.safetensors" for name in ("a/b", "a-b")]
+    assert [files.sha256(path) for path in found] == [*tensors.values()]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +188,22 @@ def test_ctrl_c_in_a_reply_forgets_the_turn(
     _, told = talk(monkeypatch, capsys, "What is 1?\nWhat is 2?\n")
     assert calls == [1, 1]
     assert told[1] == "(stopped; this turn is forgotten)"
+
+
+def test_ctrl_c_while_a_model_loads_keeps_the_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    load = loading.load_adapted
+
+    def interrupted(folder: Path, *rest: Any) -> Any:
+        if folder.name == "base":
+            raise KeyboardInterrupt
+        return load(folder, *rest)
+
+    monkeypatch.setattr(loading, "load_adapted", interrupted)
+    _, told = talk(monkeypatch, capsys, "/variant base\nHi\n/variant merged\n")
+    forgotten, none = "(stopped; this turn is forgotten)", "(no model is loaded. Choose one: "
+    assert told == ["(merged)", forgotten, f"{none}/variant merged)", "(merged)"]
 
 
 def test_conversation_beyond_the_positions_is_told(

@@ -138,10 +138,13 @@ def test_client_that_hangs_up_ends_its_reply(server: serve.Server) -> None:
     assert talk(server, script) == 200
 
 
-def test_busy_port_is_told_before_the_model_is_loaded() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+def test_what_cannot_be_served_is_told_before_loading(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port: 127.0.0.1:{port}: Address already in use"):
-            serve.main(Namespace(adapters=[], host="127.0.0.1", port=port))
+        for number, reason in ((port, "Address already in use"), (99999, "port must be 0-65535")):
+            with pytest.raises(
+                UserError, match=f"--port: 127.0.0.1:{number}: .*{reason}\\. Choose"
+            ):
+                serve.main(Namespace(adapters=[], host="127.0.0.1", port=number))
+    with pytest.raises(UserError, match="base: names the model without an adapter"):
+        serve.Server(["base"], tmp_path)
