@@ -150,8 +150,10 @@ class Shards:
         slot, shard = index % 2, self._blocks[index].shard
         if self._held[slot] != index:
             self._wait(slot)
-            self.buffers[slot].untyped_storage().resize_(self.buffers[slot].nbytes)
-            whole = self.buffers[slot][: len(shard) * self._size]
+            buffer = self.buffers[slot]
+            if not buffer.untyped_storage().nbytes():  # resizing to the same size would copy
+                buffer.untyped_storage().resize_(buffer.nbytes)
+            whole = buffer[: len(shard) * self._size]
             self._pending[slot] = distributed.all_gather_single(whole, shard, async_op=True)
             self._held[slot] = index
 
