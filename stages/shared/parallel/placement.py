@@ -48,8 +48,10 @@ def shards_for(folder: Path, target: torch.device, member: Member | None = None)
     whole = requested.shard == "false"
     if not member and (whole or (requested.shard == "auto" and target.type == "cpu")):
         return 1
-    devices = device_count(target, requested.devices) * requested.nodes
-    devices = member[0].size if member else devices
+    if member:
+        devices = member[0].size
+    else:
+        devices = device_count(target, requested.devices) * requested.nodes
     room = total_memory_bytes(target.type)
     parts = 1 if requested.shard == "auto" and SIZES * size <= room else devices
     parts = 1 if whole else parts
