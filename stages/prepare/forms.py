@@ -43,6 +43,7 @@ _RENAMES = {
     **dict.fromkeys(("conversation", "dialogue", "dialog", "chat", "items"), "messages"),
     "context": "input",
 }
+_HAS_ROLE = re.compile(r'"(?:role|from)"\s*:')
 # Turns that another template has rendered, which are no plain text.
 _RENDERED = re.compile(
     r"<\|(?:im_start|start_header_id|user|assistant|start)\|>|<start_of_turn>|\[INST\]"
@@ -119,15 +120,15 @@ def _paths(
 
 def _loaded(fields: dict[str, Any]) -> dict[str, Any]:
     """Prompt and completion that are JSON text of messages or of a tree, as CSV has them."""
-    texts = {name: fields.get(name) for name in _PAIRS[1]}
-    some = {n: loaded(t) for n, t in texts.items() if isinstance(t, str) and t.lstrip()[:1] in "[{"}
-    return {
-        name: value
-        for name, value in some.items()
-        if (one := value[0] if isinstance(value, list) and value else value)
-        and isinstance(one, dict)
-        and {"role", "from"} & one.keys()
-    }
+    found = {}
+    for name in _PAIRS[1]:
+        text = fields.get(name)
+        if isinstance(text, str) and text.lstrip()[:1] in ("[", "{") and _HAS_ROLE.search(text):
+            value = loaded(text)
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(first, dict) and not first.keys().isdisjoint({"role", "from"}):
+                found[name] = value
+    return found
 
 
 def _mapped(
