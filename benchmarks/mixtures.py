@@ -2,7 +2,8 @@
 
 Random models, steps in turn in one process, medians. `ours`: this project on NF4, and in bf16.
 `library`: the fused experts of transformers in bf16, with the adapter that peft makes of
-`all-linear`. `dense`: this project on NF4, a Qwen3 with as many parameters as a token uses.
+`all-linear`: on the router too, and of twice the rank where gate and up are one; it dequantizes
+nothing. `dense`: this project on NF4, a Qwen3 with as many parameters as a token uses.
 """
 
 import gc
@@ -124,7 +125,7 @@ def compare(name: str, lengths: tuple[int, ...], rounds: int) -> list[dict[str, 
 def add_options(parser: ArgumentParser) -> None:
     """Arguments of the command line."""
     parser.add_argument("--rounds", type=int, default=3, help="measured steps of each")
-    parser.add_argument("--tokens", type=int, default=256, help="of two conversations together")
+    parser.add_argument("--tokens", type=int, default=1024, help="of two conversations together")
     parser.add_argument("--only", choices=SIZES, help="one size")
 
 
