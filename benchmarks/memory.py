@@ -34,6 +34,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from benchmarks import processes
@@ -87,6 +88,9 @@ MODELS: dict[str, PretrainedConfig] = {
     "Mixtral": MixtralConfig(**shape(192, 384, 4, 6, 2, 3000), num_local_experts=4),
     "Gemma": GemmaConfig(**shape(192, 768, 5, 4, 1, 3000), head_dim=64),
     "Qwen3": Qwen3Config(**shape(192, 384, 4, 6, 2, 3000), head_dim=32),
+    "Qwen3-MoE": Qwen3MoeConfig(
+        **shape(192, 384, 3, 6, 2, 3000), head_dim=32, num_experts=4, num_experts_per_tok=2
+    ),
 }
 SHORT, MIDDLE, LONG = (32, 16), (90, 40, 120), (300, 200, 100)
 # Mistral-7B in NF4 (double) on an H200, torch 2.11, one conversation: tokens, rank, checkpointed,
