@@ -75,7 +75,7 @@ def prepare(
         metrics |= {"mix": mixture.draw(splits["train"], parameters)} if parameters.mix else {}
         metrics |= {str(split): file.figures() for split, file in splits.items()}
         metrics |= {"template": parameters.template} | encoder.figures()
-        limits.require_splits(metrics, splitter)
+        limits.require_splits(metrics, splitter, rejections.first)
         if model is not None:
             longest = max(file.longest for file in splits.values())
             limits.require_fit(model, parameters, longest, max(f.last_id for f in splits.values()))

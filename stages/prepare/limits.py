@@ -45,8 +45,11 @@ def require_rows(
     )
 
 
-def require_splits(metrics: Mapping[str, Any], splitter: Splitter) -> None:
-    """Refuse an empty split."""
+def require_splits(
+    metrics: Mapping[str, Any], splitter: Splitter, first: Mapping[str, str]
+) -> None:
+    """Refuse an empty split; `first` locates the first rejected row of each reason."""
+    reason = "".join(f" ({why}, {where})" for why, where in [*first.items()][:1])
     for split in SPLITS:
         if metrics[split]["conversations"]:
             continue
@@ -59,9 +62,9 @@ def require_splits(metrics: Mapping[str, Any], splitter: Splitter) -> None:
                 f"Make {_FOLDER}."
             )
         raise UserError(
-            f"{split} split is empty: of {metrics['rows_in']} rows {metrics['rejected']} rejected, "
-            f"{metrics['duplicates']} duplicates, {metrics['leaked']} begin like one of eval. "
-            f"{remedy}"
+            f"{split} split is empty: of {metrics['rows_in']} rows {metrics['rejected']} rejected"
+            f"{reason}, {metrics['duplicates']} duplicates, {metrics['leaked']} begin like one of "
+            f"eval. {remedy}"
         )
 
 
