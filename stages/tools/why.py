@@ -10,7 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.shared.core.errors import run
+from stages.shared.core.errors import reading, run
 
 PARAMS = "params.yaml"
 SHOWN = 3
@@ -70,8 +70,8 @@ def main() -> None:
     from dvc.repo import Repo  # noqa: PLC0415  (half a second that --help need not pay)
 
     yaml, lock = YAML(typ="safe"), Path("dvc.lock")
-    locked = (yaml.load(lock) or {}).get("stages", {}) if lock.exists() else {}
-    with Repo() as repo:
+    with reading("dvc.yaml or dvc.lock", "Restore it by git."), Repo() as repo:
+        locked = (yaml.load(lock) or {}).get("stages", {}) if lock.exists() else {}
         found = reasons(repo.status(), locked, yaml.load(Path(PARAMS)))
     for stage, reason in found.items():
         print(f"{stage}\t{reason}")

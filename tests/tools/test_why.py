@@ -47,3 +47,11 @@ def test_make_repro_says_why_a_stage_runs(tmp_path: Path) -> None:
         check=True,
     )
     assert shown.stdout == "[1/2] train (params lora.r)\n[2/2] merge\n"
+
+
+def test_damaged_dvc_lock_is_one_line(tmp_path: Path) -> None:
+    space = workspace.make(tmp_path)
+    (tmp_path / "dvc.lock").write_text("a: [")
+    done = space.stage("tools.why")
+    [line] = done.stderr.splitlines()
+    assert (done.returncode, line[:30]) == (1, "error: dvc.yaml or dvc.lock: c")
