@@ -26,7 +26,7 @@ LONG = [row("two plus " * 99 + str(i)) for i in range(20)]
         (LONG, None, {}, "= 64 (20, first my/train.jsonl:1). Change prepare.max_length."),
         ([*ROWS[:3], *LONG], None, {}, "Change prepare.max_length."),
         ([{"prompt": "two"}], None, {}, "no known form in prompt"),
-        (LONG, None, {"max_rejected": 1.0}, "split is empty: of 20 rows 20 rejected (no supervised token within"),
+        (LONG, None, {"max_rejected": 1.0}, "of 20 rows 20 rejected (no supervised token"),
         (ROWS[:1], None, {}, "Add conversations, change prepare.eval_fraction, or"),
         ([row("same", str(i)) for i in range(9)], None, {}, "the split goes by the first message. "
          "Make data.path a folder with train.jsonl and eval.jsonl."),
