@@ -97,7 +97,10 @@ class Server:
                 raise UserError(f"{BASE}: names the model without an adapter. `git tag` another.")
             adapters[name], formats[name] = fetch(name, folder)
             require_adapter(name, adapters[name])
-            if files.read_json(adapters[name] / "adapter_config.json").get("bias") != "none":
+            if (
+                files.read_json(adapters[name] / "adapter_config.json").get("bias", "none")
+                != "none"
+            ):
                 raise UserError(f"{name}: trained the base's biases. Serve its merged model alone.")
         device, source = machine.device(), QUANTIZED if experiments else MODELS[MERGED]
         dtype = loading.compute_dtype(source, device)
