@@ -121,28 +121,31 @@ class Heartbeat(Thread):
     def __init__(self, rank: int, size: int, lost: Callable[[], None]) -> None:
         super().__init__(daemon=True)
         self._rank, self._size, self._lost = rank, size, lost
+        self._answered = time.monotonic()
 
     def run(self) -> None:
         """Until the process ends, or another host is gone: then end it."""
-        heard: dict[int, tuple[int, float]] = {}
-        try:
-            patience = timedelta(seconds=SILENT_SECONDS)
-            store, *_ = open_store(patience)
-            store.set_timeout(patience)
-            while True:
-                store.add(f"qlora/beats/{self._rank}", 1)
-                for other in range(self._size) if self._rank == 0 else ():
-                    beats = store.add(f"qlora/beats/{other}", 0)
-                    if heard.get(other, (0, 0.0))[0] != beats:
-                        heard[other] = beats, time.monotonic()
-                    elif beats and time.monotonic() - heard[other][1] > SILENT_SECONDS:
-                        break
-                else:
-                    time.sleep(BEAT_SECONDS)
-                    continue
-                break
-        except RuntimeError:  # the leader's store cannot be reached
-            pass
+        Thread(target=self._beat, daemon=True).start()
+        while time.monotonic() - self._answered < SILENT_SECONDS:
+            time.sleep(1)
         self._lost()
         dismiss()
         os._exit(LOST)
+
+    def _beat(self) -> None:
+        """Count up while all others do; a call waits without end where the network is cut."""
+        heard: dict[int, tuple[int, float]] = {}
+        with suppress(RuntimeError):  # the leader's store cannot be reached
+            store, *_ = open_store(timedelta(seconds=SILENT_SECONDS))
+            while True:
+                store.add(f"qlora/beats/{self._rank}", 1)
+                now = self._answered = time.monotonic()
+                for other in range(self._size) if self._rank == 0 else ():
+                    beats = store.add(f"qlora/beats/{other}", 0)
+                    if heard.get(other, (0, 0.0))[0] != beats:
+                        heard[other] = beats, now
+                silent = [other for other, (_, at) in heard.items() if now - at > SILENT_SECONDS]
+                if silent:
+                    break
+                time.sleep(BEAT_SECONDS)
+        self._answered = -SILENT_SECONDS
