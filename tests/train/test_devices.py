@@ -45,7 +45,9 @@ def train(group: Group, root: Path, inputs: dict[str, Path]) -> tuple[list[float
         plan = make_plan(params, inputs["model"], data.train, data.held_out, before)
         where = (plan, checkpoints, checkpoint) if group.is_main else ()
         result = devices.train_on(group, torch.device("cpu"), params, inputs, data, {}, *where)
-        losses = [result.history.rows[step]["loss"] for step in range(1, 7)]
+        rows = result.history.rows
+        losses = [rows[step]["loss"] for step in range(1, 7)]
+        losses += [rows[step]["eval_loss"] for step in (0, 3, 6)]
         return losses, result.metrics["resumed_from_step"]
 
 
