@@ -40,8 +40,6 @@ class Conversation:
     """Messages with their context, or a plain text without messages."""
 
     messages: list[Message]  # the last is a reply
-    # Other paths of a tree, best first; what they share with one before has the weight 0.
-    branches: list[list[Message]] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None  # OpenAI's function schemas, at least one
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template
     text: str | None = None  # continued pre-training: no messages, all supervised
@@ -51,6 +49,8 @@ class Conversation:
     form: str | None = None  # of the row
     dropped_turn: bool = False  # turns at the end without a reply were dropped
     unknown: list[str] = field(default_factory=list)  # unread fields; `messages.<field>`
+    # Other paths of a tree, best first; what they share with one before has the weight 0.
+    branches: list[list[Message]] = field(default_factory=list)
 
 
 def normalize(content: str) -> str:
