@@ -49,7 +49,7 @@ def dismiss() -> None:
     """Send the watchers home: this process has said why it ends, and does so at once."""
     for pipe in _pipes:
         with suppress(OSError):
-            os.write(pipe, b".")
+            os.writev(pipe, [b"."])
 
 
 def _watch(parent: int, reader: int, command: str) -> None:
