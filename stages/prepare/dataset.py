@@ -1,7 +1,7 @@
 """Train and eval Parquet files of raw rows: encoded chunk by chunk, split, written."""
 
 import os
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,6 @@ def prepare(
         for split in sorted(sources):  # eval first: it decides what leaks
             forms: dict[int, str] = {}
             chunks = encode_file(sources[split].path, processes, str(tokenizer), parameters)
-            stack.enter_context(closing(chunks))  # an error here ends the processes at once
             for encoded, read_bytes in chunks:
                 some = _reject_stray_text(encoded, sources[split], forms, parameters)
                 rows, has_own_eval = _with_source(some, sources[split])

@@ -1,13 +1,11 @@
-"""Raw lines as encoded rows, in worker processes; the rows do not depend on how many there are."""
+"""Raw lines as encoded rows, by `datasets`; they do not depend on the number of processes."""
 
 import ctypes
 import os
 import signal
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from functools import lru_cache, partial
-from multiprocessing import get_context
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from stages.prepare.config import Prepare
 from stages.prepare.forms import parse
 from stages.prepare.loss_mask import Example, ExampleEncoder
 from stages.prepare.output import FIGURES, SCHEMA
-from stages.prepare.rows import Line, parse_line, read_chunks, require_length
+from stages.prepare.rows import parse_line, read_chunks, require_length
 from stages.prepare.splitting import digest_of, is_held_out
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import (
@@ -47,73 +45,73 @@ ENCODED = pa.schema(
 )
 CHUNK_BYTES = 8 << 20
 BYTES_PER_PROCESS = 1 << 20  # at least
-BATCH_ROWS = 250
+BATCH_ROWS = 1000
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _prctl = ctypes.CDLL(None).prctl
 
 
 def encode_file(
     path: Path, processes: int, tokenizer: str, parameters: Prepare
-) -> Generator[tuple[pa.Table, int]]:
+) -> Iterator[tuple[pa.Table, int]]:
     """Encode a file chunk by chunk: a table of `ENCODED` and the bytes read for it, each time."""
-    encode = partial(encode_rows, tokenizer=tokenizer, parameters=parameters)
-    workers = min(processes, path.stat().st_size // BYTES_PER_PROCESS)
-    with _workers(workers) as run:
-        begun: tuple[Iterable[pa.Table], int] | None = None
-        for lines, size in read_chunks(path, CHUNK_BYTES, parameters.max_row_bytes):
-            batches = [lines[i : i + BATCH_ROWS] for i in range(0, len(lines), BATCH_ROWS)]
-            encoded = run(encode, batches)  # while the chunk before it is written
-            if begun:
-                yield pa.concat_tables(begun[0]), begun[1]
-            begun = encoded, size
-        if begun:
-            yield pa.concat_tables(begun[0]), begun[1]
+    # Imported late: the tokenizer's module must switch the hub off first.
+    from datasets import Dataset, Features, disable_progress_bars  # noqa: PLC0415
+
+    disable_progress_bars()
+    for lines, size in read_chunks(path, CHUNK_BYTES, parameters.max_row_bytes):
+        workers = min(processes, size // BYTES_PER_PROCESS)
+        with _signals_deferred() if workers > 1 else nullcontext():
+            encoded = Dataset(lines).with_format("arrow").map(
+                encode_rows,
+                batched=True,
+                batch_size=BATCH_ROWS,
+                features=Features.from_arrow_schema(ENCODED),
+                remove_columns=lines.column_names,
+                fn_kwargs={"tokenizer": tokenizer, "parameters": parameters},
+                num_proc=workers if workers > 1 else None,
+                keep_in_memory=True,
+                new_fingerprint="encoded",  # no hash of the function and its arguments
+            )
+        yield encoded[:], size
 
 
-@contextmanager
-def _workers(count: int) -> Iterator[Any]:
-    """A `map` over forked processes, which inherit the encoder and end with the parent."""
-    if count < 2:
-        yield map
-        return
-    pool = ProcessPoolExecutor(count, get_context("fork"), _begin_worker, (os.getpid(),))
-    try:
-        with _signals_deferred():
-            pool.submit(int)  # starts all
-        yield pool.map
-    finally:
-        with _signals_deferred():
-            pool.shutdown(cancel_futures=True)
+_deferring = False
+
+
+def _end_with_the_parent() -> None:
+    if _deferring:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=_end_with_the_parent)
 
 
 @contextmanager
 def _signals_deferred() -> Iterator[None]:
-    """Defer signals: an exception while a pool begins or ends leaves its processes behind."""
+    """Defer signals: an exception while `multiprocess` forks or joins leaves orphans."""
+    global _deferring  # noqa: PLW0603  (a fork has no other way to know)
     caught: list[int] = []
     numbers = [n for n in watcher.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before = [signal.signal(number, lambda got, _: caught.append(got)) for number in numbers]
+    _deferring = True
     try:
         yield
     finally:
+        _deferring = False
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
         if caught:
             signal.raise_signal(caught[0])
 
 
-def _begin_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def encode_rows(lines: list[Line], tokenizer: str, parameters: Prepare) -> pa.Table:
-    """Parse, render and encode lines: a table of `ENCODED`, rows for each non-blank line."""
+def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Table:
+    """Parse, render and encode a table of `LINES`: of `ENCODED`, rows for each non-blank line."""
     encoder = make_encoder(tokenizer, parameters)
-    parsed = {line: _parse(row, parameters) for line, row in lines if row.strip()}
+    pairs = zip(lines["line"].to_pylist(), lines["row"].to_pylist(), strict=True)
+    parsed = {line: _parse(row, parameters) for line, row in pairs if row.strip()}
     conversations = [one for one in parsed.values() if isinstance(one, Conversation)]
     encoded = iter(encoder.encode_conversations(conversations))
     rows: list[dict[str, Any]] = []

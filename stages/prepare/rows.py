@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel
 
 from stages.shared.chat.conversation import RejectedRow
@@ -16,7 +17,8 @@ from stages.shared.core import files
 from stages.shared.core.errors import UserError, reading
 from stages.shared.data.encoding import encoding_of
 
-Line = tuple[int, bytes]  # its number from 1, and its bytes
+# A line's number from 1, and its bytes.
+LINES = pa.schema({"line": pa.int64(), "row": pa.binary()})
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 
@@ -84,23 +86,23 @@ def find_sources(folder: Path) -> dict[Split, Source]:
     }
 
 
-def read_chunks(path: Path, max_bytes: int, max_row_bytes: int) -> Iterator[tuple[list[Line], int]]:
-    """Read a file's lines, in chunks that end with the first past `max_bytes`, and their bytes.
+def read_chunks(path: Path, max_bytes: int, max_row_bytes: int) -> Iterator[tuple[pa.Table, int]]:
+    """Read a file's `LINES`, in chunks that end with the first past `max_bytes`, and their bytes.
 
     Of a row that is too long the first bytes are read, one more than `max_row_bytes`.
     """
-    number, lines, begin = 0, list[Line](), 0
+    number, lines, begin = 0, list[dict[str, Any]](), 0
     with path.open("rb") as file:
         while row := file.readline(max_row_bytes + 1):
             rest, number = row, number + 1
             while len(row) > max_row_bytes and rest and not rest.endswith(b"\n"):
                 rest = file.readline(1 << 20)
-            lines.append((number, row))
+            lines.append({"line": number, "row": row})
             if (end := file.tell()) - begin >= max_bytes:
-                yield lines, end - begin
+                yield pa.Table.from_pylist(lines, LINES), end - begin
                 lines, begin = [], end
         if lines:
-            yield lines, file.tell() - begin
+            yield pa.Table.from_pylist(lines, LINES), file.tell() - begin
 
 
 def require_length(row: bytes, max_row_bytes: int) -> None:

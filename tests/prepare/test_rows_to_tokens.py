@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -145,8 +146,8 @@ def test_tokens_are_what_the_row_says(tmp_path: Path, name: str) -> None:
         rows = [source.row() for _ in range(25)]
         settings = {"template": template, "train_on": train_on, "max_length": max_length}
         lines = [json.dumps(row).encode() for row, _ in rows]
-        numbered = [*enumerate(lines)]
-        encoded = encode_rows(numbered, str(tmp_path), Prepare(**(DEFAULTS | settings)))
+        table = pa.table({"line": range(len(lines)), "row": lines})
+        encoded = encode_rows(table, str(tmp_path), Prepare(**(DEFAULTS | settings)))
         form = templates.make(template, tokenizer).format()
         for (row, turns), columns in zip(rows, encoded.to_pylist(), strict=True):
             count["rejected"] += bool(columns["reason"])
