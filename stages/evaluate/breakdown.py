@@ -96,8 +96,7 @@ def calls(row: Conversation, reference: str, reply: Reply) -> dict[str, bool] | 
     Arguments are compared as JSON, so white space and the order of keys make no difference, and
     what is said before the calls makes none either.
     """
-    expected = row.messages[-1].get("tool_calls") if row.messages else None
-    if not expected:
+    if not row.messages or not row.messages[-1].get("tool_calls"):
         return None
     expected, last = reference, row.messages[-1]
     for text, is_thought in ((last.get("reasoning"), True), (last["content"], False)):

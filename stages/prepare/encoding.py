@@ -61,16 +61,20 @@ def encode_file(
     for lines, size in read_chunks(path, CHUNK_BYTES, parameters.max_row_bytes):
         workers = min(processes, size // BYTES_PER_PROCESS)
         with _signals_deferred() if workers > 1 else nullcontext():
-            encoded = Dataset(lines).with_format("arrow").map(
-                encode_rows,
-                batched=True,
-                batch_size=BATCH_ROWS,
-                features=Features.from_arrow_schema(ENCODED),
-                remove_columns=lines.column_names,
-                fn_kwargs={"tokenizer": tokenizer, "parameters": parameters},
-                num_proc=workers if workers > 1 else None,
-                keep_in_memory=True,
-                new_fingerprint="encoded",  # no hash of the function and its arguments
+            encoded = (
+                Dataset(lines)
+                .with_format("arrow")
+                .map(
+                    encode_rows,
+                    batched=True,
+                    batch_size=BATCH_ROWS,
+                    features=Features.from_arrow_schema(ENCODED),
+                    remove_columns=lines.column_names,
+                    fn_kwargs={"tokenizer": tokenizer, "parameters": parameters},
+                    num_proc=workers if workers > 1 else None,
+                    keep_in_memory=True,
+                    new_fingerprint="encoded",  # no hash of the function and its arguments
+                )
             )
         yield encoded[:], size
 

@@ -110,8 +110,8 @@ def contents() -> dict[str, Any]:
     for variant in VARIANTS:
         by_language = {"en": metrics(variant), "other": metrics(variant)}
         by_role = {role: {"loss": 1.5, "tokens": 90} for role in ("assistant", "user")}
-        parts = {"by_language": by_language, "by_role": by_role}
-        compared, rest = core_files.split(metrics(variant) | parts, COMPARED)
+        divided: dict[str, Any] = {"by_language": by_language, "by_role": by_role}
+        compared, rest = core_files.split(metrics(variant) | divided, COMPARED)
         files[f"reports/evaluate/{variant}.json"] = compared
         files[f"reports/details/evaluate/{variant}.json"] = rest
         files[f"reports/answers/{variant}.json"] = {

@@ -46,8 +46,6 @@ class Conversation:
     answer: str | None = None  # the short answer that the last reply comes to
     language: str | None = None
     source: str | None = None  # where a training has several
-    # Other paths of a tree, best first; what they share with one before has the weight 0.
-    branches: list[list[Message]] = field(default_factory=list)
     form: str | None = None  # of the row
     dropped_turn: bool = False  # turns at the end without a reply were dropped
     unknown: list[str] = field(default_factory=list)  # unread fields; `messages.<field>`

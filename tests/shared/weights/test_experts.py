@@ -57,14 +57,15 @@ def test_padded_experts_compute_what_unpadded_do(
     random = torch.Generator().manual_seed(1)
     x = torch.randn(75, 64, generator=random).bfloat16().requires_grad_()
     index = torch.rand(75, 4, generator=random).topk(2).indices
-    found = []
+    results = list[torch.Tensor]()
     for size in (experts.padded_size, lambda n: n):
         monkeypatch.setattr(experts, "padded_size", size)
         x.grad = None
         y = layer(x, index, torch.full((75, 2), 0.5))
         y.square().sum().backward()
-        found.append(torch.cat([y.detach(), x.grad]))
-    assert torch.allclose(*found, atol=1e-2, rtol=1e-2)
+        assert x.grad is not None
+        results.append(torch.cat([y.detach(), x.grad]))
+    assert torch.allclose(results[0], results[1], atol=1e-2, rtol=1e-2)
     monkeypatch.undo()
     sizes = {n: experts.padded_size(n) for n in (0, 1, 2, 9, 33, 64, 65, 200)}
     assert sizes == {0: 0, 1: 1, 2: 8, 9: 16, 33: 40, 64: 64, 65: 80, 200: 224}
