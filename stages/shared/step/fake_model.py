@@ -142,4 +142,5 @@ def _int8(layer: nn.Linear) -> Linear8bitLt:
     made = Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device=META)
     codes = torch.empty(layer.weight.shape, dtype=torch.int8, device=META)
     made.weight = Int8Params(codes, requires_grad=False)
+    made.weight.SCB = torch.empty(layer.out_features, device=META)  # DoRA's norms are of weights
     return made

@@ -109,6 +109,22 @@ def test_scoring_full_weights_copies_them(work: Path) -> None:
     assert rounded.parts["workspace"] >= 2 * parameters > exact.parts["workspace"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_dora_is_counted_in_every_precision(work: Path, device: str) -> None:
+    config = work / "config.json"
+    memory.MODELS["whole heads"].save_pretrained(work)
+    with StepCounter(config) as counter:
+        for precision in ("nf4", "int8", "bf16"):
+            plain, dora = (
+                counter.predict(
+                    TrainingSetup(precision, LORA | {"dora": dora}, device=device),
+                    MicroBatch((90, 40), 60),
+                )
+                for dora in (False, True)
+            )
+            assert dora.total_bytes > plain.total_bytes
+
+
 def test_answers_are_kept_by_config_setup_and_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
