@@ -34,24 +34,10 @@ $(VENV)/.ready: requirements.lock
 	@$(call install,$(VENV)/bin/python,--requirement requirements.lock,$(VENV))
 	@touch $@
 
-# One line a stage instead of DVC's four, and none of its advice on what to type. WHY has the reasons
-# of stages that have changed themselves, by stages/tools/why.py; the others follow those.
-define PROGRESS
-BEGIN { for (i = split(ENVIRON["WHY"], lines, "\n"); i; i--) { split(lines[i], part, "\t"); why[part[1]] = " (" part[2] ")" } }
-/^Running stage / { printf "[%d/%d] %s%s\n", ++n, of, $$2, why[$$2]; fflush(); next }
-/^Stage .* skipping$$/ { printf "[%d/%d] %s: unchanged\n", ++n, of, $$2; next }
-/^Stage .* is cached/ { printf "[%d/%d] %s: restored from the run cache\n", ++n, of, $$2; next }
-/^(> python|Updating lock file|To track|To enable|\tgit add|\tdvc config|Use `dvc push`|$$)/ { next }
-{ print; fflush() }
-endef
-export PROGRESS
-
 repro: $(VENV)/.ready  ## run the pipeline: what changed, and what depends on it
 	@echo "The embedded default takes 6 minutes on two cores, 13 to 22 on a CPU without bf16. Stopped, it resumes."
 	@$(ENV) python -m stages.tools.check
-	@set -o pipefail; stages=$$($(ENV) dvc stage list --name-only | wc -l); \
-	  export WHY=$$($(ENV) python -m stages.tools.why); \
-	  $(ENV) dvc repro | awk -F "'" -v of="$$stages" "$$PROGRESS"
+	@$(ENV) python -m stages.tools.repro
 	@echo; echo "Next: . $(VENV)/bin/activate"
 	@echo "      xdg-open reports/report.html"
 	@echo "      make chat                      # talk to the tuned model"

@@ -1,13 +1,14 @@
 """What `make repro` says of each stage before it runs it."""
 
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from stages.tools.why import reasons
+from stages.tools.repro import reasons, shorten
 from tests import workspace
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_reason_names_the_keys_and_files_that_changed() -> None:
@@ -31,27 +32,48 @@ def test_reason_names_the_keys_and_files_that_changed() -> None:
     }
 
 
-def test_make_repro_says_why_a_stage_runs(tmp_path: Path) -> None:
+def test_each_stage_has_a_line() -> None:
+    lines = [
+        "Running stage 'train':",
+        "> python -m stages.train",
+        "",
+        "error: of the stage",
+        "Running stage 'merge':",
+        "Stage 'plan' didn't change, skipping",
+        "Stage 'report' is cached - skipping run, checking out outputs",
+        "Use `dvc push` to send your updates to remote storage.",
+    ]
+    assert [*shorten(lines, 4, {"train": "params lora.r", "plan": "x"})] == [
+        "[1/4] train (params lora.r)",
+        "error: of the stage",
+        "[2/4] merge",
+        "[3/4] plan: unchanged",
+        "[4/4] report: restored from the run cache",
+    ]
+
+
+def test_repro_says_at_once_what_runs_and_ends_as_dvc_does(tmp_path: Path) -> None:
     space = workspace.make(tmp_path)
-    done = space.run("python", "-m", "stages.tools.why")
-    assert done.returncode == 0, done.stderr
-    assert "train\tnot run before\n" in done.stdout
-    makefile = (ROOT / "Makefile").read_text()
-    awk = makefile.partition("define PROGRESS\n")[2].partition("endef")[0].replace("$$", "$")
-    shown = subprocess.run(
-        ["awk", "-F", "'", "-v", "of=2", awk],
-        input="Running stage 'train':\n> python -m stages.train\nRunning stage 'merge':\n",
-        env={"WHY": "train\tparams lora.r\nplan\tx"},
-        capture_output=True,
+    (tmp_path / "dvc.yaml").write_text("stages:\n  slow:\n    cmd: sleep 60\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "stages.tools.repro"],
+        cwd=space.root,
+        env=space.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=True,
-    )
-    assert shown.stdout == "[1/2] train (params lora.r)\n[2/2] merge\n"
+        start_new_session=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "[1/1] slow (not run before)\n"
+        os.killpg(running.pid, signal.SIGINT)
+        running.communicate(timeout=30)
+    assert running.returncode > 0
 
 
 def test_damaged_dvc_lock_is_one_line(tmp_path: Path) -> None:
     space = workspace.make(tmp_path)
     (tmp_path / "dvc.lock").write_text("a: [")
-    done = space.stage("tools.why")
+    done = space.stage("tools.repro")
     [line] = done.stderr.splitlines()
     assert (done.returncode, line[:30]) == (1, "error: dvc.yaml or dvc.lock: c")

@@ -1,10 +1,14 @@
-"""Why `dvc repro` would run a stage, for `make repro`: a line for each that has changed itself.
+"""`dvc repro` with a line a stage: which of how many it is, and why it runs.
 
 Reads:  dvc.yaml, dvc.lock, params.yaml
-Run:    python -m stages.tools.why
+Run:    python -m stages.tools.repro
 """
 
-from collections.abc import Iterator, Mapping
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,15 @@ from stages.shared.core.errors import reading, run
 
 PARAMS = "params.yaml"
 SHOWN = 3
+_ENDINGS = {
+    re.compile(r"Running stage '(.+)':"): "{reason}",
+    re.compile(r"Stage '(.+)' didn't change, skipping"): ": unchanged",
+    re.compile(r"Stage '(.+)' is cached"): ": restored from the run cache",
+}
+# What to type is said once, at the end.
+_ADVICE = re.compile(
+    r"> python|Updating lock file|To (track|enable)|\t(git add|dvc config)|Use `dvc push|$"
+)
 
 
 def reasons(
@@ -65,16 +78,42 @@ def _listed(what: str, names: list[str]) -> Iterator[str]:
         yield f"{what} {', '.join(names[:SHOWN])}{more}"
 
 
+def shorten(lines: Iterable[str], count: int, why: Mapping[str, str]) -> Iterator[str]:
+    """DVC's lines, one for each of `count` stages instead of four.
+
+    A stage that has no reason in `why` follows those before it.
+    """
+    number = 0
+    for line in lines:
+        for pattern, ending in _ENDINGS.items():
+            if match := pattern.match(line):
+                number += 1
+                reason = f" ({why[match[1]]})" if match[1] in why else ""
+                yield f"[{number}/{count}] {match[1]}{ending.format(reason=reason)}"
+                break
+        else:
+            if not _ADVICE.match(line):
+                yield line
+
+
 def main() -> None:
-    """Print the reasons."""
+    """Run `dvc repro`; its exit code is this one's."""
     from dvc.repo import Repo  # noqa: PLC0415  (half a second that --help need not pay)
 
     yaml, lock = YAML(typ="safe"), Path("dvc.lock")
     with reading("dvc.yaml or dvc.lock", "Restore it by git."), Repo() as repo:
         locked = (yaml.load(lock) or {}).get("stages", {}) if lock.exists() else {}
-        found = reasons(repo.status(), locked, yaml.load(Path(PARAMS)))
-    for stage, reason in found.items():
-        print(f"{stage}\t{reason}")
+        why = reasons(repo.status(), locked, yaml.load(Path(PARAMS)))
+        count = len(repo.index.stages)
+    command = [sys.executable, "-m", "dvc", "repro"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dvc:  # noqa: S603
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # DVC and its stage hear the terminal's
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: dvc.send_signal(number))
+        assert dvc.stdout is not None
+        for line in shorten(map(str.rstrip, dvc.stdout), count, why):
+            print(line, flush=True)
+    sys.exit(dvc.returncode)
 
 
 if __name__ == "__main__":
