@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_scoring_full_weights_copies_them(work: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_dora_is_counted_in_every_precision(work: Path, device: str) -> None:
+def test_dora_is_counted_in_every_precision(work: Path, device: Literal["cpu", "cuda"]) -> None:
     config = work / "config.json"
     memory.MODELS["whole heads"].save_pretrained(work)
     with StepCounter(config) as counter:
