@@ -97,20 +97,19 @@ class Server:
                 raise UserError(f"{BASE}: names the model without an adapter. `git tag` another.")
             adapters[name], formats[name] = fetch(name, folder)
             require_adapter(name, adapters[name])
-            if (
-                files.read_json(adapters[name] / "adapter_config.json").get("bias", "none")
-                != "none"
-            ):
+            config = files.read_json(adapters[name] / "adapter_config.json")
+            if config.get("bias", "none") != "none":
                 raise UserError(f"{name}: trained the base's biases. Serve its merged model alone.")
         device, source = machine.device(), QUANTIZED if experiments else MODELS[MERGED]
         dtype = loading.compute_dtype(source, device)
         self._model: Any = loading.load_model(source, device)
         self._adapters: dict[str, str] = {}  # peft's name by the experiment's
         for number, (name, adapter) in enumerate(adapters.items()):
-            self._adapters[name] = f"adapter{number}" if number else "default"
-            if not number:
+            if number == 0:
+                self._adapters[name] = "default"
                 self._model = loading.attach(self._model, adapter)
                 continue
+            self._adapters[name] = f"adapter{number}"
             result = self._model.load_adapter(adapter, adapter_name=self._adapters[name])
             if result.unexpected_keys or result.missing_keys:
                 raise UserError(f"{name}: its tensors do not fit the base. Serve it alone.")
