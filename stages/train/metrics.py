@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.shared.step import targets
-from stages.shared.step.fused import liger
+from stages.shared.step.fused import gpu
 from stages.shared.weights import experts
 from stages.train import execution
 
@@ -20,7 +20,7 @@ def metrics_of(training: "Recipe") -> dict[str, Any]:
     loss = history.train_loss(history.best_step, training.schedule.per_epoch)
     path = f"stock: {plan.unfused_because}"
     if plan.fused:
-        path = "fused, liger-kernel" if liger.covers(plan.device) else "fused"
+        path = "fused, liger-kernel" if gpu.uses_liger(plan.device) else "fused"
     return {
         "trainable_parameters": training.trainable_parameters,
         **_mixture(training),

@@ -13,7 +13,7 @@ from torch import nn
 from stages.shared.model import attention, packing
 from stages.shared.model.packing import Example
 from stages.shared.step.fake_model import CPU
-from stages.shared.step.fused import cross_entropy, gpu, liger, lora
+from stages.shared.step.fused import cross_entropy, gpu, lora
 from stages.shared.step.fused import patch as fused_patch
 from stages.shared.step.setup import TrainingSetup
 from stages.shared.weights import bnb, experts
@@ -49,7 +49,7 @@ def without_values(
             (bnb.autograd, "MatMul8bitFp", bnb.autograd.MatMul8bitLt),
             (gpu, "on_gpu", lambda _: True),
             (gpu, "kernels", lambda: SimpleNamespace(**_KERNELS)),
-            (liger, "covers", lambda _: False),
+            (gpu, "uses_liger", lambda _: False),
             (attention, "has_kernel", lambda *_: dtype != torch.float32),
             (attention, "to_device", to_device),
             (fused_patch, "dequantize_absmax", lambda _: None),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, silu
 
-from stages.shared.step.fused import gpu, liger, mlp, qkv, rms_norm
+from stages.shared.step.fused import gpu, mlp, qkv, rms_norm
 from stages.shared.weights.bnb import dequantize_4bit, quantize_4bit
 
 pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
@@ -129,7 +129,7 @@ def test_liger_equals_torch(
         monkeypatch.setattr(liger_rms_norm, "rsqrt", lambda x: language.rsqrt(x))  # noqa: PLW0108
     results = []
     for covered in (False, True):
-        monkeypatch.setattr(liger, "covers", lambda _, covered=covered: covered)
+        monkeypatch.setattr(gpu, "uses_liger", lambda _, covered=covered: covered)
         results.append(compute(dtype))
     for expected, result in zip(*results, strict=True):
         assert_close(result, expected)

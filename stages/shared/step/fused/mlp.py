@@ -1,6 +1,6 @@
-"""RMSNorm and SwiGLU MLP of a block as one function.
+"""SwiGLU MLP as one function: a block's, with RMSNorm and residual, or an expert's.
 
-    y = x + down(silu(gate(n))·up(n)),  n = norm(x)
+    y = x + down(silu(gate(n))·up(n)),  n = norm(x)         an expert: y = down(…), n = x
 
 Saved are x, gate and up; everything between them and y is computed again in the backward pass.
 
@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import silu
 
-from stages.shared.step.fused import gpu, liger
+from stages.shared.step.fused import gpu
 from stages.shared.step.fused.lora import Gradients, LoraLinears, lora_weights
 from stages.shared.step.fused.rms_norm import (
     recompute_rms_norm,
@@ -31,50 +31,62 @@ def swiglu_mlp(norm: nn.Module, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor
     return _MLP.apply(x, norm, layers, *lora_weights(*layers))
 
 
+def expert_mlp(expert: Any, x: torch.Tensor) -> torch.Tensor:
+    """Output [tokens, width] of an `experts.Expert` for x [tokens, width], routed to it."""
+    layers: Any = tuple(getattr(expert, name) for name in expert.names)
+    return _MLP.apply(x, None, layers, *lora_weights(*layers))
+
+
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, norm: Any, layers: Sequence[LoraLayer], *lora: torch.Tensor
     ) -> torch.Tensor:
         ctx.norm, ctx.layers, ctx.dtype = norm, layers, precision.matmul_dtype(x)
-        normed, rstd = rms_norm_forward(x, norm.weight, norm.variance_epsilon)
-        gate_up, down = linears(layers, lora, ctx.dtype)
+        normed, rstd, residual = x, None, None
+        if norm is not None:
+            normed, rstd = rms_norm_forward(x, norm.weight, norm.variance_epsilon)
+            residual = x.to(ctx.dtype)
+        gate_up, down = _linears(layers, lora, ctx.dtype)
         (gate, up), x_a = gate_up.matmul_lora(normed.to(ctx.dtype))
         del normed
-        (y,), down_x_a = down.matmul_lora(swiglu(gate, up), x.to(ctx.dtype))
+        (y,), down_x_a = down.matmul_lora(swiglu(gate, up), residual)
         ctx.save_for_backward(x, rstd, gate, up, x_a, down_x_a, *lora)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Gradients:
         x, rstd, gate, up, x_a, down_x_a, *lora = ctx.saved_tensors
-        weight, epsilon = ctx.norm.weight, ctx.norm.variance_epsilon
-        gate_up, down = linears(ctx.layers, lora, ctx.dtype)
+        norm, normed = ctx.norm, x
+        gate_up, down = _linears(ctx.layers, lora, ctx.dtype)
         # First of all: its fp32 temporaries would be the peak beside the gradients of gate and up.
-        normed = recompute_rms_norm(x, rstd, weight, epsilon).to(ctx.dtype)
-        dys, down_gradients = down_backward(down, dy, gate, up, down_x_a)
+        if norm is not None:
+            normed = recompute_rms_norm(x, rstd, norm.weight, norm.variance_epsilon)
+        normed = normed.to(ctx.dtype)
+        dys, down_gradients = _down_backward(down, dy.to(ctx.dtype), gate, up, down_x_a)
         dy_b = gate_up.dy_b(dys)
         gate_up_gradients = gate_up.lora_gradients(dys, normed, x_a, dy_b)
         del normed
-        dnormed = gate_up.input_gradient(dys, dy_b)
+        dx = gate_up.input_gradient(dys, dy_b)
         dys.clear()
-        dx = rms_norm_backward(dnormed, x, rstd, weight).add_(dy)
+        if norm is not None:
+            dx = rms_norm_backward(dx, x, rstd, norm.weight).add_(dy)
         return dx, None, None, *gate_up_gradients, *down_gradients
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate)·up."""
-    return liger.swiglu(gate, up) if liger.covers(gate.device) else silu(gate).mul_(up)
+    return gpu.swiglu(gate, up) if gpu.uses_liger(gate.device) else silu(gate).mul_(up)
 
 
-def linears(
+def _linears(
     layers: Sequence[LoraLayer], lora: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> tuple[LoraLinears, LoraLinears]:
     """Gate and up, which share an input, and down."""
     return LoraLinears(layers[:2], lora[:4], dtype), LoraLinears(layers[2:], lora[4:], dtype)
 
 
-def down_backward(
+def _down_backward(
     down: LoraLinears, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, x_a: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """∂gate and ∂up; and ∂A and ∂B of `down`. Overwrites gate and up on a GPU."""

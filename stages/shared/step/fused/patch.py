@@ -17,9 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stages.shared.model import attention, packing
 from stages.shared.model.packing import Packed, may_pack
 from stages.shared.step.fused.cross_entropy import linear_cross_entropy
-from stages.shared.step.fused.expert import expert_mlp
 from stages.shared.step.fused.lora import dequantize_absmax
-from stages.shared.step.fused.mlp import swiglu_mlp
+from stages.shared.step.fused.mlp import expert_mlp, swiglu_mlp
 from stages.shared.step.fused.qkv import apply_rope, o_proj, qkv
 from stages.shared.step.fused.rms_norm import rms_norm
 from stages.shared.weights import experts, precision

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from stages.shared.step.fused import liger
+from stages.shared.step.fused import gpu
 from stages.shared.step.fused.lora import Gradients, LoraLinears, lora_weights
 from stages.shared.step.fused.rms_norm import (
     recompute_rms_norm,
@@ -54,8 +54,8 @@ def apply_rope_qk(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RoPE of queries and keys, by one kernel where liger-kernel covers the device."""
-    if liger.covers(query.device):
-        return liger.apply_rope_qk(query, key, cos, sin)
+    if gpu.uses_liger(query.device):
+        return gpu.apply_rope_qk(query, key, cos, sin)
     return apply_rope(query, cos, sin), apply_rope(key, cos, sin)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.shared.step.fused import liger
+from stages.shared.step.fused import gpu
 
 
 def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -25,8 +25,8 @@ def rms_norm_forward(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y, in the dtype of x, and ρ, in fp32 [..., 1]."""
-    if liger.covers(x.device):
-        return liger.rms_norm_forward(x, weight, epsilon)
+    if gpu.uses_liger(x.device):
+        return gpu.rms_norm_forward(x, weight, epsilon)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(epsilon))
     return _scale(x, rstd, weight), rstd
@@ -36,8 +36,8 @@ def recompute_rms_norm(
     x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
     """`y` again, in the backward pass."""
-    if liger.covers(x.device):
-        return liger.rms_norm_forward(x, weight, epsilon)[0]
+    if gpu.uses_liger(x.device):
+        return gpu.rms_norm_forward(x, weight, epsilon)[0]
     return _scale(x, rstd, weight)
 
 
@@ -45,8 +45,8 @@ def rms_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """∂x, in the dtype of x."""
-    if liger.covers(x.device):
-        return liger.rms_norm_backward(dy, x, rstd, weight)
+    if gpu.uses_liger(x.device):
+        return gpu.rms_norm_backward(dy, x, rstd, weight)
     normed = x * rstd  # in fp32, as ρ is
     g = (dy * weight).float()
     mean = (g * normed).mean(-1, keepdim=True)
