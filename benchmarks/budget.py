@@ -17,7 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.common import ROOT, machine, publish
-from stages.shared.core.errors import UserError, run
+from stages.shared.core.command import run
+from stages.shared.core.errors import UserError
 
 VARIANTS = ("base", "quantized", "adapter", "merged")
 # Seconds on two idle cores with bf16, and the stages that share them, in the order of their run.

@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from benchmarks.common import BASE, ROOT, machine, publish, workspace
-from stages.shared.core.errors import run
+from stages.shared.core.command import run
 
 PAGE = ROOT / "docs/clusters.md"
 STEPS = 16

@@ -10,7 +10,7 @@ from benchmarks.memory import Setting
 from stages.plan.data import Data
 from stages.plan.figures import operations
 from stages.plan.sources import CONFIGS
-from stages.shared.core.errors import run
+from stages.shared.core.command import run
 from stages.shared.step.count import StepCounter
 
 PAGE = ROOT / "docs/clusters.md"

@@ -35,8 +35,9 @@ from transformers import (
 )
 
 from benchmarks.common import ROOT, Workspace, machine, publish, workspace
-from stages.shared.core import progress
-from stages.shared.core.errors import UserError, run
+from stages.shared.core import display
+from stages.shared.core.command import run
+from stages.shared.core.errors import UserError
 
 CONFIGS = ROOT / "stages/plan/configs"
 BATCH, STEPS = 16, 8  # conversations a step; steps of a measured run
@@ -94,7 +95,7 @@ def training(work: Workspace, options: Namespace, peers: dict[str, str]) -> pd.D
     peer_settings = [(1, True)] if options.budget else [(wide, False), (wide, True)]
     settings: list[tuple[str, Any]] = [("ours", None), *product(peers, peer_settings)]
     rows = []
-    with progress.bar(total=len(settings), desc=options.model, unit="setting") as bar:
+    with display.bar(total=len(settings), desc=options.model, unit="setting") as bar:
         for who, setting in settings:
             rows.append({"who": who} | row_of(work, options, who, setting, peers.get(who, "")))
             bar.update()

@@ -17,7 +17,8 @@ import pandas as pd
 
 from benchmarks.common import ROOT, Workspace, publish
 from stages.shared.core import files
-from stages.shared.core.errors import UserError, run
+from stages.shared.core.command import run
+from stages.shared.core.errors import UserError
 from tests import tiny
 
 HOSTS = {"leader": "10.77.0.1", "follower": "10.77.0.2"}

@@ -42,8 +42,8 @@ from benchmarks.common import BASE, MEMORY_PAGE, machine, publish
 from stages.plan.sources import CONFIGS
 from stages.quantize.config import Quantize
 from stages.quantize.convert import convert
-from stages.shared.core import progress
-from stages.shared.core.errors import run
+from stages.shared.core import display
+from stages.shared.core.command import run
 from stages.shared.model import loading, packing
 from stages.shared.model.packing import Example
 from stages.shared.parallel.group import Group
@@ -308,7 +308,7 @@ def measure_steps() -> None:
     with (
         tempfile.TemporaryDirectory() as work,
         StepCounter(CONFIGS / "Llama-3-8B.json"),  # one process counts for all
-        progress.bar(total=len(steps), desc="memory", unit="step") as bar,
+        display.bar(total=len(steps), desc="memory", unit="step") as bar,
     ):
         for name, setting in steps:
             base = Path(work) / name

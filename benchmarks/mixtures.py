@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config, Qw
 from benchmarks.common import machine, publish
 from benchmarks.memory import Setting, micro_batch, random_base
 from stages.quantize.convert import convert
-from stages.shared.core.errors import run
+from stages.shared.core.command import run
 from stages.shared.model import packing
 from stages.shared.step import adapter, gradient
 from stages.shared.step.fused.patch import fuse

@@ -20,7 +20,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from benchmarks.common import ROOT, Usage, Workspace, machine, publish, workspace
-from stages.shared.core.errors import UserError, run
+from stages.shared.core.command import run
+from stages.shared.core.errors import UserError
 
 SAMPLE = ROOT / "data/sample/conversations.jsonl"
 PEERS = {"datasets.map": None, "datasets.map, 2 processes": 2}

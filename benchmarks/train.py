@@ -23,8 +23,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from benchmarks.common import ROOT, Workspace, machine, publish, workspace
-from stages.shared.core import files, progress
-from stages.shared.core.errors import UserError, run
+from stages.shared.core import display, files
+from stages.shared.core.command import run
+from stages.shared.core.errors import UserError
 
 SOURCES = {
     "sample": ROOT / "data/sample/conversations.jsonl",
@@ -97,7 +98,7 @@ def compare(name: str, work: Workspace, steps: int, rounds: int) -> pd.DataFrame
         measured.append({k: metrics[k] for k in keys} | {"who": who, "mode": mode, "of": share})
         return measured[-1]
 
-    with progress.bar(total=len(MICRO_BATCHES) + 2 * rounds, desc=name, unit="run") as bar:
+    with display.bar(total=len(MICRO_BATCHES) + 2 * rounds, desc=name, unit="run") as bar:
         for size in MICRO_BATCHES:
             measure("trl", size)
             bar.update()

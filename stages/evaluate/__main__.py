@@ -16,8 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stages.evaluate.config import Params
-from stages.shared.core import files, params, progress
-from stages.shared.core.errors import UserError, run
+from stages.shared.core import files, params
+from stages.shared.core.command import quick_imports, run
+from stages.shared.core.errors import UserError
 from stages.shared.core.machine import device
 
 PREPARED = Path("data/prepared")
@@ -52,7 +53,7 @@ def main(options: Namespace) -> None:
     variant = options.variant
     settings = params.load(Params, f"evaluate@{variant}")
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
-    with progress.quick_imports():
+    with quick_imports():
         from stages.evaluate.evaluate import evaluate_on  # noqa: PLC0415
         from stages.shared.parallel import placement  # noqa: PLC0415
         from stages.shared.parallel.member import joined  # noqa: PLC0415
@@ -73,7 +74,7 @@ def main(options: Namespace) -> None:
 def print_adapters(experiments: list[str]) -> None:
     """Evaluate the adapters of experiments together, and print their metrics."""
     settings = params.load(Params, "evaluate@adapter").evaluate
-    with progress.quick_imports():
+    with quick_imports():
         from stages.evaluate.adapters import fetch, require_adapter  # noqa: PLC0415
         from stages.evaluate.evaluate import evaluate_adapters  # noqa: PLC0415
         from stages.shared.chat.templates import read_format  # noqa: PLC0415

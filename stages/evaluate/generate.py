@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from stages.shared.core import progress
+from stages.shared.core import display
 from stages.shared.model.loading import without_adapter
 from stages.shared.model.packing import has_length_dependent_rope
 from stages.shared.parallel.group import Group
@@ -100,7 +100,7 @@ def generate(
         own = groups[group.rank :: group.size]
         groups = own + groups[:1] * (batches - len(own))  # once more, to the same replies
     total = len(groups) * max_new_tokens
-    with progress.bar(total=total, desc="answers", unit="batch-token") as bar:
+    with display.bar(total=total, desc="answers", unit="batch-token") as bar:
         for done, batch in enumerate(groups, start=1):
             width = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), width), stop_ids[0], device=device)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from stages.export.config import VLLM_RANKS, Kind, Params
-from stages.shared.core import files, params, progress
-from stages.shared.core.errors import run
+from stages.shared.core import files, params
+from stages.shared.core.command import quick_imports, run
 
 MERGED = Path("models/merged")
 ADAPTER = Path("models/adapter")
@@ -31,7 +31,7 @@ def main() -> None:
     with files.whole_folder(EXPORTED) as partial:
         if formats:
             # Imported late: errors in params.yaml are reported before the seconds torch takes.
-            with progress.quick_imports():
+            with quick_imports():
                 from stages.export.export import export  # noqa: PLC0415
 
             metrics = export(formats, MERGED, ADAPTER, QUANTIZED, PREPARED, partial)

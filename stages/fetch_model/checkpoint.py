@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from stages.shared.core import files, progress
-from stages.shared.core.display import panics_untold
+from stages.shared.core import display, files
+from stages.shared.core.bounds import panics_untold
 from stages.shared.core.errors import UserError, reading
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move:
         files.write_json(base / INDEX, index)
     if not move:
         files.require_space(base, index["metadata"]["total_size"], f"a copy of {name}")
-    with progress.bar(total=len(weights), desc="weights", unit="file") as bar:
+    with display.bar(total=len(weights), desc="weights", unit="file") as bar:
         for file in weights:
             (shutil.move if move else shutil.copyfile)(source / file, base / file)
             bar.update()

@@ -9,8 +9,8 @@ Run:    python -m stages.merge
 from pathlib import Path
 
 from stages.merge.config import Params
-from stages.shared.core import files, params, progress
-from stages.shared.core.errors import run
+from stages.shared.core import files, params
+from stages.shared.core.command import quick_imports, run
 from stages.shared.core.machine import device
 
 ADAPTER = Path("models/adapter")
@@ -28,7 +28,7 @@ def main() -> None:
     """Run the stage."""
     settings = params.load(Params, "merge")
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
-    with progress.quick_imports():
+    with quick_imports():
         from stages.merge.merge import follow, merge  # noqa: PLC0415
         from stages.shared.parallel.member import joined  # noqa: PLC0415
 

@@ -22,8 +22,9 @@ import yaml
 from stages.plan import sources
 from stages.plan.config import Params, Tried
 from stages.plan.data import data_of
-from stages.shared.core import files, params, progress
-from stages.shared.core.errors import UserError, run
+from stages.shared.core import files, params
+from stages.shared.core.command import quick_imports, run
+from stages.shared.core.errors import UserError
 
 COUNTS = Path("reports/prepare.json")
 PLAN = Path("reports/plan.json")
@@ -80,7 +81,7 @@ def main(options: Namespace) -> None:
     config = sources.config_path(options.model)
     counts = data_of(options.max_length, values.train.batch_size, COUNTS)
     # Imported late: a mistake in params.yaml is reported before the seconds that these take.
-    with progress.quick_imports():
+    with quick_imports():
         from stages.plan import charts, figures, tables  # noqa: PLC0415
         from stages.shared.step.count import StepCounter  # noqa: PLC0415
 

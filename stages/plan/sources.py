@@ -36,8 +36,8 @@ def _of_hub(name: str, commit: str | None) -> Path:
     """Download one file into the user's cache and print its commit."""
     from huggingface_hub import hf_hub_download  # noqa: PLC0415  (half a second)
 
-    from stages.shared.hub.repository import Repository  # noqa: PLC0415  (imports the client)
-    from stages.shared.hub.responses import one_line_errors  # noqa: PLC0415
+    # Imported late, with the hub's client.
+    from stages.shared.hub.repository import Repository, one_line_errors  # noqa: PLC0415
 
     revision = commit or "main"
     repository = Repository("model", name, revision)

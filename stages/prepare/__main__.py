@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.prepare.config import Params
 from stages.shared.core import files, params
-from stages.shared.core.errors import run
+from stages.shared.core.command import run
 
 RAW = Path("data/raw")
 TOKENIZER = Path("models/tokenizer")

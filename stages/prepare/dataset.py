@@ -18,7 +18,7 @@ from stages.prepare.mix import Mixture
 from stages.prepare.output import SCHEMA, Rejections, SplitFile, Tally
 from stages.prepare.rows import SPLITS, Source, Split, find_sources
 from stages.prepare.splitting import Splitter
-from stages.shared.core import files, progress
+from stages.shared.core import display, files
 
 
 def prepare(
@@ -50,7 +50,7 @@ def prepare(
             stack.callback(stored.unlink, missing_ok=True)
             targets["train"] = mixture = Mixture(stored, parameters.mix)
         size = sum(source.path.stat().st_size for source in sources.values())
-        bar = stack.enter_context(progress.bar(total=size, desc="prepare", unit="B"))
+        bar = stack.enter_context(display.bar(total=size, desc="prepare", unit="B"))
         for split in sorted(sources):  # eval first: it decides what leaks
             forms: dict[int, str] = {}
             chunks = encode_file(sources[split].path, processes, str(tokenizer), parameters)

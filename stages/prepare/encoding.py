@@ -26,8 +26,8 @@ from stages.shared.chat.conversation import (
     to_columns,
 )
 from stages.shared.chat.tokenizer import load_tokenizer
-from stages.shared.core import watcher
 from stages.shared.core.display import visible
+from stages.shared.core.errors import SIGNALS
 
 ENCODED = pa.schema(
     {
@@ -98,7 +98,7 @@ def _signals_deferred() -> Iterator[None]:
     """Defer signals: an exception while `multiprocess` forks or joins leaves orphans."""
     global _deferring  # noqa: PLW0603  (a fork has no other way to know)
     caught: list[int] = []
-    numbers = [n for n in watcher.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before = [signal.signal(number, lambda got, _: caught.append(got)) for number in numbers]
     _deferring = True
     try:

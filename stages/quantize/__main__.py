@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.quantize.config import Params, Quantize
-from stages.shared.core import files, machine, progress
-from stages.shared.core.errors import run
+from stages.shared.core import files, machine
+from stages.shared.core.command import quick_imports, run
 from stages.shared.core.params import load
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def quantize(
 ) -> dict[str, Any]:
     """Write the model and the chart of its codebooks; returns metrics of the written files."""
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
-    with progress.quick_imports():
+    with quick_imports():
         from stages.shared.weights.checkpoint import Weights  # noqa: PLC0415
 
         # isort: split

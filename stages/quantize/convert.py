@@ -25,7 +25,7 @@ from transformers.utils.logging import set_tqdm_hook
 
 from stages.quantize.config import FOUR_BIT, Quantize
 from stages.quantize.quantization_error import Layout
-from stages.shared.core import files, progress
+from stages.shared.core import display, files
 from stages.shared.core.errors import UserError, lacks_memory, reading
 from stages.shared.weights import heap
 from stages.shared.weights.checkpoint import Weights, load_strictly, without_mxfp4
@@ -75,7 +75,7 @@ def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> st
 def require_fp16_range(base: Weights, settings: Quantize) -> None:
     """Raise a UserError for a weight that overflows fp16, through which int8 is quantized too."""
     parameters = base.parameters
-    with progress.bar(total=len(parameters), desc="range of fp16", unit="tensor") as bar:
+    with display.bar(total=len(parameters), desc="range of fp16", unit="tensor") as bar:
         for stored in parameters:
             tensor = base.tensor(stored.name)
             # A scalar is the mask value of an old checkpoint, which no model reads.
@@ -139,7 +139,7 @@ def loading_bar(desc: str) -> Iterator[None]:
 
     def iterate(_factory: Any, args: tuple[Collection[Any]], _kwargs: Any) -> Iterator[Any]:
         trim = heap.Trimmer()
-        with progress.bar(total=len(args[0]), desc=desc, unit="tensor") as bar:
+        with display.bar(total=len(args[0]), desc=desc, unit="tensor") as bar:
             for item in args[0]:
                 yield item
                 trim()

@@ -12,7 +12,7 @@ from math import ceil, sqrt
 import torch
 
 from stages.quantize.config import DENSE
-from stages.shared.core import progress
+from stages.shared.core import display
 from stages.shared.core.errors import UserError
 from stages.shared.weights import bnb, checkpoint, heap
 from stages.shared.weights.checkpoint import Stored, Weights
@@ -76,7 +76,7 @@ def measure(
     written_error = norm = compared_norm = 0.0
     errors: dict[str, float] = {}
     trim = heap.Trimmer()
-    with progress.bar(total=len(matrices), desc="errors of the precisions", unit="matrix") as bar:
+    with display.bar(total=len(matrices), desc="errors of the precisions", unit="matrix") as bar:
         for matrix in matrices:
             weight = base.matrix(matrix.name)
             values = written.values(matrix, device)
@@ -113,7 +113,7 @@ def split_rows(weight: torch.Tensor) -> Sequence[torch.Tensor]:
 def sample_blocks(base: Base, names: Sequence[str]) -> torch.Tensor:
     """Evenly spaced blocks of each matrix: fp32 [blocks, 64]."""
     trim, parts = heap.Trimmer(), []
-    with progress.bar(total=len(names), desc="best clipping", unit="matrix") as bar:
+    with display.bar(total=len(names), desc="best clipping", unit="matrix") as bar:
         for name in names:
             in_blocks = blocks(base.matrix(name))
             parts.append(in_blocks[:: ceil(len(in_blocks) / BLOCKS_FOR_ALPHA)].clone())

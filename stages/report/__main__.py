@@ -11,8 +11,8 @@ Run:    python -m stages.report
 from pathlib import Path
 
 from stages.report.config import Params
-from stages.shared.core import files, params, progress
-from stages.shared.core.errors import run
+from stages.shared.core import files, params
+from stages.shared.core.command import quick_imports, run
 
 PAGE = Path("reports/report.html")
 MODEL_CARD = Path("reports/model_card.md")
@@ -22,7 +22,7 @@ def main() -> None:
     """Read, render, write, print."""
     params.load(Params, "report")
     # Imported late: a mistake in params.yaml is reported before the second that charts take.
-    with progress.quick_imports():
+    with quick_imports():
         from stages.report import page, sources  # noqa: PLC0415
 
     source = sources.read(Path())

@@ -9,8 +9,8 @@ import os
 import stat
 from pathlib import Path
 
-from stages.shared.core import progress
-from stages.shared.core.errors import UserError, run
+from stages.shared.core.command import quick_imports, run
+from stages.shared.core.errors import UserError
 
 ADVICE = "Remove it, or export DVC_SITE_CACHE_DIR=$HOME/.cache/dvc-hashes."
 
@@ -37,7 +37,7 @@ def require_own(folder: Path) -> None:
 
 def main() -> None:
     """Check this repository's."""
-    with progress.quick_imports():
+    with quick_imports():
         from dvc.repo import Repo  # noqa: PLC0415
 
     with Repo() as repo:  # opens its databases, and unpickles nothing yet

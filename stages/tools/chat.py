@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER
-from stages.shared.core import progress
-from stages.shared.core.errors import UserError, run
+from stages.shared.core.command import quick_imports, run
+from stages.shared.core.errors import UserError
 
 if TYPE_CHECKING:
     from stages.shared.chat.conversation import Message
@@ -39,7 +39,7 @@ def main(options: Namespace) -> None:
     """Load a model, and talk until the input ends."""
     if options.max_new_tokens < 1 or options.temperature < 0:
         raise UserError("--max-new-tokens is below 1, or --temperature below 0. Raise it.")
-    with progress.quick_imports():
+    with quick_imports():
         from stages.evaluate.adapters import fetch  # noqa: PLC0415
         from stages.shared.chat.templates import read_format  # noqa: PLC0415
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.shared.core import params
-from stages.shared.core.bounds import require_regular
-from stages.shared.core.errors import UserError, reading, run
+from stages.shared.core.command import run
+from stages.shared.core.errors import UserError, reading, require_regular
 
 DVC = Path(".dvc/tmp")
 LOCK = DVC / "rwlock"

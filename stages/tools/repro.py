@@ -14,7 +14,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.shared.core.errors import reading, run
+from stages.shared.core.command import run
+from stages.shared.core.errors import reading
 
 PARAMS = "params.yaml"
 SHOWN = 3

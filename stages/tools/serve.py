@@ -24,8 +24,9 @@ from aiohttp import web
 from pydantic import BaseModel, Field, ValidationError
 
 from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER
-from stages.shared.core import files, machine, progress
-from stages.shared.core.errors import UserError, run
+from stages.shared.core import files, machine
+from stages.shared.core.command import quick_imports, run
+from stages.shared.core.errors import UserError
 
 if TYPE_CHECKING:
     from stages.tools.replies import Reply
@@ -84,7 +85,7 @@ class Server:
     """A loaded model; the lock is held for a reply, as the active adapter is its state."""
 
     def __init__(self, experiments: list[str], folder: Path) -> None:
-        with progress.quick_imports():
+        with quick_imports():
             from stages.evaluate.adapters import fetch, require_adapter  # noqa: PLC0415
             from stages.shared.chat.templates import read_format  # noqa: PLC0415
             from stages.shared.model import loading  # noqa: PLC0415

@@ -23,7 +23,8 @@ from stages.export.config import Kind
 from stages.report import page, sources
 from stages.report.provenance import Origin, origin_of
 from stages.shared.core import files
-from stages.shared.core.errors import UserError, run
+from stages.shared.core.command import run
+from stages.shared.core.errors import UserError
 
 UPLOAD = Path("upload")
 SAMPLE = "data/sample"  # the project's own conversations

@@ -11,8 +11,8 @@ Run:    python -m stages.train
 
 from pathlib import Path
 
-from stages.shared.core import files, params, progress
-from stages.shared.core.errors import run
+from stages.shared.core import files, params
+from stages.shared.core.command import quick_imports, run
 from stages.shared.core.machine import device, machine, root
 from stages.train.config import Params
 
@@ -44,7 +44,7 @@ def main() -> None:
     """Read, train, write."""
     settings = params.load(Params, "train")
     # Imported late: a mistake in params.yaml is reported before the seconds that torch takes.
-    with progress.quick_imports():
+    with quick_imports():
         import stages.shared.model.loading  # noqa: F401, PLC0415  (before peft)
 
         # isort: split

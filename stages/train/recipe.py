@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.shared.core import files, progress
+from stages.shared.core import display, files
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import machine
 from stages.shared.model import packing, scoring
@@ -128,7 +128,7 @@ class Recipe:
     def run(self, stop: Interruption) -> None:
         """Train to the end, or to a signal."""
         total = self.schedule.total
-        with progress.bar(total=total, desc="train", unit="step", initial=self.step) as bar:
+        with display.bar(total=total, desc="train", unit="step", initial=self.step) as bar:
             while True:
                 try:
                     if self._evaluation_is_due():

@@ -25,7 +25,7 @@ IMPORTED = (
     *("stages.shared.model.loading", "stages.evaluate.evaluate", "stages.merge.merge"),
     *("stages.plan.this_machine", "stages.prepare.dataset", "stages.quantize.convert"),
     *("stages.quantize.quantization_error", "stages.report.page", "stages.train.recipe"),
-    *("stages.fetch_model.gguf", "stages.fetch_data.formats", "transformers.models.llama"),
+    *("stages.fetch_model.sources", "stages.fetch_data.formats", "transformers.models.llama"),
     *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
 )
 

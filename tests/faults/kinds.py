@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import constants
 
 from stages.shared.core import files
-from stages.shared.hub import responses
+from stages.shared.hub import repository as hub_client
 from tests import hub as hubs
 from tests import workspace
 from tests.faults.pipeline import Pipeline, files_below
@@ -233,7 +233,7 @@ def wrong_hub(pipeline: Pipeline, root: Path, stage: str, draw: random.Random) -
                 hub.repositories[name] = {path: old[::-1] for path, old in content.items()}
         os.environ["HF_ENDPOINT"] = address if fault == "address" else hub.url
         constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = False, str(root / "cache")
-        responses.MINUTE = 1.0
+        hub_client.MINUTE = 1.0
 
     (root / "set").mkdir()
     shutil.copyfile(root / "mine.jsonl", root / "set/train.jsonl")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.shared.core import files
-from stages.shared.core.watcher import SIGNALS
+from stages.shared.core.errors import SIGNALS
 from tests import tiny, workspace
 from tests.test_contract import declared, outs_of
 from tests.test_pipeline import SMALL, write_conversations

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from stages.fetch_model import gguf as ours
+from stages.fetch_model import sources
 from stages.fetch_model.checkpoint import install
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
@@ -64,7 +64,7 @@ def test_gguf_becomes_the_same_safetensors_each_time(tmp_path: Path) -> None:
         base, tokenizer = tmp_path / run / "base", tmp_path / run / "tokenizer"
         base.mkdir(parents=True)
         tokenizer.mkdir()
-        converted = ours.to_safetensors(tmp_path / "in/tiny.gguf", tmp_path / f"{run}-scratch")
+        converted = sources.to_safetensors(tmp_path / "in/tiny.gguf", tmp_path / f"{run}-scratch")
         install(converted, base, tokenizer, move=True)
     assert files.folder_sha256(tmp_path / "first") == files.folder_sha256(tmp_path / "second")
     with safe_open(base / "model.safetensors", framework="pt") as stored:
@@ -101,5 +101,5 @@ def test_damaged_gguf_ends_in_one_line(seed: int, tmp_path: Path) -> None:
             content[choose.randrange(8, 4000)] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"^tiny\.gguf: cannot be read") as caught:
-        ours.to_safetensors(path, tmp_path / "out")
+        sources.to_safetensors(path, tmp_path / "out")
     assert "\n" not in str(caught.value)

@@ -120,7 +120,7 @@ def test_a_signal_ends_all_processes_in_one_line(
     script.write_text(
         '"""A stage."""\n'
         "import sys; from pathlib import Path; sys.path.insert(0, '.')\n"
-        "from stages.shared.core.errors import run\n"
+        "from stages.shared.core.command import run\n"
         "def main():\n"
         "    from stages.prepare.dataset import prepare\n"
         "    from stages.prepare.config import Prepare\n"

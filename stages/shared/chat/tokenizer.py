@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tokenizer is local
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.shared.core import files
-from stages.shared.core.display import panics_untold
+from stages.shared.core.bounds import panics_untold
 from stages.shared.core.errors import UserError, reading
 
 

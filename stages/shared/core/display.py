@@ -1,13 +1,14 @@
-"""Display of foreign text: names, messages and model output, on a terminal and in HTML."""
+"""Display: progress bars, and foreign text (names, messages, model output) made harmless."""
 
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from io import TextIOWrapper
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
+
+from tqdm import tqdm
 
 # C0 and C1 controls but tab and newline, line separators, bidirectional controls, surrogates.
 _CONTROL = re.compile(
@@ -52,25 +53,26 @@ class _Visible:
 
 def guard() -> None:
     """Make all that this process prints visible, of a progress bar, a warning or a library too."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 ends no stage
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     closed = Path(os.devnull).open("w") if None in (sys.stdout, sys.stderr) else None  # noqa: SIM115
     sys.stdout, sys.stderr = (_Visible(stream or closed) for stream in (sys.stdout, sys.stderr))
 
 
-@contextmanager
-def panics_untold() -> Iterator[None]:
-    """Drop what native code writes to stderr where it raises: a panic of Rust tells of itself."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
-    with TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        held.seek(0)
-        print(held.read().decode(errors="replace"), end="", file=sys.stderr)
+def bar(*, total: int | None, desc: str, unit: str, initial: int = 0) -> "tqdm[Any]":
+    """Make a bar to advance by hand from `initial`, in a `with` block.
+
+    A terminal is redrawn ten times a second; a log file gets a line every ten seconds.
+    """
+    watched = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit=unit,
+        unit_scale=unit in ("B", "token"),
+        mininterval=0.1 if watched else 10.0,
+        dynamic_ncols=watched,
+        leave=True,
+    )

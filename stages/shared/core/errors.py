@@ -1,4 +1,4 @@
-"""User errors, and how a command begins and ends: `--help`, one line, an exit code."""
+"""Errors as one line, `<key or file:line>: <what is wrong>. <What to do.>`, and an exit code."""
 
 import errno
 import os
@@ -8,18 +8,15 @@ import signal
 import sys
 import threading
 import traceback
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from io import TextIOWrapper
-from itertools import takewhile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import NoReturn, TextIO
+from types import FrameType
+from typing import TextIO
 
-from stages.shared.core import display
-from stages.shared.core.watcher import SIGNALS, watched
+from stages.shared.core.display import one_line
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOGS = ".logs"
 REMEDY = "Run `dvc repro`, which writes it again."
@@ -31,10 +28,7 @@ MEMORY = "Free some, raise its limit, or lower QLORA_MICRO_BATCH_TOKENS."
 
 
 class UserError(Exception):
-    """A mistake that the user can put right.
-
-    The message is one line: `<key or file:line>: <what is wrong>. <What to do.>`
-    """
+    """A mistake that the user can put right; its message is the line to print."""
 
 
 class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
@@ -46,82 +40,38 @@ class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
 
 
 class Signalled(BaseException):
-    """A signal came; no `Exception`, which a library might catch."""
-
-
-class _Ended(Signalled):
-    """SIGTERM or SIGHUP ends the command."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.signal = signal.Signals(number)
-
-
-def run(
-    main: Callable[..., None], add_options: Callable[[ArgumentParser], object] | None = None
-) -> None:
-    """Run the `main()` of a stage or a tool, whose module is the command.
-
-    `--help` prints the module's docstring and its sections of params.yaml; unknown arguments are
-    refused. Neither runs anything. Whatever ends the command is one line on stderr and an exit
-    code: 1, or 128 and the number of a signal. Of an error that nobody foresaw, the traceback is
-    kept in `.logs/`. A signal ends the command as Ctrl-C does: what is half written is removed.
+    """A signal came; no `Exception`, which a library might catch.
 
     Args:
-        main: called with the parsed options where there are any to add, else with nothing.
-        add_options: adds the command's arguments to a parser.
+        signal: None where whoever heard it has noted it.
     """
-    is_command = main.__module__ == "__main__"  # a test keeps its streams and signals
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 ends no stage
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    module = sys.modules[main.__module__]
-    command = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else module.__name__
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]  # as nohup does
-    try:
-        for number in heard:
-            signal.signal(number, _stop)
-        if is_command:
-            display.guard()
-            tell_of_asides(command)
-            sys.excepthook = lambda _, error, trace: _say(_ending(error, command)[0])
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by `stages`
-        options = _parse(module, command, add_options)
-        with watched(command) if is_command else nullcontext():
-            main(*([options] if add_options else []))
-            from stages.shared.core import integrity  # noqa: PLC0415  (imports this module)
 
-            integrity.record()
-            sys.stdout.flush()  # or Python would find its reader gone when all is over
-    except SystemExit:
-        raise
-    except BaseException as error:  # a panic of Rust is no `Exception`
-        for number in heard:  # a second one comes too late
-            signal.signal(number, signal.SIG_IGN)
-        line, code = _ending(error, command)
-        for stream in (sys.stdout, sys.stderr):
-            if _reader_is_gone(stream):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        _say(line)
-        sys.exit(code)
-    finally:
-        for number in heard:  # of a command, all is over; Python's own end would print a traceback
-            signal.signal(number, signal.SIG_IGN if is_command else before[number])
+    def __init__(self, signal: int | None = None) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
-def _say(line: str) -> None:
-    print(display.one_line(line), file=sys.stderr)
+def raise_signal(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: end what runs, as Ctrl-C does, so that nothing stays half written."""
+    raise KeyboardInterrupt if number == signal.SIGINT else Signalled(number)
+
+
+def require_regular(path: Path) -> Path:
+    """Refuse a folder, a pipe or a device, which would be read for ever; a missing file passes."""
+    if not path.exists() or path.is_file():
+        return path
+    what = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+    raise UserError(f"{path}: is {what}; expected a file. Remove or rename it.")
 
 
 @contextmanager
 def reading(path: Path | str, remedy: str = REMEDY) -> Iterator[None]:
     """Turn any error of a library that reads `path` (or its name) into a `UserError` with its name.
 
-    A missing file, a fault of the disk and a lack of memory are no damage: `run` tells of them.
+    A missing file, a fault of the disk and a lack of memory are no damage: `tell` explains them.
     """
     if isinstance(path, Path) and not path.is_dir():
-        path.open("rb").close()  # not every library says which file is missing
+        require_regular(path).open("rb").close()  # not every library says which file is missing
     try:
         yield
     except (UserError, KeyboardInterrupt, Signalled, SystemExit, GeneratorExit):
@@ -133,55 +83,25 @@ def reading(path: Path | str, remedy: str = REMEDY) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({_describe(error)}). {remedy}") from error
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}. `{self.prog} --help` says what it takes.")
-
-
-def _parse(
-    module: ModuleType, command: str, add_options: Callable[[ArgumentParser], object] | None
-) -> Namespace | None:
-    """The command line; None where another module, a test for one, calls `run`."""
-    if module.__name__ != "__main__":
-        return None
-    schema = getattr(module, "Params", None)
-    sections = [_section(name) for name in schema.model_fields] if schema else []
-    parser = _Parser(
-        prog=f"python -m {command}",
-        description=(module.__doc__ or "").strip(),
-        epilog="\n\n".join(["parameters, in params.yaml:", *sections] if sections else []),
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    if add_options:
-        add_options(parser)
-    return parser.parse_args()
-
-
-def _section(name: str) -> str:
-    """A section of params.yaml as it stands there, its comments included."""
-    path = Path("params.yaml")
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    )
-    starts = [i for i, line in enumerate(lines) if line.startswith(f"{name}:")]
-    if not starts:
-        return f"{name}:"
-    body = takewhile(lambda line: line.startswith(" "), lines[starts[0] + 1 :])
-    return "\n".join([lines[starts[0]], *body])
+def tell(error: BaseException, command: str) -> int:
+    """Print the line of what ended a command; returns its exit code, of a signal a shell's."""
+    line, code = _ending(error, command)
+    for stream in (sys.stdout, sys.stderr):
+        if _reader_is_gone(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    print(one_line(line), file=sys.stderr)
+    return code
 
 
 def _ending(error: BaseException, command: str) -> tuple[str, int]:
-    """The line that tells of an error or a signal, and the exit code, a shell's for a signal."""
     match error:
         case UserError():
             return f"error: {error}", 1
         case Stopped():
             return f"stopped: {error.message}", 128 + error.signal
-        case KeyboardInterrupt():
-            return "stopped: by SIGINT", 128 + signal.SIGINT
-        case _Ended():
-            return f"stopped: by {error.signal.name}", 128 + error.signal
+        case KeyboardInterrupt() | Signalled():
+            number = signal.Signals(getattr(error, "signal", None) or signal.SIGINT)
+            return f"stopped: by {number.name}", 128 + number
     broken = any(isinstance(cause, BrokenPipeError) for cause in _causes(error))
     if broken and any(map(_reader_is_gone, (sys.stdout, sys.stderr))):  # `| head`
         return "stopped: by SIGPIPE", 128 + signal.SIGPIPE
@@ -270,12 +190,9 @@ def tell_of_asides(command: str) -> None:
 def _pass_over(error: BaseException | None, command: str) -> None:
     """Tell of an error; send a signal once more, unless its handler has noted it."""
     match error:
-        case KeyboardInterrupt() | _Ended():
+        case KeyboardInterrupt() | Signalled(signal=int()):
             number = getattr(error, "signal", signal.SIGINT)
             threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
         case Exception():
-            _say(f"warning: {command}: passed over {_describe(error)}, {_log(error, command)}")
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt if number == signal.SIGINT else _Ended(number)
+            told = f"passed over {_describe(error)}, {_log(error, command)}"
+            print(one_line(f"warning: {command}: {told}"), file=sys.stderr)

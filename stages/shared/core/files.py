@@ -1,16 +1,27 @@
-"""Files that are whole or not there at all, and their hashes."""
+"""Files: whole or not there at all, their hashes, and what a stage reads held against DVC's.
+
+A file that rots keeps its time, and DVC trusts the time. DVC's database has each file's hash by
+inode, modification time and size: dependencies are held against it. Outs are entered, so that it
+covers stages run by hand.
+"""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stages.shared.core.bounds import require_regular
 from stages.shared.core.errors import UserError, reading
+from stages.shared.core.machine import machine
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+_outs: list[str] = []  # of the stage that this process runs
 
 
 @contextmanager
@@ -100,7 +111,7 @@ def split(
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; anything else is a `UserError` that names the file."""
-    with reading(require_regular(path)):
+    with reading(path):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"{type(value).__name__} instead of an object")
@@ -156,3 +167,80 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def verify_dependencies(stage: str) -> None:
+    """Raise a UserError for a dependency that changed under its old modification time.
+
+    Sizes are compared always; hashes once for each inode, size, and time of modification and of
+    change, or each time with `QLORA_VERIFY=true`. A file with another inode or time than DVC knows
+    was written since, and is not judged; by hand, without DVC, one that dvc.lock does not have so
+    is told of.
+    """
+    from dvc.repo import Repo  # noqa: PLC0415  (imported by `params.load` by then)
+
+    with Repo() as repo:
+        loaded = repo.stage.load_one(name=stage)
+        _outs[:] = [out.fs_path for out in loaded.outs]
+        dependencies = [dep.fs_path for dep in loaded.deps]
+        for path in _files(dependencies):
+            _verify(repo, path)
+        if "DVC_STAGE" not in os.environ:  # DVC has looked itself
+            _warn_of_changes(repo, dependencies)
+
+
+def record_outs() -> None:
+    """Enter the outs of the stage whose dependencies were verified; DVC need not hash them."""
+    if not _outs:
+        return
+    from dvc.repo import Repo  # noqa: PLC0415
+    from dvc_data.hashfile.hash import hash_file  # noqa: PLC0415
+    from dvc_objects.fs import localfs  # noqa: PLC0415
+
+    with Repo() as repo:
+        for path in _files(_outs):
+            hash_file(path, localfs, "md5", state=repo.state)
+
+
+def _files(paths: Iterable[str]) -> Iterator[str]:
+    for path in map(Path, paths):
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in found:  # a pipe would be waited for
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise UserError(f"{os.path.relpath(file)}: is no file. Remove it; run `dvc repro`.")
+        yield from (str(file) for file in found if file.is_file())
+
+
+def _verify(repo: "Repo", path: str) -> None:
+    from dvc_data.hashfile.hash import hash_file  # noqa: PLC0415
+    from dvc_objects.fs import localfs  # noqa: PLC0415
+
+    entry, info = repo.state.hashes.get(path), localfs.info(path)
+    size = json.loads(entry)["size"] if entry else 0
+    _, written = repo.state.get(path, localfs, info | {"size": size})
+    if written is None:
+        return
+    if info["size"] == size:
+        # A hash that was compared is noted under a name that no file has, by the time of change:
+        # bytes written under an old modification time are compared again.
+        note, changed = f"{path}//verified", info | {"mtime": info["created"]}
+        if repo.state.get(note, localfs, changed)[1] == written and not machine().verify:
+            return
+        if hash_file(path, localfs, written.name)[1] == written:
+            repo.state.save(note, localfs, written, changed)
+            return
+    shown, copy = os.path.relpath(path), Path(repo.cache.local.oid_to_path(written.value))
+    advice = "Restore it; or, if it is right, `touch` it."
+    if any(path == out.fs_path or path.startswith(f"{out.fs_path}/") for out in repo.index.outs):
+        linked = copy.exists() and copy.samefile(path)  # then it rotted too
+        also = f" {os.path.relpath(copy)}" if linked else ""
+        advice = f"Let DVC write it again: rm -f {shown}{also} && dvc repro"
+    raise UserError(f"{shown}: changed on the disk under its old time. {advice}")
+
+
+def _warn_of_changes(repo: "Repo", dependencies: list[str]) -> None:
+    for out in repo.index.outs:
+        used = any(Path(path).is_relative_to(out.fs_path) for path in dependencies)
+        if used and out.hash_info and out.exists and out.changed_checksum():
+            what = "is not as dvc.lock has it; `dvc repro` decides"
+            print(f"warning: {out}: {what}", file=sys.stderr)

@@ -14,8 +14,7 @@ from dotenv import dotenv_values
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from stages.shared.core.bounds import require_regular
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, require_regular
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from stages.shared.core import bounds, integrity, progress
-from stages.shared.core.errors import UserError, lacks_memory
+from stages.shared.core import bounds, files
+from stages.shared.core.command import quick_imports
+from stages.shared.core.errors import UserError, lacks_memory, require_regular
 from stages.shared.core.machine import machine
 
 FILE = Path("params.yaml")
@@ -44,37 +46,49 @@ def load(schema: type[P], stage: str) -> P:
 
     Raises:
         UserError: a key is unknown, missing, of a wrong type or out of range; or DVC cannot read
-            the file; or a dependency rotted.
+            the stage; or a dependency rotted.
     """
-    with progress.quick_imports():  # half a second that the unit tests of a schema need not pay
+    with quick_imports():  # half a second that the unit tests of a schema need not pay
         import dvc.api  # noqa: PLC0415
 
+    check(read_file(), stage)
+    machine()  # a wrong setting is told at the start, by stages that read none too
     try:
-        check(read_file(), stage)
         values = dvc.api.params_show(stages=stage)
+        mine = validate(schema, values, stage)
+        files.verify_dependencies(stage)
     except UserError:
         raise
     except Exception as error:  # DVC's, and of the libraries that it reads by
         if lacks_memory(error) or getattr(error, "errno", None) == errno.EMFILE:
             raise
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{FILE}: DVC cannot read what {stage} declares ({' '.join(str(error).split()):.120}). "
-            "Run it in a clone of the repository, with dvc.yaml and params.yaml as YAML in UTF-8."
+            f"{stage}: DVC cannot read its stage here ({reason:.120}). Restore dvc.yaml or "
+            "dvc.lock by git; a stage runs at the root of a clone."
         ) from None
-    mine = validate(schema, values, stage)
-    machine()  # a wrong setting is told at the start, by stages that read none too
-    integrity.verify(stage)
     return mine
 
 
 def read_file() -> dict[str, Any]:
-    """All of params.yaml, as DVC reads it; only what JSON can hold, too.
+    """All of params.yaml, as DVC reads it.
 
     Raises:
-        UserError: a value is a date, or the file nests or expands without end (anchors).
+        UserError: it is no YAML, or a value is a date, which JSON cannot hold; or it nests or
+            expands without end (anchors).
     """
-    bounds.require_small_yaml(FILE)
-    whole = YAML(typ="safe").load(FILE)
+    if not require_regular(FILE).exists():
+        raise UserError(f"{FILE}: not there. Run this at the root of a clone of the repository.")
+    try:
+        with bounds.limited():
+            whole = YAML(typ="safe").load(FILE)
+    except (YAMLError, ValueError) as error:
+        mark, problem = (getattr(error, f"problem{end}", None) for end in ("_mark", ""))
+        place = f"{FILE}:{mark.line + 1}" if mark else FILE
+        reason = " ".join(str(problem or error).split())
+        raise UserError(f"{place}: is not YAML ({reason:.80}). Correct it there.") from None
+    except (bounds.Exceeded, RecursionError):
+        raise UserError(f"{FILE}: is nested too deeply, or too large. Write it plainly.") from None
     if not isinstance(whole, dict):
         raise UserError(f"{FILE}: has no sections. Restore it: git checkout {FILE}")
     waiting, seen = [(str(key), value, 1) for key, value in whole.items()], 0

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.shared.core import files
-from stages.shared.core.display import panics_untold
+from stages.shared.core.bounds import panics_untold
 from stages.shared.core.errors import reading
 
 

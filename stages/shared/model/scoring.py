@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from stages.shared.core import progress
+from stages.shared.core import display
 from stages.shared.model import packing
 from stages.shared.model.loading import without_adapter
 from stages.shared.model.packing import Example, Packed
@@ -69,7 +69,7 @@ def batches(
     rank, size = share
     every = packing.bins(examples, SCORING_TOKENS)
     micro_batches = packing.even_passes([every[r::size] for r in range(size)], packs)[rank]
-    with progress.bar(total=sum(map(len, micro_batches)), desc=desc, unit="row") as bar:
+    with display.bar(total=sum(map(len, micro_batches)), desc=desc, unit="row") as bar:
         for micro_batch in micro_batches:
             yield packing.pack(micro_batch, device)
             bar.update(len(micro_batch))

@@ -17,8 +17,8 @@ from threading import Thread
 
 from torch import distributed
 
+from stages.shared.core.command import dismiss
 from stages.shared.core.errors import UserError
-from stages.shared.core.watcher import dismiss
 
 LOST = 75  # exit status of a process whose peer is gone: the cause lies elsewhere
 GONE = (

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-from stages.shared.core.errors import Signalled, Stopped
-from stages.shared.core.watcher import SIGNALS
+from stages.shared.core.errors import SIGNALS, Signalled, Stopped
 
 
 class Interrupted(Signalled):

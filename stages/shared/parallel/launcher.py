@@ -24,9 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import SIGNALS, UserError
 from stages.shared.core.machine import machine
-from stages.shared.core.watcher import SIGNALS
 from stages.shared.parallel import hosts, worker
 from stages.shared.parallel.group import Group
 from stages.shared.parallel.interruption import Interruption

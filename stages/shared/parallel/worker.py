@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.shared.core import display
-from stages.shared.core.errors import Stopped, UserError, tell_of_asides
-from stages.shared.core.watcher import SIGNALS
+from stages.shared.core.errors import SIGNALS, Stopped, UserError, tell_of_asides
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 

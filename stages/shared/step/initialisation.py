@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from transformers.pytorch_utils import Conv1D
 
-from stages.shared.core import progress
+from stages.shared.core import display
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.shared.step.config import Lora
@@ -78,7 +78,7 @@ def initialise(model: PeftModel, lora: Lora, original: Path | None) -> None:
                 f"rank lora.r ({lora.r}). Lower lora.r, or change lora.target_modules."
             )
     whole: Any = loading.load_model(original, torch.device("cpu")) if original else None
-    with progress.bar(total=len(layers), desc=lora.init, unit="matrix") as bar:
+    with display.bar(total=len(layers), desc=lora.init, unit="matrix") as bar:
         for name, layer in layers.items():
             base, scale = layer.get_base_layer(), layer.scaling[ADAPTER]
             lora_a, lora_b, weight = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], _dense(base)

@@ -68,15 +68,16 @@ def test_one_line_keeps_beginning_and_end() -> None:
 def test_command_shows_nothing_that_a_terminal_obeys(space: Workspace) -> None:
     script = """
 import logging, warnings, sys
-from stages.shared.core import progress
-from stages.shared.core.errors import UserError, run
+from stages.shared.core import display
+from stages.shared.core.command import run
+from stages.shared.core.errors import UserError
 text = json.loads(sys.argv.pop())
 def main():
     print(text, end=text)
     print(text, file=sys.stderr)
     warnings.warn(text)
     logging.getLogger("library").warning(text)
-    with progress.bar(total=2, desc=text, unit="row") as bar:
+    with display.bar(total=2, desc=text, unit="row") as bar:
         bar.update()
     raise UserError(f"{text}: is wrong")
 run(main)

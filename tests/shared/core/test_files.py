@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stages.shared.core import files
+from stages.shared.core import errors, files
 from stages.shared.core.errors import UserError
 
 
@@ -80,3 +80,34 @@ def test_too_little_room_is_told_before_writing(
     files.require_space(tmp_path / "not" / "there", 1000, "the model")
     with pytest.raises(UserError, match=r"0\.00 GB are free; the model needs 2\.00 GB"):
         files.require_space(tmp_path, 2 * 10**9, "the model")
+
+
+def test_reading_names_the_file_and_passes_what_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(FileNotFoundError), errors.reading(path):
+        pass
+    path.write_text("[1]")
+    with pytest.raises(UserError, match=r"a\.json: cannot be .*list instead of an object"):
+        files.read_json(path)
+    with pytest.raises(MemoryError), errors.reading(path):
+        raise MemoryError
+
+
+def test_require_regular_refuses_what_is_read_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, what in ((tmp_path / "pipe", "a pipe"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(UserError, match=f"{path}: is .*{what}"):
+            files.read_json(path)
+    with pytest.raises(UserError, match=f"{tmp_path}: is a folder; expected a file"):
+        errors.require_regular(tmp_path)
+    errors.require_regular(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "pipe"])
+def test_what_lies_where_a_stage_writes_is_replaced(tmp_path: Path, kind: str) -> None:
+    """`shutil.rmtree` would wait for a writer of the pipe."""
+    for name in ("out", "out.partial"):
+        {"folder": os.mkdir, "file": os.mknod, "pipe": os.mkfifo}[kind](tmp_path / name)
+    with files.whole_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("x")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]

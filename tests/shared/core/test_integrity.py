@@ -12,7 +12,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from stages.shared.core import integrity
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import machine
 from tests import workspace
@@ -66,16 +66,16 @@ def test_rot_of_an_out_is_named_and_the_advice_mends_it(
         shutil.rmtree("models/base")
         repo.checkout(["models/base"])
         assert MODEL.stat().st_nlink == 2
-    integrity.verify("quantize")
+    files.verify_dependencies("quantize")
     damage(MODEL)
     with pytest.raises(UserError, match=rf"^{MODEL}: changed on the disk under its old time") as e:
-        integrity.verify("quantize")
+        files.verify_dependencies("quantize")
     command = str(e.value).partition("write it again: ")[2]
     subprocess.run(command.replace("dvc repro", "true"), shell=True, check=True)
     ran = repo.reproduce("fetch_model")
     assert MODEL.read_bytes() == before
     assert ran
-    integrity.verify("quantize")
+    files.verify_dependencies("quantize")
 
 
 def test_rot_in_the_cache_is_found_once_restored(repo: Repo) -> None:
@@ -85,15 +85,15 @@ def test_rot_in_the_cache_is_found_once_restored(repo: Repo) -> None:
     flip(copy)
     repo.checkout(["models/base"])
     with pytest.raises(UserError, match=rf"rm -f {MODEL} {copy} && dvc repro"):
-        integrity.verify("quantize")
+        files.verify_dependencies("quantize")
 
 
 def test_rot_of_the_users_file_deletes_nothing(repo: Repo) -> None:
     flip(RAW)
     with pytest.raises(UserError, match=rf"^{RAW}: .* Restore it; or, if it is right, `touch` it"):
-        integrity.verify("quantize")
+        files.verify_dependencies("quantize")
     RAW.touch()
-    integrity.verify("quantize")
+    files.verify_dependencies("quantize")
 
 
 def test_files_written_since_are_not_judged(repo: Repo) -> None:
@@ -101,12 +101,12 @@ def test_files_written_since_are_not_judged(repo: Repo) -> None:
     MODEL.parent.mkdir()
     MODEL.write_bytes(b"other")
     RAW.write_bytes(b"WEIGHTS " * 100)
-    integrity.verify("quantize")
-    integrity.verify("fetch_model")
-    integrity.record()
+    files.verify_dependencies("quantize")
+    files.verify_dependencies("fetch_model")
+    files.record_outs()
     flip(MODEL)
     with pytest.raises(UserError, match=str(MODEL)):
-        integrity.verify("quantize")
+        files.verify_dependencies("quantize")
 
 
 def test_each_file_is_hashed_once_unless_asked(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +119,12 @@ def test_each_file_is_hashed_once_unless_asked(repo: Repo, monkeypatch: pytest.M
         return real(path, *args, **options)
 
     monkeypatch.setattr("dvc_data.hashfile.hash.file_md5", file_md5)
-    integrity.verify("quantize")
+    files.verify_dependencies("quantize")
     assert {Path(path).name for path in hashed} == {MODEL.name, RAW.name}
-    integrity.verify("quantize")
+    files.verify_dependencies("quantize")
     assert len(hashed) == 2
     monkeypatch.setenv("QLORA_VERIFY", "true")
     machine.cache_clear()
-    integrity.verify("quantize")
+    files.verify_dependencies("quantize")
     machine.cache_clear()
     assert len(hashed) == 4

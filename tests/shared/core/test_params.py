@@ -95,11 +95,14 @@ def test_a_mistake_in_a_later_section_is_told_at_once(
         ("repotr: {}", "params.yaml: repotr is not a section; expected one of evaluate, "),
         ("train: 2024-01-01", "params.yaml: train is 2024-01-01, a date. Quote a text."),
         ("a: &a [*a]", "params.yaml: a.0.0.0.0.0.0.0.0 has too many values. Look for an anchor"),
-        ("a: " + 5000 * "[" + 5000 * "]", "is nested too deeply. Write it plainly."),
+        ("a: " + 5000 * "[" + 5000 * "]", "params.yaml: is nested too deeply, or too large."),
         ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{9 * f'*{a},'}]\n"
-         for a, b in pairwise("abcdefgh")), "expands to too much. Write it plainly."),
+         for a, b in pairwise("abcdefgh")), "has too many values. Look for an anchor"),
+        ("plan: {\n", "params.yaml:72: is not YAML (expected the node content, but found"),
+        ("report: {}\n\tx: 1", "is not YAML (found character '\\t' that cannot start any token)"),
+        ("report: {}\nreport: {}", 'is not YAML (found duplicate key "report" with value "{}"'),
+        ("report: \0", "params.yaml: is not YAML (unacceptable character #x0000"),
     ],
-    ids=["report", "unknown", "date", "recursion", "nesting", "expansion"],
 )  # fmt: skip
 def test_any_content_of_the_file_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, told: str
@@ -125,18 +128,30 @@ def test_a_stage_ends_in_one_line_and_a_non_zero_exit(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", ["lora: {r: 3", None])
-def test_what_dvc_cannot_read_is_one_line(tmp_path: Path, content: str | None) -> None:
+@pytest.mark.parametrize(
+    ("path", "content", "told"),
+    [
+        (".dvc", None, "plan: DVC cannot read its stage here (unknown Git revision"),
+        ("dvc.yaml", "stages: {plan: [", "plan: DVC cannot read its stage here (unable"),
+        ("dvc.yaml", "stages: {}", "plan: DVC cannot read its stage here (Stage 'plan' not found"),
+        ("dvc.lock", "schema: '2.0'\nstages: 5", "plan: DVC cannot read its stage here ('"),
+        ("params.yaml", None, "params.yaml: not there. Run this at the root of a clone"),
+    ],
+)
+def test_what_dvc_cannot_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, content: str | None, told: str
+) -> None:
     space = workspace.make(tmp_path)
-    (space.root / "params.yaml").unlink()
-    if content is None:
-        shutil.rmtree(space.root / ".dvc")
+    monkeypatch.chdir(space.root)
+    if content is not None:
+        (space.root / path).write_text(content)
+    elif path == ".dvc":
+        shutil.rmtree(path)
     else:
-        (space.root / "params.yaml").write_text(content)
-    done = space.stage("plan")
-    assert done.returncode == 1
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: params.yaml: DVC cannot read what plan declares")
+        (space.root / path).unlink()
+    with pytest.raises(UserError) as error:
+        params.load(PlanParams, "plan")
+    assert str(error.value).startswith(told) and "\n" not in str(error.value)
 
 
 def test_a_stage_without_its_input_says_what_writes_it(tmp_path: Path) -> None:

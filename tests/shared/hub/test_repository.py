@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from stages.shared.core.errors import UserError
-from stages.shared.hub import responses
+from stages.shared.hub import repository as client
 from stages.shared.hub.repository import Repository, _hash, download, download_folder, pin
 from tests import hub as hubs
 
@@ -137,7 +137,7 @@ def test_each_status_says_what_to_do(
 def test_responses_are_bounded(
     answers: dict[str, Any], line: str, server: hubs.Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(responses, "MINUTE", 0.2)
+    monkeypatch.setattr(client, "MINUTE", 0.2)
     for name, value in answers.items():
         setattr(server, name, value)
     with pytest.raises(UserError, match=line):

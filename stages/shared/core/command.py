@@ -1,0 +1,192 @@
+"""Command: how a stage or a tool begins, imports and ends.
+
+A fork watches it: a command that SIGKILL or a crash ends says nothing, and one whose child was
+stopped (SIGSTOP) would wait for it without end.
+"""
+
+import gc
+import os
+import re
+import resource
+import select
+import signal
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import takewhile
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from stages.shared.core import display, files
+from stages.shared.core.errors import SIGNALS, UserError, raise_signal, tell, tell_of_asides
+
+INTERVAL = 1.0  # seconds between two looks at the children
+PATIENCE = 10  # looks at which a child is stopped, and its parent is not: then it is killed
+
+_pipes: list[int] = []  # to the watchers of this process
+
+
+def run(
+    main: Callable[..., None], add_options: Callable[[ArgumentParser], object] | None = None
+) -> None:
+    """Run the `main()` of a stage or a tool, whose module is the command.
+
+    `--help` prints the module's docstring and its sections of params.yaml; unknown arguments are
+    refused. Neither runs anything. Whatever ends the command is one line on stderr and an exit
+    code: 1, or 128 and the number of a signal. Of an error that nobody foresaw, the traceback is
+    kept in `.logs/`. A signal ends the command as Ctrl-C does: what is half written is removed.
+
+    Args:
+        main: called with the parsed options where there are any to add, else with nothing.
+        add_options: adds the command's arguments to a parser.
+    """
+    module = sys.modules[main.__module__]
+    command = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else module.__name__
+    heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup does
+    try:
+        _on(heard, raise_signal)
+        display.guard()
+        tell_of_asides(command)
+        sys.excepthook = lambda _, error, trace: tell(error, command)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by `stages`
+        options = _parse(module, command, add_options)
+        with _watched(command):
+            main(*([options] if add_options else []))
+            files.record_outs()
+            sys.stdout.flush()  # or Python would find its reader gone when all is over
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of Rust is no `Exception`
+        _on(heard, signal.SIG_IGN)  # a second one comes too late
+        sys.exit(tell(error, command))
+    finally:
+        _on(heard, signal.SIG_IGN)  # all is over; Python's own end would print a traceback
+
+
+def _on(signals: list[signal.Signals], handler: "signal._HANDLER") -> None:
+    for number in signals:
+        signal.signal(number, handler)
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import large libraries: without garbage collection, and without a signal in the middle.
+
+    The hundred thousands of objects that torch and transformers define are there to stay; looking
+    for garbage among them takes 1.2 of 4 seconds. Half imported, a library reports a signal as a
+    module that it lacks: one that comes meanwhile is delivered after the block.
+    """
+    gc.disable()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}. `{self.prog} --help` says what it takes.")
+
+
+def _parse(
+    module: ModuleType, command: str, add_options: Callable[[ArgumentParser], object] | None
+) -> Namespace:
+    schema = getattr(module, "Params", None)
+    sections = [_section(name) for name in schema.model_fields] if schema else []
+    parser = _Parser(
+        prog=f"python -m {command}",
+        description=(module.__doc__ or "").strip(),
+        epilog="\n\n".join(["parameters, in params.yaml:", *sections] if sections else []),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if add_options:
+        add_options(parser)
+    return parser.parse_args()
+
+
+def _section(name: str) -> str:
+    """A section of params.yaml as it stands there, its comments included."""
+    path = Path("params.yaml")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    _, _, body = f"\n{text}".partition(f"\n{name}:")
+    first, *rest = f"{name}:{body}".splitlines()
+    return "\n".join([first, *takewhile(lambda line: line.startswith(" "), rest)])
+
+
+@contextmanager
+def _watched(command: str) -> Iterator[None]:
+    """Watch this process while the block runs, whose end is a byte in a pipe."""
+    reader, writer = os.pipe()
+    parent = os.getpid()
+    if (child := os.fork()) == 0:
+        _on([*SIGNALS], signal.SIG_IGN)
+        os.close(writer)
+        _watch(parent, reader, command)
+        os._exit(0)
+    os.close(reader)
+    _pipes.append(writer)
+    try:
+        yield
+    finally:
+        dismiss()
+        _pipes.remove(writer)
+        os.close(writer)
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+
+
+def dismiss() -> None:
+    """Send the watchers home: this process has said why it ends, and does so at once."""
+    for pipe in _pipes:
+        with suppress(OSError):  # one may have been killed itself
+            os.writev(pipe, [b"."])
+
+
+def _watch(parent: int, reader: int, command: str) -> None:
+    kills, stopped = _out_of_memory_kills(), Counter[int]()
+    while not select.select([reader], [], [], INTERVAL)[0]:
+        paused = _state(parent) == "T"  # Ctrl-Z stops all of them
+        found = [p for p in _descendants(parent) if _state(p) == "T" and not paused]
+        stopped = Counter({process: stopped[process] + 1 for process in found})
+        for process, looks in stopped.items():
+            if looks >= PATIENCE:
+                with suppress(OSError):
+                    os.kill(process, signal.SIGKILL)
+    if os.read(reader, 1):
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    why = "SIGKILL or a crash, mostly for want of memory"
+    if _out_of_memory_kills() > kills:
+        why = "the kernel ran out of memory"
+    elif limit != resource.RLIM_INFINITY:
+        why = f"SIGKILL or a crash; `ulimit -v` allows it {limit / 2**30:.1f} GiB"
+    line = f"\nerror: {command}: ended without a word ({why}). Free memory, and run it again."
+    print(line, file=sys.stderr, flush=True)  # a progress bar may stand in the line before
+
+
+def _descendants(process: int) -> Iterator[int]:
+    with suppress(OSError):  # it has ended
+        for path in Path(f"/proc/{process}/task").glob("*/children"):
+            for child in map(int, path.read_text().split()):
+                yield child
+                yield from _descendants(child)
+
+
+def _state(process: int) -> str:
+    """R(unning), S(leeping), T (stopped) and others; "" once it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def _out_of_memory_kills() -> int:
+    """Processes that the kernel has killed for want of memory, since it booted."""
+    found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
