@@ -1,11 +1,15 @@
-"""Raw lines as encoded rows, by `datasets`; they do not depend on the number of processes."""
+"""Encoded rows of raw lines, in batches that do not depend on the number of processes."""
 
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from stages.prepare.config import Prepare
 from stages.prepare.forms import parse
 from stages.prepare.loss_mask import Example, ExampleEncoder
 from stages.prepare.output import FIGURES, SCHEMA
-from stages.prepare.rows import parse_line, read_chunks, require_length
+from stages.prepare.rows import Line, parse_line, read_batches
 from stages.prepare.splitting import digest_of, is_held_out
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import (
@@ -27,7 +31,7 @@ from stages.shared.chat.conversation import (
 )
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core.display import visible
-from stages.shared.core.errors import SIGNALS
+from stages.shared.core.errors import SIGNALS, UserError
 
 ENCODED = pa.schema(
     {
@@ -35,7 +39,7 @@ ENCODED = pa.schema(
         **FIGURES,
         "line": pa.int64(),
         "reason": pa.string(),  # of the rejection; other columns are null then
-        "question": pa.string(),  # a digest
+        "question": pa.binary(),  # a digest
         "is_held_out": pa.bool_(),
         "truncated": pa.bool_(),
         "dropped_turns": pa.bool_(),
@@ -43,84 +47,79 @@ ENCODED = pa.schema(
         "form": pa.string(),
     }
 )
-CHUNK_BYTES = 8 << 20
-BYTES_PER_PROCESS = 1 << 20  # at least
-BATCH_ROWS = 1000
+BATCH_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _prctl = ctypes.CDLL(None).prctl
 
 
 def encode_file(
     path: Path, processes: int, tokenizer: str, parameters: Prepare
-) -> Iterator[tuple[pa.Table, int]]:
-    """Encode a file chunk by chunk: a table of `ENCODED` and the bytes read for it, each time."""
-    # Imported late: the tokenizer's module must switch the hub off first.
-    from datasets import Dataset, Features, disable_progress_bars  # noqa: PLC0415
-
-    disable_progress_bars()
-    for lines, size in read_chunks(path, CHUNK_BYTES, parameters.max_row_bytes):
-        workers = min(processes, size // BYTES_PER_PROCESS)
-        with _signals_deferred() if workers > 1 else nullcontext():
-            encoded = (
-                Dataset(lines)
-                .with_format("arrow")
-                .map(
-                    encode_rows,
-                    batched=True,
-                    batch_size=BATCH_ROWS,
-                    features=Features.from_arrow_schema(ENCODED),
-                    remove_columns=lines.column_names,
-                    fn_kwargs={"tokenizer": tokenizer, "parameters": parameters},
-                    num_proc=workers if workers > 1 else None,
-                    keep_in_memory=True,
-                    new_fingerprint="encoded",  # no hash of the function and its arguments
-                )
-            )
-        yield encoded[:], size
+) -> Generator[tuple[pa.Table, int], None, None]:
+    """Encode a file batch by batch: a table of `ENCODED` and the bytes read for it, each time."""
+    batches = read_batches(path, BATCH_BYTES)
+    workers = min(processes, path.stat().st_size // BATCH_BYTES)
+    if workers < 2:
+        for lines, size in batches:
+            yield encode_rows(lines, tokenizer, parameters), size
+        return
+    pending = deque[tuple[Future[pa.Table], int]]()
+    with _forked(workers) as pool:
+        for lines, size in batches:
+            pending.append((pool.submit(encode_rows, lines, tokenizer, parameters), size))
+            if len(pending) > 2 * workers:
+                yield _result(*pending.popleft())
+        for one in pending:
+            yield _result(*one)
 
 
-_deferring = False
-
-
-def _end_with_the_parent() -> None:
-    if _deferring:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-os.register_at_fork(after_in_child=_end_with_the_parent)
+def _result(encoded: Future[pa.Table], size: int) -> tuple[pa.Table, int]:
+    return encoded.result(), size
 
 
 @contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Defer signals: an exception while `multiprocess` forks or joins leaves orphans."""
-    global _deferring  # noqa: PLW0603  (a fork has no other way to know)
-    caught: list[int] = []
-    numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-    before = [signal.signal(number, lambda got, _: caught.append(got)) for number in numbers]
-    _deferring = True
+def _forked(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Pool of forks, which hear no Ctrl-C and end with this process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the forks are as many as the cores
+    pool, caught = ProcessPoolExecutor(workers, get_context("fork"), _begin_fork), list[int]()
+    # Deferred by handlers: an exception amid forks leaves orphans, and threads have other masks.
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, lambda got, _: caught.append(got))
     try:
-        yield
+        pool.submit(os.getpid)  # forks all
     finally:
-        _deferring = False
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
+    try:
         if caught:
             signal.raise_signal(caught[0])
+        yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            "prepare: one of its processes was killed, mostly for want of memory. Free memory, "
+            "and run it again."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Table:
-    """Parse, render and encode a table of `LINES`: of `ENCODED`, rows for each non-blank line."""
+def _begin_fork() -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
+def encode_rows(lines: list[Line], tokenizer: str, parameters: Prepare) -> pa.Table:
+    """Parse, render and encode lines: rows of `ENCODED` for each that is not blank."""
     encoder = make_encoder(tokenizer, parameters)
-    pairs = zip(lines["line"].to_pylist(), lines["row"].to_pylist(), strict=True)
-    parsed = {line: _parse(row, parameters) for line, row in pairs if row.strip()}
-    conversations = [one for one in parsed.values() if isinstance(one, Conversation)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    parsed = [_parse(line, parameters) for _, line in lines]
+    conversations = [one for one in parsed if isinstance(one, Conversation)]
     encoded = iter(encoder.encode_conversations(conversations))
     rows: list[dict[str, Any]] = []
-    for line, one in parsed.items():
-        columns: dict[str, Any] = {"line": line, "is_first": True}
+    for (number, line), one in zip(lines, parsed, strict=True):
+        columns: dict[str, Any] = {"line": number, "is_first": True, "bytes": len(line)}
         result = one if isinstance(one, RejectedRow) else next(encoded)
         if isinstance(one, Conversation):
             columns["unknown"] = [*map(visible, one.unknown)]
@@ -131,13 +130,12 @@ def encode_rows(lines: pa.Table, tokenizer: str, parameters: Prepare) -> pa.Tabl
         assert isinstance(one, Conversation)
         for example in _columns(one, result, parameters):
             rows.append(example | columns)
-            columns = {"line": line, "is_first": False}
+            columns |= {"is_first": False}
     return pa.Table.from_pylist(rows, schema=ENCODED)
 
 
 def _parse(row: bytes, parameters: Prepare) -> Conversation | RejectedRow:
     try:
-        require_length(row, parameters.max_row_bytes)
         return parse(parse_line(row), parameters.format, parameters.columns)
     except RejectedRow as reason:
         return reason.with_traceback(None)  # whose frames would hold the batch

@@ -1,9 +1,11 @@
-"""Outputs of the preparation: a Parquet file per split, rejected.jsonl, and their counts."""
+"""Outputs of the preparation: Parquet files in row groups, rejected.jsonl, and their counts."""
 
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -12,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.prepare.rows import SPLITS, Source
-from stages.prepare.splitting import OUTCOMES
+from stages.prepare.splitting import OUTCOMES, draw
+from stages.shared.core.errors import UserError
 
 _CALL = pa.struct({"name": pa.string(), "arguments": pa.string(), "id": pa.string()})
 _MESSAGE = pa.struct(
@@ -43,33 +46,62 @@ SCHEMA = pa.schema(
         "weights": pa.list_(pa.float32()),  # null: all supervised tokens weigh 1
     }
 )
-# Of a row, beside SCHEMA: what the figures need.
-FIGURES = {"is_first": pa.bool_(), "supervised_tokens": pa.int64()}
-_GROUP_ROWS = 1000
+# Of a row, beside SCHEMA: what row groups and figures need.
+FIGURES = {"is_first": pa.bool_(), "supervised_tokens": pa.int64(), "bytes": pa.int64()}
+_STORED = pa.schema([*SCHEMA, *(pa.field(*column) for column in FIGURES.items())])
+GROUP_ROWS, GROUP_BYTES = 1000, 8 << 20  # of raw lines; of a row group, at most
 _SHOWN = 20  # languages and unknown fields in the metrics
 _COUNTED = 1000  # distinct reasons and fields, of which a file may have as many as rows
 _FLAGS = ("truncated", "dropped_turns")
 _COUNTS = ("conversations", "rows", "tokens", "supervised_tokens")
 
 
-@dataclass
-class SplitFile:
-    """One split: its Parquet file and its counts."""
+class RowGroups:
+    """Parquet file in row groups that do not depend on the batches in which rows come."""
 
-    writer: pq.ParquetWriter
-    count: Counter[str] = field(default_factory=Counter)
-    by_source: dict[str, Counter[str]] = field(default_factory=dict)
-    languages: Counter[str] = field(default_factory=Counter)
-    longest: int = 0
-    last_id: int = 0
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._waiting: list[pa.Table] = []  # rows of the group that is open, which are
+        self._rows = self._bytes = 0  # so many
 
     def add(self, rows: pa.Table) -> None:
         """Append rows of `SCHEMA` and `FIGURES`."""
+        begin = 0
+        for at, size in enumerate(rows["bytes"].to_pylist()):
+            if self._rows == GROUP_ROWS or (self._rows and self._bytes + size > GROUP_BYTES):
+                self._write(rows[begin:at])
+                begin = at
+            self._rows += 1
+            self._bytes += size
+        self._waiting.append(rows[begin:])
+
+    def _write(self, last: pa.Table) -> None:
+        schema = self._writer.schema
+        table = pa.concat_tables([*self._waiting, last]).select(schema.names).cast(schema)
+        self._writer.write_table(table.combine_chunks())  # pages follow chunks
+        self._waiting, self._rows, self._bytes = [], 0, 0
+
+    def close(self) -> None:
+        """Write the last group and the footer."""
+        if self._rows:
+            self._write(self._waiting.pop())
+        self._writer.close()
+
+
+class SplitFile(RowGroups):
+    """One split: its Parquet file and its counts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, SCHEMA)
+        self.count, self.languages = Counter[str](), Counter[str]()
+        self.by_source: dict[str, Counter[str]] = {}
+        self.longest = self.last_id = 0
+
+    def add(self, rows: pa.Table) -> None:
+        """Append rows, and count them."""
         if not len(rows):
             return
-        # Combined, since pages follow chunks.
-        table = rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
-        self.writer.write_table(table, row_group_size=_GROUP_ROWS)
+        super().add(rows)
         self.count.update(_counts(rows))
         for name in rows["source"].unique().to_pylist():
             if name is not None:
@@ -103,6 +135,55 @@ def _shown(count: Counter[str]) -> dict[str, int]:
     """Counts of a split; its rows where a conversation has several."""
     names = [name for name in _COUNTS if name != "rows" or count[name] > count["conversations"]]
     return {name: count[name] for name in names}
+
+
+class Mixture(RowGroups):
+    """Rows of the training split, stored until all are known, then drawn by `prepare.mix`."""
+
+    def __init__(self, path: Path, weights: Mapping[str, float]) -> None:
+        super().__init__(path, _STORED)
+        self._path, self._weights = path, weights
+        # Of each conversation: index of `weights`, and supervised tokens.
+        self._sources, self._tokens = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+
+    def add(self, rows: pa.Table) -> None:
+        """Store rows."""
+        if not len(rows):
+            return
+        super().add(rows)
+        heads = rows["is_first"].to_numpy()
+        sources = pc.index_in(rows["source"], value_set=pa.array([*self._weights]))
+        self._sources.append(sources.to_numpy()[heads].astype(np.int32))
+        tokens = rows["supervised_tokens"].to_numpy()
+        self._tokens.append(np.add.reduceat(tokens, heads.nonzero()[0]))
+
+    def draw(self, file: SplitFile, seed: int, limit: int | None) -> dict[str, Any]:
+        """Write the drawn conversations, at most `limit`, in their order; return the metrics."""
+        self.close()
+        sources, tokens = np.concatenate(self._sources), np.concatenate(self._tokens)
+        for i, (name, weight) in enumerate(self._weights.items()):
+            if weight and not (sources == i).any():
+                raise UserError(
+                    f"params.yaml: prepare.mix gives {name} the weight {weight}; it has no "
+                    "conversation for training. Set it to 0, or add some."
+                )
+        drawn = draw(tokens, sources, [*self._weights.values()], seed, limit)
+        begun = 0
+        with pq.ParquetFile(self._path) as stored:
+            for group in range(stored.num_row_groups):
+                rows = stored.read_row_group(group, use_threads=False)
+                conversations = begun + np.cumsum(rows["is_first"].to_numpy()) - 1
+                begun = int(conversations[-1]) + 1
+                file.add(rows.filter(pa.array(drawn[conversations])))
+        return {
+            name: {
+                "weight": weight,
+                "share": float(tokens[drawn & (sources == i)].sum() / tokens[drawn].sum()),
+                "conversations": int((drawn & (sources == i)).sum()),
+                "of": int((sources == i).sum()),
+            }
+            for i, (name, weight) in enumerate(self._weights.items())
+        }
 
 
 @dataclass

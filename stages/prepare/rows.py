@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import BaseModel
 
 from stages.shared.chat.conversation import RejectedRow
@@ -17,8 +16,7 @@ from stages.shared.core import files
 from stages.shared.core.errors import UserError, reading
 from stages.shared.data.encoding import encoding_of
 
-# A line's number from 1, and its bytes.
-LINES = pa.schema({"line": pa.int64(), "row": pa.binary()})
+Line = tuple[int, bytes]  # its number from 1
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 
@@ -28,87 +26,66 @@ _CONTROL = re.compile("[\0\x80-\x9f]")
 _DEEPEST = 64  # templates and JSON writers recurse
 
 
-class _Entry(BaseModel):
-    """A file of the user's in source.json."""
+class Part(BaseModel):
+    """A file of the user's in source.json; its first line here, and what the user counts there."""
 
     split: Split
     name: str
     first_line: int
     counted_in: Literal["line", "row"]
-    source: str | None = None
+    source: str | None = None  # its name, where there are several
 
 
 @dataclass(frozen=True)
 class Source:
     """One split's file in data/raw."""
 
-    split: Split
     path: Path
-    parts: list[dict[str, Any]]  # the user's files: `name`, `first_line` here, `counted_in`
-    with_eval: frozenset[str | None] = frozenset()  # sources (None: the only one) that hold out
+    parts: list[Part]
+    with_eval: frozenset[str | None]  # sources that hold out rows themselves
 
     @property
     def names(self) -> set[str | None]:
         """Names of the sources; None: there is one."""
-        return {part.get("source") for part in self.parts}
-
-    @property
-    def all_have_eval(self) -> bool:
-        """Whether every source has its own eval split."""
-        return self.names <= self.with_eval
+        return {part.source for part in self.parts}
 
     def parts_of(self, lines: np.ndarray) -> np.ndarray:
         """Index of the part of each line, int [lines]."""
-        starts = [part["first_line"] for part in self.parts]
-        return np.searchsorted(starts, lines, side="right") - 1
+        return np.searchsorted([p.first_line for p in self.parts], lines, side="right") - 1
 
     def place(self, line: int) -> tuple[str, str, int]:
         """Locate a line in the user's file: its name, "line" or "row", the number there."""
-        part = [part for part in self.parts if part["first_line"] <= line][-1]
-        return part["name"], part["counted_in"], line - part["first_line"] + 1
+        part = [part for part in self.parts if part.first_line <= line][-1]
+        return part.name, part.counted_in, line - part.first_line + 1
 
 
 def find_sources(folder: Path) -> dict[Split, Source]:
     """Find the files that `fetch_data` lists in source.json: `train`, and `eval` if present."""
     if not (path := folder / "source.json").exists():
         raise UserError(f"{folder}: has no source.json. Run `dvc repro fetch_data`.")
-    parts: dict[Split, list[dict[str, Any]]] = {}
     with reading(path):
-        for entry in files.read_json(path)["files"]:
-            part = _Entry.model_validate(entry)
-            parts.setdefault(part.split, []).append(part.model_dump())
-        if "train" not in parts:
+        parts = [Part.model_validate(entry) for entry in files.read_json(path)["files"]]
+        if all(part.split != "train" for part in parts):
             raise ValueError("no file of the train split")
-    with_eval = frozenset(part.get("source") for part in parts.get("eval", ()))
+    with_eval = frozenset(part.source for part in parts if part.split == "eval")
     return {
-        split: Source(split, folder / f"{split}.jsonl", some, with_eval)
-        for split, some in parts.items()
+        split: Source(folder / f"{split}.jsonl", [p for p in parts if p.split == split], with_eval)
+        for split in {part.split for part in parts}
     }
 
 
-def read_chunks(path: Path, max_bytes: int, max_row_bytes: int) -> Iterator[tuple[pa.Table, int]]:
-    """Read a file's `LINES`, in chunks that end with the first past `max_bytes`, and their bytes.
-
-    Of a row that is too long the first bytes are read, one more than `max_row_bytes`.
-    """
-    number, lines, begin = 0, list[dict[str, Any]](), 0
+def read_batches(path: Path, max_bytes: int) -> Iterator[tuple[list[Line], int]]:
+    """Read a file's lines, in batches that end with the first past `max_bytes`, and their bytes."""
+    lines, size = list[Line](), 0
     with path.open("rb") as file:
-        while row := file.readline(max_row_bytes + 1):
-            rest, number = row, number + 1
-            while len(row) > max_row_bytes and rest and not rest.endswith(b"\n"):
-                rest = file.readline(1 << 20)
-            lines.append({"line": number, "row": row})
-            if (end := file.tell()) - begin >= max_bytes:
-                yield pa.Table.from_pylist(lines, LINES), end - begin
-                lines, begin = [], end
-        if lines:
-            yield pa.Table.from_pylist(lines, LINES), file.tell() - begin
-
-
-def require_length(row: bytes, max_row_bytes: int) -> None:
-    """Reject a row of which `read_chunks` read the beginning alone."""
-    if len(row) > max_row_bytes:
-        raise RejectedRow(f"longer than prepare.max_row_bytes, {max_row_bytes:,}")
+        for number, line in enumerate(file, start=1):
+            lines.append((number, line))
+            size += len(line)
+            if size >= max_bytes:
+                yield lines, size
+                lines, size = [], 0
+    if lines:
+        yield lines, size
 
 
 def parse_line(row: bytes) -> dict[str, Any]:

@@ -1,12 +1,34 @@
-"""Splitter into train and eval; finds duplicates and leaks."""
+"""Train and eval splits: duplicates and leaks, and the mixture of sources that is drawn."""
 
 import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from stages.shared.core.errors import UserError
+
 OUTCOMES = ("rejected", "leaked", "duplicates", "beyond_max_rows", "eval", "train")
-_NONE = np.empty(0, "S32")
+
+
+class Digests:
+    """Set of digests, 16 bytes each: sorted arrays, each more than twice as long as the next."""
+
+    def __init__(self) -> None:
+        self._runs: list[np.ndarray] = []
+
+    def add(self, digests: np.ndarray) -> None:
+        """Add digests, S16 [digests]."""
+        self._runs.append(np.unique(digests))
+        while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):
+            self._runs[-2:] = [np.union1d(*self._runs[-2:])]
+
+    def hold(self, digests: np.ndarray) -> np.ndarray:
+        """Whether each of the digests, S16 [digests], was added, bool [digests]."""
+        held = np.zeros(len(digests), bool)
+        for run in filter(len, self._runs):
+            held |= run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests
+        return held
 
 
 @dataclass
@@ -16,9 +38,9 @@ class Splitter:
     own_eval: bool  # a source has an eval file: train rows that begin like a row of eval leak
     max_rows: int | None  # of train, the first ones
     _train_rows: int = 0
-    _seen: np.ndarray = field(default_factory=_NONE.copy)  # sorted digests, like the next two
-    _held_out: np.ndarray = field(default_factory=_NONE.copy)
-    _questions: np.ndarray = field(default_factory=_NONE.copy)  # at most two
+    _seen: Digests = field(default_factory=Digests)
+    _held_out: Digests = field(default_factory=Digests)
+    _questions: set[bytes] = field(default_factory=set)  # until there are two
 
     @property
     def is_full(self) -> bool:
@@ -33,17 +55,18 @@ class Splitter:
     def assign(
         self, usable: np.ndarray, is_eval: np.ndarray, ids: np.ndarray, questions: np.ndarray
     ) -> np.ndarray:
-        """Assign the next rows to `OUTCOMES`, str [rows]; flags are bool, digests S32 [rows]."""
+        """Assign the next rows to `OUTCOMES`, str [rows]; flags are bool, digests S16 [rows]."""
         if self.own_eval:  # else the first message alone decides, and none leaks
-            self._held_out = _insert(self._held_out, questions[usable & is_eval])
-        leaked = usable & ~is_eval & _contains(self._held_out, questions)
+            self._held_out.add(questions[usable & is_eval])
+        leaked = usable & ~is_eval & self._held_out.hold(questions)
         candidates = (usable & ~leaked).nonzero()[0]
         _, first = np.unique(ids[candidates], return_index=True)
         first = candidates[first]
         new = np.zeros(len(ids), bool)
-        new[first[~_contains(self._seen, ids[first])]] = True
-        self._seen = _insert(self._seen, ids[new])
-        self._questions = _insert(self._questions, questions[new])[:2]
+        new[first[~self._seen.hold(ids[first])]] = True
+        self._seen.add(ids[new])
+        if len(self._questions) < 2:
+            self._questions.update(np.unique(questions[new])[:2].tolist())
         train = new & ~is_eval
         limit = len(ids) if self.max_rows is None else self.max_rows - self._train_rows
         beyond = train & (np.cumsum(train) > limit)
@@ -57,18 +80,53 @@ def is_held_out(question: str, fraction: float, seed: int) -> bool:
     return int.from_bytes(digest[:8]) / 2**64 < fraction
 
 
-def digest_of(question: str) -> str:
-    """SHA-256 of a message, cut to 32 hex digits."""
-    return hashlib.sha256(question.encode()).hexdigest()[:32]
+def digest_of(question: str) -> bytes:
+    """SHA-256 of a message, cut to 16 bytes."""
+    return hashlib.sha256(question.encode()).digest()[:16]
 
 
-def _contains(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    if not len(known):
-        return np.zeros(len(values), bool)
-    return known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
+def draw(
+    tokens: np.ndarray, sources: np.ndarray, weights: list[float], seed: int, limit: int | None
+) -> np.ndarray:
+    """Conversations in which sources have shares of `tokens` like `weights`, bool [conversations].
+
+    None is drawn twice: as many as the scarcest source allows, at random by `seed`. A share is
+    exact to half a conversation. `sources` are indices of `weights`, int [conversations].
+    """
+    generator = np.random.default_rng(seed)
+    orders = [generator.permutation(np.flatnonzero(sources == i)) for i in range(len(weights))]
+    # A conversation belongs to a share that reaches its middle.
+    middles = [np.cumsum(tokens[order]) - tokens[order] / 2 for order in orders]
+    totals = [tokens[o].sum() / w for o, w in zip(orders, weights, strict=True) if w]
+
+    def counts(total: float) -> list[int]:
+        pairs = zip(middles, weights, strict=True)
+        return [int(np.searchsorted(middle, weight * total)) for middle, weight in pairs]
+
+    low, high = 0.0, min(totals)
+    if limit is not None and sum(counts(high)) > limit:
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(counts(middle)) <= limit else (low, middle)
+        high = low
+    drawn = np.zeros(len(tokens), bool)
+    for order, count in zip(orders, counts(high), strict=True):
+        drawn[order[:count]] = True
+    return drawn
 
 
-def _insert(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    values = np.unique(values)
-    values = values[~_contains(known, values)]
-    return np.insert(known, np.searchsorted(known, values), values)
+def require_sources(weights: Mapping[str, float] | None, names: Collection[str | None]) -> None:
+    """Refuse a mixture whose names are not those of the sources of the training split."""
+    if weights is None:
+        return
+    known = sorted(name for name in names if name is not None)
+    if not known:
+        raise UserError(
+            f"params.yaml: prepare.mix is {dict(weights)}, but data.path is one source. Set it to "
+            "null, or make data.path a folder with a file or a folder for each source."
+        )
+    if sorted(weights) != known or not any(weights.values()):
+        raise UserError(
+            f"params.yaml: prepare.mix is {dict(weights)}; the sources are {', '.join(known)}. "
+            "Give each a weight; 0 leaves one out."
+        )

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from stages.prepare import encoding
+from stages.prepare import encoding, output
 from stages.prepare.__main__ import COMPARED
 from stages.prepare.output import SCHEMA, Tally
 from stages.shared.chat.conversation import conversation_id
@@ -75,24 +75,20 @@ def test_the_format_has_all_end_tokens_of_the_model(stage: Stage, tmp_path: Path
 def test_processes_and_batches_change_no_byte(
     stage: Stage, max_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "BYTES_PER_PROCESS", 200)
+    monkeypatch.setattr(output, "GROUP_ROWS", 3)
     rows = [*ROWS, row("plus " * 99 + "two"), *ROWS[:3], {"text": "### Human: two", "id": 1}]
     found = []
-    for processes, batch in ((1, 1000), (1, 1), (2, 3), (3, 1000)):
-        monkeypatch.setattr(encoding, "BATCH_ROWS", batch)
+    for processes, batch in ((1, 1 << 20), (1, 1), (2, 150), (3, 400)):
+        monkeypatch.setattr(encoding, "BATCH_BYTES", batch)
         stage.processes = processes
         figures = stage.prepare(rows, max_rows=max_rows, max_rejected=0.5)
         found.append((figures, {name: (stage.out / name).read_bytes() for name in OUTS}))
     assert all(one == found[0] for one in found)
     assert found[0][0]["rejected"] == 2
-    before = stage.rows("train"), stage.rows("eval"), stage.rejected()
-    monkeypatch.setattr(encoding, "CHUNK_BYTES", 150)
-    assert stage.prepare(rows, max_rows=max_rows, max_rejected=0.5) == found[0][0]
-    assert (stage.rows("train"), stage.rows("eval"), stage.rejected()) == before
 
 
-def test_memory_is_that_of_a_chunk(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "CHUNK_BYTES", 40_000)
+def test_memory_is_that_of_a_batch(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 40_000)
     live, add = list[int](), Tally.add
 
     def measure(tally: Tally, *rows: Any) -> None:
@@ -111,7 +107,7 @@ def test_memory_is_that_of_a_chunk(stage: Stage, monkeypatch: pytest.MonkeyPatch
     assert live[-2] - live[2] < 0.3 * size  # digests
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_all_processes_in_one_line(
     stage: Stage, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -132,12 +128,17 @@ def test_a_signal_ends_all_processes_in_one_line(
         [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     folder = Path(f"/proc/{begun.pid}/task/{begun.pid}/children")
-    while begun.poll() is None and len(folder.read_text().split()) < 2:
+    while begun.poll() is None and len(workers := folder.read_text().split()) < 3:
         time.sleep(0.05)
-    (os.killpg if number == signal.SIGINT else os.kill)(begun.pid, number)
+    if number == signal.SIGKILL:  # of a worker
+        os.kill(int(workers[-1]), number)
+    else:
+        (os.killpg if number == signal.SIGINT else os.kill)(begun.pid, number)
     _, stderr = begun.communicate(timeout=60)
-    assert begun.returncode == 128 + number
-    assert stderr.split("\r")[-1].strip().splitlines()[-1].startswith("stopped")
+    told = "error: prepare: one of its processes was killed, mostly for want of memory"
+    assert begun.returncode == (1 if number == signal.SIGKILL else 128 + number)
+    last = stderr.split("\r")[-1].strip().splitlines()[-1]
+    assert last.startswith(told if number == signal.SIGKILL else "stopped")
     assert "Traceback" not in stderr
     assert not [*stage.out.glob("*")]
 
@@ -205,7 +206,7 @@ def test_max_rows_counts_conversations_that_are_accepted(stage: Stage) -> None:
 def test_max_rows_stops_reading_where_there_is_an_eval_split(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 1)
     figures = stage.prepare(ROWS[4:], ROWS[:4], max_rows=3)
     assert figures["rows_in"] == 7
     assert figures["train"]["conversations"] == 3

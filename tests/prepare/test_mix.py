@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.prepare.mix import draw
+from stages.prepare.splitting import draw
 from stages.shared.core.errors import UserError
 from tests.prepare.helpers import Stage, row
 

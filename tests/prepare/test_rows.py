@@ -48,28 +48,16 @@ def test_a_line_is_rejected_with_its_fault(line: bytes, reason: str) -> None:
 
 
 @pytest.mark.parametrize(("max_bytes", "lengths"), [(1000, [4]), (5, [2, 1, 1]), (1, [1] * 4)])
-def test_chunks_hold_all_lines_with_their_numbers(
+def test_batches_hold_all_lines_with_their_numbers(
     tmp_path: Path, max_bytes: int, lengths: list[int]
 ) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"one\n\nthree\nfour")
-    chunks = [*rows.read_chunks(path, max_bytes, 1000)]
-    assert [len(lines) for lines, _ in chunks] == lengths
-    assert sum(size for _, size in chunks) == path.stat().st_size
-    read = [value for lines, _ in chunks for value in lines["row"].to_pylist()]
-    assert read == [b"one\n", b"\n", b"three\n", b"four"]
-    assert [n for lines, _ in chunks for n in lines["line"].to_pylist()] == [1, 2, 3, 4]
-
-
-def test_long_line_is_read_in_part_and_rejected(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(b"one\n" + b"x" * (3 << 20) + b"\nthree\n" + b"y" * 50)
-    [(lines, size)] = rows.read_chunks(path, 1 << 30, 10)
-    assert lines["line"].to_pylist() == [1, 2, 3, 4]
-    assert lines["row"].to_pylist() == [b"one\n", b"x" * 11, b"three\n", b"y" * 11]
-    assert size == path.stat().st_size
-    with pytest.raises(RejectedRow, match=r"longer than prepare\.max_row_bytes, 10"):
-        rows.require_length(lines["row"][1].as_py(), 10)
+    batches = [*rows.read_batches(path, max_bytes)]
+    assert [len(lines) for lines, _ in batches] == lengths
+    assert sum(size for _, size in batches) == path.stat().st_size
+    read = [line for lines, _ in batches for line in lines]
+    assert read == [(1, b"one\n"), (2, b"\n"), (3, b"three\n"), (4, b"four")]
 
 
 def test_the_place_of_a_row_is_that_of_the_users_file(tmp_path: Path) -> None:

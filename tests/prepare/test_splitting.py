@@ -25,8 +25,8 @@ def assign(splitter: Splitter, rows: list[tuple[str, str, str]]) -> list[str]:
     return splitter.assign(
         np.array(where) != "rejected",
         np.array(where) == "eval",
-        np.array([*map(digest_of, ids)], "S32"),
-        np.array([*map(digest_of, questions)], "S32"),
+        np.array([*map(digest_of, ids)], "S16"),
+        np.array([*map(digest_of, questions)], "S16"),
     ).tolist()
 
 
