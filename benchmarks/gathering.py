@@ -11,7 +11,7 @@ from stages.plan.data import Data
 from stages.plan.figures import operations
 from stages.plan.sources import CONFIGS
 from stages.shared.core.command import run
-from stages.shared.step.count import StepCounter
+from stages.shared.step.memory.predict import StepCounter
 
 PAGE = ROOT / "docs/clusters.md"
 TOKENS = (1024, 8192)  # of a micro-batch, in conversations of 1,024, half of them supervised

@@ -49,14 +49,15 @@ from stages.shared.model.packing import Example
 from stages.shared.parallel.group import Group
 from stages.shared.parallel.limits import GIB
 from stages.shared.parallel.shards import Shards
-from stages.shared.step import adapter, fit, gradient, optim
+from stages.shared.step import adapter, gradient, optim
 from stages.shared.step.config import Lora
-from stages.shared.step.count import Prediction, StepCounter
-from stages.shared.step.fake_model import state_tensors
 from stages.shared.step.fused import patch
-from stages.shared.step.live_bytes import LiveBytes
+from stages.shared.step.memory import fit
+from stages.shared.step.memory.fake_model import state_tensors
+from stages.shared.step.memory.live_bytes import LiveBytes
+from stages.shared.step.memory.predict import Prediction, StepCounter
+from stages.shared.step.memory.setup import Device, TrainingSetup, micro_batch_of, setup_of
 from stages.shared.step.router_loss import RouterLoss
-from stages.shared.step.setup import Device, TrainingSetup, micro_batch_of, setup_of
 from stages.shared.weights import precision
 
 CPU = torch.device("cpu")

@@ -83,7 +83,7 @@ def main(options: Namespace) -> None:
     # Imported late: a mistake in params.yaml is reported before the seconds that these take.
     with quick_imports():
         from stages.plan import charts, figures, tables  # noqa: PLC0415
-        from stages.shared.step.count import StepCounter  # noqa: PLC0415
+        from stages.shared.step.memory.predict import StepCounter  # noqa: PLC0415
 
     is_stage = all(option is None for option in vars(options).values())
     with StepCounter(config) as counter:

@@ -8,11 +8,17 @@ from stages.plan.config import Params
 from stages.plan.data import Data
 from stages.shared.core.errors import UserError
 from stages.shared.parallel.limits import GIB
-from stages.shared.step import fit
-from stages.shared.step.count import StepCounter
-from stages.shared.step.fit import Choice, Request
-from stages.shared.step.setup import Device, MicroBatch, TrainingSetup, lora_of, setup_of
-from stages.shared.step.workload import workload_of_counts
+from stages.shared.step.memory import fit
+from stages.shared.step.memory.fit import Choice, Request
+from stages.shared.step.memory.predict import StepCounter
+from stages.shared.step.memory.setup import (
+    Device,
+    MicroBatch,
+    TrainingSetup,
+    lora_of,
+    setup_of,
+    workload_of_counts,
+)
 from stages.shared.weights.precision import DENSE_BYTES
 
 NOTE = (

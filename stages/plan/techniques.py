@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from stages.shared.parallel.limits import GIB
-from stages.shared.step import fit
-from stages.shared.step.count import PARTS, Prediction, StepCounter
-from stages.shared.step.setup import MicroBatch, TrainingSetup
+from stages.shared.step.memory import fit
+from stages.shared.step.memory.predict import PARTS, Prediction, StepCounter
+from stages.shared.step.memory.setup import MicroBatch, TrainingSetup
 from stages.shared.weights.precision import DENSE_BYTES
 
 CARDS_GIB = {

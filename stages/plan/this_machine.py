@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -13,10 +14,10 @@ from stages.plan.data import Data
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import device, machine
 from stages.shared.parallel.limits import GIB, total_memory_bytes
-from stages.shared.step import fit
-from stages.shared.step.count import StepCounter
-from stages.shared.step.fit import Request
-from stages.shared.step.setup import Device, TrainingSetup, lora_of
+from stages.shared.step.memory import fit
+from stages.shared.step.memory.fit import Request
+from stages.shared.step.memory.predict import StepCounter
+from stages.shared.step.memory.setup import Device, TrainingSetup, lora_of
 from stages.shared.weights import precision
 
 LARGER = (
@@ -72,19 +73,17 @@ def described(
 
 
 def _fitting(requested: Request, values: Params) -> Iterator[str]:
-    batches = requested.workload.micro_batches(figures.MICRO_BATCH_TOKENS)
+    """Lines of the techniques that fit and of those that do not, on one device."""
     groups: dict[str, list[str]] = {"fits": [], "does not fit": []}
+    requested = replace(requested, micro_batch_tokens=figures.MICRO_BATCH_TOKENS, shards=(1,))
     for name, way in techniques.standard(lora_of(values.lora)).items():
         compute = requested.setup.compute if way.compute == "bf16" else way.compute
         setup = replace(way, device=requested.setup.device, compute=compute)
-        if name.endswith(techniques.PAGED):
-            continue
-        try:
-            prediction = requested.counter.largest(setup, batches)
-        except UserError:
-            continue
-        needed = fit.device_bytes(requested.counter, setup, prediction) * fit.MARGIN[setup.device]
-        groups["fits" if needed <= requested.total_bytes else "does not fit"].append(name)
+        asked = replace(requested, setup=setup, gradient_checkpointing=way.gradient_checkpointing)
+        with suppress(UserError):  # left out
+            if not name.endswith(techniques.PAGED):
+                fits = fit.fits(asked, fit.smallest(asked))
+                groups["fits" if fits else "does not fit"].append(name)
     yield from (f"  {words}: {', '.join(names)}" for words, names in groups.items() if names)
 
 

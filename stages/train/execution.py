@@ -14,17 +14,17 @@ from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import Example, require_vocabulary
 from stages.shared.parallel import placement
 from stages.shared.parallel.limits import total_memory_bytes
-from stages.shared.step import fit
-from stages.shared.step.count import StepCounter
-from stages.shared.step.setup import (
+from stages.shared.step.memory import fit
+from stages.shared.step.memory.predict import StepCounter
+from stages.shared.step.memory.setup import (
     SWITCHED_OFF,
     Device,
+    Workload,
     lora_of,
     micro_batch_of,
     setup_of,
     stored_as,
 )
-from stages.shared.step.workload import Workload
 from stages.shared.weights import precision
 from stages.train.config import Params
 from stages.train.schedule import Schedule

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from stages.shared.core import files
 from stages.shared.model.handover import save_tokenizer
 from stages.shared.model.loading import is_adapter
-from stages.shared.step.setup import stored_as
+from stages.shared.step.memory.setup import stored_as
 
 _CARD = """---
 {metadata}library_name: peft

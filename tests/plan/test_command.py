@@ -12,7 +12,7 @@ import torch
 from stages.plan import __main__ as stage
 from stages.plan import charts, figures, sources, this_machine
 from stages.shared.core.errors import UserError
-from stages.shared.step.count import StepCounter
+from stages.shared.step.memory.predict import StepCounter
 from tests import hub as hubs
 from tests import tiny, workspace
 from tests.hub import COMMIT

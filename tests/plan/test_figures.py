@@ -11,8 +11,8 @@ import pytest
 from stages.plan import data, figures, tables, techniques
 from stages.plan.sources import CONFIGS
 from stages.shared.core.errors import UserError
-from stages.shared.step.count import StepCounter
-from stages.shared.step.setup import lora_of
+from stages.shared.step.memory.predict import StepCounter
+from stages.shared.step.memory.setup import lora_of
 from tests.plan.cases import DATA, settings, written
 
 ADAPTER = 4_884_480

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.quantize import convert, expected_bits, quantization_error
-from stages.shared.step.live_bytes import LiveBytes
+from stages.shared.step.memory.live_bytes import LiveBytes
 from stages.shared.weights import heap
 from stages.shared.weights.checkpoint import Weights
 from tests import tiny

@@ -9,7 +9,7 @@ import pytest
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
 from stages.shared.model.packing import read_examples
-from stages.shared.step import fit
+from stages.shared.step.memory import fit
 from stages.shared.weights import heap
 from stages.train import recipe
 from stages.train.execution import ExecutionPlan, make_plan

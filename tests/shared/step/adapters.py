@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 from stages.shared.model import loading
 from stages.shared.step import adapter
-from stages.shared.step.setup import lora_of
+from stages.shared.step.memory.setup import lora_of
 from stages.shared.weights.precision import autocast
 from tests import tiny
 from tests.architectures import random

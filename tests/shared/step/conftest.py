@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared.step.count import StepCounter
+from stages.shared.step.memory.predict import StepCounter
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -20,15 +20,15 @@ from typing import Any, Self
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import root
-from stages.shared.step.setup import MicroBatch, TrainingSetup
+from stages.shared.step.memory.setup import MicroBatch, TrainingSetup
 from stages.shared.weights.precision import DENSE_BYTES
 
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
+TRANSIENT = ("activations", "logits", "workspace")
+PARTS = ("weights", "adapter", "gradients", "optimizer", *TRANSIENT)
 # What of sharded weights is whole in these phases, in place of two blocks.
 GATHERED = {"start": "embedding", "loss": "head", "gradient of the loss": "head"}
-TRANSIENT = ("activations", "logits", "workspace")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-SHARED = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2]
 MOST_COUNTED = 8  # micro-batches of a training; each takes half a second
 
 
@@ -55,7 +55,7 @@ class DryRun:
     def ask(cls, question: dict[str, Any]) -> dict[str, Any]:
         """Send a question and wait for its answer; UserError where the step cannot be counted."""
         if cls.process is None:
-            command = "from stages.shared.step import count; count.serve()"
+            command = "from stages.shared.step.memory import predict; predict.serve()"
             changes = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
             cls.process = subprocess.Popen(  # noqa: S603  (this Python, this code)
                 [sys.executable, "-c", command],
@@ -86,6 +86,26 @@ class DryRun:
             cls.process = None
 
 
+def serve() -> None:
+    """Answer questions until there are no more: the main loop of the dry run's process."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # no library shall write among the answers
+    from stages.shared.step.memory import dry_run  # noqa: PLC0415  (its patches stay in here)
+
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            answer = dry_run.answer(**question)
+        except UserError as error:
+            answer = {"error": str(error)}
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            answer = {
+                "error": f"memory: a step of {question['config']} cannot be counted "
+                f"({reason:.150}). Choose another model or setting."
+            }
+        print(json.dumps(answer), file=answers, flush=True)
+
+
 class StepCounter:
     """Predicts steps of one model, from its config alone; a context manager."""
 
@@ -106,12 +126,7 @@ class StepCounter:
         return self._answer("describe")
 
     def persistent(self, setup: TrainingSetup) -> dict[str, Any]:
-        """Bytes held from step to step by part, and other sizes of a setup.
-
-        `pageable`: bytes of the optimizer's states that may leave a GPU; `blocks`, `embedding` and
-        `untied_head`: frozen bytes that devices may divide; `trainable`: parameters;
-        `unfused_because`: see `dry_run.unfused_because`.
-        """
+        """Bytes held from step to step: see `persistent_bytes`; and `dry_run.unfused_because`."""
         return self._answer("persistent", replace(setup, gradient_checkpointing=False))
 
     def predict(self, setup: TrainingSetup, batch: MicroBatch, shards: int = 1) -> Prediction:
@@ -135,19 +150,16 @@ class StepCounter:
         parts = found.parts | {"workspace": found.parts["workspace"] + copies}
         return Prediction(parts, f"scoring, {found.phase}")
 
-    def largest(
-        self, setup: TrainingSetup, batches: Iterable[MicroBatch], shards: int = 1
-    ) -> Prediction:
-        """The peak of a training that sees these micro-batches, of which few are counted."""
-        counted = (self.predict(setup, batch, shards) for batch in few(undominated(batches)))
-        return max(counted, key=lambda prediction: prediction.total_bytes)
-
     def _answer(
         self, kind: str, setup: TrainingSetup | None = None, batch: MicroBatch | None = None
     ) -> dict[str, Any]:
         question: dict[str, Any] = {"kind": kind}
         question |= {"setup": setup and asdict(setup), "batch": batch and asdict(batch)}
-        key = json.dumps([question, self._read_config(), _environment()], sort_keys=True)
+        try:
+            config = json.loads(self.config.read_bytes())
+        except (OSError, ValueError):
+            config = None  # the dry run says what is wrong with it
+        key = json.dumps([question, config, _environment()], sort_keys=True)
         kept = root() / ".counts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         try:
             return json.loads(kept.read_text(encoding="utf-8"))
@@ -157,11 +169,14 @@ class StepCounter:
         files.write_json(kept, answer)  # whole or not at all: two may write the same
         return answer
 
-    def _read_config(self) -> Any:
-        try:
-            return json.loads(self.config.read_bytes())
-        except (OSError, ValueError):
-            return None  # the dry run says what is wrong with it
+
+@cache
+def _environment() -> list[str]:
+    """Versions of libraries, and the hash of the shared code: a count depends on both."""
+    code = hashlib.sha256()
+    for path in sorted(SHARED.rglob("*.py")):
+        code.update(path.read_bytes())
+    return [*(f"{name} {version(name)}" for name in LIBRARIES), code.hexdigest()]
 
 
 def _largest(held: dict[str, Any], phases: dict[str, dict[str, int]], shards: int) -> Prediction:
@@ -176,61 +191,27 @@ def _largest(held: dict[str, Any], phases: dict[str, dict[str, int]], shards: in
             weights += held[end] if end else 2 * held["largest_block"]
         return {n: held[n] for n in PARTS[:4]} | phases[phase] | {"weights": weights}
 
-    return max(
-        (Prediction(parts(phase), phase) for phase in phases), key=lambda one: one.total_bytes
-    )
+    predictions = [Prediction(parts(phase), phase) for phase in phases]
+    return max(predictions, key=lambda one: one.total_bytes)
 
 
-def serve() -> None:
-    """Answer questions until there are no more: the main loop of the dry run's process."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # no library shall write among the answers
-    from stages.shared.step import dry_run  # noqa: PLC0415  (its patches stay in this process)
+def decisive(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+    """At most `MOST_COUNTED` micro-batches that decide a training's peak.
 
-    for line in sys.stdin:
-        question = json.loads(line)
-        try:
-            answer = dry_run.answer(**question)
-        except UserError as error:
-            answer = {"error": str(error)}
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            answer = {
-                "error": f"memory: a step of {question['config']} cannot be counted "
-                f"({reason:.150}). Choose another model or setting."
-            }
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-@cache
-def _environment() -> list[str]:
-    """Versions of libraries, and the hash of the shared code: a count depends on both."""
-    code = hashlib.sha256()
-    for path in sorted(SHARED.rglob("*.py")):
-        code.update(path.read_bytes())
-    return [*(f"{name} {version(name)}" for name in LIBRARIES), code.hexdigest()]
-
-
-def undominated(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
-    """Micro-batches that no other equals or exceeds in every size: few of thousands."""
+    Memory is about linear in their sizes: of those that no other equals or exceeds in every size,
+    the largest in each size, then those large in all. Of five trainings with 11 to 28 such ones,
+    the peak of these eight was at most 0.24 % below that of all.
+    """
     largest: list[MicroBatch] = []
     for batch in sorted(batches, key=lambda batch: batch.sizes, reverse=True):
         sizes = batch.sizes
         if not any(all(map(int.__ge__, larger.sizes, sizes)) for larger in largest):
             largest.append(batch)
-    return largest
-
-
-def few(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The `MOST_COUNTED` that decide: the largest in each size, then those large in all sizes.
-
-    Memory is about linear in the sizes. Of five trainings with 11 to 28 undominated ones, the peak
-    of these eight was at most 0.24 % below that of all.
-    """
-    most = list(map(max, zip(*(batch.sizes for batch in batches), strict=True)))
+    most = [max(sizes) for sizes in zip(*(batch.sizes for batch in largest), strict=True)]
 
     def shares(batch: MicroBatch) -> float:
-        return sum(size / largest for size, largest in zip(batch.sizes, most, strict=True) if size)
+        return sum(size / top for size, top in zip(batch.sizes, most, strict=True) if size)
 
-    extremes = (max(batches, key=lambda b: (b.sizes[i], shares(b))) for i in range(len(most)))
-    ranked = dict.fromkeys([*extremes, *sorted(batches, key=shares, reverse=True)])
+    extremes = (max(largest, key=lambda b: (b.sizes[i], shares(b))) for i in range(len(most)))
+    ranked = dict.fromkeys([*extremes, *sorted(largest, key=shares, reverse=True)])
     return list(ranked)[:MOST_COUNTED]

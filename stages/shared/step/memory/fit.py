@@ -7,13 +7,13 @@ never of free memory or of a timing, so that the same machine always computes in
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from stages.shared.core.errors import UserError
 from stages.shared.parallel.limits import GIB
-from stages.shared.step.count import TRANSIENT, Prediction, StepCounter, undominated
-from stages.shared.step.setup import MicroBatch, TrainingSetup
-from stages.shared.step.workload import Workload
+from stages.shared.step.memory.predict import TRANSIENT, Prediction, StepCounter, decisive
+from stages.shared.step.memory.setup import Device, MicroBatch, TrainingSetup, Workload
 
 # Larger micro-batches gain nothing more. On a CPU: 300 tokens/s at 1,024 and 295 at 2,048.
 MICRO_BATCH_TOKENS = {"cuda": (8192, 4096, 2048, 1024, 512, 256), "cpu": (1024, 512, 256, 128)}
@@ -77,21 +77,15 @@ def shard_counts(setup: TrainingSetup, processes: int, shard: str = "auto") -> t
 
 def choose(request: Request) -> Choice | None:
     """The fastest of the settings that fit; None if none does."""
-    each = (replace(request, shards=(shards,)) for shards in request.shards)
-    counted = (_counted(candidate) for one in each for candidate in _candidates(one))
+    counted = (_count(request, *settings) for settings in _settings(request))
     return next((choice for choice in counted if fits(request, choice)), None)
 
 
 def smallest(request: Request) -> Choice:
     """The settings that need the least memory, whether they fit or not."""
-    least = replace(
-        request,
-        shards=request.shards[-1:],
-        micro_batch_tokens=request.micro_batch_tokens
-        or MICRO_BATCH_TOKENS[request.setup.device][-1],
-        gradient_checkpointing=request.gradient_checkpointing is not False,
-    )
-    return _counted(next(_candidates(least)))
+    least = request.micro_batch_tokens or MICRO_BATCH_TOKENS[request.setup.device][-1]
+    checkpointing = request.gradient_checkpointing is not False
+    return _count(request, request.shards[-1], least, checkpointing)
 
 
 def fits(request: Request, choice: Choice) -> bool:
@@ -113,37 +107,33 @@ def device_bytes(counter: StepCounter, setup: TrainingSetup, prediction: Predict
     return PROCESS_BYTES + prediction.total_bytes + pages
 
 
-_Candidate = tuple[Request, int, bool]
-
-
-def _candidates(request: Request) -> Iterator[_Candidate]:
-    """Tokens and checkpointing, the fastest first."""
+def _settings(request: Request) -> list[tuple[int, int, bool]]:
+    """Shards, tokens and checkpointing: whole weights first, then the fastest."""
     tokens, checkpointing = request.micro_batch_tokens, request.gradient_checkpointing
-    candidates = [
-        (request, limit, checkpointed)
-        for limit in ([tokens] if tokens else MICRO_BATCH_TOKENS[request.setup.device])
-        for checkpointed in ((False, True) if checkpointing is None else (checkpointing,))
-    ]
-    return iter(sorted(candidates, key=_cost))
+    device = request.setup.device
+    settings = product(
+        request.shards,
+        [tokens] if tokens else MICRO_BATCH_TOKENS[device],
+        (False, True) if checkpointing is None else (checkpointing,),
+    )
+    return sorted(settings, key=lambda one: (one[0], cost(device, one[1], one[2])))
 
 
-def _cost(candidate: _Candidate) -> float:
+def cost(device: Device, tokens: int, checkpointing: bool) -> float:
     """Time of a token, in passes over the weights: forward, backward, and forward again."""
-    request, tokens, checkpointing = candidate
-    passes = 3 if checkpointing else 2
-    return passes * (1 + FIXED_TOKENS[request.setup.device] / tokens)
+    return (3 if checkpointing else 2) * (1 + FIXED_TOKENS[device] / tokens)
 
 
-def _counted(candidate: _Candidate) -> Choice:
-    request, tokens, checkpointing = candidate
+def _count(request: Request, shards: int, tokens: int, checkpointing: bool) -> Choice:
+    """The peak of a training with these settings, and of its scoring."""
     counter = request.counter
     setup = replace(request.setup, gradient_checkpointing=checkpointing)
-    batches = request.workload.micro_batches(tokens)
-    shards = request.shards[0]
-    trained = counter.largest(setup, batches, shards)
-    scored = [counter.predict_scoring(setup, b, shards) for b in undominated(request.scored)]
-    held = [(device_bytes(counter, setup, p), p) for p in (trained, *scored)]
-    most, prediction = max(held, key=lambda one: one[0])
+    batches, scored = decisive(request.workload.micro_batches(tokens)), decisive(request.scored)
+    predictions = [counter.predict(setup, batch, shards) for batch in batches]
+    predictions += [counter.predict_scoring(setup, batch, shards) for batch in scored]
+    held = [device_bytes(counter, setup, prediction) for prediction in predictions]
+    most = max(held)
+    prediction = predictions[held.index(most)]
     return Choice(tokens, checkpointing, prediction, most * request.processes, shards)
 
 
@@ -184,15 +174,12 @@ def remedies(request: Request) -> list[str]:
     alone = [words for words, changed in changes if fits(changed, smallest(changed))]
     if alone:
         return alone[:3]
-    together: list[str] = []
-    for index in range(len(changes)):
-        following = list(_changes(request))
-        words, request = following[0] if following else ("", request)
-        if not words:
-            break
-        together.append(words)
-        if index and fits(request, smallest(request)):
-            return [" and ".join(together)]
+    together: dict[str, str] = {}  # each key once, in order
+    while following := [c for c in _changes(request) if c[0].split()[0] not in together]:
+        words, request = following[0]
+        together[words.split()[0]] = words
+        if len(together) > 1 and fits(request, smallest(request)):
+            return [" and ".join(together.values())]
     return []
 
 

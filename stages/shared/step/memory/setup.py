@@ -1,12 +1,15 @@
-"""Training setup and micro-batches, as far as memory depends on them."""
+"""Training setup, micro-batches and workload, as far as memory depends on them."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from stages.shared.core.errors import reading
+from stages.shared.model import packing
 from stages.shared.model.cpu_attention import MOST_QUERIES, length_groups
 from stages.shared.model.packing import Example
 from stages.shared.weights.precision import DENSE_BYTES
@@ -19,7 +22,7 @@ SCALES = {"alpha", "rslora"}  # keys of `lora` without a byte
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """A training, as far as its memory depends on it."""
+    """Parameters and settings of a training that its memory depends on."""
 
     precision: str  # of the linear layers
     lora: dict[str, Any] | None  # see `lora_of`; None for full fine-tuning
@@ -118,3 +121,40 @@ def micro_batch_of(examples: Sequence[Example]) -> MicroBatch:
     """The sizes of conversations that are packed together."""
     supervised = sum(example.supervised_tokens for example in examples)
     return MicroBatch(tuple(example.input_tokens for example in examples), supervised)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Conversations of each optimizer step, and their micro-batches of any number of tokens."""
+
+    steps: Sequence[Sequence[Example]]  # those that repeat others may be left out
+    _packed: dict[int, set[MicroBatch]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation, as it goes through the model."""
+        return max(example.input_tokens for step in self.steps for example in step)
+
+    def micro_batches(self, tokens: int) -> set[MicroBatch]:
+        """Micro-batches of at most so many tokens; a longer conversation stands alone."""
+        if tokens not in self._packed:
+            self._packed[tokens] = {
+                micro_batch_of(batch) for step in self.steps for batch in packing.bins(step, tokens)
+            }
+        return self._packed[tokens]
+
+    def cut(self, length: int) -> "Workload":
+        """The same with conversations of at most so many tokens, about as `prepare` cuts them."""
+        return Workload(
+            [
+                [Example(x.input_ids[:length], x.loss_mask[:length], x.row) for x in step]
+                for step in self.steps
+            ]
+        )
+
+
+def workload_of_counts(longest: int, batch_size: int, supervised_share: float) -> Workload:
+    """A step of `batch_size` conversations of the greatest length, where only counts are known."""
+    mask = np.arange(longest + 1) > longest - max(1, round(longest * supervised_share))
+    ids = np.zeros(longest + 1, dtype=np.int64)
+    return Workload([[Example(ids, mask, row) for row in range(batch_size)]])

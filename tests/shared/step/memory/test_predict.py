@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import torch
 from transformers import Gemma3TextConfig
 
 from benchmarks import memory
@@ -14,9 +13,9 @@ from benchmarks.memory import Setting
 from stages.plan.sources import CONFIGS
 from stages.shared.core.errors import UserError
 from stages.shared.parallel.limits import GIB
-from stages.shared.step import architecture, count, dry_run
-from stages.shared.step.count import StepCounter, few, undominated
-from stages.shared.step.setup import MicroBatch, TrainingSetup
+from stages.shared.step.memory import architecture, dry_run, predict
+from stages.shared.step.memory.predict import StepCounter, decisive
+from stages.shared.step.memory.setup import MicroBatch, TrainingSetup
 from tests.shared.step.adapters import LORA
 
 LENGTHS = (40, 90, 50)
@@ -41,6 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("whole heads", Setting("nf4", 8, True, LENGTHS, dropout=0.1)),
         ("whole heads", Setting("bf16", 8, False, LENGTHS, init="pissa")),
         ("GPT-2", Setting("bf16", 8, False, LENGTHS)),
+        ("GPT-2", Setting("nf4", 8, False, LENGTHS)),  # its Conv1D are quantized too
         ("Qwen3-MoE", Setting("nf4", 8, False, LENGTHS)),
         ("Mixtral", Setting("nf4", 8, True, LENGTHS, router_aux_loss=0.1)),
         ("Gemma", Setting("nf4", 8, False, LENGTHS)),
@@ -129,7 +129,7 @@ def test_dora_is_counted_in_every_precision(work: Path, device: Literal["cpu", "
 def test_answers_are_kept_by_config_setup_and_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(count, "root", lambda: tmp_path)
+    monkeypatch.setattr(predict, "root", lambda: tmp_path)
     config, setup = tmp_path / "config.json", TrainingSetup("nf4", LORA, device="cpu")
     memory.MODELS["whole heads"].save_pretrained(tmp_path)
     with StepCounter(config) as counter:
@@ -140,7 +140,7 @@ def test_answers_are_kept_by_config_setup_and_code(
         asked.append(question)
         return {}
 
-    monkeypatch.setattr(count.DryRun, "ask", ask)
+    monkeypatch.setattr(predict.DryRun, "ask", ask)
     counter = StepCounter(config)
     assert counter.persistent(setup) == first
     assert not asked
@@ -194,24 +194,14 @@ def test_fused_functions_cover_plain_lora_alone(changes: dict, reason: str | Non
     assert dry_run.unfused_because(TrainingSetup("nf4", LORA), gpt2) is not None
 
 
-def test_undominated_micro_batches_decide() -> None:
-    random = torch.Generator().manual_seed(0)
-    sizes = torch.randint(2, 2000, (300, 2), generator=random).tolist()
-    batches = [MicroBatch((max(pair),), min(pair)) for pair in sizes]
-    kept = undominated(batches)
-    assert 1 < len(kept) < 40
-    for batch in batches:
-        assert any(b.tokens >= batch.tokens and b.supervised >= batch.supervised for b in kept)
-
-
-def test_few_of_many_micro_batches_are_counted() -> None:
-    """Those that are largest in one size are among them."""
+def test_decisive_micro_batches_are_few_and_the_largest_in_each_size() -> None:
     batches = [MicroBatch((2 * n, 200 - n), 300 - 2 * n) for n in range(20, 60)]
-    chosen = few(batches)
-    assert len(chosen) == count.MOST_COUNTED < len(batches)
+    chosen = decisive([*batches, *(MicroBatch((n, 50), n) for n in range(20))])  # dominated
+    assert len(chosen) == predict.MOST_COUNTED and set(chosen) < set(batches)
     for size in range(5):
         assert max(b.sizes[size] for b in chosen) == max(b.sizes[size] for b in batches)
-    assert sorted(few(batches[:3]), key=batches.index) == batches[:3]
+    assert sorted(decisive(batches[:3]), key=batches.index) == batches[:3]
+    assert decisive([]) == []
 
 
 def test_embedding_without_a_decomposition_is_counted() -> None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.shared.core.errors import UserError
 from stages.shared.model.loading import blocks_of
-from stages.shared.step import fake_model
+from stages.shared.step.memory.fake_model import model_on_meta, quantizable
 from stages.shared.weights import experts
 
 KINDS = ("embedding", "head", "linear", "experts", "norm", "bias", "other")
@@ -21,7 +21,7 @@ KINDS = ("embedding", "head", "linear", "experts", "norm", "bias", "other")
 
 @dataclass(frozen=True)
 class Pattern:
-    """The first blocks, which stand for all."""
+    """The first blocks of a model, which stand for all."""
 
     layers: int  # blocks of the model
     run: int  # of them, the first ones
@@ -39,6 +39,11 @@ class Pattern:
         return range(self.start, self.start + self.period)
 
 
+def all_blocks(layers: int) -> Pattern:
+    """The pattern of a model whose blocks are all run."""
+    return Pattern(layers, layers, 0, 1)
+
+
 def read_config(path: Path) -> PretrainedConfig:
     """Read the config of a causal language model; UserError where transformers knows none."""
     if not path.is_file():
@@ -49,7 +54,7 @@ def read_config(path: Path) -> PretrainedConfig:
         rope = getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type") == "dynamic":  # reads positions; its tensors are the default's
             text.rope_parameters = {**rope, "rope_type": "default"}
-        fake_model.model_on_meta(config, torch.float32)
+        model_on_meta(config, torch.float32)
     except Exception as error:  # of any type, for values of odd types
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
@@ -73,7 +78,7 @@ def pattern_of(config: PretrainedConfig) -> Pattern:
     """The shortest pattern: three blocks are run, or more where kinds of them alternate."""
     kinds = _kinds(config)
     layers = len(kinds)
-    shortest = Pattern(layers, layers, 0, 1)
+    shortest = all_blocks(layers)
     for period in range(1, layers // 2 + 1):
         same = [i for i in range(layers - period) if kinds[i] != kinds[i + period]]
         start = max(1, same[-1] + 1 if same else 0)  # below the first block nothing has a gradient
@@ -81,14 +86,13 @@ def pattern_of(config: PretrainedConfig) -> Pattern:
         run += (layers - run) % period
         if run < shortest.run:
             shortest = Pattern(layers, run, run - 1 - period, period)
-    if _kinds(first_blocks(config, shortest.run)) != kinds[: shortest.run]:
-        return Pattern(layers, layers, 0, 1)
-    return shortest
+    alike = _kinds(first_blocks(config, shortest.run)) == kinds[: shortest.run]
+    return shortest if alike else all_blocks(layers)
 
 
 def _kinds(config: PretrainedConfig) -> list[Any]:
     """Kinds of the blocks, by the shapes of their parameters and the config's lists."""
-    model = fake_model.model_on_meta(config, torch.float32)
+    model = model_on_meta(config, torch.float32)
     blocks = blocks_of(model)
     text = vars(model.config.get_text_config())
     lists = [v for v in text.values() if isinstance(v, list) and len(v) == len(blocks)]
@@ -98,38 +102,30 @@ def _kinds(config: PretrainedConfig) -> list[Any]:
 
 def describe(config: PretrainedConfig) -> dict[str, Any]:
     """Parameters of a model by kind, and the widths that its operations are counted by."""
-    model = fake_model.model_on_meta(config, torch.float32)
-    text = config.get_text_config()
-    head, quantized = model.get_output_embeddings(), fake_model.quantizable(model)
+    model, text = model_on_meta(config, torch.float32), config.get_text_config()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    chosen: int = getattr(text, "num_experts_per_tok", None) or 1
     kinds: Counter[str] = Counter()
-    attention = per_token = idle = 0
-    unfused = text.model_type in experts.FAMILIES
-    for path, layer in model.named_modules():
-        for name, p in layer.named_parameters(recurse=False):
-            kind = _kind(name, layer, p, head)
-            if kind == "head" and p is model.get_input_embeddings().weight:
-                continue  # tied: counted as the embedding
-            kinds[kind] += p.numel()
-            if kind == "linear":
-                attention += p.numel() if "attn" in path else 0
-                per_token += p.numel()
-            elif kind == "experts":
-                active = p.numel() // p.shape[0] * (getattr(text, "num_experts_per_tok", None) or 1)
-                per_token += active
-                idle += p.numel() - active
+    attention = idle = 0
+    for name, p in model.named_parameters():  # a tied head is the embedding
+        layer = model.get_submodule(name.rpartition(".")[0])
+        kind = _kind(name, layer, p, head)
+        kinds[kind] += p.numel()
+        attention += p.numel() * (kind == "linear" and "attn" in name)
+        idle += p.numel() // p.shape[0] * (p.shape[0] - chosen) * (kind == "experts")
+    dense = sum(layer.weight.numel() for layer in quantizable(model).values())
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return {
         "parameters": {
-            "parameters": sum(kinds.values()),
-            "active": sum(kinds.values()) - idle,
+            "parameters": kinds.total(),
+            "active": kinds.total() - idle,
             **{kind: kinds[kind] for kind in KINDS},
             "attention": attention,
             "mlp": kinds["linear"] - attention,
-            "quantizable": sum(layer.weight.numel() for layer in quantized.values())
-            + kinds["experts"] * unfused,
-            "tied_head": head is not None and head.weight is model.get_input_embeddings().weight,
+            "quantizable": dense + kinds["experts"] * (text.model_type in experts.FAMILIES),
+            "tied_head": head is not None and head.weight is embedding.weight,
         },
-        "per_token": per_token,
+        "per_token": kinds["linear"] + kinds["experts"] - idle,
         "layers": text.num_hidden_layers,
         "hidden": text.hidden_size,
         "vocabulary": text.vocab_size,

@@ -5,9 +5,9 @@ clipping, the optimizer) runs on fake tensors, on the first blocks of a model an
 byte is known by the block in whose pass it was allocated, so the bytes of a block that repeats
 count as often as there are such blocks.
 
-CUDA is played by fake tensors of a CPU with CUDA's choices patched in (`stand_ins.py`): meta knows
+CUDA is played by fake tensors of a CPU with CUDA's choices patched in (`fake_model.py`): meta knows
 no autocast, and autograd has no thread for a device that torch was not built for. It runs in a
-process of its own (`stages.shared.step.count`), as its patches must not meet a training.
+process of its own (`predict.py`), as its patches must not meet a training.
 """
 
 from contextlib import ExitStack
@@ -26,27 +26,15 @@ from transformers import PretrainedConfig
 
 from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import Example
-from stages.shared.parallel import shards
-from stages.shared.step import (
-    adapter,
-    architecture,
-    fake_model,
-    gradient,
-    initialisation,
-    memory,
-    optim,
-    phases,
-    router_loss,
-)
-from stages.shared.step.architecture import Pattern
-from stages.shared.step.fake_model import CPU, META
+from stages.shared.step import adapter, gradient, initialisation, optim, router_loss
 from stages.shared.step.fused import patch as fused_patch
-from stages.shared.step.live_bytes import LiveBytes
+from stages.shared.step.memory import architecture, fake_model, live_bytes
+from stages.shared.step.memory.fake_model import CPU, META
+from stages.shared.step.memory.live_bytes import LiveBytes
+from stages.shared.step.memory.persistent import persistent_bytes
+from stages.shared.step.memory.setup import SWITCHED_OFF, MicroBatch, TrainingSetup
 from stages.shared.step.router_loss import RouterLoss
-from stages.shared.step.setup import SWITCHED_OFF, MicroBatch, TrainingSetup
-from stages.shared.step.stand_ins import without_values
 from stages.shared.weights import experts, precision
-from stages.shared.weights.bnb import Params4bit
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe")
@@ -60,23 +48,22 @@ PYTHON_KERNELS = ("gemm_4bit", "int8_scaled_mm", *OPTIMIZERS)
 def answer(
     kind: str, config: str, setup: dict[str, Any] | None, batch: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Answer a question of `stages.shared.step.count`, all as JSON."""
+    """Answer a question of `predict.py`, all as JSON."""
     whole = architecture.read_config(Path(config))
     if setup is None:
         return architecture.describe(whole)
-    training = TrainingSetup(**setup)
-    pattern = architecture.pattern_of(whole)
+    training, pattern = TrainingSetup(**setup), architecture.pattern_of(whole)
+    if batch is None and not _same_targets_in_all_blocks(training, whole):
+        pattern = architecture.all_blocks(pattern.layers)
     few = architecture.first_blocks(whole, pattern.run)
     if batch is None:
-        extend = _same_targets_in_all_blocks(training, whole)
-        model = prepare(few if extend else whole, training)
-        unfused = unfused_because(training, model)
-        held = persistent(training, model, pattern if extend else None, fused=unfused is None)
-        return {**held, "unfused_because": unfused}
+        model = prepare(few, training)
+        reason = unfused_because(training, model)
+        held = persistent_bytes(training, model, pattern, fused=reason is None)
+        return {**held, "unfused_because": reason}
     micro_batch = MicroBatch(tuple(batch["lengths"]), batch["supervised"])
-    live, held_bytes = run(few, training, micro_batch, scoring_only=kind == "scoring")
-    peaks = phases.extended(live, held_bytes, pattern)
-    return {phases.in_words(phase, pattern): parts for phase, parts in peaks.items()}
+    live, before = run(few, training, micro_batch, scoring_only=kind == "scoring")
+    return live_bytes.extend(live, before, pattern)
 
 
 def _same_targets_in_all_blocks(setup: TrainingSetup, config: PretrainedConfig) -> bool:
@@ -88,10 +75,9 @@ def _same_targets_in_all_blocks(setup: TrainingSetup, config: PretrainedConfig) 
 
 def prepare(config: PretrainedConfig, setup: TrainingSetup) -> Any:
     """The model on meta as training has it: quantized, with its adapter or its masters."""
-    compute = precision.DTYPES[setup.compute]
-    full = setup.lora is None
-    dtype = torch.float32 if full and setup.masters else compute
+    compute, full = precision.DTYPES[setup.compute], setup.lora is None
     with experts.unfused(config):
+        dtype = torch.float32 if full and setup.masters else compute
         model = fake_model.model_on_meta(config, dtype)
     if full:
         return model.requires_grad_(True)
@@ -147,67 +133,6 @@ def unfused_because(setup: TrainingSetup, model: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def persistent(
-    setup: TrainingSetup, model: nn.Module, pattern: Pattern | None = None, *, fused: bool
-) -> dict[str, int]:
-    """Bytes by part that a training holds from step to step, and of them those that may be paged.
-
-    `model`, from `prepare`, has all blocks, or those that `pattern` runs. On a CPU the fused step
-    dequantizes the constants of double quantization for good.
-    """
-    nested = setup.double_quant and not (fused and setup.device == "cpu")
-    blocks = loading.blocks_of(model)
-    repeated = [blocks[i] for i in pattern.repeated] if pattern else []
-    tensors = (t for block in repeated for t in (*block.parameters(), *block.buffers()))
-    times = dict.fromkeys(tensors, 1 + pattern.repeats if pattern else 1)
-    weights = adapter = gradients = count = 0
-    sizes: list[int] = []
-    for p in model.parameters():
-        n, one = times.get(p, 1), p.nbytes
-        if isinstance(p, Params4bit):
-            one = memory.four_bit_bytes(p.quant_state.shape.numel(), nested)
-        elif setup.precision == "int8" and p.dtype == torch.int8:
-            one = precision.stored_bytes(p.shape, "int8", False)
-        count += n
-        if p.requires_grad and setup.lora:
-            adapter += n * one
-        else:
-            weights += n * one
-        if p.requires_grad:
-            gradients += n * p.nbytes
-            sizes += [p.numel()] * n
-    frozen = (b for name, b in model.named_buffers() if name.endswith(".frozen"))
-    adapter += sum(times.get(b, 1) * b.nbytes for b in frozen)
-    return {
-        "weights": weights,
-        "adapter": adapter,
-        "gradients": gradients,
-        "optimizer": memory.optimizer_bytes(setup.optimizer, sizes),
-        "pageable": memory.pageable_bytes(setup.optimizer, sizes),
-        "trainable": sum(sizes),
-        "tensors": count + 4 * len(sizes),
-        **_shardable(model, pattern, nested=nested),
-    }
-
-
-def _shardable(model: Any, pattern: Pattern | None, *, nested: bool) -> dict[str, int]:
-    """Frozen bytes that processes may divide, by what is gathered at once."""
-    plain: Any = loading.without_adapter(model)
-    for p in plain.parameters():
-        if isinstance(p, Params4bit) and not nested:
-            p.quant_state.absmax = p.quant_state.absmax.float()
-    sizes = [shards.frozen_bytes(block) for block in loading.blocks_of(plain)]
-    repeated = sum(sizes[i] for i in pattern.repeated) * pattern.repeats if pattern else 0
-    head = shards.frozen_bytes(plain.get_output_embeddings())
-    return {
-        "blocks": sum(sizes) + repeated,
-        "largest_block": max(sizes),
-        "embedding": shards.frozen_bytes(plain.get_input_embeddings()),
-        "head": head,
-        "untied_head": 0 if shards.is_tied(plain) else head,
-    }
-
-
 def run(
     config: PretrainedConfig, setup: TrainingSetup, batch: MicroBatch, *, scoring_only: bool = False
 ) -> tuple[LiveBytes, int]:
@@ -221,7 +146,7 @@ def run(
         model = prepare(config, setup)
         fused = unfused_because(setup, model) is None
     examples = _examples(batch)
-    with MODE, CPU, without_values(setup, dtype, examples):
+    with MODE, CPU, fake_model.without_values(setup, dtype, examples):
         fake_model.to_fake(model)
         if fused:
             fused_patch.fuse(model)
@@ -238,7 +163,7 @@ def run(
             held += [*states, *(p.grad for p in trained)]
         live = LiveBytes(held, config.get_text_config().vocab_size, PYTHON_KERNELS)
         before, live.phase = live.total, "start"
-        phases.follow(live, loading.blocks_of(model))
+        live_bytes.name_phases(live, loading.blocks_of(model))
         if scoring_only:
             with live, torch.no_grad(), precision.autocast(CPU, dtype):
                 scoring.negative_log_likelihoods(model.eval(), packing.pack(examples, CPU))

@@ -1,4 +1,4 @@
-"""Live bytes of tensor storage, and their peak in each phase, while operators run.
+"""Live bytes of tensor storage, and their peak in each phase of a step.
 
 A storage counts once, however many views it has, until its last reference is gone: what autograd
 saves for the backward pass counts as long as it is saved. The interpreter, libraries and freed
@@ -7,12 +7,15 @@ pages are not counted, nor what an operator written in C++ allocates and frees b
 
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages.shared.step.memory.architecture import Pattern
 
 
 class LiveBytes(TorchDispatchMode):
@@ -88,3 +91,65 @@ class LiveBytes(TorchDispatchMode):
         kernel = torch.library.get_kernel(func, "CPU")
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         return lambda *args, **kwargs: kernel.call_boxed(keys, *args, **kwargs)
+
+
+def name_phases(live: LiveBytes, blocks: Sequence[nn.Module]) -> None:
+    """Have `live.phase` follow the blocks: `forward 0`, …, `loss`, …, `backward 0`."""
+
+    def enters(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            if not live.phase.startswith("backward"):  # where it is computed again
+                live.phase = f"forward {index}"
+
+        return hook
+
+    def leaves(index: int) -> Any:
+        def goes_back(_: Any) -> None:
+            live.phase = f"backward {index}"
+
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if live.phase.startswith("backward"):
+                return
+            if index == len(blocks) - 1:
+                live.phase = "loss"
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(goes_back)
+
+        return hook
+
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(enters(index))
+        block.register_forward_hook(leaves(index))
+
+
+def extend(live: LiveBytes, held: int, pattern: Pattern) -> dict[str, dict[str, int]]:
+    """The peak of each phase in a model of all blocks: transient bytes by part.
+
+    The phases have the numbers of their blocks in that model, from 1. `held` are the bytes from
+    before the step.
+    """
+    last = pattern.run - 1
+
+    def of_period(births: dict[str, int]) -> int:
+        names = (f"{way} {i}" for i in pattern.repeated for way in ("forward", "backward"))
+        return pattern.repeats * sum(births.get(name, 0) for name in names)
+
+    peaks = {}
+    for phase, (total, births) in live.peaks.items():
+        if phase == "held":
+            continue
+        way, _, number = phase.partition(" ")
+        index = int(number) if number.isdigit() else None
+        more, words = of_period(births), phase
+        if index is not None:
+            if way == "forward":  # what only waits for Python to leave a block counts once
+                more = of_period(live.peaks["loss"][1]) if index >= pattern.start else 0
+            elif index in pattern.repeated:
+                more = of_period(live.peaks[f"backward {last}"][1])
+            passed = pattern.repeats * pattern.period if index >= pattern.start else 0
+            words = f"{way} pass of block {index + passed + 1} of {pattern.layers}"
+        logits, workspace = births.get("logits", 0), births.get(phase, 0)
+        activations = total - held - logits - workspace + more
+        peaks[words] = {"activations": activations, "logits": logits, "workspace": workspace}
+    return peaks

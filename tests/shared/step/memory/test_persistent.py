@@ -1,13 +1,14 @@
 """Hand-computed bytes of what persists, and sizes read from real models."""
 
 import pytest
+import torch
 from transformers import CONFIG_MAPPING
 
 from stages.plan.sources import CONFIGS
 from stages.shared.model import loading
-from stages.shared.step import architecture, dry_run, memory
-from stages.shared.step.count import StepCounter
-from stages.shared.step.setup import Stored, TrainingSetup, stored_as
+from stages.shared.step.memory import architecture, dry_run, fake_model, persistent
+from stages.shared.step.memory.predict import StepCounter
+from stages.shared.step.memory.setup import Stored, TrainingSetup, stored_as
 from tests import tiny
 from tests.architectures import BESIDES, OTHERS, SHAPE
 from tests.shared.step.adapters import LORA
@@ -16,15 +17,15 @@ LLAMA_2_7B = 6_738_415_616
 
 
 def test_four_bits_round_up_to_whole_bytes_and_blocks() -> None:
-    assert memory.four_bit_bytes(65, False) == 33 + 8 + 64
-    assert memory.four_bit_bytes(64 * 256 + 1, True) == 8193 + 257 + 8 + 4 * 273
+    assert persistent.four_bit_bytes(65, False) == 33 + 8 + 64
+    assert persistent.four_bit_bytes(64 * 256 + 1, True) == 8193 + 257 + 8 + 4 * 273
 
 
 def test_8_bit_adamw_keeps_small_tensors_in_fp32() -> None:
-    assert memory.optimizer_bytes("adamw", [1000, 24]) == 8 * 1024
-    assert memory.optimizer_bytes("adamw_8bit", [1 << 20]) / (1 << 20) == 2.03125
-    assert memory.optimizer_bytes("adamw_8bit", [4095, 4096]) == 8 * 4095 + 2 * 4096 + 8 * 16
-    assert memory.pageable_bytes("adamw", [99_999, 100_000]) == 800_000
+    assert persistent.optimizer_bytes("adamw", [1000, 24]) == 8 * 1024
+    assert persistent.optimizer_bytes("adamw_8bit", [1 << 20]) / (1 << 20) == 2.03125
+    assert persistent.optimizer_bytes("adamw_8bit", [4095, 4096]) == 8 * 4095 + 2 * 4096 + 8 * 16
+    assert persistent.pageable_bytes("adamw", [99_999, 100_000]) == 800_000
 
 
 def held(name: str, setup: TrainingSetup) -> dict:
@@ -56,14 +57,16 @@ def test_adapter_has_the_parameters_that_peft_trains(changes: dict) -> None:
     lora = LORA | {"r": 4} | changes
     setup = TrainingSetup("nf4", lora)
     model = dry_run.prepare(tiny.model().config, setup)
-    found = dry_run.persistent(setup, model, fused=False)["adapter"]
+    found = persistent.persistent_bytes(setup, model, fused=False)["adapter"]
     assert found == 4 * model.get_nb_trainable_parameters()[0]
 
 
 def test_everything_trained_is_fp32_and_counts_once() -> None:
     lora = LORA | {"modules_to_save": ["lm_head", "embed_tokens"], "init": "pissa"}
     setup = TrainingSetup("bf16", lora)
-    found = dry_run.persistent(setup, dry_run.prepare(tiny.model().config, setup), fused=False)
+    found = persistent.persistent_bytes(
+        setup, dry_run.prepare(tiny.model().config, setup), fused=False
+    )
     assert found["gradients"] == 4 * found["trainable"]
     frozen_starts = found["adapter"] - 4 * found["trainable"]
     copies = 384 * 64  # both ends of a tie are one matrix
@@ -95,7 +98,7 @@ def test_every_architecture_is_described(kind: str) -> None:
     """Its blocks are found, and the shortest run of them that stands for all."""
     config = CONFIG_MAPPING[kind](**SHAPE | (BESIDES | OTHERS)[kind])
     described = architecture.describe(config)
-    model = dry_run.fake_model.model_on_meta(config, dry_run.torch.float32)
+    model = fake_model.model_on_meta(config, torch.float32)
     assert described["parameters"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert architecture.pattern_of(config).layers == len(loading.blocks_of(model))
 

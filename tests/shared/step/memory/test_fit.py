@@ -14,11 +14,10 @@ from stages.shared.core.errors import UserError
 from stages.shared.model.packing import Example
 from stages.shared.parallel import limits
 from stages.shared.parallel.limits import GIB, cgroup_limits, total_memory_bytes
-from stages.shared.step import fit
-from stages.shared.step.count import StepCounter
-from stages.shared.step.fit import Request
-from stages.shared.step.setup import MicroBatch, TrainingSetup
-from stages.shared.step.workload import Workload, workload_of_counts
+from stages.shared.step.memory import fit
+from stages.shared.step.memory.fit import Request
+from stages.shared.step.memory.predict import StepCounter
+from stages.shared.step.memory.setup import MicroBatch, TrainingSetup, Workload, workload_of_counts
 from tests.shared.step import adapters
 
 LORA = adapters.LORA | {"r": 64}
@@ -42,7 +41,7 @@ def test_more_memory_never_makes_a_step_slower(llama: StepCounter) -> None:
         asked = request_of(llama, gib)
         choice = fit.choose(asked)
         assert choice and fit.fits(asked, choice)
-        cost = fit._cost((asked, choice.micro_batch_tokens, choice.gradient_checkpointing))
+        cost = fit.cost("cuda", choice.micro_batch_tokens, choice.gradient_checkpointing)
         assert before is None or cost <= before
         before = cost
     assert choice
