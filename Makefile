@@ -11,7 +11,7 @@ AUDIT := .venv-audit
 TRITON := triton==3.7.1
 PIP := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
-.PHONY: help repro chat test faults emulate lint bench extras plots format clean
+.PHONY: help repro chat test faults emulate lint bench extras plots format clean sbom audit
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,7 +36,6 @@ $(VENV)/.ready: requirements.lock
 
 repro: $(VENV)/.ready  ## run the pipeline: what changed, and what depends on it
 	@echo "The embedded default takes 6 minutes on two cores, 13 to 22 on a CPU without bf16. Stopped, it resumes."
-	@$(ENV) python -m stages.tools.check
 	@$(ENV) python -m stages.tools.repro
 	@echo; echo "Next: . $(VENV)/bin/activate"
 	@echo "      xdg-open reports/report.html"
@@ -52,12 +51,6 @@ LONGEST := tests/test_pipeline.py tests/train/test_resuming.py
 test: $(VENV)/.ready  ## run the tests
 	@$(ENV) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  $(LONGEST) tests
-
-# Before DVC opens its cache of hashes: what lies there is unpickled.
-.PHONY: private sbom audit
-repro: private
-private: $(VENV)/.ready
-	@$(ENV) python -m stages.tools.cache_folder
 
 $(AUDIT)/.ready: .ci/requirements.lock
 	@$(AUDIT)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(AUDIT)

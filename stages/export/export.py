@@ -1,4 +1,8 @@
-"""Export of the tuned model to the formats of other programs, each verified as it was written."""
+"""Export of the tuned model to the formats of other programs, each verified as it was written.
+
+What an adapter's formats can hold: https://github.com/ggml-org/llama.cpp, convert_lora_to_gguf.py;
+https://github.com/vllm-project/vllm, vllm/lora/peft_helper.py and vllm/config/lora.py.
+"""
 
 import math
 import shutil
@@ -16,10 +20,10 @@ from gguf import GGMLQuantizationType
 from peft.utils import set_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from stages.export import lora, modelfile
+from stages.export import modelfile
 from stages.export.architecture import Unsupported
-from stages.export.config import DEFAULT, refusal
-from stages.export.gguf_file import ModelFormat
+from stages.export.config import DEFAULT, VLLM_RANKS, refusal
+from stages.export.gguf_file import ADAPTER_PREFIX, ModelFormat
 from stages.shared.chat.templates import read_format
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import files, machine
@@ -32,6 +36,11 @@ POSITIONS = 384  # of a model of 135 million parameters in two seconds on two co
 MIN_TOP1_AGREEMENT = {"gguf-f16": 0.99, "gguf-bf16": 0.98, "gguf-q8_0": 0.98}
 MIN_TOP1_AGREEMENT |= {"gguf-lora": 0.99, "vllm-lora": 0.98}  # Q4_0's is reported, whatever it is
 CPU = torch.device("cpu")
+_REFUSED = ("use_dora", "modules_to_save", "lora_bias")
+_REFUSED_BY = {
+    "gguf-lora": ("alpha_pattern", "rank_pattern"),
+    "vllm-lora": ("layer_replication", "use_qalora"),
+}
 
 
 class Export:
@@ -59,13 +68,17 @@ class Export:
             self.gguf = ModelFormat(self.merged, self.form)
         adapters = [name for name in formats if name.endswith("-lora")]
         if adapters:
-            lora.require(self.adapter, adapters)
+            require_adapter(self.adapter, adapters)
         for name in formats:
             (folder / name).mkdir()
-        figures = {}
+        figures: dict[str, Any] = {}
         if whole := [name for name in formats if name not in adapters]:
-            figures = self._export_merged(whole, folder)
-        return figures | (self._export_adapter(adapters, folder) if adapters else {})
+            figures |= self._export_merged(whole, folder)
+        if adapters:
+            figures |= self._export_adapter(adapters, folder)
+        for name in formats:
+            figures[name] = {"bytes": files.folder_bytes(folder / name), **figures[name]}
+        return figures
 
     def _export_merged(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
         """The merged model in one file each."""
@@ -76,24 +89,22 @@ class Export:
         for name in formats:
             kind = name.removeprefix("gguf-").upper()
             self._write_gguf(folder / name / "model.gguf", self.merged, kind, model)
-            found = self._predictions(model, name)
-            figures[name] = self._verify(name, folder / name, expected, found)
+            figures[name] = self._verify(name, expected, model)
         return figures
 
     def _export_adapter(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
         """The adapter beside the dequantized base, on which it was trained."""
-        device, figures = machine.device(), {}
-        tuned = loading.attach(loading.load_dequantized(self.quantized, device), self.adapter)
+        figures, base = {}, folder / "base"
+        plain = loading.load_dequantized(self.quantized, machine.device())
+        tuned = loading.attach(plain, self.adapter)
         expected = self._predictions(tuned, "adapter")
-        base = folder / formats[-1] / "base"
         self._write_base(tuned.unload(), base)
-        del tuned
+        del plain, tuned
         for name in formats:
             model = loading.load_model(base, CPU, torch.float32)
             if name == "vllm-lora":
-                lora.write_portable(self.adapter, folder / name / "adapter")
-                if not (folder / name / "base").exists():
-                    files.link_folder(base, folder / name / "base")
+                files.link_folder(base, folder / name / "base")
+                write_portable(self.adapter, folder / name / "adapter")
                 tuned = loading.attach(model, folder / name / "adapter")
             else:
                 path = folder / name / "adapter.gguf"
@@ -101,12 +112,8 @@ class Export:
                 self._write_gguf(path.with_name("base.gguf"), base, "F16", model, path)
                 tuned = loading.attach(model, self.adapter)
                 set_peft_model_state_dict(tuned, self.gguf.read_adapter(path, self.adapter))
-            found = self._predictions(tuned, name)
-            figures[name] = self._verify(name, folder / name, expected, found)
-        if formats[-1] != "vllm-lora":
-            shutil.rmtree(base)
-        for name in formats:
-            figures[name]["bytes"] = files.folder_bytes(folder / name)
+            figures[name] = self._verify(name, expected, tuned)
+        shutil.rmtree(base)
         return figures
 
     def _write_gguf(
@@ -151,10 +158,9 @@ class Export:
         ]
         return sum(nats) / sum(map(len, predictions))
 
-    def _verify(
-        self, name: str, folder: Path, expected: list[torch.Tensor], found: list[torch.Tensor]
-    ) -> dict[str, Any]:
-        """Metrics of a format; too low an agreement raises a UserError."""
+    def _verify(self, name: str, expected: list[torch.Tensor], model: Any) -> dict[str, Any]:
+        """Metrics of a format, whose values `model` has; too low an agreement is a UserError."""
+        found = self._predictions(model, name)
         agreement, loss = compare(expected, found), self._loss(found)
         minimum = MIN_TOP1_AGREEMENT.get(name, 0.0)
         differ = round((1 - agreement.top1_agreement) * agreement.positions)
@@ -165,7 +171,6 @@ class Export:
                 "Leave it out of export.formats."
             )
         return {
-            "bytes": files.folder_bytes(folder),
             "top1_agreement": agreement.top1_agreement,
             "kl_divergence": agreement.kl_divergence,
             "loss": loss,
@@ -174,6 +179,38 @@ class Export:
             "tokens": agreement.positions,
             "conversations": len(self.examples),
         }
+
+
+def require_adapter(adapter: Path, formats: Sequence[str]) -> None:
+    """Raise `Unsupported` for an adapter that is more than two factors of linear layers."""
+    if not (adapter / "adapter_config.json").is_file():
+        raise Unsupported("train.method full leaves no adapter")
+    config = files.read_json(adapter / "adapter_config.json")
+    for name in formats:
+        unfit = [key for key in (*_REFUSED, *_REFUSED_BY[name]) if config.get(key)]
+        unfit += ["bias"] if config.get("bias", "none") != "none" else []
+        if name == "vllm-lora" and config["r"] > VLLM_RANKS[-1]:
+            unfit.append(f"rank {config['r']}")
+        if unfit:
+            raise Unsupported(f"{name} has no place for an adapter with {', '.join(unfit)}")
+    for stored in Weights(adapter).parameters:
+        module, _, factor = stored.name.rpartition(".lora_")
+        linear = module.startswith(ADAPTER_PREFIX) and factor in ("A.weight", "B.weight")
+        if not linear or module.endswith(("lm_head", "embed_tokens")):
+            raise Unsupported(f"{formats[0]} has no place for {stored.name}")
+
+
+def write_portable(adapter: Path, folder: Path) -> None:
+    """Link the weights, and write a configuration that depends on no folder of this machine.
+
+    `init_lora_weights` says how training began; vLLM would take a base altered by it for granted.
+    """
+    folder.mkdir()
+    weights = "adapter_model.safetensors"
+    files.link_or_copy(adapter / weights, folder / weights)
+    config = files.read_json(adapter / "adapter_config.json")
+    portable = {"base_model_name_or_path": "../base", "init_lora_weights": True}
+    files.write_json(folder / "adapter_config.json", config | portable)
 
 
 def export(

@@ -1,5 +1,7 @@
 """Rendering of the page and the model card, with every untrusted text escaped."""
 
+import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,8 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
-from stages.report import charts, comparison, formatting
-from stages.report.provenance import origin_of, provenance
-from stages.report.sources import VARIANTS, Sources
+from stages.report import charts, metrics
+from stages.report.sources import VARIANTS, Sources, origin_of, provenance
 from stages.shared.core.display import visible
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -32,17 +33,24 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     filters = "number signed percent points size value words scientific yaml_value flat"
-    env.filters |= {name: getattr(formatting, name) for name in filters.split()}
-    env.filters["md"] = lambda text: Markup(formatting.markdown(text))  # noqa: S704  (escapes)
-    env.globals |= {"verdict": comparison.verdict, "label": label}
+    env.filters |= {name: getattr(metrics, name) for name in filters.split()}
+    env.filters["md"] = markdown
+    env.globals |= {"verdict": metrics.verdict, "label": label}
     return env
 
 
 def _finalize(item: Any) -> Any:
-    if formatting.is_missing(item):
-        return formatting.MISSING
+    if metrics.is_missing(item):
+        return metrics.MISSING
     plain = isinstance(item, str) and not isinstance(item, Markup)
     return visible(item.replace("\r\n", "\n")) if plain else item
+
+
+def markdown(text: Any) -> Markup:
+    """One line, escaped for Markdown and HTML."""
+    shown = metrics.MISSING if metrics.is_missing(text) else visible(str(text))
+    escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", " ".join(shown.split()))
+    return Markup(escape(escaped, quote=False))  # noqa: S704
 
 
 def label(section: str, key: str) -> tuple[str, str]:
@@ -57,10 +65,11 @@ def label(section: str, key: str) -> tuple[str, str]:
 
 def context(sources: Sources) -> dict[str, Any]:
     """Variables of both templates."""
-    table = comparison.metrics_table(sources.evaluate)
+    table = metrics.metrics_table(sources.evaluate)
     memory = memory_table(sources.plan.get("techniques") or {})
     shown = (sources.parameters.get("evaluate") or {}).get("prompts", 8)
-    prompts = comparison.join_answers(sources.answers)
+    prompts = metrics.join_answers(sources.answers)
+    exported = {f"exported {name}": of_format for name, of_format in sources.export.items()}
     return {
         "source": sources,
         "parameters": sources.parameters,
@@ -68,25 +77,25 @@ def context(sources: Sources) -> dict[str, Any]:
         "method": method(sources.parameters),
         "trained_on": trained_on(sources),
         "variants": VARIANTS,
-        "metrics": comparison.METRICS,
-        "counts": comparison.COUNTS,
+        "metrics": metrics.METRICS,
+        "counts": metrics.COUNTS,
         "table": table.to_dict("index"),
-        "change": comparison.changes(table).to_dict("index"),
-        "noise": comparison.noise(table).to_dict("index"),
-        "exported": comparison.exported_rows(sources.export).to_dict("index"),
-        "pairs": comparison.CHANGES,
+        "change": metrics.changes(table).to_dict("index"),
+        "noise": metrics.noise(table).to_dict("index"),
+        "exported": metrics.metrics_table(exported).to_dict("index"),
+        "pairs": metrics.CHANGES,
         "gain": (table.loc["merged"] - table.loc["base"]).to_dict(),
         "languages": {
             language: part.to_dict("index")
-            for language, part in comparison.language_tables(sources.evaluate).items()
+            for language, part in metrics.language_tables(sources.evaluate).items()
         },
-        "part_losses": comparison.part_losses(sources.evaluate).to_dict("index"),
+        "part_losses": metrics.part_losses(sources.evaluate).to_dict("index"),
         "memory": memory.to_dict("index"),
         "memory_unit": memory.attrs["unit"],
         "cards": [column for column in memory if column not in ("peak", *PARTS)],
         "parts": [part for part in PARTS if part in memory],
-        "prompts": comparison.select(prompts, shown),
-        "wrong": sum(map(comparison.is_wrong, prompts)),
+        "prompts": metrics.select(prompts, shown),
+        "wrong": sum(map(metrics.is_wrong, prompts)),
         "answered": len(prompts),
     }
 
@@ -98,7 +107,7 @@ def memory_table(techniques: dict[str, Any]) -> pd.DataFrame:
     sizes = sizes.dropna(axis=1, how="all").rename(columns=lambda name: name[: -len("_bytes")])
     fits = pd.DataFrame({name: way.get("fits") or {} for name, way in techniques.items()}).T
     unit = "GB" if sizes.max().max() >= 1e10 else "MB"
-    table = (sizes / formatting.UNITS[unit]).join(fits)
+    table = (sizes / metrics.UNITS[unit]).join(fits)
     table.attrs["unit"] = unit
     return table
 
@@ -117,8 +126,8 @@ def trained_on(sources: Sources) -> str | None:
     steps = sources.train.get("best_step")
     batch = (sources.parameters.get("train") or {}).get("batch_size")
     if total is None or steps is None or batch is None or steps * batch >= total:
-        return None if total is None else formatting.value(total)
-    return f"{formatting.value(steps * batch)} of {formatting.value(total)}"
+        return None if total is None else metrics.value(total)
+    return f"{metrics.value(steps * batch)} of {metrics.value(total)}"
 
 
 def html(sources: Sources) -> str:

@@ -1,11 +1,17 @@
-"""`dvc repro` with a line a stage: which of how many it is, and why it runs.
+"""`dvc repro` after checks of what DVC would refuse in its own words, with a line a stage.
+
+The line says which of how many it is, and why it runs. Checked are params.yaml, `data.path`, locks
+of processes that are gone, and who can write DVC's cache of hashes.
 
 Reads:  dvc.yaml, dvc.lock, params.yaml
 Run:    python -m stages.tools.repro
 """
 
+import json
+import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,11 +20,16 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.shared.core.command import run
-from stages.shared.core.errors import reading
+from stages.shared.core import params
+from stages.shared.core.command import quick_imports, run
+from stages.shared.core.errors import UserError, reading, require_regular
 
-PARAMS = "params.yaml"
-SHOWN = 3
+DVC = Path(".dvc/tmp")
+RWLOCK, DVC_LOCK = DVC / "rwlock", Path("dvc.lock")
+FIRST_OUTS = (Path("data/raw"), Path("models/base"))
+PRECISION = 1.0  # seconds of a process's start time, as Linux tells the time of the boot
+ADVICE = "Remove it, or export DVC_SITE_CACHE_DIR=$HOME/.cache/dvc-hashes."
+SHOWN = 3  # keys or files of a reason
 _ENDINGS = {
     re.compile(r"Running stage '(.+)':"): "{reason}",
     re.compile(r"Stage '(.+)' didn't change, skipping"): ": unchanged",
@@ -30,18 +41,99 @@ _ADVICE = re.compile(
 )
 
 
+def require_data(path: str) -> None:
+    """Raise a `UserError` for a path that DVC cannot depend on, whatever `data.source` is."""
+    key, found = f"{params.FILE}: data.path is {path!r}", Path(path)
+    if "://" in path:
+        raise UserError(f"{key}, a URL. Download it, or set data.source to hub and data.repo.")
+    if path.startswith("~"):
+        raise UserError(f"{key}, and no shell expands it. Write {str(found.expanduser())!r}.")
+    if not path.strip() or not (found.is_file() or found.is_dir()):
+        raise UserError(f"{key}, which is no file or folder. Correct it; DVC depends on it always.")
+    for file in found.rglob("*"):
+        if file.exists() and not file.is_dir():
+            require_regular(file)  # DVC would wait for ever at a pipe
+    for out in (out.resolve() for out in FIRST_OUTS):
+        if out.is_relative_to(found.resolve()) or found.resolve().is_relative_to(out):
+            raise UserError(f"{key}, where stages write. Put the conversations elsewhere.")
+
+
+def require_own(folder: Path) -> None:
+    """Raise a `UserError` where others can write the cache of hashes, which DVC unpickles.
+
+    On a shared machine whoever does runs code as the user of DVC. DVC lets all users write to the
+    two folders above it; of one's own the sticky bit is set: they can add there but not replace.
+    """
+    for parent in folder.parents[:2]:
+        mode, owner = parent.stat().st_mode, parent.stat().st_uid
+        replaceable = mode & stat.S_IWOTH and not mode & stat.S_ISVTX
+        if replaceable and owner == os.getuid():
+            parent.chmod(stat.S_IMODE(mode) | stat.S_ISVTX)
+        elif replaceable or owner not in (0, os.getuid()):
+            raise UserError(f"{parent}: other users can replace what DVC unpickles. {ADVICE}")
+    for path in (folder, *folder.rglob("*")):
+        info = path.lstat()
+        group = info.st_mode & stat.S_IWGRP and info.st_gid != os.getgid()
+        if info.st_uid not in (0, os.getuid()) or info.st_mode & stat.S_IWOTH or group:
+            raise UserError(f"{path}: other users can write what DVC unpickles. {ADVICE}")
+
+
+def release_locks() -> int:
+    """Remove the locks of processes that are gone; returns how many.
+
+    DVC names processes by number. In a new container, or after a reboot, another one may have it,
+    and DVC would refuse to work until a hand removes the file.
+    """
+    from dvc.lock import LockError, make_lock  # noqa: PLC0415  (half a second)
+
+    if not RWLOCK.is_file():
+        return 0
+    try:
+        with make_lock(str(DVC / "rwlock.lock"), tmp_dir=str(DVC)), reading(RWLOCK):
+            written = RWLOCK.stat().st_mtime
+            locks = {"read": {}, "write": {}} | json.loads(RWLOCK.read_text() or "{}")
+            kept: dict[str, dict[str, Any]] = {"read": {}, "write": {}}
+            for path, infos in locks["read"].items():
+                if held := [info for info in infos if _is_held(info, written)]:
+                    kept["read"][path] = held
+            for path, info in locks["write"].items():
+                if _is_held(info, written):
+                    kept["write"][path] = info
+            if kept != locks:
+                RWLOCK.write_text(json.dumps(kept))
+    except LockError:  # another DVC is at work on the file: it is no stale one
+        return 0
+    return sum(len(locks[kind]) - len(kept[kind]) for kind in kept)
+
+
+def _is_held(info: dict[str, Any], written: float) -> bool:
+    """Whether the process that took a lock lives: it began before, with the same arguments."""
+    import psutil  # noqa: PLC0415  (DVC's)
+
+    try:
+        process = psutil.Process(int(info["pid"]))
+        words = " ".join(process.cmdline()).split()
+        arguments = str(info["cmd"]).split()[1:]
+        same = words[len(words) - len(arguments) :] == arguments
+        return process.create_time() <= written + PRECISION and same
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
 def reasons(
-    status: Mapping[str, list[Any]], locked: Mapping[str, Any], params: Mapping[str, Any]
+    status: Mapping[str, list[Any]], locked: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, str]:
     """Stage → "params lora.r; deps stages/train".
 
     Args:
         status: what `dvc status --json` prints.
         locked: `stages` of dvc.lock.
-        params: params.yaml.
+        values: params.yaml.
     """
     return {
-        stage: "; ".join(_changes(entries, locked[stage].get("params", {}), params))
+        stage: "; ".join(_changes(entries, locked[stage].get("params", {}), values))
         if stage in locked
         else "not run before"
         for stage, entries in status.items()
@@ -49,24 +141,25 @@ def reasons(
 
 
 def _changes(
-    entries: list[Any], locked: Mapping[str, Any], params: Mapping[str, Any]
+    entries: list[Any], locked: Mapping[str, Any], values: Mapping[str, Any]
 ) -> Iterator[str]:
+    file = str(params.FILE)
     for entry in entries:
         if isinstance(entry, str):  # "changed command"
             yield entry
             continue
         for what, changed in entry.items():
-            is_file = isinstance(changed.get(PARAMS), str)  # of the report
-            names = [name for name in changed if is_file or name != PARAMS]
-            before, sections = locked.get(PARAMS, {}), {} if is_file else changed.get(PARAMS, {})
-            keys = [key for name in sections for key in _keys(name, before, params)]
+            is_file = isinstance(changed.get(file), str)  # of the report
+            names = [name for name in changed if is_file or name != file]
+            before, sections = locked.get(file, {}), {} if is_file else changed.get(file, {})
+            keys = [key for name in sections for key in _keys(name, before, values)]
             yield from _listed("params", keys)
             yield from _listed(what.removeprefix("changed "), names)
 
 
-def _keys(name: str, locked: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+def _keys(name: str, locked: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
     """The keys of a section that differ; the name where it is no section, or was none."""
-    before, now = locked.get(name), params.get(name)
+    before, now = locked.get(name), values.get(name)
     if not isinstance(before, dict) or not isinstance(now, dict):
         return [name]
     differ = [key for key in before | now if before.get(key) != now.get(key)]
@@ -97,15 +190,28 @@ def shorten(lines: Iterable[str], count: int, why: Mapping[str, str]) -> Iterato
                 yield line
 
 
-def main() -> None:
-    """Run `dvc repro`; its exit code is this one's."""
-    from dvc.repo import Repo  # noqa: PLC0415  (half a second that --help need not pay)
+def check() -> dict[str, Any]:
+    """Check params.yaml, whose values are returned, and data.path; release stale locks."""
+    with reading(params.FILE, "Correct it; it is YAML in UTF-8."):
+        values = params.read_file()
+    params.check(values)
+    require_data(values["data"]["path"])
+    if removed := release_locks():
+        print(f"{RWLOCK}: {removed} locks of processes that are gone were removed", flush=True)
+    return values
 
-    yaml, lock = YAML(typ="safe"), Path("dvc.lock")
-    with reading("dvc.yaml or dvc.lock", "Restore it by git."), Repo() as repo:
-        locked = (yaml.load(lock) or {}).get("stages", {}) if lock.exists() else {}
-        why = reasons(repo.status(), locked, yaml.load(Path(PARAMS)))
-        count = len(repo.index.stages)
+
+def main() -> None:
+    """Check, and run `dvc repro`; its exit code is this one's."""
+    values = check()
+    with quick_imports():
+        from dvc.repo import Repo  # noqa: PLC0415
+
+    # The repository opens its databases, and unpickles nothing yet.
+    with reading(f"dvc.yaml or {DVC_LOCK}", "Restore it by git."), Repo() as repo:
+        require_own(Path(repo.site_cache_dir))
+        lock = (YAML(typ="safe").load(DVC_LOCK) if DVC_LOCK.exists() else None) or {}
+        why, count = reasons(repo.status(), lock.get("stages", {}), values), len(repo.index.stages)
     command = [sys.executable, "-m", "dvc", "repro"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dvc:  # noqa: S603
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # DVC and its stage hear the terminal's

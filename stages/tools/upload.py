@@ -21,7 +21,7 @@ from stages.evaluate.__main__ import MODELS
 from stages.export.__main__ import EXPORTED
 from stages.export.config import Kind
 from stages.report import page, sources
-from stages.report.provenance import Origin, origin_of
+from stages.report.sources import Origin, origin_of
 from stages.shared.core import files
 from stages.shared.core.command import run
 from stages.shared.core.errors import UserError

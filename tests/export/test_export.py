@@ -10,10 +10,10 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.export import config, lora
+from stages.export import config
 from stages.export.__main__ import serving
 from stages.export.architecture import Architecture, Unsupported
-from stages.export.export import export
+from stages.export.export import export, require_adapter
 from stages.shared.core import files, params
 from stages.shared.core.errors import UserError
 from tests import tiny
@@ -105,11 +105,11 @@ def test_vllm_adapters_are_refused_by_name(
     tuned: Path, tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
     adapter = shutil.copytree(tuned / "adapter", tmp_path / "adapter")
-    lora.require(adapter, ["gguf-lora", "vllm-lora"])
+    require_adapter(adapter, ["gguf-lora", "vllm-lora"])
     described = files.read_json(adapter / "adapter_config.json")
     files.write_json(adapter / "adapter_config.json", described | changes)
     with pytest.raises(Unsupported, match=reason):
-        lora.require(adapter, ["vllm-lora"])
+        require_adapter(adapter, ["vllm-lora"])
 
 
 def test_default_of_another_architecture_ends_well(tuned: Path, tmp_path: Path) -> None:

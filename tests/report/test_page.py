@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from stages.report import charts, page, provenance, sources
+from stages.report import charts, page, sources
 from stages.shared.core.display import visible
 from stages.shared.core.errors import UserError
 from tests.report import sources as made
@@ -225,7 +225,7 @@ def test_summary_has_five_lines(source):
 
 def test_commit_names_changed_files_but_for_those_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert provenance._commit() is None
+    assert sources._commit() is None
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
     for name in ("params.yaml", "dvc.lock", "reports/train.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -234,9 +234,9 @@ def test_commit_names_changed_files_but_for_those_of_a_run(tmp_path, monkeypatch
         subprocess.run([*git, *command], check=True)
     (tmp_path / "dvc.lock").write_text("b")
     (tmp_path / "reports/train.json").write_text("b")
-    assert re.fullmatch("[0-9a-f]{40}", provenance._commit() or "")
+    assert re.fullmatch("[0-9a-f]{40}", sources._commit() or "")
     (tmp_path / "params.yaml").write_text("b")
-    assert str(provenance._commit()).endswith(" with uncommitted changes in params.yaml")
+    assert str(sources._commit()).endswith(" with uncommitted changes in params.yaml")
 
 
 def test_keys_have_labels():

@@ -1,13 +1,100 @@
-"""Comparison of the four variants: metrics, changes between them, answers."""
+"""Metrics of the four variants: how they are written, their tables, changes and answers."""
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import Undefined
 
-from stages.report.formatting import number, percent, points, signed
+MISSING = "–"
+NO_BREAK = "\N{NO-BREAK SPACE}"
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}
+
+
+def is_missing(item: Any) -> bool:
+    """Whether it is None, NaN or a key that its file lacks."""
+    return item is None or isinstance(item, Undefined) or (np.isscalar(item) and pd.isna(item))
+
+
+def number(item: Any, digits: int = 4, sign: str = "-", unit: str = "") -> str:
+    """`1,234.5678`; a dash if missing; zero has no sign."""
+    if is_missing(item):
+        return MISSING
+    zero = round(item, digits) == 0
+    text = f"{0.0 if zero else item:{'-' if zero else sign},.{digits}f}"
+    return text.replace("-", "−") + unit
+
+
+def signed(item: Any, digits: int = 4) -> str:
+    """`+0.1234`."""
+    return number(item, digits, sign="+")
+
+
+def percent(fraction: Any, digits: int = 1) -> str:
+    """A fraction as `62.5 %`."""
+    return MISSING if is_missing(fraction) else number(100 * fraction, digits, unit=f"{NO_BREAK}%")
+
+
+def points(change: Any) -> str:
+    """Change of a fraction in percentage points, `+12.5`."""
+    return MISSING if is_missing(change) else signed(100 * change, 1)
+
+
+def size(count: Any) -> str:
+    """Bytes in decimal units, `98.4 MB`."""
+    if is_missing(count):
+        return MISSING
+    unit = next(unit for unit, scale in UNITS.items() if count >= scale or unit == "B")
+    return number(count / UNITS[unit], {"GB": 2, "B": 0}.get(unit, 1), unit=NO_BREAK + unit)
+
+
+def value(item: Any, key: str = "") -> str:
+    """A scalar or list by its type; a size if the key ends in `bytes`."""
+    if is_missing(item):
+        return MISSING
+    if isinstance(item, bool):
+        return "yes" if item else "no"
+    if isinstance(item, int | float) and key.endswith("bytes"):
+        return size(item)
+    if isinstance(item, float) and 0 < abs(item) < 1e-3:
+        return scientific(item)
+    if isinstance(item, int | float):
+        return f"{item:,}" if isinstance(item, int) else f"{item:,.6g}".replace("-", "−")
+    return ", ".join(map(value, item)) if isinstance(item, list) else str(item)
+
+
+def words(key: str) -> str:
+    """`RTX_4090_24GiB` as `RTX 4090 24 GiB`."""
+    return key.replace("_", " ").replace("GiB", f"{NO_BREAK}GiB")
+
+
+def scientific(item: Any) -> str:
+    """`1.2 × 10⁻⁵`; a dash if missing; zero is `0`."""
+    if is_missing(item) or not item:
+        return MISSING if is_missing(item) else "0"
+    mantissa, exponent = f"{item:.1e}".split("e")
+    raised = str(int(exponent)).translate(RAISED)
+    return f"{mantissa.replace('-', '−')}{NO_BREAK}×{NO_BREAK}10{raised}"
+
+
+def yaml_value(item: Any) -> str:
+    """A parameter as params.yaml spells it, approximately."""
+    if isinstance(item, list):
+        return ", ".join(map(yaml_value, item))
+    return json.dumps(item) if item is None or isinstance(item, bool) else str(item)
+
+
+def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → scalar or list, in the order of the file."""
+    if not isinstance(nested, dict):
+        return {prefix: nested}
+    parts = [flat(item, f"{prefix}.{key}".lstrip(".")) for key, item in nested.items()]
+    return {key: item for part in parts for key, item in part.items()}
 
 
 @dataclass(frozen=True)
@@ -37,17 +124,12 @@ CHANGES = {
 LANGUAGES = {"en": "English", "other": "Other languages"}
 
 
-def metrics_table(evaluations: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Metrics (fp64, NaN if missing) by variant (rows)."""
+def metrics_table(evaluations: Mapping[str, Any]) -> pd.DataFrame:
+    """Metrics (fp64, NaN if missing) by variant (rows); what is no mapping has no row."""
+    rows = {variant: dict(m) for variant, m in evaluations.items() if isinstance(m, Mapping)}
     columns = [*METRICS, *COUNTS, *(m.count for m in METRICS.values() if m.count)]
-    table = pd.DataFrame.from_dict({v: dict(m) for v, m in evaluations.items()}, orient="index")
-    return table.reindex(index=list(evaluations), columns=columns).astype(float)
-
-
-def exported_rows(export: Mapping[str, Any]) -> pd.DataFrame:
-    """`metrics_table` of exported files, which reply to nothing, by `exported <format>` (rows)."""
-    formats = {f"exported {name}": m for name, m in export.items() if isinstance(m, Mapping)}
-    return metrics_table(formats)
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.reindex(index=list(rows), columns=columns).astype(float)
 
 
 def language_tables(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
@@ -98,13 +180,14 @@ def verdict(metric: str, change: float, noise: float = 0.0) -> str:
 
 def join_answers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Variant → answer of each prompt, in order, without variants that have none."""
-    columns = {}
+    joined: dict[tuple[str, int], dict[str, Any]] = {}
     for variant, rows in answers.items():
-        frame = pd.DataFrame({"prompt": [repr(row.get("prompt")) for row in rows], "row": rows})
-        occurrence = frame.groupby("prompt").cumcount()  # prompts may repeat
-        columns[variant] = frame.set_index(["prompt", occurrence])["row"]
-    joined = pd.concat(columns, axis=1, sort=False)
-    return [row.dropna().to_dict() for _, row in joined.iterrows()]
+        seen = Counter[str]()  # prompts may repeat
+        for row in rows:
+            prompt = repr(row.get("prompt"))
+            joined.setdefault((prompt, seen[prompt]), {})[variant] = row
+            seen[prompt] += 1
+    return list(joined.values())
 
 
 def is_wrong(prompt: Mapping[str, Mapping[str, Any]]) -> bool:
