@@ -7,7 +7,6 @@ https://github.com/vllm-project/vllm, vllm/lora/peft_helper.py and vllm/config/l
 import math
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from stages.export.architecture import Unsupported
 from stages.export.config import DEFAULT, VLLM_RANKS, refusal
 from stages.export.gguf_file import ADAPTER_PREFIX, ModelFormat
 from stages.shared.chat.templates import read_format
-from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
 from stages.shared.model import packing, scoring
@@ -58,14 +56,8 @@ class Export:
     def run(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
         """Write `formats` into folders of their names, and return their metrics."""
         if any(name.startswith("gguf") for name in formats):
-            render = partial(
-                load_tokenizer(self.merged).apply_chat_template,
-                chat_template=self.form.chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            self.texts = modelfile.literals(render)
             self.gguf = ModelFormat(self.merged, self.form)
+            self.texts = modelfile.literals(self.gguf.render)
         adapters = [name for name in formats if name.endswith("-lora")]
         if adapters:
             require_adapter(self.adapter, adapters)

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from stages.export.architecture import EXPERT, Architecture, Unsupported
 from stages.export.vocabulary import Vocabulary
@@ -31,8 +32,24 @@ class ModelFormat:
 
     def __init__(self, folder: Path, form: Format) -> None:
         self.architecture = Architecture(files.read_json(folder / "config.json"))
-        self._vocabulary = Vocabulary(folder)
-        self._form, self._special = form, special_tokens(folder, form)
+        self._vocabulary, self._form = Vocabulary(folder), form
+        config = files.read_json(folder / "tokenizer_config.json")
+        tokens = {name: config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+        texts = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+        self._own = {f"{name}_token": text for name, text in texts.items() if text}
+        # llama.cpp ends a reply at `eos` or `eot`.
+        ends = {"eot": form.eos_token, "eos": self._vocabulary.texts[form.stop_ids[-1]]}
+        self._special = {name: text for name, text in (texts | ends).items() if text}
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """Messages up to the reply, as the chat template renders them."""
+        rendered, _ = render_jinja_template(
+            [messages],
+            chat_template=self._form.chat_template,
+            add_generation_prompt=True,
+            **self._own,
+        )
+        return str(rendered[0])
 
     def write(self, path: Path, weights: Weights, kind: GGMLQuantizationType) -> None:
         """Write a model, with the tokenizer, chat template and end tokens of the folder."""
@@ -65,22 +82,29 @@ class ModelFormat:
             info = (divisors.shape, divisors.dtype, divisors.nbytes)
             writer.add_tensor_info("rope_freqs.weight", *info)
         files.require_space(path.parent, total, f"the file {path.parent.name}")
-        with closing(writer), display.bar(total=total, desc=path.parent.name, unit="B") as bar:
+        bar = display.bar(total=total, desc=path.parent.name, unit="B")
+        with closing(writer), _threads() as pool, bar:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, own in tensors.items():
-                data = np.stack([self._stored(weights, key, types[name]) for key in own])
+                parts = [self._stored(weights, key, types[name], pool) for key in own]
+                data = np.stack(parts)
                 writer.write_tensor_data(data)
                 bar.update(data.nbytes)
             if divisors is not None:
                 writer.write_tensor_data(divisors)
 
-    def _stored(self, weights: Weights, key: str, kind: GGMLQuantizationType) -> np.ndarray:
+    def _stored(
+        self, weights: Weights, key: str, kind: GGMLQuantizationType, pool: ThreadPoolExecutor
+    ) -> np.ndarray:
+        """A parameter as the file has it, its rows quantized on several threads."""
         rows = self.architecture.reorder(key, weights.tensor(key).float().numpy())
         if kind is GGMLQuantizationType.F16 and np.abs(rows).max() > FP16_MAX:
             raise Unsupported(f"{key} holds weights beyond {FP16_MAX:.0f}, where F16 ends")
-        return gguf.quantize(np.ascontiguousarray(rows), kind)
+        parts = np.array_split(rows, min(len(rows), torch.get_num_threads()))
+        done = pool.map(lambda part: gguf.quantize(np.ascontiguousarray(part), kind), parts)
+        return np.concatenate([*done])
 
     def write_adapter(self, path: Path, adapter: Path) -> None:
         """Write the factors of a LoRA adapter in F16 under the names of the base's tensors."""
@@ -119,7 +143,7 @@ class ModelFormat:
             rows = architecture.reorder(key, rows, back=True)
             parameter.data.copy_(torch.from_numpy(rows))
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with _threads() as pool:
             list(pool.map(copy, model.named_parameters()))  # tied ones once
 
     def read_adapter(self, path: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -130,6 +154,10 @@ class ModelFormat:
             rows = self.architecture.reorder(key, rows, back=True) if name.endswith("b") else rows
             found[key] = torch.from_numpy(rows)
         return found
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads())
 
 
 class _Reader(gguf.GGUFReader):
@@ -170,14 +198,3 @@ def stored_type(name: str, shape: Sequence[int], kind: GGMLQuantizationType) -> 
     if kind is GGMLQuantizationType.Q4_0 and name in ("token_embd.weight", "output.weight"):
         return GGMLQuantizationType.Q8_0
     return kind
-
-
-def special_tokens(folder: Path, form: Format) -> dict[str, str]:
-    """Special tokens by llama.cpp's names; it ends a reply at `eos` or `eot`."""
-    config = files.read_json(folder / "tokenizer_config.json")
-    tokens = {name: config.get(f"{name}_token") for name in ("bos", "unk", "pad")}
-    texts = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items() if t}
-    vocabulary = files.read_json(folder / "tokenizer.json")
-    by_id = {token["id"]: token["content"] for token in vocabulary["added_tokens"]}
-    by_id |= {i: text for text, i in vocabulary["model"]["vocab"].items()}
-    return texts | {"eot": form.eos_token, "eos": by_id[form.stop_ids[-1]]}

@@ -5,7 +5,6 @@ tokenizer.json does; a tokenizer whose name is not known is refused, as it would
 Source: https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp.
 """
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,8 @@ class Vocabulary:
     def __init__(self, folder: Path) -> None:
         described = files.read_json(folder / "tokenizer.json")
         self._added, self._model = described["added_tokens"], described["model"]
+        self.texts: dict[int, str] = {i: text for text, i in self._model["vocab"].items()}
+        self.texts |= {token["id"]: token["content"] for token in self._added}
         self._cuts = _parts(described.get("pre_tokenizer"), "pretokenizers")
         normalizers = _parts(described.get("normalizer"), "normalizers")
         self._normalizer = [part["type"] for part in normalizers]
@@ -108,17 +109,16 @@ class Vocabulary:
 
     def add(self, writer: gguf.GGUFWriter, size: int, special: dict[str, str]) -> None:
         """Add `size` tokens, the rows of the embedding; `special` has `bos`, `eos`, `eot`, …."""
-        tokens = [(f"[PAD{i}]", TokenType.UNUSED) for i in range(size)]
-        added = ((token["content"], token["id"]) for token in self._added)
         control = {token["content"]: token["special"] for token in self._added}
-        for text, i in chain(self._model["vocab"].items(), added):
-            if i < size:
-                tokens[i] = (text, self._type(text, control))
-        texts = [text for text, _ in tokens]
+        texts = [self.texts.get(i, f"[PAD{i}]") for i in range(size)]
+        types = [
+            self._type(text, control) if i in self.texts else TokenType.UNUSED
+            for i, text in enumerate(texts)
+        ]
         writer.add_tokenizer_model("llama" if self.is_sentencepiece else "gpt2")
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(texts)
-        writer.add_token_types([kind for _, kind in tokens])
+        writer.add_token_types(types)
         if self.is_sentencepiece:
             lowest = -float(len(self._merges) + 1)
             writer.add_token_scores([self._scores.get(text, lowest) for text in texts])
@@ -128,6 +128,8 @@ class Vocabulary:
             writer.add_add_space_prefix(False)
         ids = {text: i for i, text in enumerate(texts)}
         for name, text in special.items():
+            if text not in ids:
+                raise Unsupported(f"its token {text!r} has no row in the embedding")
             getattr(writer, f"add_{name}_token_id")(ids[text])
         # The chat template writes them: llama.cpp would add them once more.
         writer.add_add_bos_token(False)
