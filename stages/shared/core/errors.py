@@ -102,7 +102,7 @@ def _ending(error: BaseException, command: str) -> tuple[str, int]:
         case KeyboardInterrupt() | Signalled():
             number = signal.Signals(getattr(error, "signal", None) or signal.SIGINT)
             return f"stopped: by {number.name}", 128 + number
-    broken = any(isinstance(cause, BrokenPipeError) for cause in _causes(error))
+    broken = any(isinstance(cause, BrokenPipeError) for cause in causes(error))
     if broken and any(map(_reader_is_gone, (sys.stdout, sys.stderr))):  # `| head`
         return "stopped: by SIGPIPE", 128 + signal.SIGPIPE
     return f"error: {_explain(error, command)}", 1
@@ -146,7 +146,7 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error, and those that it was raised for."""
     while error is not None:
         yield error
@@ -157,7 +157,7 @@ def _is_of_a_full_disk(error: BaseException) -> bool:
     """Whether an error, of a library too, has a full disk as its cause."""
     return any(
         getattr(cause, "errno", None) in FULL or f"(os error {errno.ENOSPC})" in str(cause)
-        for cause in _causes(error)
+        for cause in causes(error)
     )
 
 
@@ -167,7 +167,7 @@ def lacks_memory(error: BaseException) -> bool:
         isinstance(cause, MemoryError)
         or getattr(cause, "errno", None) == errno.ENOMEM
         or re.search(MEMORY_WORDS, str(cause), re.IGNORECASE)
-        for cause in _causes(error)
+        for cause in causes(error)
     )
 
 

@@ -32,12 +32,13 @@ from huggingface_hub.utils import get_session, logging
 from tqdm import tqdm
 
 from stages.shared.core import display, files, machine
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, causes
 
 constants.HF_HUB_DISABLE_TELEMETRY = True
 logging.set_verbosity_error()  # no lines about retries
 SLOWEST = 64 * 1024  # bytes a minute; a slower download would never end
 MINUTE = 60.0  # seconds
+PROXY = "Check HF_ENDPOINT and your proxy, and run `dvc repro`"
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,15 @@ class Repository:
         return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
     @property
-    def host(self) -> str:
-        """The endpoint without the password that it may hold, for messages."""
-        return re.sub(r"//[^/@]*@", "//", self.endpoint)
-
-    @property
     def url(self) -> str:
         """Address of its page."""
-        return f"{self.host}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+        return f"{self.endpoint}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
 
     @property
     def keys(self) -> tuple[str, str]:
         """Keys of its name and commit in params.yaml."""
-        data, model = ("data.repo", "data.revision"), ("model.name", "model.revision")
-        return data if self.kind == "dataset" else model
+        name = {"dataset": "data.repo", "model": "model.name"}[self.kind]
+        return name, f"{name.partition('.')[0]}.revision"
 
     @cached_property
     def paths(self) -> list[str]:
@@ -169,10 +165,8 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
         path, stated = folder / name, file.lfs.sha256 if file.lfs else file.blob_id
         if stated and (hashed := _hash(path, len(stated))) != stated:
             path.unlink()
-            raise UserError(
-                f"{repository.url}: {name} arrived with the hash {hashed:.12}…; the hub states "
-                f"{stated:.12}…. Run `dvc repro` again."
-            )
+            what = f"arrived with the hash {hashed:.12}…; the hub states {stated:.12}…"
+            raise UserError(f"{repository.url}: {name} {what}. Run `dvc repro` again.")
     return folder
 
 
@@ -197,10 +191,8 @@ def _meter(bar: "tqdm[Any]") -> type["tqdm[Any]"]:
             if self.counts:
                 bar.update(n)
             if bar.total is not None and bar.n > bar.total:
-                raise UserError(
-                    f"{bar.desc}: the hub sends more than the {bar.total} bytes that it lists. "
-                    "Check HF_ENDPOINT and your proxy, and run `dvc repro` again."
-                )
+                what = f"the hub sends more than the {bar.total} bytes that it lists"
+                raise UserError(f"{bar.desc}: {what}. {PROXY} again.")
 
     return Meter
 
@@ -217,52 +209,44 @@ def one_line_errors(repository: Repository) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        chain: BaseException | None = error
-        while chain is not None:  # snapshot_download wraps the cause
-            if message := _message(chain, repository):
+        for cause in causes(error):  # snapshot_download wraps it
+            if message := _message(cause, repository):
                 raise UserError(message) from None
-            chain = chain.__cause__ or chain.__context__
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{repository.host}: does not answer as the hub does ({reason:.90}). Check HF_ENDPOINT "
-            "and your proxy, and run `dvc repro` again."
-        ) from None
+        what = f"does not answer as the hub does ({reason:.90}). {PROXY} again."
+        raise UserError(f"{repository.endpoint}: {what}") from None
 
 
 def _message(error: BaseException, repository: Repository) -> str | None:
     """Message of a network or hub error; None for any other."""
-    name, host, url = repository.name, repository.host, repository.url
+    name, commit, hub = repository.name, repository.commit, repository.endpoint
     name_key, revision_key = repository.keys
     if isinstance(error, OfflineModeIsEnabled):
-        return (
-            f"{name_key}: HF_HUB_OFFLINE is set, and your cache lacks files of {name} at "
-            f"{repository.commit:.7}. Unset it, or use a local source."
-        )
+        lacks = f"your cache lacks files of {name} at {commit:.7}"
+        return f"{name_key}: HF_HUB_OFFLINE is set, and {lacks}. Unset it, or use a local source."
     if isinstance(error, httpx2.InvalidURL | httpx2.RequestError):
         return (
-            f"{host}: cannot be reached for {name} ({error or type(error)}). Check the network, "
+            f"{hub}: cannot be reached for {name} ({error or type(error)}). Check the network, "
             "your proxy and HF_ENDPOINT, or use a local source."
         )
     if not isinstance(error, HfHubHTTPError):
         return None
     status, code = error.response.status_code, error.response.headers.get("X-Error-Code")
-    phrase = f"{status} {error.response.reason_phrase}"
-    message = f"{host}: answered {phrase} for {name}. Try again later."
     if status in (401, 403):
-        message = (
-            f"{name_key}: {host} answered {status} for {name}: private, gated or misspelt. Accept "
-            f"its terms on {url}, and set HF_TOKEN or run `hf auth login`."
-        )
+        key, what = name_key, f"{hub} answered {status} for {name}: private, gated or misspelt"
+        advice = f"Accept its terms on {repository.url}, and set HF_TOKEN or run `hf auth login`."
     elif code == "RevisionNotFound":
-        message = f"{revision_key}: {name} has no commit {repository.commit}. See {url}/commits."
+        key, what = revision_key, f"{name} has no commit {commit}"
+        advice = f"See {repository.url}/commits."
     elif status == 404:
-        message = (
-            f"{name_key}: {host} has no {repository.kind} {name}, or no such file at "
-            f"{repository.commit:.7} (404). Correct {name_key} or {revision_key}."
-        )
-    return message
+        key, what = name_key, f"{hub} has no {repository.kind} {name}, or no file at {commit:.7}"
+        advice = f"Correct {name_key} or {revision_key}."
+    else:
+        key, what = hub, f"answered {status} {error.response.reason_phrase} for {name}"
+        advice = "Try again later."
+    return f"{key}: {what}. {advice}"
 
 
 def _check_response(response: httpx2.Response) -> None:
@@ -286,10 +270,8 @@ class _MinimumRate(httpx2.SyncByteStream):
             received += len(chunk)
             if time.monotonic() - begin > MINUTE:
                 if received < SLOWEST:
-                    raise UserError(
-                        f"{self._host}: sent {received} bytes in {MINUTE:.0f} seconds. Run "
-                        "`dvc repro` again: whole files are kept."
-                    )
+                    what = f"sent {received} bytes in {MINUTE:.0f} seconds"
+                    raise UserError(f"{self._host}: {what}. Run `dvc repro` again to go on.")
                 begin, received = time.monotonic(), 0
             yield chunk
 
