@@ -1,20 +1,15 @@
-"""The stages and tools of the pipeline, each a command: `python -m stages.<name>`.
-
-On Linux x86-64 with Python 3.11 to 3.13, and nowhere else.
-"""
+"""The stages and tools of the pipeline, each a command: `python -m stages.<name>`."""
 
 import platform
 import signal
 import sys
 
-if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+_here = f"{platform.system()} {platform.machine()}"
+if _here != "Linux x86_64" or not (3, 11) <= sys.version_info < (3, 14):
     sys.exit(
-        f"error: this is {platform.system()} {platform.machine()}; dvc-qlora runs on Linux x86-64. "
-        "Use such a machine, a container, or WSL 2."
+        f"error: this is {_here} with Python {platform.python_version()}; dvc-qlora runs on Linux "
+        "x86-64 with Python 3.11 to 3.13. Use those, a container, or WSL 2."
     )
-if not (3, 11) <= sys.version_info < (3, 14):
-    python = platform.python_version()
-    sys.exit(f"error: this is Python {python}; dvc-qlora runs on Python 3.11 to 3.13. Use one.")
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: object) -> None:

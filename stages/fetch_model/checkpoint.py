@@ -4,7 +4,6 @@ Weights keep their bytes. The configs, the index of shards and the tokenizer are
 without settings of the machine that they came from.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -55,7 +54,6 @@ class Checkpoint:
     folder: Path
     name: str  # for messages
     config: dict[str, Any]
-    weight_map: dict[str, str]  # tensor → file; empty for a single file
     weights: list[str]  # names of the safetensors files
 
 
@@ -70,9 +68,8 @@ def gather(
     small = [file for file in SMALL_FILES if file in files_present]
     small += sorted(file for file in files_present if named.fullmatch(file))
     folder = copy(small)
-    config, weight_map = _read_config(folder, name), _read_weight_map(folder, files_present, name)
-    weights = sorted(set(weight_map.values())) or [WEIGHTS]
-    return Checkpoint(copy([*small, *weights]), name, config, weight_map, weights)
+    config, weights = _read_config(folder, name), _read_index(folder, files_present, name)
+    return Checkpoint(copy([*small, *weights]), name, config, weights)
 
 
 def install(checkpoint: Checkpoint, base: Path, tokenizer_folder: Path, *, move: bool) -> None:
@@ -114,10 +111,8 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     # MXFP4 files of gpt-oss are all there is; `stages.shared.weights` dequantizes them as it reads.
     mxfp4 = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
     if quantization and not (mxfp4 and config.get("model_type") == "gpt_oss"):
-        raise UserError(
-            f"{name}/{CONFIG}: the weights are quantized already (quantization_config). Choose the "
-            "original ones, which the `quantize` stage quantizes."
-        )
+        what = "the weights are quantized already (quantization_config)"
+        raise UserError(f"{name}/{CONFIG}: {what}. Choose the original ones: `quantize` does that.")
     model_type = config.get("model_type")
     known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not isinstance(model_type, str) or model_type not in known:
@@ -127,12 +122,8 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
             "model that transformers knows. Code is never fetched and run."
         )
     config = _portable(config)
-    try:  # else the tokenizer would be blamed, which is loaded beside it
-        AutoConfig.for_model(**config)
-    except Exception as error:  # transformers and huggingface_hub raise many types
-        reason = " ".join(str(error).split())
-        what = f"transformers reads no {model_type} from it ({reason:.100})"
-        raise UserError(f"{name}/{CONFIG}: {what}. Correct it, or fetch it again.") from None
+    with reading(f"{name}/{CONFIG}", "Correct it, or fetch it again."):
+        AutoConfig.for_model(**config)  # else the tokenizer would be blamed, loaded beside it
     return config
 
 
@@ -145,21 +136,19 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_weight_map(folder: Path, files_present: Collection[str], name: str) -> dict[str, str]:
-    """Tensor → file by the index; empty for a single file.
+def _read_index(folder: Path, files_present: Collection[str], name: str) -> list[str]:
+    """Names of the files with weights.
 
     transformers would follow `../outside.safetensors` out of the folder, so shards are looked up
     among the files next to the index.
     """
     if WEIGHTS in files_present:
-        return {}
+        return [WEIGHTS]
     if INDEX not in files_present:
         pickles = [file for file in files_present if file.endswith(_PICKLES)]
         only = f", only {pickles[0]}, a pickle, which runs code as it loads" if pickles else ""
-        raise UserError(
-            f"{name}: has no {WEIGHTS} and no {INDEX}{only}. Choose a revision that has "
-            "safetensors, or convert it."
-        )
+        what = f"has no {WEIGHTS} and no {INDEX}{only}"
+        raise UserError(f"{name}: {what}. Choose a revision with safetensors, or convert it.")
     weight_map = _read(folder / INDEX, name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{name}/{INDEX}: has no weight_map. Choose another revision.")
@@ -168,32 +157,25 @@ def _read_weight_map(folder: Path, files_present: Collection[str], name: str) ->
         if file not in shards:
             what = f"puts {tensor} into {file!r}, no .safetensors file beside the index"
             raise UserError(f"{name}/{INDEX}: {what}. Complete the model.")
-    return weight_map
+    return sorted(set(weight_map.values()))
 
 
 def _make_index(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Index of shards, read from the shards; it must agree with the checkpoint's own."""
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+    """Index of shards, read from the shards."""
+    from safetensors import safe_open  # noqa: PLC0415
 
     weight_map: dict[str, str] = {}
     size = 0  # bytes of all tensors
     for file in checkpoint.weights:
         path, where = checkpoint.folder / file, f"{checkpoint.name}/{file}"
-        try:
-            with safe_open(path, framework="numpy") as shard:
-                tensors = sorted(shard.keys())
-        except SafetensorError as error:
-            raise UserError(f"{where}: is not whole ({error}). Fetch or copy it again.") from None
+        with reading(where, "Fetch it again."), safe_open(path, framework="numpy") as shard:
+            tensors = sorted(shard.keys())
         for tensor in tensors:
             if other := weight_map.get(tensor):
                 raise UserError(f"{where}: holds {tensor} as {other} does. Choose another model.")
             weight_map[tensor] = file
         with path.open("rb") as opened:
             size += path.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
-    for tensor, file in checkpoint.weight_map.items():
-        if weight_map.get(tensor) != file:
-            what = f"puts {tensor} into {file}, which lacks it. Fetch or copy the model again."
-            raise UserError(f"{checkpoint.name}/{INDEX}: {what}")
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
@@ -202,9 +184,8 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
     source, name = checkpoint.folder, checkpoint.name
     present = [file for file in TOKENIZER_FILES if (source / file).is_file()]
     if not present:
-        raise UserError(
-            f"{name}: has no tokenizer. Put tokenizer.json and {TOKENIZER_CONFIG} there."
-        )
+        advice = f"Put tokenizer.json and {TOKENIZER_CONFIG} there."
+        raise UserError(f"{name}: has no tokenizer. {advice}")
     with TemporaryDirectory() as folder:  # next to the normalized config: it may name the class
         for file in present:
             shutil.copyfile(source / file, Path(folder, file))
@@ -237,10 +218,8 @@ def _require_embedded(tokenizer: "PreTrainedTokenizerBase", checkpoint: Checkpoi
     size = min(size if isinstance(size, int) else _LARGEST_VOCABULARY, _LARGEST_VOCABULARY)
     last = max(tokenizer.get_vocab().values(), default=0)
     if last >= size + _UNUSED_IDS:
-        raise UserError(
-            f"{checkpoint.name}: its tokenizer has the token id {last}, its {CONFIG} a vocabulary "
-            f"of {size}. Fetch the tokenizer of this model."
-        )
+        what = f"its tokenizer has the token id {last}, its {CONFIG} a vocabulary of {size}"
+        raise UserError(f"{checkpoint.name}: {what}. Fetch the tokenizer of this model.")
 
 
 def _load_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":
@@ -262,10 +241,4 @@ def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> tuple[object, ...]:
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}/{path.name}: is not JSON ({error}). Fetch it again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{name}/{path.name}: is no JSON object. Choose another revision.")
-    return value
+    return files.read_json(path, f"{name}/{path.name}", "Fetch it again, or choose another.")

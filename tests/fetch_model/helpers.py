@@ -12,6 +12,8 @@ from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from tests import hub as hubs
 
+SHARDS = ["model-00001-of-00001.safetensors", "model-00002-of-00002.safetensors"]
+
 
 def fetched(model: Model, out: Path) -> tuple[Path, Path]:
     """Run the stage; the folders of the model and of the tokenizer."""
@@ -28,7 +30,13 @@ def from_path(folder: Path, revision: str = "") -> Model:
     return Model(source="path", name=str(folder), revision=revision, file=None, sha256=None)
 
 
-def from_hub() -> Model:
+def from_hub(hub: hubs.Hub | None = None, folder: Path | None = None) -> Model:
+    """The model of the hub, with the files of a folder where one is given."""
+    if hub and folder:
+        found = (path for path in folder.rglob("*") if path.is_file())
+        hub.repositories["me/tiny"] = {
+            p.relative_to(folder).as_posix(): p.read_bytes() for p in found
+        }
     return Model(source="hub", name="me/tiny", revision=hubs.COMMIT, file=None, sha256=None)
 
 
@@ -44,8 +52,8 @@ def change(folder: Path, name: str = "config.json", /, **changes: Any) -> None:
     (folder / name).write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
 
 
-def shard(folder: Path, weight_map: dict[str, object] | None = None) -> None:
+def shard(folder: Path, **weight_map: object) -> None:
     """Make the weights one shard, by an index as some tools write it: without metadata."""
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    weight_map = weight_map or {"model.embed_tokens.weight": "model-00001-of-00001.safetensors"}
+    (folder / "model.safetensors").rename(folder / SHARDS[0])
+    weight_map = weight_map or {"model.embed_tokens.weight": SHARDS[0]}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))

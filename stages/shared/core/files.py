@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.shared.core.errors import UserError, reading
+from stages.shared.core.errors import REMEDY, UserError, reading
 from stages.shared.core.machine import machine
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ def split(
     return kept, rest
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, shown: str = "", remedy: str = REMEDY) -> dict[str, Any]:
     """Read a JSON object; anything else is a `UserError` that names the file."""
-    with reading(path):
+    with reading(shown or path, remedy):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"{type(value).__name__} instead of an object")
@@ -148,10 +148,8 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise UserError(
-            f"{folder}: {free / 1e9:.2f} GB are free; {purpose} needs {needed_bytes / 1e9:.2f} GB. "
-            "Free some space and run `dvc repro` again."
-        )
+        what = f"{free / 1e9:.2f} GB are free; {purpose} needs {needed_bytes / 1e9:.2f} GB"
+        raise UserError(f"{folder}: {what}. Free some space and run `dvc repro` again.")
 
 
 def link_folder(source: Path, target: Path) -> None:

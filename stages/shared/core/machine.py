@@ -60,25 +60,19 @@ def machine() -> Machine:
         values = dotenv_values(file)
         _refuse_unknown({*os.environ, *values})
         for name in filter(_ENVIRONMENT_ONLY.fullmatch, values):
-            raise UserError(
-                f"{name} ({file}): only QLORA_* are read from there. Remove it, and export it in "
-                "your shell (a token: or run `hf auth login`)."
-            )
+            advice = "Remove it, and export it in your shell (a token: or run `hf auth login`)."
+            raise UserError(f"{name} ({file}): only QLORA_* are read from there. {advice}")
         settings = Machine(_env_file=file)
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {error.start} is not UTF-8. Save it as UTF-8.") from None
     except ValidationError as error:
         first = error.errors()[0]
         name = f"{PREFIX}{'_'.join(str(part) for part in first['loc'])}".upper()
-        expected = first["msg"].removeprefix("Input should be ")
-        raise UserError(
-            f"{name} (environment or .env) is {first['input']!r}; expected {expected}"
-        ) from None
+        what = f"is {first['input']!r}; expected {first['msg'].removeprefix('Input should be ')}"
+        raise UserError(f"{name} (environment or .env) {what}") from None
     if settings.nodes > 1 and settings.endpoint is None:
-        raise UserError(
-            "QLORA_ENDPOINT: not set, but QLORA_NODES is. Set it to host:port of this machine, "
-            "where the other hosts meet it."
-        )
+        advice = "Set it to host:port of this machine, where the other hosts meet it."
+        raise UserError(f"QLORA_ENDPOINT: not set, but QLORA_NODES is. {advice}")
     if settings.workers is not None:
         # Two on two cores: 4 to 7 % slower in bf16, as fast in fp32, 0.2 GB more.
         print("QLORA_WORKERS has no effect: one process uses all cores.", file=sys.stderr)
@@ -89,22 +83,16 @@ def _refuse_unknown(names: set[str]) -> None:
     known = [f"{PREFIX}{field}".upper() for field in Machine.model_fields]
     for name in sorted(names):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            raise UserError(
-                f"{name} (environment or .env) means nothing here; expected one of "
-                f"{', '.join(known)}. Rename or remove it."
-            )
+            what = f"means nothing here; expected one of {', '.join(known)}"
+            raise UserError(f"{name} (environment or .env) {what}. Rename or remove it.")
 
 
 def device() -> "torch.device":
     """The device that everything runs on: `QLORA_DEVICE`, or CUDA where there is one."""
     import torch  # noqa: PLC0415  (seconds that a stage without tensors need not pay)
 
-    requested = machine().device
-    if requested == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "QLORA_DEVICE is 'cuda'; this machine has no CUDA device that torch can use. "
-            "Unset it, or set it to cpu."
-        )
-    if requested == "auto":
-        requested = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(requested)
+    requested, is_there = machine().device, torch.cuda.is_available()
+    if requested == "cuda" and not is_there:
+        what = "this machine has no CUDA device that torch can use"
+        raise UserError(f"QLORA_DEVICE is 'cuda'; {what}. Unset it, or set it to cpu.")
+    return torch.device("cuda" if is_there and requested != "cpu" else "cpu")

@@ -2,10 +2,12 @@
 
 import errno
 import importlib
+import json
+import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -18,7 +20,7 @@ from stages.shared.core.errors import UserError, lacks_memory, require_regular
 from stages.shared.core.machine import machine
 
 FILE = Path("params.yaml")
-DEEPEST, MOST_VALUES = 8, 10_000  # levels and values of params.yaml
+LONGEST = 10**6  # characters of params.yaml as JSON
 NUMBERS = ("a valid number", "a valid integer")  # as pydantic calls them
 
 
@@ -74,35 +76,32 @@ def read_file() -> dict[str, Any]:
     """All of params.yaml, as DVC reads it.
 
     Raises:
-        UserError: it is no YAML, or a value is a date, which JSON cannot hold; or it nests or
-            expands without end (anchors).
+        UserError: it is no YAML, or more than JSON can hold: a date, a loop of anchors.
     """
     if not require_regular(FILE).exists():
         raise UserError(f"{FILE}: not there. Run this at the root of a clone of the repository.")
     try:
-        with bounds.limited():
+        with bounds.limited(2):
             whole = YAML(typ="safe").load(FILE)
-    except (YAMLError, ValueError) as error:
+            length = len(json.dumps(whole, default=_refuse))
+    except (YAMLError, ValueError, TypeError) as error:
         mark, problem = (getattr(error, f"problem{end}", None) for end in ("_mark", ""))
         place = f"{FILE}:{mark.line + 1}" if mark else FILE
         reason = " ".join(str(problem or error).split())
-        raise UserError(f"{place}: is not YAML ({reason:.80}). Correct it there.") from None
+        raise UserError(
+            f"{place}: is not YAML as JSON has it ({reason:.80}). Correct it."
+        ) from None
     except (bounds.Exceeded, RecursionError):
-        raise UserError(f"{FILE}: is nested too deeply, or too large. Write it plainly.") from None
+        length = LONGEST + 1
+    if length > LONGEST:
+        raise UserError(f"{FILE}: is nested or expands without end. Look for an anchor (&, *).")
     if not isinstance(whole, dict):
         raise UserError(f"{FILE}: has no sections. Restore it: git checkout {FILE}")
-    waiting, seen = [(str(key), value, 1) for key, value in whole.items()], 0
-    while waiting:
-        key, value, depth = waiting.pop()
-        seen += 1
-        if depth > DEEPEST or seen > MOST_VALUES:
-            raise UserError(f"{FILE}: {key:.40} has too many values. Look for an anchor (&, *).")
-        if isinstance(value, dict | list):
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            waiting += [(f"{key}.{name}", one, depth + 1) for name, one in pairs]
-        elif not isinstance(value, str | int | float | None):
-            raise UserError(f"{FILE}: {key} is {value}, a {type(value).__name__}. Quote a text.")
     return whole
+
+
+def _refuse(value: object) -> NoReturn:
+    raise UserError(f"{FILE}: {value} is a {type(value).__name__}. Quote it, if it is a text.")
 
 
 def check(whole: dict[str, Any], stage: str | None = None) -> None:
@@ -138,42 +137,21 @@ def validate(schema: type[P], values: dict[str, Any], stage: str | None = None) 
 def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
     """One line: which key, its value, what was expected, what to do."""
     path = [str(part) for part in error["loc"]]
-    key, found = ".".join(path[:2]), error["input"]
+    key, found = f"{FILE}: {'.'.join(path[:2])}", error["input"]
     if error["type"] == "extra_forbidden":
-        known = _known_keys(schema, path)
-        return (
-            f"params.yaml: {key} is not a parameter; expected one of {known}. Remove or rename it."
-        )
+        section = schema.model_fields[path[0]].annotation if len(path) > 1 else schema
+        known = ", ".join(getattr(section, "model_fields", ())) or "none at all"
+        return f"{key} is not a parameter; expected one of {known}. Remove or rename it."
     if error["type"] == "missing":
-        return f"params.yaml: {key} is missing. Every parameter has a line there: add it back."
+        return f"{key} is missing. Every parameter has a line there: add it back."
     expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error["type"] == "model_type":
         expected = "a section with its keys"
-    line = f"params.yaml: {key} is {_show(found)}; expected {expected}"
-    if isinstance(found, str) and _is_number(found):
-        line += "; write it without quotes" if expected in NUMBERS else ""
-    return line
-
-
-def _known_keys(schema: type[BaseModel], path: list[str]) -> str:
-    fields = schema.model_fields
-    if len(path) > 1:
-        section = fields[path[0]].annotation
-        fields = getattr(section, "model_fields", fields)
-    return ", ".join(fields) or "none at all"
+    if isinstance(found, str) and expected in NUMBERS and re.fullmatch(r"[-+.\de]+", found):
+        expected += "; write it without quotes"
+    text = "the text " if isinstance(found, str) else ""
+    return f"{key} is {text}{_SHORT.repr(found)}; expected {expected}"
 
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
-
-
-def _show(value: Any) -> str:
-    return f"the text {_SHORT.repr(value)}" if isinstance(value, str) else _SHORT.repr(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -5,7 +5,6 @@ error becomes one line, and a response has a minimum rate and no long waits.
 """
 
 import glob
-import hashlib
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import get_session, logging
+from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
 from stages.shared.core import display, files, machine
@@ -114,17 +114,14 @@ def download_folder(repository: Repository) -> Iterator[Path]:
     downloads.mkdir(exist_ok=True)
     lock = FileLock(downloads / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0).lock.release()
     except Timeout:
         print("waiting for another download of this project", file=sys.stderr)
-        lock.acquire()
-    try:
+    with lock:
         folder = downloads / f"{repository.name.replace('/', '--')}@{repository.commit}"
         folder.mkdir(exist_ok=True)
         yield folder
         shutil.rmtree(folder)
-    finally:
-        lock.release()
 
 
 def download(repository: Repository, names: Sequence[str], folder: Path) -> Path:
@@ -172,11 +169,7 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
 
 def _hash(path: Path, length: int) -> str:
     """SHA-256 (64 digits; the hub's for LFS files) or git's blob hash (40 digits; all others)."""
-    if length == 64:
-        return files.sha256(path)
-    sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: sha1).hexdigest()
+    return files.sha256(path) if length == 64 else git_hash(path.read_bytes())
 
 
 def _meter(bar: "tqdm[Any]") -> type["tqdm[Any]"]:

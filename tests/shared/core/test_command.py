@@ -92,6 +92,7 @@ FULL = "no room on the disk; free some space and run `dvc repro` again"
         ("open('/dev/full', 'w').write('x' * 10**6)", 1, f"error: the disk: {FULL}"),
         ("fail(RuntimeError('Error: I/O error (os error 28)'))", 1, f"error: the disk: {FULL}"),
         ("Path('dvc.yaml/a').write_text('')", 1, "error: dvc.yaml/a: Not a directory; expected a"),
+        ("open('models/x')", 1, "error: models/x: not there; `dvc repro` runs the stages that"),
         ("fail(OSError(errno.EMFILE, 'x'))", 1, "error: __main__: too many open files"),
         ("{}['ours']", 1, "error: __main__: KeyError: 'ours', in stages/"),
     ],

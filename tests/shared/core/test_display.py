@@ -10,15 +10,15 @@ import pytest
 
 from stages.shared.core.display import LONGEST, one_line, visible
 from tests import workspace
-from tests.test_contract import ROOT, STAGES, python_files
+from tests.test_contract import STAGES, python_files
 from tests.workspace import Workspace
 
+DIRECTED = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 CONTROLS = [
-    chr(code)
-    for code in range(0x3000)
-    if unicodedata.category(chr(code)) in ("Cc", "Zl", "Zp")
-    or unicodedata.bidirectional(chr(code)) in {"LRE", "RLE", "PDF", "LRO", "RLO"}
-    or unicodedata.bidirectional(chr(code)) in {"LRI", "RLI", "FSI", "PDI"}
+    char
+    for char in map(chr, range(0x3000))
+    if unicodedata.category(char) in ("Cc", "Zl", "Zp")
+    or unicodedata.bidirectional(char) in DIRECTED
 ]
 HOSTILE = "".join(CONTROLS) + "\r\x1b]0;x\x07\x9b31m"
 OBEYED = re.compile(f"[{re.escape(''.join({*CONTROLS} - {*chr(9), *chr(10)}))}]")
@@ -31,23 +31,18 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def shown_by(space: Workspace, *command: str) -> str:
     """What a command shows, all of it harmless."""
-    done = space.run(*command)
+    done = space.run(sys.executable, *command)
     shown = done.stdout + done.stderr
     assert done.returncode == 1
     assert not OBEYED.search(shown), repr(shown)
     return shown
 
 
-def test_visible_spells_out_what_a_terminal_obeys() -> None:
-    assert len(CONTROLS) > 70
-    assert not OBEYED.search(visible(HOSTILE))
-    assert visible("a\x1b[31m\u202eb\x85\tc\n") == "a\\x1b[31m\\u202eb\\x85\tc\n"
-    assert visible("naïve 日本語 👩‍💻 → ×") == "naïve 日本語 👩‍💻 → ×"
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("a\x1b[31m\u202eb\x85\tc\n", "a\\x1b[31m\\u202eb\\x85\tc\n"),
+        ("naïve 日本語 👩‍💻 → ×", "naïve 日本語 👩‍💻 → ×"),
         ("http://me:pass@host:80/a failed", "http://***@host:80/a failed"),
         ("'https://hf_token@host'", "'https://***@host'"),
         ("proxy HTTPS://a:p@ss@proxy:3128", "proxy HTTPS://***@proxy:3128"),
@@ -55,8 +50,9 @@ def test_visible_spells_out_what_a_terminal_obeys() -> None:
         ("https://huggingface.co/a/b@main, me@b.org", "https://huggingface.co/a/b@main, me@b.org"),
     ],
 )
-def test_visible_leaves_passwords_out(text: str, expected: str) -> None:
+def test_visible_spells_controls_out_and_hides_passwords(text: str, expected: str) -> None:
     assert visible(text) == expected
+    assert len(CONTROLS) > 70 and not OBEYED.search(visible(HOSTILE))
 
 
 def test_one_line_keeps_beginning_and_end() -> None:
@@ -67,10 +63,8 @@ def test_one_line_keeps_beginning_and_end() -> None:
 
 def test_command_shows_nothing_that_a_terminal_obeys(space: Workspace) -> None:
     script = """
-import logging, warnings, sys
-from stages.shared.core import display
-from stages.shared.core.command import run
-from stages.shared.core.errors import UserError
+import json, logging, warnings, sys
+from stages.shared.core import command, display
 text = json.loads(sys.argv.pop())
 def main():
     print(text, end=text)
@@ -79,20 +73,19 @@ def main():
     logging.getLogger("library").warning(text)
     with display.bar(total=2, desc=text, unit="row") as bar:
         bar.update()
-    raise UserError(f"{text}: is wrong")
-run(main)
+    raise command.UserError(f"{text}: is wrong")
+command.run(main)
 """
-    shown = shown_by(space, sys.executable, "-c", "import json" + script, json.dumps(HOSTILE))
-    assert shown.count("x1b]0;x") >= 6
+    assert shown_by(space, "-c", script, json.dumps(HOSTILE)).count("x1b]0;x") >= 6
 
 
 def test_names_in_files_are_shown_harmless(space: Workspace) -> None:
     name = "data\x1b[31m\u202e.csv"
     (space.root / name).write_text(f'"a{HOSTILE[11:]}","a{HOSTILE[11:]}"\n1,2\n')
     space.set_params({"data.path": name})
-    assert "stands there 2 times" in shown_by(space, sys.executable, "-m", "stages.fetch_data")
+    assert "stands there 2 times" in shown_by(space, "-m", "stages.fetch_data")
     space.set_params({"data.path": "https://me:pass@host/x.jsonl"})
-    shown = shown_by(space, sys.executable, "-m", "stages.fetch_data")
+    shown = shown_by(space, "-m", "stages.fetch_data")
     assert "***@host" in shown and "pass" not in shown
 
 
@@ -110,4 +103,3 @@ def test_nothing_is_written_past_the_guard() -> None:
                 owner = ast.unparse(node.value)
                 written = f"{owner}.{node.attr}" in {"os.write", "sys.stdout.write"}
                 assert not written and not (owner.startswith("sys") and node.attr in past), file
-    assert ROOT in STAGES.parents
