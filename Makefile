@@ -20,17 +20,21 @@ help:  ## list the targets
 
 # Prints its argument as an error, and fails.
 fail = { echo "error: $(1)" >&2; exit 1; }
-# Runs pip into a log that is shown where it fails.
-install = { $(1) $(PIP) $(2) >$(3).log 2>&1 || { tail -n 15 $(3).log >&2; $(call fail,pip failed; all of its output is in $(3).log); }; }
+# Makes an environment, unless it is there.
+environment = $(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(1) >/dev/null \
+	  || $(call fail,$(1) cannot be made. Install python3-venv; or make this folder writable)
+# Runs pip; its output is in a log.
+install = $(1) $(PIP) $(2) >$(3).log 2>&1 \
+	  || $(call fail,pip: $$(grep -m 1 ^ERROR $(3).log). Check the network and $(3).log)
 
 $(VENV)/.ready: requirements.lock
 	@[ "$$(uname -sm)" = "Linux x86_64" ] || $(call fail,this is $$(uname -sm); the locked packages are for Linux x86-64)
 	@command -v git >/dev/null || $(call fail,git: not found. Install it)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
-	  || $(call fail,$(PYTHON) is $$($(PYTHON) -V 2>&1 | head -n 1); Python 3.11 to 3.13 is needed. Run make PYTHON=python3.11)
+	  || $(call fail,$(PYTHON) is $$($(PYTHON) -V 2>/dev/null || echo missing); Python 3.11 to 3.13 is needed. Run make PYTHON=python3.11)
 	@[ "$$(df -Pk . | awk 'NR==2 {print $$4}')" -gt 3000000 ] || $(call fail,less than 3 GB of disk are free here)
 	@echo "Setting up $(VENV) from requirements.lock: one to three minutes, 2 GB, once."
-	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(call environment,$(VENV))
 	@$(call install,$(VENV)/bin/python,--requirement requirements.lock,$(VENV))
 	@touch $@
 
@@ -54,7 +58,7 @@ test: $(VENV)/.ready  ## run the tests
 	  $(LONGEST) $(OTHERS)
 
 $(AUDIT)/.ready: .ci/requirements.lock
-	@$(AUDIT)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(AUDIT)
+	@$(call environment,$(AUDIT))
 	@$(call install,$(AUDIT)/bin/python,--requirement .ci/requirements.lock,$(AUDIT))
 	@touch $@
 
@@ -83,7 +87,7 @@ lint: $(VENV)/.ready  ## ruff and mypy
 
 $(EXTRAS)/.ready: requirements.lock benchmarks/requirements.lock
 	@echo "Setting up $(EXTRAS), the peers among its packages: one to three minutes, 2 GB, once."
-	@$(EXTRAS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(EXTRAS)
+	@$(call environment,$(EXTRAS))
 	@$(call install,$(EXTRAS)/bin/python,--requirement requirements.lock --requirement benchmarks/requirements.lock,$(EXTRAS))
 	@touch $@
 

@@ -12,13 +12,11 @@ from tests.test_contract import ROOT, STAGES
 
 def test_wheel_holds_every_file_of_the_stages(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", reason="no setuptools here, and none is fetched")
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "stages").symlink_to(STAGES)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (source / name).symlink_to(ROOT / name)
+    (tmp_path / "source").mkdir()
+    for name in ("stages", "pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / "source" / name).symlink_to(ROOT / name)
     options = ["--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={tmp_path}"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, tmp_path / "source"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("*.whl")
@@ -39,8 +37,8 @@ def test_wheel_holds_every_file_of_the_stages(tmp_path: Path) -> None:
 def test_other_system_is_told_in_one_line(change: str, line: str) -> None:
     script = f"import platform, runpy, sys; {change}; runpy.run_module('stages.train.__main__')"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False
     )
-    [shown] = done.stderr.splitlines()
+    [shown] = done.stderr.decode().splitlines()
     assert (done.returncode, shown.startswith("error: this is ")) == (1, True)
     assert line in shown

@@ -39,32 +39,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        unk_token="<|endoftext|>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-    )
+    unknown, begin, end = special
+    names = {"unk_token": unknown, "bos_token": begin, "eos_token": end, "pad_token": end}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
 
 
 def model(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
     """A Llama of about 250,000 parameters whose logits are far enough apart to have a top-1."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    ids = {"vocab_size": 384, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = LlamaConfig(**sizes, **heads, **ids, initializer_range=0.2, tie_word_embeddings=True)
     return LlamaForCausalLM(config).eval()
 
 
@@ -112,35 +98,25 @@ def prepared(folder: Path, conversations: int = 24, held_out: int = 24) -> Path:
     for split, first, count in (("train", 0, conversations), ("eval", conversations, held_out)):
         rows = []
         for index in range(first, first + count):
-            answer = str(index)
-            prompt = f"<|im_start|>user\nWhat is {index}?<|im_end|>\n<|im_start|>assistant\n"
-            reply = f"It is {answer}.\n{answer}<|im_end|>"
+            question, answer = f"What is {index}?", f"It is {index}.\n{index}"
+            prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            reply = f"{answer}<|im_end|>"
             ids, mask = encode(prompt), encode(reply)
+            messages = [("user", question), ("assistant", answer)]
             rows.append(
                 {
                     "conversation_id": f"{index:064x}",
-                    "messages": [
-                        {"role": "user", "content": f"What is {index}?"},
-                        {"role": "assistant", "content": f"It is {answer}.\n{answer}"},
-                    ],
+                    "messages": [{"role": role, "content": text} for role, text in messages],
                     "text": f"{prompt}{reply}\n",
                     "input_ids": ids + mask,
                     "loss_mask": [False] * len(ids) + [True] * len(mask),
                     "text_bytes": len(reply.encode()),
-                    "answer": answer,
+                    "answer": str(index),
                     "language": "en" if index % 2 else "other",
                 }
             )
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
-    (folder / "format.json").write_text(
-        json.dumps(
-            {
-                "schema_version": 1,
-                "template": "chatml",
-                "chat_template": CHATML,
-                "eos_token": "<|im_end|>",
-                "stop_ids": [2],
-            }
-        )
-    )
+    form = {"schema_version": 1, "template": "chatml", "chat_template": CHATML}
+    form |= {"eos_token": "<|im_end|>", "stop_ids": [2]}
+    (folder / "format.json").write_text(json.dumps(form))
     return folder

@@ -12,13 +12,8 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 _COPIED = (
-    ".dvc/config",
-    ".dvc/.gitignore",
-    ".dvcignore",
-    ".gitignore",
-    "dvc.yaml",
-    "matplotlibrc",
-    "params.yaml",
+    *(".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore"),
+    *("dvc.yaml", "matplotlibrc", "params.yaml"),
 )
 
 
@@ -45,13 +40,9 @@ class Workspace:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command at the root, with this Python first on the PATH; output is captured."""
         return subprocess.run(
-            command,
-            cwd=self.root,
-            env=self.environment(env),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+            command, cwd=self.root, env=self.environment(env),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
 
     def environment(self, changes: dict[str, str] | None = None) -> dict[str, str]:
         """What a command runs with: nothing of a DVC around the tests."""
@@ -59,17 +50,13 @@ class Workspace:
         clean = {k: v for k, v in os.environ.items() if k not in ("DVC_ROOT", "HF_HUB_OFFLINE")}
         return {**clean, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1", **(changes or {})}
 
-    def stage(
-        self, name: str, *args: str, env: dict[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def stage(self, name: str, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a stage by itself: `python -m stages.<name>`."""
-        return self.run(sys.executable, "-m", f"stages.{name}", *args, env=env)
+        return self.run(sys.executable, "-m", f"stages.{name}", *args, **options)
 
-    def dvc(
-        self, *args: str, env: dict[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def dvc(self, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run `dvc`."""
-        return self.run(sys.executable, "-m", "dvc", *args, env=env)
+        return self.run(sys.executable, "-m", "dvc", *args, **options)
 
 
 def make(root: Path, params: dict[str, Any] | None = None) -> Workspace:
@@ -86,12 +73,8 @@ def make(root: Path, params: dict[str, Any] | None = None) -> Workspace:
         target = root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target)
-    shutil.copytree(
-        ROOT / "stages",
-        root / "stages",
-        symlinks=True,
-        ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
-    )
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(ROOT / "stages", root / "stages", symlinks=True, ignore=ignored)
     (root / ".counts").symlink_to(ROOT / ".counts")  # what was counted for other tests
     (ROOT / ".counts").mkdir(exist_ok=True)
     subprocess.run(["git", "init", "--quiet", root], check=True)

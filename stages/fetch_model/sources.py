@@ -128,7 +128,7 @@ def to_safetensors(gguf: Path, folder: Path) -> Checkpoint:
     Earlier quantization errors remain.
     """
     print(f"{gguf.name}: reading it takes half a minute for 135M parameters", file=sys.stderr)
-    with reading(gguf.name, "Choose another GGUF file."), panics_untold():
+    with reading(gguf.name, "Choose another GGUF file."):
         _convert(gguf, folder)
     return gather([path.name for path in folder.iterdir()], gguf.name, lambda _: folder)
 
@@ -142,7 +142,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    with panics_untold():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     metadata, _ = read_gguf_metadata(gguf)
     if metadata.get("tokenizer.ggml.pre") in _LONE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(

@@ -74,5 +74,4 @@ def bar(*, total: int | None, desc: str, unit: str, initial: int = 0) -> "tqdm[A
         unit_scale=unit in ("B", "token"),
         mininterval=0.1 if watched else 10.0,
         dynamic_ncols=watched,
-        leave=True,
     )

@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -31,24 +32,19 @@ class UserError(Exception):
     """A mistake that the user can put right; its message is the line to print."""
 
 
+@dataclass(eq=False)
 class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
     """A signal ended the work; what was done is kept, and the message says how to go on."""
 
-    def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message, signal)
-        self.message, self.signal = message, signal
+    message: str
+    signal: int
 
 
+@dataclass(eq=False)
 class Signalled(BaseException):
-    """A signal came; no `Exception`, which a library might catch.
+    """A signal came; no `Exception`, which a library might catch."""
 
-    Args:
-        signal: None where whoever heard it has noted it.
-    """
-
-    def __init__(self, signal: int | None = None) -> None:
-        super().__init__(signal)
-        self.signal = signal
+    signal: int | None = None  # where whoever heard it has noted it
 
 
 def raise_signal(number: int, frame: FrameType | None) -> None:

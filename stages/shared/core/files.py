@@ -10,44 +10,18 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.shared.core.errors import REMEDY, UserError, reading
+from stages.shared.core.errors import REMEDY, UserError, reading, require_regular
 from stages.shared.core.machine import machine
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
 _outs: list[str] = []  # of the stage that this process runs
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder, `<target>.partial`, that becomes `target` when the block ends without an error."""
-    partial = target.with_name(f"{target.name}.partial")
-    _remove(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _share(partial)
-        _remove(target)
-        partial.rename(target)
-    finally:
-        _remove(partial)
-
-
-def _share(folder: Path) -> None:
-    """Give files the mode of the umask: libraries write weights by temporary files, mode 0600.
-
-    A folder made under the umask has it. A file that is read-only may be a link into DVC's cache.
-    """
-    mode = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o200:
-            path.chmod(mode)
 
 
 @contextmanager
@@ -61,6 +35,22 @@ def whole_file(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         _remove(partial)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """The same for a folder. Its files get the mode of the umask, which the folder has.
+
+    Libraries write weights by temporary files, mode 0600. A file that is read-only may be a link
+    into DVC's cache.
+    """
+    with whole_file(target) as partial:
+        partial.mkdir()
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o200:
+                path.chmod(partial.stat().st_mode & 0o666)
+        _remove(target)
 
 
 def _remove(path: Path) -> None:
@@ -133,14 +123,20 @@ def sha256(path: Path) -> str:
 def folder_sha256(folder: Path) -> str:
     """One SHA-256 over the names and contents of all files below `folder`, in order of name."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in _below(folder):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:
     """The size of all files below `folder`, in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in _below(folder))
+
+
+def _below(path: Path) -> list[Path]:
+    """A file itself, or all files below a folder; a pipe would be waited for, and is refused."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [require_regular(file) for file in found if file.exists() and not file.is_dir()]
 
 
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
@@ -181,8 +177,9 @@ def verify_dependencies(stage: str) -> None:
         loaded = repo.stage.load_one(name=stage)
         _outs[:] = [out.fs_path for out in loaded.outs]
         dependencies = [dep.fs_path for dep in loaded.deps]
-        for path in _files(dependencies):
-            _verify(repo, path)
+        for path in dependencies:
+            for file in _below(Path(os.path.relpath(path))):
+                _verify(repo, str(file.absolute()))
         if "DVC_STAGE" not in os.environ:  # DVC has looked itself
             _warn_of_changes(repo, dependencies)
 
@@ -196,17 +193,8 @@ def record_outs() -> None:
     from dvc_objects.fs import localfs  # noqa: PLC0415
 
     with Repo() as repo:
-        for path in _files(_outs):
-            hash_file(path, localfs, "md5", state=repo.state)
-
-
-def _files(paths: Iterable[str]) -> Iterator[str]:
-    for path in map(Path, paths):
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in found:  # a pipe would be waited for
-            if file.exists() and not (file.is_file() or file.is_dir()):
-                raise UserError(f"{os.path.relpath(file)}: is no file. Remove it; run `dvc repro`.")
-        yield from (str(file) for file in found if file.is_file())
+        for file in (file for out in _outs for file in _below(Path(out))):
+            hash_file(str(file), localfs, "md5", state=repo.state)
 
 
 def _verify(repo: "Repo", path: str) -> None:

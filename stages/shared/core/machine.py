@@ -6,6 +6,7 @@ From the environment or a git-ignored `.env` at the repository's root; no stage 
 import os
 import re
 import sys
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -83,7 +84,8 @@ def _refuse_unknown(names: set[str]) -> None:
     known = [f"{PREFIX}{field}".upper() for field in Machine.model_fields]
     for name in sorted(names):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            what = f"means nothing here; expected one of {', '.join(known)}"
+            meant = get_close_matches(name.upper(), known) or known
+            what = f"means nothing here; expected one of {', '.join(meant)}"
             raise UserError(f"{name} (environment or .env) {what}. Rename or remove it.")
 
 

@@ -88,9 +88,7 @@ def read_file() -> dict[str, Any]:
         mark, problem = (getattr(error, f"problem{end}", None) for end in ("_mark", ""))
         place = f"{FILE}:{mark.line + 1}" if mark else FILE
         reason = " ".join(str(problem or error).split())
-        raise UserError(
-            f"{place}: is not YAML as JSON has it ({reason:.80}). Correct it."
-        ) from None
+        raise UserError(f"{place}: is no plain YAML ({reason:.80}). Correct it.") from None
     except (bounds.Exceeded, RecursionError):
         length = LONGEST + 1
     if length > LONGEST:
@@ -109,9 +107,8 @@ def check(whole: dict[str, Any], stage: str | None = None) -> None:
     schemas = list(_schemas())
     known = dict.fromkeys(name for schema in schemas for name in schema.model_fields)
     for name in whole.keys() - known.keys():
-        raise UserError(
-            f"{FILE}: {name} is not a section; expected one of {', '.join(known)}. Remove it."
-        )
+        what = f"is not a section; expected one of {', '.join(known)}"
+        raise UserError(f"{FILE}: {name} {what}. Rename or remove it.")
     for schema in schemas:
         values = {name: whole[name] for name in schema.model_fields if name in whole}
         validate(schema, values, stage)

@@ -33,7 +33,7 @@ def test_settings_are_of_the_environment_then_of_the_file(
     ("content", "told"),
     [
         (b"QLORA_MICRO_BATCH_TOKENS=many", r"QLORA_MICRO_BATCH_TOKENS .* is 'many'; expected"),
-        (b"QLORA_WORKER=2", r"means nothing here; expected one of QLORA_DEVICE, "),
+        (b"QLORA_WORKER=2", r"means nothing here; expected one of QLORA_WORKERS"),
         (b"# a comment\nqlora_memory_budgt = 4", r"means nothing here"),
         (b"QLORA_WORKERS=2\nHF_TOKEN=hf_secret", r"^HF_TOKEN .*\.env.: only QLORA_\* are read"),
         (b"HUGGING_FACE_HUB_TOKEN=hf_secret", r"^HUGGING_FACE_HUB_TOKEN .*: only QLORA_\*"),

@@ -82,15 +82,15 @@ def test_a_stage_sees_only_what_it_declares(space: Workspace) -> None:
         ("report: 5", "params.yaml: report is 5; expected a section with its keys"),
         ("repotr: {}", "params.yaml: repotr is not a section; expected one of evaluate, "),
         ("train: 2024-01-01", "params.yaml: 2024-01-01 is a date. Quote it, if it is a text."),
-        ("a: &a [*a]", "is not YAML as JSON has it (Circular reference detected)"),
-        ("? [1]\n: 2", "is not YAML as JSON has it (keys must be str, int,"),
+        ("a: &a [*a]", "is no plain YAML (Circular reference detected)"),
+        ("? [1]\n: 2", "is no plain YAML (keys must be str, int,"),
         ("a: " + 5000 * "[" + 5000 * "]", "params.yaml: is nested or expands without end."),
         ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{9 * f'*{a},'}]\n"
          for a, b in pairwise("abcdefg")), "is nested or expands without end."),
-        ("plan: {\n", "params.yaml:72: is not YAML as JSON has it (expected the node content, but"),
+        ("plan: {\n", "params.yaml:72: is no plain YAML (expected the node content, but"),
         ("report: {}\n\tx: 1", "(found character '\\t' that cannot start any token)"),
         ("report: {}\nreport: {}", '(found duplicate key "report" with value "{}"'),
-        ("report: \0", "params.yaml: is not YAML as JSON has it (unacceptable character #x0000"),
+        ("report: \0", "params.yaml: is no plain YAML (unacceptable character #x0000"),
     ],
 )  # fmt: skip
 def test_any_content_of_the_file_is_one_line(space: Workspace, content: str, told: str) -> None:
