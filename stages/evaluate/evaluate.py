@@ -26,6 +26,7 @@ from stages.shared.model.packing import read_examples, require_vocabulary
 from stages.shared.parallel import placement
 from stages.shared.parallel.group import Group
 from stages.shared.parallel.shards import Shards
+from stages.shared.weights.checkpoint import Weights
 
 ALONE = generate.ALONE
 Inputs = tuple[str, Path, Path, Path, Path, Evaluate]  # as `evaluate` takes them
@@ -49,8 +50,8 @@ def evaluate_adapters(
         tuned = loading.attach(model, folder)
         yield name, evaluate(name, folder, base, tokenizer, data, settings, tuned)[0]
         model = tuned.unload()
-        if next(iter(tuned.peft_config.values())).bias != "none":  # these stay in the base
-            model = None
+        if not all("lora_" in key for key in Weights(folder).lazy_tensors()):
+            model = None  # trained biases and `modules_to_save` stay in the base
 
 
 def evaluate(
@@ -74,7 +75,7 @@ def evaluate(
     tokenizer = load_tokenizer(tokenizer_folder)
     form = templates.read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
-    columns = ["messages", "text_bytes", "answer", "language"]
+    columns = ["conversation_id", "messages", "text_bytes", "answer", "language"]
     with reading(data / "eval.parquet"), (data / "eval.parquet").open("rb") as file:
         stored, more = pq.ParquetFile(file), ("text", "tools", "template_kwargs", "source")
         columns += [name for name in more if name in stored.schema_arrow.names]
@@ -138,8 +139,9 @@ def evaluate(
 def metrics(rows: pd.DataFrame) -> dict[str, Any]:
     """Metrics over all rows, by language (English or other), and by source where there are several.
 
-    Columns: `nats` (sum over supervised tokens), `tokens`, `text_bytes`, `language`; and NA without
-    a reply, `stopped` (it ended itself) and `correct` (its last line is the answer).
+    Columns: `conversation_id`, which several rows may share, `nats` (sum over supervised tokens),
+    `tokens`, `text_bytes`, `language`; and NA without a reply, `stopped` (it ended itself) and
+    `correct` (its last line is the answer).
     """
     language = rows["language"].eq("en").map({True: "en", False: "other"})
     by_language = {str(name): summarize(group) for name, group in rows.groupby(language)}
@@ -166,7 +168,7 @@ def summarize(rows: pd.DataFrame) -> dict[str, Any]:
         "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
         "bits_per_byte": nats / math.log(2) / size if size else None,
         "tokens": tokens,
-        "conversations": len(rows),
+        "conversations": rows["conversation_id"].nunique(),
         "generated_rows": int(counts["stopped"]),
         "answered_rows": int(counts["correct"]),
         "stop_rate": float(means["stopped"]) if counts["stopped"] else None,

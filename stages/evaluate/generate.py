@@ -92,6 +92,7 @@ def generate(
     # Unset options would be the model's own: penalties, beams, minimum lengths.
     plain: Any = without_adapter(model)
     plain.generation_config = GenerationConfig()
+    plain.config.get_text_config().output_router_logits = False  # a padded mixture fails with them
     positions = _learned_positions(plain)
     replies: dict[int, Reply] = {}
     groups = group_by_length(prompts, max_new_tokens, BATCH if may_batch(plain.config) else 1)

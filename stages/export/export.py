@@ -50,8 +50,10 @@ class Export:
         examples = packing.read_examples(data / "eval.parquet")
         self.examples = first_positions(examples, POSITIONS)
         with pq.ParquetFile(data / "eval.parquet") as stored:
-            sizes = stored.read(["text_bytes"], use_threads=False)["text_bytes"].to_pylist()
-        self.text_bytes = sum(sizes[: len(self.examples)])
+            columns = stored.read(["text_bytes", "conversation_id"], use_threads=False)
+        scored = columns.slice(0, len(self.examples)).to_pydict()
+        self.text_bytes = sum(scored["text_bytes"])
+        self.conversations = len({*scored["conversation_id"]})
 
     def run(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
         """Write `formats` into folders of their names, and return their metrics."""
@@ -169,7 +171,7 @@ class Export:
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": loss * agreement.positions / math.log(2) / self.text_bytes,
             "tokens": agreement.positions,
-            "conversations": len(self.examples),
+            "conversations": self.conversations,
         }
 
 

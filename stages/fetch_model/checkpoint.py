@@ -36,7 +36,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DROPPED = re.compile(
     r"_?(model_)?name_or_path|_commit_hash|auto_map|is_local|local_files_only"
     r"|_?(attn|experts)_implementation\w*|_flash_attn_2_enabled|use_flash_attention_2"
-    r"|use_cache|cache_implementation|output_(attentions|hidden_states|router_logits|scores|logits)"
+    r"|use_cache|cache_implementation|output_(attentions|hidden_states|scores|logits)"
     r"|(use_)?return_dict(_in_generate)?|torchscript|use_bfloat16|gradient_checkpointing"
     r"|device_map|use_kernels|kernel_config|compile_config|use_mamba_kernels"
     r"|distributed_config|tp_(plan|size)|transformers_weights"

@@ -141,8 +141,13 @@ def make_standalone(folder: Path, quantized: Path, tokenizer_folder: Path, form:
         "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    _update(folder / "config.json", lambda config: config | _v4_rope(config) | ends)
+    _update(folder / "config.json", lambda config: _generating(config) | _v4_rope(config) | ends)
     _update(folder / "generation_config.json", lambda config: config | ends)
+
+
+def _generating(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the router's logits, with which a mixture cannot generate (transformers 5.23)."""
+    return {key: value for key, value in config.items() if key != "output_router_logits"}
 
 
 def _v4_rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -160,15 +160,18 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
 def noise(table: pd.DataFrame) -> pd.DataFrame:
     """Two standard errors of each of `changes`; 0 for metrics that are no fractions.
 
-    An upper bound: samples count as independent, but the prompts are the same.
+    By the pooled share: 0 of 1 and 1 of 1 have no variance of their own. An upper bound: samples
+    count as independent, but the prompts are the same.
     """
-    variance = pd.DataFrame(0.0, index=table.index, columns=list(METRICS))
+    variance = pd.DataFrame(0.0, index=list(CHANGES), columns=list(METRICS))
     for name, metric in METRICS.items():
         if metric.count:
-            variance[name] = table[name] * (1 - table[name]) / table[metric.count]
-    variance = variance.fillna(0.0)
-    rows = {name: variance.loc[new] + variance.loc[old] for name, (new, old) in CHANGES.items()}
-    return 2 * np.sqrt(pd.DataFrame(rows).T)
+            count = table[metric.count].replace(0, np.nan)
+            for change, pair in CHANGES.items():
+                n = count[[*pair]]
+                share = (table[name] * count)[[*pair]].sum() / n.sum(skipna=False)
+                variance.loc[change, name] = share * (1 - share) * (1 / n).sum(skipna=False)
+    return 2 * np.sqrt(variance.fillna(0.0))
 
 
 def verdict(metric: str, change: float, noise: float = 0.0) -> str:

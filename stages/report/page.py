@@ -96,7 +96,7 @@ def context(sources: Sources) -> dict[str, Any]:
         "parts": [part for part in PARTS if part in memory],
         "prompts": metrics.select(prompts, shown),
         "wrong": sum(map(metrics.is_wrong, prompts)),
-        "answered": len(prompts),
+        "answered": sum(prompt.get("merged", {}).get("correct") is not None for prompt in prompts),
     }
 
 
@@ -121,13 +121,18 @@ def method(parameters: dict[str, Any]) -> str:
 
 
 def trained_on(sources: Sources) -> str | None:
-    """Conversations trained on up to the best step; `n of total` before the end of an epoch."""
-    total = (sources.prepare.get("train") or {}).get("conversations")
+    """Conversations trained on up to the best step; `n of total` before the end of an epoch.
+
+    Those that have several rows may be there in part: then rows are counted.
+    """
+    train = sources.prepare.get("train") or {}
+    total, rows = train.get("conversations"), train.get("rows") or train.get("conversations")
     steps = sources.train.get("best_step")
     batch = (sources.parameters.get("train") or {}).get("batch_size")
-    if total is None or steps is None or batch is None or steps * batch >= total:
+    if total is None or steps is None or batch is None or steps * batch >= rows:
         return None if total is None else metrics.value(total)
-    return f"{metrics.value(steps * batch)} of {metrics.value(total)}"
+    begun = f"{metrics.value(steps * batch)} of {metrics.value(rows)}"
+    return begun if rows == total else f"{begun} rows of {metrics.value(total)}"
 
 
 def html(sources: Sources) -> str:

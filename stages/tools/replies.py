@@ -84,6 +84,7 @@ class Replier:
         self._encoder = Encoder(self._tokenizer, template)
         plain: Any = loading.without_adapter(model)
         plain.generation_config = GenerationConfig()  # the model's own penalties would stay
+        plain.config.get_text_config().output_router_logits = False
         self._positions = plain.config.get_text_config().max_position_embeddings
 
     @torch.inference_mode()

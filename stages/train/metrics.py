@@ -18,6 +18,8 @@ def metrics_of(training: "Recipe") -> dict[str, Any]:
     """Metrics of `reports/train.json` and `reports/details/train.json`."""
     history, plan, counts = training.history, training.plan, training.counts
     loss = history.train_loss(history.best_step, training.schedule.per_epoch)
+    # Weights act on the training loss alone.
+    weighted = any(example.weights is not None for example in training.data.train)
     path = f"stock: {plan.unfused_because}"
     if plan.fused:
         path = "fused, liger-kernel" if gpu.uses_liger(plan.device) else "fused"
@@ -27,7 +29,7 @@ def metrics_of(training: "Recipe") -> dict[str, Any]:
         "steps": training.step,
         "loss": loss,
         "eval_loss": history.best_loss,
-        "generalization_gap": None if loss is None else history.best_loss - loss,
+        "generalization_gap": None if loss is None or weighted else history.best_loss - loss,
         "best_step": history.best_step,
         "best_epoch": history.rows[history.best_step]["epoch"],
         "stopped_early": training.step < training.schedule.total,

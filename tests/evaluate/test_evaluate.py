@@ -132,6 +132,7 @@ def test_stop_token_ends_a_reply() -> None:
 def test_metrics_are_weighted_by_token_and_by_language() -> None:
     rows = pd.DataFrame(
         {
+            "conversation_id": ["one", "one"],
             "nats": [2.0, 3.0],
             "tokens": [1, 4],
             "text_bytes": [4, 6],
@@ -141,7 +142,7 @@ def test_metrics_are_weighted_by_token_and_by_language() -> None:
         }
     )
     report = metrics(rows)
-    assert report["loss"] == 1.0
+    assert (report["loss"], report["conversations"]) == (1.0, 1)
     assert report["perplexity"] == pytest.approx(math.e)
     assert report["bits_per_byte"] == pytest.approx(5 / math.log(2) / 10)
     assert (report["stop_rate"], report["exact_match"]) == (0.5, 1.0)

@@ -65,7 +65,7 @@ def test_settings_and_code_of_another_machine_are_dropped(mine: Path, tmp_path: 
     keys |= {"_attn_implementation": "sdpa", "output_attentions": True, "torchscript": True}
     keys |= {"distributed_config": {"enable_expert_parallel": True}, "tp_plan": "auto"}
     keys |= {"_name_or_path": "/home/me", "auto_map": {"AutoModelForCausalLM": "code.Model"}}
-    change(mine, CONFIG, **keys, text_config={**keys, "kept": 1})
+    change(mine, CONFIG, **keys, output_router_logits=True, text_config={**keys, "kept": 1})
     change(mine, GENERATION, **keys, compile_config={}, temperature=0.5)
     change(mine, "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Tokenizer", None]})
     model = from_path(mine)
@@ -74,6 +74,7 @@ def test_settings_and_code_of_another_machine_are_dropped(mine: Path, tmp_path: 
     config, generation = (json.loads((base / name).read_text()) for name in (CONFIG, GENERATION))
     assert not {*keys, "compile_config"} & {*config, *generation}
     assert (config["text_config"], generation["temperature"]) == ({"kept": 1}, 0.5)
+    assert config["output_router_logits"]  # asks for the load-balancing loss
     assert "auto_map" not in (tokenizer / "tokenizer_config.json").read_text()
     assert not [*base.glob("*.py"), *tokenizer.glob("*.py")]
 

@@ -259,6 +259,8 @@ def test_one_of_several_chat_templates_is_named() -> None:
         templates.make("tokenizer", tokenizer, "rag")
     with pytest.raises(UserError, match="has one chat template"):
         templates.make("tokenizer", chat_templates.tokenizer(KEPT), "rag")
+    with pytest.raises(UserError, match="'chatml', which has no names"):
+        templates.make("chatml", tokenizer, "tool_use")
 
 
 def test_calls_end_with_a_token_that_stops_generation() -> None:

@@ -71,9 +71,12 @@ def test_noise_is_twice_the_standard_error_of_a_difference():
     few = {"stop_rate": 0.5, "generated_rows": 64, "exact_match": 0.5, "answered_rows": 16}
     table = metrics.metrics_table({"base": few, "quantized": few | {"stop_rate": 0.6}})
     noise = metrics.noise(table.reindex(list(made.LOSS))).iloc[0]
-    assert noise["stop_rate"] == pytest.approx(2 * (0.25 / 64 + 0.24 / 64) ** 0.5)
+    assert noise["stop_rate"] == pytest.approx(2 * (0.55 * 0.45 * 2 / 64) ** 0.5)
     assert noise["exact_match"] == pytest.approx(2 * (2 * 0.25 / 16) ** 0.5)
     assert noise["loss"] == 0
+    one = {"exact_match": 0.0, "answered_rows": 1}  # no variance of their own, and no proof
+    table = metrics.metrics_table({"base": one, "quantized": one | {"exact_match": 1.0}})
+    assert metrics.noise(table.reindex(list(made.LOSS))).iloc[0]["exact_match"] > 1
 
 
 def test_part_losses_are_of_several_sources_and_roles():

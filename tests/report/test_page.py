@@ -77,6 +77,15 @@ def test_page_says(parsed, text):
     assert text in parsed.text
 
 
+def test_page_counts_rows_and_known_answers(source):
+    source.prepare["train"]["rows"] = 1600
+    [answer] = source.answers["merged"]
+    source.answers["merged"].extend(answer | {"correct": correct} for correct in (False, None))
+    text = Elements(page.html(source)).text
+    assert "QLoRA on 16 of 1,600 rows of 1,500 conversations" in text
+    assert "Of 2 prompts whose answer is known the merged model answers 1 wrongly" in text
+
+
 def test_page_has_no_dash_where_every_value_is_there(parsed):
     assert "–" not in parsed.text.split("Training, data and merge")[0]
 

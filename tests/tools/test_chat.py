@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dvc.repo import Repo
 
 from stages.evaluate.adapters import fetch
@@ -15,10 +16,12 @@ from stages.evaluate.evaluate import evaluate, evaluate_adapters
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
+from stages.shared.step import adapter
 from stages.tools import chat
 from stages.tools.replies import Replier
 from tests import tiny
 from tests.shared.step.adapters import moved
+from tests.train.running import settings
 
 OUTS = "[models/adapter, models/quantized, data/prepared/format.json]"
 NAMES = ("rank8", "rank32")
@@ -39,14 +42,14 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
         quantized = tiny.quantize(Path("models/quantized"), "nf4")
         tiny.tokenizer().save_pretrained("models/tokenizer")
         tiny.save(Path("models/merged"))
-        adapter = moved(quantized).eval()
+        tuned = moved(quantized).eval()
         git("init", "--quiet")
         files.write_text(Path("dvc.yaml"), f"stages: {{train: {{cmd: 'true', outs: {OUTS}}}}}\n")
         with Repo.init(".") as repo:
             for name in (*NAMES, "other"):
-                for parameter in adapter.parameters():
+                for parameter in tuned.parameters():
                     parameter.data *= 1.25 if parameter.requires_grad else 1
-                adapter.save_pretrained("models/adapter")
+                tuned.save_pretrained("models/adapter")
                 if name == "other":
                     tiny.quantize(quantized, "fp4")
                 repo.commit(force=True)
@@ -103,12 +106,18 @@ def test_adapter_that_left_the_cache_is_named(tmp_path: Path) -> None:
 
 
 def test_adapters_on_one_base_are_evaluated_as_alone(tmp_path: Path) -> None:
-    adapters = {name: fetch(name, tmp_path)[0] for name in NAMES}
-    settings = Evaluate(generate_rows=3, max_new_tokens=4, prompts=1, seed=0)
-    paths = (Path("models/quantized"), Path("models/tokenizer"), Path("data/prepared"))
-    together = dict(evaluate_adapters(adapters, *paths, settings))
+    quantized = Path("models/quantized")
+    lora = settings(lora__modules_to_save=["lm_head"]).lora
+    whole_head = adapter.load_for_lora(quantized, lora, torch.device("cpu"))
+    with torch.no_grad():
+        whole_head.get_output_embeddings().weight.mul_(1.1)
+    adapter.save(whole_head, tmp_path / "head", torch.float32)
+    adapters = {"head": tmp_path / "head", **{n: fetch(n, tmp_path)[0] for n in NAMES}}
+    wanted = Evaluate(generate_rows=3, max_new_tokens=4, prompts=1, seed=0)
+    paths = (quantized, Path("models/tokenizer"), Path("data/prepared"))
+    together = dict(evaluate_adapters(adapters, *paths, wanted))
     for name, folder in adapters.items():
-        assert together[name] == evaluate(name, folder, *paths, settings)[0]
+        assert together[name] == evaluate(name, folder, *paths, wanted)[0]
     assert together["rank8"]["loss"] != together["rank32"]["loss"]
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,6 +56,17 @@ def test_full_fine_tuning_keeps_a_standalone_model(
     assert metrics["eval_loss"] < curve.rows[0]["eval_loss"] - 0.5
     assert loading.stored_dtype(keep) == DTYPES[precision]
     assert {t.dtype for t in load_file(keep / "model.safetensors").values()} == {DTYPES[precision]}
+
+
+def test_a_weighted_loss_is_not_compared_with_the_held_out_one(tmp_path: Path) -> None:
+    data = tiny.prepared(tmp_path / "prepared", 4, 4)
+    table = pq.read_table(data / "train.parquet")
+    weights = [[0.5 * one for one in mask] for mask in table["loss_mask"].to_pylist()]
+    column = pa.array(weights, pa.list_(pa.float32()))
+    pq.write_table(table.append_column("weights", column), data / "train.parquet")
+    metrics, _, _ = run(tmp_path, data, "fp32", train__epochs=1)
+    assert metrics["loss"] is not None
+    assert metrics["generalization_gap"] is None
 
 
 @pytest.mark.parametrize(("method", "precision"), [("lora", "nf4"), ("full", "bf16")])

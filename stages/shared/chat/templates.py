@@ -270,6 +270,11 @@ def make(
             "tokenizer_config.json, or choose another model."
         )
     markers: Sequence[str] | None = None
+    if template_name is not None and name != "tokenizer":
+        raise UserError(
+            f"params.yaml: prepare.template_name is {template_name!r}, but prepare.template is "
+            f"{name!r}, which has no names. Set it to null, or prepare.template to tokenizer."
+        )
     if name == "tokenizer":
         chat_template = _own_template(tokenizer, template_name)
         date = _DATE if "date_string" in chat_template else ""
@@ -285,7 +290,7 @@ def make(
         made = Template(name, tokenizer, head + chat_template.strip("\n"), markers)
     except RejectedRow as reason:
         raise _unfit(name, str(reason)) from None
-    made.template_name = template_name if made.is_own else None
+    made.template_name = template_name
     return made
 
 

@@ -82,7 +82,17 @@ def _load(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrai
         return load_strictly(weights, AutoModelForCausalLM, attn_implementation=attn, **options)
 
     with reading(weights.folder):
-        return attention.with_supported(load)
+        model: PreTrainedModel = attention.with_supported(load)
+    for module in model.modules():
+        if "dynamic" in str(getattr(module, "rope_type", "")):
+            module.register_forward_pre_hook(_forget_longest)
+    return model
+
+
+def _forget_longest(rope: nn.Module, *_: Any) -> None:
+    """Dynamic rotary frequencies are a conversation's own, not of the longest one before it."""
+    for name in [name for name in vars(rope) if name.endswith("max_seq_len_cached")]:
+        setattr(rope, name, 0)
 
 
 def load_dequantized(folder: Path, device: torch.device) -> PreTrainedModel:

@@ -131,9 +131,10 @@ def test_architecture_keeps_conversations_apart(tmp_path: Path, kind: str, packs
     examples = [
         Example(drawn.integers(3, 384, n), np.arange(n) > 2, i) for i, n in enumerate(lengths)
     ]
-    library = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     losses = []
     for example in examples:
+        # Anew: dynamic rotary frequencies would be those of the longest one so far.
+        library = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         ids = torch.tensor(example.input_ids)
         seen = ids[None, : example.input_tokens]
         likely = library(input_ids=seen, use_cache=False).logits[0].float().log_softmax(-1)
