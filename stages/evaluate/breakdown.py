@@ -21,6 +21,10 @@ from stages.shared.model.packing import Example
 _TAG = re.compile(r"<[^<>]+>|\[[A-Z_]+\]")
 _DECODER = json.JSONDecoder()
 THINKING = "thinking"  # the part of a reply before its content and its calls
+RATES = {  # metrics by name: columns of the answers
+    "tool_calls": {"name_match": "call_named", "exact_match": "call_exact"},
+    "thinking_generated": {"stop_rate": "thought_ended", "characters": "thought_characters"},
+}
 
 
 def part_of_tokens(
@@ -139,19 +143,9 @@ def rates(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Fractions of the generated rows that have calls, or thoughts, in their reference."""
     frame = pd.DataFrame(answers)
     metrics: dict[str, Any] = {}
-    if "call_exact" in frame:
-        some = frame["call_exact"].dropna()
-        named = frame["call_named"].dropna()
-        metrics["tool_calls"] = {
-            "rows": len(some),
-            "name_match": float(named.mean()),
-            "exact_match": float(some.mean()),
-        }
-    if "thought_ended" in frame:
-        ended = frame["thought_ended"].dropna()
-        metrics["thinking_generated"] = {
-            "rows": len(ended),
-            "stop_rate": float(ended.mean()),
-            "characters": float(frame["thought_characters"].dropna().mean()),
-        }
+    for name, columns in RATES.items():
+        if {*columns.values()} <= {*frame}:
+            some = frame[[*columns.values()]].dropna()
+            means = {key: float(some[column].mean()) for key, column in columns.items()}
+            metrics[name] = {"rows": len(some), **means}
     return metrics

@@ -28,7 +28,6 @@ from stages.shared.parallel.group import Group
 from stages.shared.parallel.shards import Shards
 from stages.shared.weights.checkpoint import Weights
 
-ALONE = generate.ALONE
 Inputs = tuple[str, Path, Path, Path, Path, Evaluate]  # as `evaluate` takes them
 
 
@@ -62,7 +61,7 @@ def evaluate(
     data: Path,
     settings: Evaluate,
     model: Any = None,
-    group: Group = ALONE,
+    group: Group = generate.ALONE,
     device: torch.device | None = None,
     *,
     sharded: bool = False,

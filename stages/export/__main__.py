@@ -46,7 +46,8 @@ def serving(folder: Path) -> str:
     """The command that serves an exported format."""
     if folder.name != "vllm-lora":
         return f"ollama create tuned -f {folder}/Modelfile && ollama run tuned"
-    rank = files.read_json(folder / "adapter/adapter_config.json")["r"]
+    config = files.read_json(folder / "adapter/adapter_config.json")
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])  # as vLLM counts
     rank = min(known for known in VLLM_RANKS if known >= rank)
     options = f"--enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}/adapter"
     return f"vllm serve {folder}/base {options}"

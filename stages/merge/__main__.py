@@ -7,11 +7,12 @@ Run:    python -m stages.merge
 """
 
 from pathlib import Path
+from typing import Literal
 
-from stages.merge.config import Params
 from stages.shared.core import files, params
 from stages.shared.core.command import quick_imports, run
 from stages.shared.core.machine import device
+from stages.shared.core.params import Section
 
 ADAPTER = Path("models/adapter")
 WEIGHTS = {"quantized": Path("models/quantized"), "original": Path("models/base")}
@@ -24,9 +25,22 @@ COMPARED = {"onto", "kl_divergence", "top1_agreement", "bytes"}
 COMPARED |= {"runtime_kl_divergence", "runtime_top1_agreement"}
 
 
+class Merge(Section):
+    """Base weights and dtype of the merged model."""
+
+    onto: Literal["quantized", "original"]
+    dtype: Literal["fp16", "bf16", "fp32"]
+
+
+class Params(Section):
+    """The sections that dvc.yaml declares for the stage."""
+
+    merge: Merge
+
+
 def main() -> None:
     """Run the stage."""
-    settings = params.load(Params, "merge")
+    settings = params.load(Params, "merge").merge
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with quick_imports():
         from stages.merge.merge import follow, merge  # noqa: PLC0415
@@ -38,7 +52,7 @@ def main() -> None:
             return
         inputs = (ADAPTER, WEIGHTS, TOKENIZER, PREPARED)
         with files.whole_folder(MERGED) as partial:
-            metrics = merge(settings.merge, *inputs, partial, member)
+            metrics = merge(settings.onto, settings.dtype, *inputs, partial, member)
     files.write_report(METRICS, DETAILS, metrics, COMPARED)
 
 

@@ -16,11 +16,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages.merge import verify
-from stages.merge.config import Merge
 from stages.shared.chat.templates import Format, read_format
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError, reading
-from stages.shared.model.handover import save_tokenizer
 from stages.shared.model.packing import Example, read_examples
 from stages.shared.parallel.placement import Member
 from stages.shared.verify.agreement import first_positions
@@ -29,7 +27,8 @@ from stages.shared.weights.precision import DTYPES
 
 
 def merge(
-    settings: Merge,
+    onto: str,
+    dtype: str,
     adapter: Path,
     weights: Mapping[str, Path],
     tokenizer: Path,
@@ -39,22 +38,21 @@ def merge(
 ) -> dict[str, Any]:
     """Write a standalone model into the existing `folder`, verify it, and return its metrics.
 
+    `onto` the weights of this name (quantized or original), in a `dtype` (fp16, bf16 or fp32).
     `adapter` is a standalone model after full fine-tuning. `member`: this process's place where
     torchrun or Slurm has started the devices; the others `follow`.
     """
     quantized, device = weights["quantized"], machine.device()
-    refuse_original(adapter, settings.onto)
+    refuse_original(adapter, onto)
     if loading.is_adapter(adapter):
-        base, dtype = weights[settings.onto], DTYPES[settings.dtype]
-        merge_adapter(adapter, base, folder, dtype, device)
+        merge_adapter(adapter, weights[onto], folder, DTYPES[dtype], device)
     else:
         files.link_folder(adapter, folder)
     make_standalone(folder, quantized, tokenizer, read_format(data / "format.json"))
     examples = held_out(data)
-    required = settings.onto == "quantized"
     models = (folder, adapter, quantized, examples, device)
-    metrics = verify.verify(*models, required=required, member=member)
-    return {"onto": settings.onto, **metrics, "bytes": files.folder_bytes(folder)}
+    metrics = verify.verify(*models, required=onto == "quantized", member=member)
+    return {"onto": onto, **metrics, "bytes": files.folder_bytes(folder)}
 
 
 def follow(member: Member, adapter: Path, weights: Mapping[str, Path], data: Path) -> None:
@@ -136,7 +134,7 @@ def make_standalone(folder: Path, quantized: Path, tokenizer_folder: Path, form:
     """Add the tokenizer, with training's chat template and end token, and the stop tokens."""
     with reading(quantized / "config.json"):
         rows = int(AutoConfig.from_pretrained(quantized).get_text_config().vocab_size)
-    tokenizer = save_tokenizer(tokenizer_folder, folder, form.model_dump(), rows)
+    tokenizer = loading.save_tokenizer(tokenizer_folder, folder, form.model_dump(), rows)
     ends = {
         "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,
         "pad_token_id": tokenizer.pad_token_id,

@@ -14,7 +14,7 @@ from stages.shared.parallel import placement
 from stages.shared.parallel.group import Group
 from stages.shared.parallel.placement import Member
 from stages.shared.parallel.shards import Shards
-from stages.shared.verify.agreement import Agreement, compare, log_probabilities
+from stages.shared.verify.agreement import Agreement, compare, log_probabilities, mean
 from stages.shared.weights import experts
 
 POSITIONS = 4096  # enough to tell an agreement of 0.99 from 0.98
@@ -36,10 +36,10 @@ def verify(
     required: bool,
     member: Member | None = None,
 ) -> dict[str, Any]:
-    """Compare the merged with the trained model in fp32, and in this device's compute dtype.
+    """Metrics of the merged against the trained model; a UserError where they must agree.
 
-    The first takes this process the memory that merging takes, the second as a `placement` of both
-    models; `member` where torchrun or Slurm has started the devices.
+    In fp32 in this process on the CPU, one model after the other, and in the device's compute dtype
+    wherever `placement` puts them; `member` where torchrun or Slurm has started the devices.
     """
     trained, expected = trained_exactly(adapter, quantized, examples, device)
     model = loading.load_model(merged, CPU, torch.float32)
@@ -49,7 +49,7 @@ def verify(
     del model
     exact = compare(trained, saved)
     del trained
-    stored = loading.stored_dtype(merged)
+    stored, dtype = loading.stored_dtype(merged), loading.compute_dtype(merged, device)
     if required:
         require(exact, stored)
         require_experts(expert_error)
@@ -58,11 +58,8 @@ def verify(
             f"params.yaml: merge.dtype is fp16, which ends at {FP16_MAX:.0f}, but activations "
             f"reach {largest.value:.3g}. Set merge.dtype to bf16 or fp32."
         )
-    dtype = loading.compute_dtype(merged, device)
-    same = (device, dtype) == (CPU, torch.float32)
-    runtime = agreement_as_run(
-        merged, adapter, quantized, examples, device, member, saved if same else None
-    )
+    known = saved if (device, dtype) == (CPU, torch.float32) else None
+    runtime = agreement_as_run(merged, adapter, quantized, examples, device, member, known)
     return {
         "kl_divergence": exact.kl_divergence,
         "top1_agreement": exact.top1_agreement,
@@ -100,22 +97,14 @@ def agreement_as_run(
     member: Member | None = None,
     saved: list[torch.Tensor] | None = None,
 ) -> Agreement:
-    """Agreement of both models in this device's compute dtype; of several processes, in each.
+    """Agreement of both models in the device's compute dtype; of several processes, in each.
 
-    Args:
-        merged: None in all processes but the first.
-        adapter: or the model that full fine-tuning left.
-        quantized: the adapter's base.
-        examples: conversations.
-        device: cpu or cuda.
-        member: this process's place where torchrun or Slurm has started the devices.
-        saved: log-probabilities of the merged model, where they are known.
+    `merged` is None in all processes but the first; `saved` its log-probabilities where known.
     """
     merged = member[0].broadcast(merged) if member else merged
     assert merged is not None
     shards = placement.shards_for(merged, device, member)
-    known = saved if shards == 1 and member is None else None
-    inputs = (merged, adapter, quantized, examples, known)
+    inputs = (merged, adapter, quantized, examples, saved if shards == 1 and not member else None)
     result: Agreement = placement.compute(member, device, shards, _share_of_agreement, *inputs)
     return result
 
@@ -132,25 +121,20 @@ def _share_of_agreement(
 ) -> Agreement:
     """The same by one of several processes, which share conversations and, `sharded`, weights."""
     placement.require_same(group, merged, adapter, quantized)
+    share = group.rank, group.size
 
     def computed(folder: Path, desc: str) -> list[torch.Tensor]:
         based_on = quantized if loading.is_adapter(folder) else folder
         dtype = loading.compute_dtype(based_on, device)
         model = loading.load_adapted(folder, quantized, device, on_cpu=sharded)
         if sharded:
-            Shards(model, group.rank, group.size, device)
-        return log_probabilities(model, examples, device, dtype, desc, (group.rank, group.size))
+            Shards(model, *share, device)
+        return log_probabilities(model, examples, device, dtype, desc, share)
 
     saved = saved or computed(merged, "runtime: merged")
     trained = computed(adapter, "runtime: adapter")
     own = compare(trained, saved) if any(map(len, saved)) else Agreement(0.0, 0.0, 0)
-    every = group.gather(own)
-    positions = sum(one.positions for one in every)
-    return Agreement(
-        sum(one.kl_divergence * one.positions for one in every) / positions,
-        sum(one.top1_agreement * one.positions for one in every) / positions,
-        positions,
-    )
+    return mean(group.gather(own))
 
 
 @torch.inference_mode()

@@ -34,25 +34,25 @@ def quantize(
         from stages.shared.weights.checkpoint import Weights  # noqa: PLC0415
 
         # isort: split
-        from stages.quantize import chart, convert, expected_bits, quantization_error  # noqa: PLC0415
+        from stages.quantize import convert, quantization_error  # noqa: PLC0415
 
     with files.whole_folder(target) as folder:
         layout = convert.convert(base, folder, settings, device)
         written = Weights(folder)
-        matrices = expected_bits.linear_matrices(written.parameters, layout.embeddings)
-        expected_bits.require_expected_bits(matrices, settings)
+        matrices = convert.linear_matrices(written.parameters, layout.embeddings)
+        convert.require_expected_bits(matrices, settings)
         original = quantization_error.Base(Weights(base), layout, device)
         measured = quantization_error.measure(original, written, matrices, device)
         middle = matrices[len(matrices) // 2].name
-        chart.draw(chart_file, middle, original.matrix(middle), measured)
+        quantization_error.draw(chart_file, middle, original.matrix(middle), measured)
         return {
             "precision": settings.precision,
             "double_quant": settings.quantizes_twice,
             "parameters": sum(p.parameters for p in written.parameters),
             "linear_parameters": sum(m.parameters for m in matrices),
-            "quantized_parameters": expected_bits.quantized_parameters(matrices),
+            "quantized_parameters": convert.quantized_parameters(matrices),
             "bytes": written.bytes,
-            "bits_per_parameter": round(expected_bits.bits_per_parameter(matrices), 4),
+            "bits_per_parameter": round(convert.bits_per_parameter(matrices), 4),
             "relative_error": measured.relative_error,
             "errors": measured.errors,
             "linear4_clip": measured.clip,

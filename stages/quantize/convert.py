@@ -1,13 +1,16 @@
-"""Conversion of a transformers model to the chosen precision, quantized as it is read."""
+"""Conversion of a transformers model to the chosen precision, quantized as it is read.
+
+What was written has the precision's bits a parameter. All matrices count: transformers 5 fuses the
+experts of a mixture into 3-D parameters, which bitsandbytes leaves in bf16 without a word.
+"""
 
 import gc
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,14 +28,18 @@ from transformers.utils.logging import set_tqdm_hook
 
 from stages.quantize.config import FOUR_BIT, Quantize
 from stages.quantize.quantization_error import Layout
-from stages.shared.core import display, files
+from stages.shared.core import files
 from stages.shared.core.errors import UserError, lacks_memory, reading
 from stages.shared.weights import heap
-from stages.shared.weights.checkpoint import Weights, load_strictly, without_mxfp4
-from stages.shared.weights.precision import DTYPES
+from stages.shared.weights.checkpoint import Stored, Weights, load_strictly, without_mxfp4
+from stages.shared.weights.precision import DTYPES, stored_bytes
 
 SHARD_BYTES = 5_000_000_000
 FP16_MAX = torch.finfo(torch.float16).max
+TABLE_BYTES = 16 * 4 + 256  # of a 4-bit matrix: codebook in fp32, and metadata in JSON, at most
+NESTED_TABLE_BYTES = 256 * 4  # codebook of the constants
+# For small dense matrices like a router; one dense linear layer among 30 × 7 exceeds it.
+TOLERANCE = 0.01
 
 
 def convert(base: Path, target: Path, settings: Quantize, device: torch.device) -> Layout:
@@ -74,21 +81,18 @@ def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> st
 
 def require_fp16_range(base: Weights, settings: Quantize) -> None:
     """Raise a UserError for a weight that overflows fp16, through which int8 is quantized too."""
-    parameters = base.parameters
-    with display.bar(total=len(parameters), desc="range of fp16", unit="tensor") as bar:
-        for stored in parameters:
-            tensor = base.tensor(stored.name)
-            # A scalar is the mask value of an old checkpoint, which no model reads.
-            weight = tensor.is_floating_point() and tensor.ndim and tensor.numel()
-            largest = float(tensor.float().abs().max()) if weight else 0.0
-            if largest > FP16_MAX:
-                key = "compute_dtype" if settings.precision in FOUR_BIT else "precision"
-                raise UserError(
-                    f"quantize.{key} is {getattr(settings, key)}; {base.folder}: {stored.name} "
-                    f"holds {largest:g}, fp16 (which int8 goes through) ends at {FP16_MAX:g}. "
-                    f"Set quantize.{key}=bf16."
-                )
-            bar.update()
+    for stored in heap.each(base.parameters, "range of fp16", "tensor"):
+        tensor = base.tensor(stored.name)
+        # A scalar is the mask value of an old checkpoint, which no model reads.
+        weight = tensor.is_floating_point() and tensor.ndim and tensor.numel()
+        largest = float(tensor.float().abs().max()) if weight else 0.0
+        if largest > FP16_MAX:
+            key = "compute_dtype" if settings.precision in FOUR_BIT else "precision"
+            raise UserError(
+                f"quantize.{key} is {getattr(settings, key)}; {base.folder}: {stored.name} "
+                f"holds {largest:g}, fp16 (which int8 goes through) ends at {FP16_MAX:g}. "
+                f"Set quantize.{key}=bf16."
+            )
 
 
 def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrainedModel:
@@ -136,16 +140,7 @@ def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:
 @contextmanager
 def loading_bar(desc: str) -> Iterator[None]:
     """Replaces transformers' progress bar; trims the heap between tensors."""
-
-    def iterate(_factory: Any, args: tuple[Collection[Any]], _kwargs: Any) -> Iterator[Any]:
-        trim = heap.Trimmer()
-        with display.bar(total=len(args[0]), desc=desc, unit="tensor") as bar:
-            for item in args[0]:
-                yield item
-                trim()
-                bar.update()
-
-    previous = set_tqdm_hook(iterate)
+    previous = set_tqdm_hook(lambda _, args, __: heap.each(args[0], desc, "tensor"))
     try:
         yield
     finally:
@@ -180,3 +175,40 @@ def layout(model: PreTrainedModel) -> Layout:
     # By their saved names: GPT-NeoX saves its head under another name.
     as_saved = revert_weight_conversion(model, embeddings)
     return Layout(frozenset(as_saved), frozenset(transposed), model.base_model_prefix)
+
+
+def linear_matrices(parameters: Iterable[Stored], embeddings: frozenset[str]) -> list[Stored]:
+    """Weights of linear layers and experts, without embedding and head."""
+    return [p for p in parameters if len(p.shape) > 1 and p.name not in embeddings]
+
+
+def bits_per_parameter(matrices: Sequence[Stored]) -> float:
+    """Stored bits per parameter, with all constants."""
+    return 8 * sum(m.bytes for m in matrices) / sum(m.parameters for m in matrices)
+
+
+def quantized_parameters(matrices: Iterable[Stored]) -> int:
+    """Number of parameters in int8, fp4 or nf4."""
+    return sum(m.parameters for m in matrices if m.parts)
+
+
+def require_expected_bits(matrices: Sequence[Stored], settings: Quantize) -> None:
+    """Raise a UserError that names the worst matrix, unless the files have the expected size."""
+
+    def expected(matrix: Stored) -> int:
+        return stored_bytes(matrix.shape, settings.precision, settings.double_quant)
+
+    tables = TABLE_BYTES + NESTED_TABLE_BYTES * settings.double_quant
+    nominal, written = sum(map(expected, matrices)), sum(m.bytes for m in matrices)
+    allowed = tables * len(matrices) * (settings.precision in FOUR_BIT) + TOLERANCE * nominal
+    if abs(written - nominal) <= allowed:
+        return
+    worst = max(matrices, key=lambda m: abs(m.bytes - expected(m)))
+    count = sum(m.parameters for m in matrices)
+    share = sum(m.parameters for m in matrices if m.kind != settings.precision) / count
+    raise UserError(
+        f"quantize.precision is {settings.precision}, {8 * nominal / count:.2f} bits a "
+        f"parameter, but {8 * written / count:.2f} were written: {worst.name} is {worst.kind}, as "
+        f"are {share:.0%} of the linear parameters (bitsandbytes quantizes no fused experts). "
+        "Set quantize.precision=bf16, or choose another model."
+    )

@@ -1,4 +1,4 @@
-"""Quantization error of the written weights, and of each codebook on the same matrices.
+"""Quantization error of the written weights, and of each codebook; with a chart of codebooks.
 
 Relative error is ‖W − Ŵ‖ / ‖W‖ (Frobenius) over all matrices: W in fp32 from the base, Ŵ
 dequantized. fp4, nf4 and int8 are those of bitsandbytes; linear 4-bit, plain and clipped, is the
@@ -8,11 +8,13 @@ baseline.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
+from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from stages.quantize.config import DENSE
-from stages.shared.core import display
+from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.weights import bnb, checkpoint, heap
 from stages.shared.weights.checkpoint import Stored, Weights
@@ -23,6 +25,9 @@ ALPHAS = tuple(k / 40 for k in range(20, 41))  # 0.5, 0.525, …, 1
 COMPARED_PARAMETERS = 1_000_000_000  # of larger models, every nth matrix
 PART_PARAMETERS = 1_000_000  # compared at a time
 BLOCKS_FOR_ALPHA = 256  # of each matrix
+BINS = 120  # of the chart's histogram
+LABELS = {"nf4": "nf4", "linear4_clipped": "linear, clipped", "linear4_absmax": "linear"}
+LABELS |= {"fp4": "fp4"}
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class Base:
                 f"{self._weights.folder}: {name} is not in the files, so its error cannot be "
                 "measured. Load and save the model with this version of transformers."
             )
-        weight = self.as_out_in(name, self._weights.tensor(stored).to(self._device).float())
+        weight = self._weights.tensor(stored).to(self._device).float()
         checkpoint.require_finite({stored: weight}, self._weights)
-        return weight
+        return self.as_out_in(name, weight)
 
     def as_out_in(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A dense weight as [out, in]."""
@@ -71,31 +76,26 @@ def measure(
     base: Base, written: Weights, matrices: Sequence[Stored], device: torch.device
 ) -> QuantizationError:
     """Errors of the written weights and of each codebook."""
-    compared = {m.name for m in every_nth(matrices, COMPARED_PARAMETERS)}
+    compared = {m.name: m.parameters for m in every_nth(matrices, COMPARED_PARAMETERS)}
     alpha = best_alpha(sample_blocks(base, sorted(compared)))
     written_error = norm = compared_norm = 0.0
     errors: dict[str, float] = {}
-    trim = heap.Trimmer()
-    with display.bar(total=len(matrices), desc="errors of the precisions", unit="matrix") as bar:
-        for matrix in matrices:
-            weight = base.matrix(matrix.name)
-            values = written.values(matrix, device)
-            if matrix.kind in DENSE:
-                values = base.as_out_in(matrix.name, values)
-            written_error += squared(weight - values)
-            norm += squared(weight)
-            if matrix.name in compared:
-                compared_norm += squared(weight)
-                for rows in split_rows(weight):
-                    for name, error in squared_errors(rows, alpha).items():
-                        errors[name] = errors.get(name, 0.0) + error
-            trim()
-            bar.update()
+    for matrix in heap.each(matrices, "errors of the precisions", "matrix"):
+        weight, values = base.matrix(matrix.name), written.values(matrix, device)
+        if matrix.kind in DENSE:
+            values = base.as_out_in(matrix.name, values)
+        written_error += squared(weight - values)
+        norm += squared(weight)
+        if matrix.name in compared:
+            compared_norm += squared(weight)
+            for rows in split_rows(weight):
+                for name, error in squared_errors(rows, alpha).items():
+                    errors[name] = errors.get(name, 0.0) + error
     return QuantizationError(
         relative_error=relative(written_error, norm),
         errors={name: relative(error, compared_norm) for name, error in errors.items()},
         clip=alpha,
-        compared_parameters=sum(m.parameters for m in matrices if m.name in compared),
+        compared_parameters=sum(compared.values()),
     )
 
 
@@ -112,14 +112,11 @@ def split_rows(weight: torch.Tensor) -> Sequence[torch.Tensor]:
 
 def sample_blocks(base: Base, names: Sequence[str]) -> torch.Tensor:
     """Evenly spaced blocks of each matrix: fp32 [blocks, 64]."""
-    trim, parts = heap.Trimmer(), []
-    with display.bar(total=len(names), desc="best clipping", unit="matrix") as bar:
-        for name in names:
-            in_blocks = blocks(base.matrix(name))
-            parts.append(in_blocks[:: ceil(len(in_blocks) / BLOCKS_FOR_ALPHA)].clone())
-            del in_blocks
-            trim()
-            bar.update()
+    parts = []
+    for name in heap.each(names, "best clipping", "matrix"):
+        in_blocks = blocks(base.matrix(name))
+        parts.append(in_blocks[:: ceil(len(in_blocks) / BLOCKS_FOR_ALPHA)].clone())
+        del in_blocks
     return torch.cat(parts)
 
 
@@ -191,3 +188,29 @@ def codebooks(alpha: float) -> dict[str, list[float]]:
     clipped = [alpha * level for level in linear]
     fp4, nf4 = (bnb.get_4bit_type(kind, device="cpu").unique().tolist() for kind in ("fp4", "nf4"))
     return {"linear4_absmax": linear, "linear4_clipped": clipped, "fp4": fp4, "nf4": nf4}
+
+
+def draw(path: Path, name: str, weight: torch.Tensor, measured: QuantizationError) -> None:
+    """Draw the histogram of a weight, fp32 [out, in], over the 4-bit codebooks, the best first."""
+    fractions = normalize(blocks(weight)).flatten()
+    density = torch.histc(fractions.cpu(), bins=BINS, min=-1, max=1) / len(fractions) * BINS / 2
+    figure, levels = Figure(figsize=(9.0, 4.8)), codebooks(measured.clip)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    top.stairs(
+        density.numpy(), torch.linspace(-1, 1, BINS + 1).numpy(), fill=True, color="C5", alpha=0.45
+    )
+    top.set_title(f"Four bits for {name.removesuffix('.weight')}", loc="left")
+    top.set_ylabel("density of its weights")
+    below.set_ylabel("levels")
+    top.tick_params(labelbottom=False)
+    ranked = sorted(LABELS, key=lambda kind: measured.errors[kind])
+    for row, kind in enumerate(ranked):
+        label = f"{LABELS[kind]}: {measured.errors[kind]:.2%}"
+        style = {"linelengths": 0.6, "linewidths": 2, "color": f"C{[*LABELS].index(kind)}"}
+        below.eventplot(levels[kind], lineoffsets=-row, label=label, **style)
+    below.set_yticks([-row for row in range(len(ranked))], [LABELS[kind] for kind in ranked])
+    below.grid(visible=False, axis="y")
+    below.set_xlabel("weight, as a fraction of the largest magnitude in its block of 64")
+    figure.legend(title="relative error,\nwhole model", loc="outside right upper")
+    with files.whole_file(path) as partial:
+        figure.savefig(partial, format="svg", metadata={"Date": None})

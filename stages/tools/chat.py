@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER
+from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER, fetch
 from stages.shared.core.command import quick_imports, run
 from stages.shared.core.errors import UserError
 
@@ -40,13 +40,12 @@ def main(options: Namespace) -> None:
     if options.max_new_tokens < 1 or options.temperature < 0:
         raise UserError("--max-new-tokens is below 1, or --temperature below 0. Raise it.")
     with quick_imports():
-        from stages.evaluate.adapters import fetch  # noqa: PLC0415
         from stages.shared.chat.templates import read_format  # noqa: PLC0415
 
     with TemporaryDirectory() as folder:
         adapter, form = MODELS["adapter"], read_format(PREPARED / "format.json")
         if options.adapter:
-            adapter, form = fetch(options.adapter, Path(folder))
+            adapter, form = fetch(options.adapter, Path(folder), whole=True)
         talk = Talk(options, adapter, form)
         talk.load(options.variant or ("adapter" if options.adapter else "merged"))
         for line in lines():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from aiohttp import web
 from pydantic import BaseModel, Field, ValidationError
 
-from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER
+from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER, fetch
 from stages.shared.core import files, machine
 from stages.shared.core.command import quick_imports, run
 from stages.shared.core.errors import UserError
@@ -86,7 +86,6 @@ class Server:
 
     def __init__(self, experiments: list[str], folder: Path) -> None:
         with quick_imports():
-            from stages.evaluate.adapters import fetch, require_adapter  # noqa: PLC0415
             from stages.shared.chat.templates import read_format  # noqa: PLC0415
             from stages.shared.model import loading  # noqa: PLC0415
             from stages.tools.replies import Replier  # noqa: PLC0415
@@ -97,7 +96,6 @@ class Server:
             if name == BASE:
                 raise UserError(f"{BASE}: names the model without an adapter. `git tag` another.")
             adapters[name], formats[name] = fetch(name, folder)
-            require_adapter(name, adapters[name])
             config = files.read_json(adapters[name] / "adapter_config.json")
             if config.get("bias", "none") != "none":
                 raise UserError(f"{name}: trained the base's biases. Serve its merged model alone.")
@@ -106,14 +104,8 @@ class Server:
         self._model: Any = loading.load_model(source, device)
         self._adapters: dict[str, str] = {}  # peft's name by the experiment's
         for number, (name, adapter) in enumerate(adapters.items()):
-            if number == 0:
-                self._adapters[name] = "default"
-                self._model = loading.attach(self._model, adapter)
-                continue
             self._adapters[name] = f"adapter{number}"
-            result = self._model.load_adapter(adapter, adapter_name=self._adapters[name])
-            if result.unexpected_keys or result.missing_keys:
-                raise UserError(f"{name}: its tensors do not fit the base. Serve it alone.")
+            self._model = loading.attach(self._model, adapter, self._adapters[name])
         self.names = list(formats)
         self._repliers = {
             name: Replier(self._model, dtype, TOKENIZER, form) for name, form in formats.items()

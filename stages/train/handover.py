@@ -6,8 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from stages.shared.core import files
-from stages.shared.model.handover import save_tokenizer
-from stages.shared.model.loading import is_adapter
+from stages.shared.model.loading import is_adapter, save_tokenizer
 from stages.shared.step.memory.setup import stored_as
 
 _CARD = """---

@@ -89,8 +89,11 @@ def test_exported_folders_name_no_other_folder(
             assert str(tuned).encode() not in path.read_bytes(), path
     adapter = files.read_json(everything[0] / "vllm-lora/adapter/adapter_config.json")
     assert adapter["base_model_name_or_path"] == "../base"
-    command = serving(everything[0] / "vllm-lora")
-    assert "--max-lora-rank 8 --lora-modules tuned=" in command
+    path = everything[0] / "vllm-lora/adapter/adapter_config.json"
+    assert "--max-lora-rank 8 --lora-modules tuned=" in serving(path.parents[1])
+    files.write_json(path, adapter | {"rank_pattern": {".*gate_up_proj": 16}})  # of a mixture
+    assert "--max-lora-rank 16 --lora-modules tuned=" in serving(path.parents[1])
+    files.write_json(path, adapter)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate
 from stages.merge import verify
-from stages.merge.config import Merge
 from stages.merge.merge import merge
 from stages.quantize.config import Quantize
 from stages.quantize.convert import convert
@@ -58,8 +57,7 @@ def test_pipeline_of_an_architecture_agrees(
     changes = {f"lora__{key}": value for key, value in lora.items()}
     trained = train_on(settings(**changes), data, quantized, adapter).metrics
     weights = {"quantized": quantized, "original": base}
-    to = Merge(onto="quantized", dtype="fp32")
-    proof = merge(to, adapter, weights, tokenizer, data, merged)
+    proof = merge("quantized", "fp32", adapter, weights, tokenizer, data, merged)
     few = Evaluate(generate_rows=4, max_new_tokens=4, prompts=1, seed=1)
     before, _ = evaluate("quantized", quantized, quantized, tokenizer, data, few)
     found, _ = evaluate("adapter", adapter, quantized, tokenizer, data, few)

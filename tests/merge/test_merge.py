@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from stages.merge import merge as merging
 from stages.merge import verify
-from stages.merge.config import Merge
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
@@ -38,14 +37,19 @@ def nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merge(
-    folder: Path, out: Path, tokenizer: PreTrainedTokenizerFast | None = None, **changes: str
+    folder: Path,
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    onto: str = "quantized",
+    dtype: str = "fp16",
 ) -> dict[str, Any]:
     """Merge into `out / "merged"`, with the folder's tokenizer or another."""
     (out / "merged").mkdir()
     if tokenizer is not None:
         tokenizer.save_pretrained(out / "tokenizer")
     return merging.merge(
-        Merge.model_validate({"onto": "quantized", "dtype": "fp16"} | changes),
+        onto,
+        dtype,
         folder / "adapter",
         {"quantized": folder / "quantized", "original": folder / "base"},
         (folder if tokenizer is None else out) / "tokenizer",

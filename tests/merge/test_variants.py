@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from stages.merge import merge as merging
-from stages.merge.config import Merge
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading, scoring
@@ -90,7 +89,8 @@ def trained(folder: Path, variant: Variant) -> dict[str, Any]:
 def merge(folder: Path, onto: str = "quantized") -> dict[str, Any]:
     (folder / "merged").mkdir()
     return merging.merge(
-        Merge.model_validate({"onto": onto, "dtype": "fp32"}),  # no rounding hides a difference
+        onto,
+        "fp32",  # no rounding hides a difference
         folder / "adapter",
         {"quantized": folder / "quantized", "original": folder / "base"},
         folder / "tokenizer",

@@ -1,6 +1,6 @@
 import pytest
 
-from stages.quantize import expected_bits
+from stages.quantize import convert
 from stages.shared.core.errors import UserError
 from stages.shared.weights.checkpoint import Stored
 from stages.shared.weights.precision import DENSE_BYTES, stored_bytes
@@ -34,9 +34,9 @@ def test_expected_bytes_by_hand(precision: str, double_quant: bool, size: int, b
 def test_expected_bits_allow_for_tables():
     size = stored_bytes(SHAPE, "nf4", True) + 64 + 1024 + 190
     matrices = [matrix("a", "nf4", size), matrix("b", "nf4", size)]
-    expected_bits.require_expected_bits(matrices, quantization("nf4"))
-    assert expected_bits.bits_per_parameter(matrices) == 8 * size / 16_384
-    assert expected_bits.quantized_parameters(matrices) == 2 * 16_384
+    convert.require_expected_bits(matrices, quantization("nf4"))
+    assert convert.bits_per_parameter(matrices) == 8 * size / 16_384
+    assert convert.quantized_parameters(matrices) == 2 * 16_384
 
 
 def test_one_dense_matrix_among_many_is_refused():
@@ -44,12 +44,12 @@ def test_one_dense_matrix_among_many_is_refused():
     matrices = [matrix(f"layer.{i}", "int8", good) for i in range(60)]
     matrices.append(matrix("layer.60.experts", "bf16", 32_768))
     with pytest.raises(UserError, match=r"int8, 8\.12 bits.*layer\.60\.experts is bf16.*2%"):
-        expected_bits.require_expected_bits(matrices, quantization("int8"))
+        convert.require_expected_bits(matrices, quantization("int8"))
 
 
 def test_fewer_bits_than_expected_are_refused():
     with pytest.raises(UserError, match="bf16"):
-        expected_bits.require_expected_bits([matrix("a", "nf4", 8_452)], quantization("bf16"))
+        convert.require_expected_bits([matrix("a", "nf4", 8_452)], quantization("bf16"))
 
 
 def test_embedding_head_and_vectors_do_not_count():
@@ -59,5 +59,5 @@ def test_embedding_head_and_vectors_do_not_count():
         matrix("linear", "bf16", 32_768),
         Stored("norm", (64,), "bf16", 128, {}),
     ]
-    found = expected_bits.linear_matrices(parameters, frozenset({"embed", "head"}))
+    found = convert.linear_matrices(parameters, frozenset({"embed", "head"}))
     assert [m.name for m in found] == ["linear"]

@@ -12,13 +12,20 @@ import pytest
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 
-from stages.evaluate.adapters import fetch
+from stages.evaluate.__main__ import fetch
+from stages.evaluate.config import Evaluate
+from stages.evaluate.evaluate import evaluate, evaluate_adapters
+from stages.quantize.convert import convert
 from stages.shared.chat.templates import read_format
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
+from stages.shared.step import adapter
 from stages.tools import serve
 from stages.tools.replies import Replier, Stream
+from tests import tiny
+from tests.architectures import MIXTURES, saved
 from tests.tools.test_chat import NAMES, inside, space  # noqa: F401  (fixtures)
+from tests.train.running import settings
 
 CPU, QUANTIZED = torch.device("cpu"), Path("models/quantized")
 ASKED = [{"role": "user", "content": "What is 3?"}]
@@ -77,6 +84,40 @@ def test_each_adapter_answers_as_if_alone(server: serve.Server, tmp_path: Path) 
         assert body["choices"][0]["message"]["content"].strip() == expected[name]
         assert body["choices"][0]["finish_reason"] == "length"
         assert body["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_adapters_of_a_mixture_answer_as_if_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Of all linear layers, and of a router; served together, and evaluated on one base."""
+    monkeypatch.chdir(tmp_path)
+    QUANTIZED.mkdir(parents=True)
+    base = saved(tmp_path / "base", kind, MIXTURES[kind])
+    convert(base, QUANTIZED, tiny.quantization("nf4"), CPU)
+    data, tokenizer = tiny.prepared(Path("data/prepared"), held_out=4), Path("models/tokenizer")
+    tiny.tokenizer().save_pretrained(tokenizer)
+    adapters = {"one": tmp_path / "one", "two": tmp_path / "two"}
+    targets = ("all-linear", ["q_proj", "gate", {"mixtral": "w2", "qwen3_moe": "down_proj"}[kind]])
+    for folder, chosen in zip(adapters.values(), targets, strict=True):
+        model = adapter.load_for_lora(QUANTIZED, settings(lora__target_modules=chosen).lora, CPU)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+        adapter.save(model, folder, torch.float32)
+    form = read_format(data / "format.json")
+    monkeypatch.setattr(serve, "fetch", lambda name, _: (adapters[name], form))
+    server = serve.Server([*adapters], tmp_path)
+    expected = {name: alone(folder) for name, folder in adapters.items()} | {"base": alone(None)}
+    assert len({*expected.values()}) == 3
+    for name in [*expected, *reversed(expected)]:
+        request = serve.Request(model=name, messages=ASKED, max_tokens=8)
+        assert server.reply(request, lambda _: None).text == expected[name]
+    few = Evaluate(generate_rows=2, max_new_tokens=4, prompts=1, seed=0)
+    together = dict(evaluate_adapters(adapters, QUANTIZED, tokenizer, data, few))
+    for name, folder in adapters.items():
+        assert together[name] == evaluate(name, folder, QUANTIZED, tokenizer, data, few)[0]
+    assert together["one"]["loss"] != together["two"]["loss"]
 
 
 def test_stream_is_the_whole_answer_in_pieces(server: serve.Server) -> None:

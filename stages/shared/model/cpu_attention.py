@@ -15,12 +15,13 @@ FlashAttention, arXiv:2205.14135, appendix B.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate, pairwise, starmap
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from stages.shared.weights.precision import exact_matmuls
 
@@ -45,50 +46,31 @@ def attend(
     return _Attention.apply(query, key, value, scaling, tuple(lengths))
 
 
-@dataclass(frozen=True)
-class LengthGroup:
+class LengthGroup(NamedTuple):
     """Adjacent conversations of a packed row of similar length, padded to one length."""
 
     span: slice  # of the row, in tokens
     lengths: tuple[int, ...]
 
     @property
-    def conversations(self) -> int:
-        """Rows of the padded batch."""
-        return len(self.lengths)
-
-    @property
     def length(self) -> int:
         """Padded length in tokens; a single conversation is not padded."""
         longest = max(self.lengths)
-        return longest if self.conversations == 1 else -(-longest // LANES) * LANES
+        return longest if len(self.lengths) == 1 else -(-longest // LANES) * LANES
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """From a row [tokens, ...] to [conversations, length, ...], padded with zeros."""
         own = row[self.span]
-        if self.conversations == 1:
+        if len(self.lengths) == 1:
             return own[None]
-        with_zero = torch.cat([own, own.new_zeros(1, *own.shape[1:])])
-        return with_zero.index_select(0, self._sources).unflatten(0, (-1, self.length))
+        first, *others = own.split(self.lengths)
+        first = pad(first, (0, 0) * (own.ndim - 1) + (0, self.length - len(first)))
+        return pad_sequence([first, *others], batch_first=True)
 
     def scatter(self, padded: torch.Tensor, row: torch.Tensor) -> None:
         """Write padded values back into a row."""
-        flat = padded.flatten(0, 1)
-        row[self.span] = flat if self.conversations == 1 else flat.index_select(0, self._targets)
-
-    @cached_property
-    def _targets(self) -> torch.Tensor:
-        """Padded position of each token: int64 [tokens]."""
-        positions = [torch.arange(n) + i * self.length for i, n in enumerate(self.lengths)]
-        return torch.cat(positions)
-
-    @cached_property
-    def _sources(self) -> torch.Tensor:
-        """Token at each padded position, or one past the last: int64 [padded tokens]."""
-        tokens = len(self._targets)
-        sources = torch.full((self.conversations * self.length,), tokens)
-        sources[self._targets] = torch.arange(tokens)
-        return sources
+        each = zip(padded, self.lengths, strict=True)
+        row[self.span] = torch.cat([conversation[:n] for conversation, n in each])
 
 
 @lru_cache(maxsize=4)  # the same in all layers of a step
@@ -146,16 +128,14 @@ class _Workspace:
 
     def __init__(self, inputs: Sequence[torch.Tensor], scaling: float, group: LengthGroup) -> None:
         heads, self.key_heads = (x.shape[1] for x in inputs[:2])
-        self.sharing, self.length = heads // self.key_heads, group.length
-        row_bytes = 4 * heads * group.conversations * self.length
-        self.size = min(self.length, MOST_QUERIES, max(1, SCORES_BYTES // row_bytes))
-        self.scaling = scaling
+        self.sharing, self.length, self.scaling = heads // self.key_heads, group.length, scaling
+        rows = heads * len(group.lengths) * self.length  # of scores for one query of each
+        self.size = min(self.length, MOST_QUERIES, max(1, SCORES_BYTES // (4 * rows)))
         self.query, self.key, self.value = (self.by_key_head(group.gather(x)) for x in inputs)
         self._query32 = self.query.float()
         self._key32 = self.key.transpose(1, 2).contiguous().float()
-        scores = heads * group.conversations * self.size * self.length
-        self._scores = self._query32.new_empty(scores)
-        self._low = self.query.new_empty(scores)
+        self._scores = self._query32.new_empty(rows * self.size)
+        self._low = self.query.new_empty(rows * self.size)
         # For a block's own keys; padding comes after all tokens, so this masks it too.
         self._causal = self._query32.new_full((self.size, 1, self.size), -torch.inf)
         self._causal[:, 0].triu_(1)

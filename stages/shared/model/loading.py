@@ -1,15 +1,14 @@
-"""Loading of models and adapters, the same in every stage."""
+"""Models, adapters and tokenizers: loaded, and a tokenizer saved, the same in every stage."""
 
 # ruff: noqa: E402  (environment and warnings are set before the libraries are imported)
 
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 # oneDNN compiles and caches each matmul shape: 0.56 MB each, 1,024 by default. A micro-batch has
 # about 50 shapes: with 64 it hardly compiles more often, with 32 three times as often.
@@ -25,16 +24,22 @@ from stages.shared.weights.checkpoint import Weights, load_strictly, require_fin
 # isort: split
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
-from peft.utils import (
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-    transformers_weight_conversion,
-)
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from stages.shared.core import files
+from stages.shared.core.bounds import panics_untold
 from stages.shared.core.errors import reading
-from stages.shared.model import attention
+from stages.shared.model import attention, expert_adapters
+
+ADAPTER = "default"  # peft's name of the first adapter
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -119,70 +124,42 @@ def load_adapted(
     return attach(load_model(base, device, on_cpu=on_cpu), adapter)
 
 
-def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Attach a trained adapter, frozen and not merged; its tensors must match and be finite."""
+def attach(model: PreTrainedModel | PeftModel, adapter: Path, name: str = ADAPTER) -> PeftModel:
+    """Attach a trained adapter, frozen and not merged; its tensors must match and be finite.
+
+    A model that has adapters gets another one, by its `name`, which `set_adapter` activates.
+    """
     weights = Weights(adapter)
-    with reading(adapter / "adapter_config.json"):
+    with reading(adapter / "adapter_config.json"), expert_adapters.adapting(model):
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode = True
         if experts.layers(model):  # of fused experts: `targets.on_fused_experts`
             routers = [n for n in config.target_parameters or [] if re.fullmatch(r"\w+\.weight", n)]
             config.target_parameters, config.rank_pattern, config.alpha_pattern = routers, {}, {}
-        with adapting(model):
-            tuned = PeftModelForCausalLM(model, config)
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            tuned = model
+        else:
+            tuned = PeftModelForCausalLM(model, config, name)
         # peft's own load result leaves out `modules_to_save`.
-        own = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-        names = saved_names(tuned, own)
-        expected = {names[name]: tensor for name, tensor in own.items()}
-    tensors = {name: weights.tensor(name) for name in weights.lazy_tensors()}
+        own = get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False)
+        names = expert_adapters.saved_names(tuned, own)
+        expected = {names[key]: tensor for key, tensor in own.items()}
+    tensors = {key: weights.tensor(key) for key in weights.lazy_tensors()}
     with reading(adapter / "adapter_model.safetensors"):
-        experts.split_adapter(tuned, tensors)
-    for name in sorted(expected.keys() - tensors.keys()):
-        raise weights.error(name, "is missing from the adapter")
-    for name in sorted(tensors.keys() - expected.keys()):
-        raise weights.error(name, "is no tensor of the adapter that adapter_config.json describes")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{list(tensor.shape)}, but the model makes it {list(expected[name].shape)}"
-            raise weights.error(name, f"has shape {shapes}")
+        expert_adapters.split(tuned, tensors)
+    for key in sorted(expected.keys() - tensors.keys()):
+        raise weights.error(key, "is missing from the adapter")
+    for key in sorted(tensors.keys() - expected.keys()):
+        raise weights.error(key, "is no tensor of the adapter that adapter_config.json describes")
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            shapes = f"{list(tensor.shape)}, but the model makes it {list(expected[key].shape)}"
+            raise weights.error(key, f"has shape {shapes}")
     require_finite(tensors, weights)
-    with adapting(model):
-        set_peft_model_state_dict(tuned, {name: tensors[names[name]] for name in own})
+    with expert_adapters.adapting(model):
+        set_peft_model_state_dict(tuned, {key: tensors[names[key]] for key in own}, name)
     return tuned.eval()
-
-
-@contextmanager
-def adapting(model: nn.Module) -> Iterator[None]:
-    """Context in which peft adapts unfused experts as the linear layers they are.
-
-    By itself it would adapt the fused parameters that it expects of the architecture, and the
-    router, and would leave out shared experts and dense layers.
-    """
-    if not experts.layers(model):
-        yield
-        return
-    with patch.multiple(
-        transformers_weight_conversion,
-        _convert_peft_config_moe=lambda *_: None,
-        convert_peft_adapter_state_dict_for_transformers=lambda adapter_state_dict, **_: (
-            adapter_state_dict
-        ),
-    ):
-        yield
-
-
-def saved_names(tuned: PeftModel, names: Iterable[str]) -> dict[str, str]:
-    """Names of an adapter's tensors in its file: a mixture's have those of the hub's files.
-
-    peft, vLLM and SGLang look for them there; with the library's own names Mixtral's experts are
-    left out without a word.
-    """
-    base, prefix = tuned.get_base_model(), "base_model.model."
-    if not experts.layers(base):
-        return {name: name for name in names}
-    short = {name: name.removeprefix(prefix) for name in names}
-    hub = experts.hub_names(base, short.values())
-    return {name: prefix + hub[short[name]] for name in names}
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
@@ -203,3 +180,51 @@ def is_adapter(folder: Path) -> bool:
     if not adapter:
         (folder / "config.json").open().close()
     return adapter
+
+
+def save_tokenizer(
+    source: Path, folder: Path, form: Mapping[str, Any], rows: int
+) -> PreTrainedTokenizerBase:
+    """Save the tokenizer of `source` to `folder` as training used it.
+
+    It gets the chat template and end token of `form` (format.json); BOS, which the template writes,
+    is added by nothing else; a padding token beyond the embedding's `rows` becomes the end token.
+    """
+    (source / "tokenizer_config.json").open().close()  # transformers would ask the hub
+    files.require_json(source)
+    with reading(source), panics_untold():
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer.chat_template, tokenizer.eos_token = form["chat_template"], form["eos_token"]
+    silenced = add_no_special_tokens(tokenizer)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    # transformers 4 and llama.cpp read these.
+    flags = {"add_bos_token": False, "add_eos_token": False} if silenced else {}
+    if (legacy := getattr(tokenizer, "legacy", None)) is not None:
+        flags["legacy"] = legacy  # decides on spaces after control tokens; transformers drops it
+    with TemporaryDirectory(dir=folder) as scratch:
+        tokenizer.save_pretrained(scratch)
+        config = Path(scratch, "tokenizer_config.json")
+        files.write_json(config, _readable_by_v4(files.read_json(config)) | flags)
+        for file in Path(scratch).iterdir():
+            file.replace(folder / file.name)  # a link's original stays as it is
+    return tokenizer
+
+
+def add_no_special_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Stop adding BOS and EOS, which a chat template writes itself; return whether it did."""
+    added = any(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"])
+    if added:
+        tokenizer.add_bos_token = tokenizer.add_eos_token = False  # rewrites the post-processor
+    return added
+
+
+def _readable_by_v4(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4.57 also reads, for the same token ids."""
+    dropped = ("backend", "is_local", "local_files_only")
+    config = {key: value for key, value in config.items() if key not in dropped}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config

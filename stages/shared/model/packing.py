@@ -9,11 +9,12 @@ each conversation and closed between them (`find_packed_sequence_indices` in
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -53,12 +54,19 @@ class Example:
         """Tokens that the loss counts."""
         return len(self.predictors)
 
+    @property
+    def supervised_weights(self) -> np.ndarray:
+        """Weights of the supervised tokens: fp32 [supervised]."""
+        if self.weights is None:
+            return np.ones(self.supervised_tokens, np.float32)
+        return self.weights[1:][self.predictors]
+
     @cached_property
     def loss_weight(self) -> float:
         """Sum of the weights of supervised tokens; without weights their number, an int."""
         if self.weights is None:
             return self.supervised_tokens
-        return float(self.weights[1:][self.predictors].sum(dtype=np.float64))
+        return float(self.supervised_weights.sum(dtype=np.float64))
 
     @cached_property
     def input_tokens(self) -> int:
@@ -77,16 +85,16 @@ def read_examples(path: Path) -> list[Example]:
         stored, names = pq.ParquetFile(file), ["input_ids", "loss_mask", "weights"]
         columns = [name for name in names if name in stored.schema_arrow.names]
         table = stored.read(columns, use_threads=False)
-        weights = table["weights"] if "weights" in table.column_names else repeat(None, len(table))
-        rows = zip(table["input_ids"], table["loss_mask"], weights, strict=True)
+        if len(columns) < len(names):
+            table = table.append_column("weights", pa.nulls(len(table), pa.list_(pa.float32())))
         examples = [
             Example(
                 np.asarray(ids.values, dtype=np.int64),
                 np.asarray(mask.values, dtype=bool),
                 row,
-                None if weight is None or not weight.is_valid else np.asarray(weight.values),
+                np.asarray(weights.values) if weights.is_valid else None,
             )
-            for row, (ids, mask, weight) in enumerate(rows)
+            for row, (ids, mask, weights) in enumerate(zip(*table.columns, strict=True))
         ]
         for one in examples:
             if not 0 < len(one.input_ids) == len(one.loss_mask) or one.input_ids.min() < 0:
@@ -126,10 +134,8 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
     predictors = np.concatenate([s + e.predictors for s, e in zip(starts, examples, strict=True)])
     targets = np.concatenate([e.input_ids[1:][e.predictors] for e in examples])
     rows = np.repeat([e.row for e in examples], [e.supervised_tokens for e in examples])
-    weights = None
-    if any(e.weights is not None for e in examples):
-        weights = to_device(np.concatenate([_weights(e) for e in examples]), device)
-
+    weighted = any(e.weights is not None for e in examples)
+    weights = np.concatenate([e.supervised_weights for e in examples]) if weighted else None
     return Packed(
         input_ids=to_device(ids, device)[None],
         position_ids=to_device(positions, device)[None],
@@ -137,15 +143,8 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
         targets=to_device(targets, device),
         rows=torch.from_numpy(rows),
         lengths=tuple(lengths),
-        weights=weights,
+        weights=None if weights is None else to_device(weights, device),
     )
-
-
-def _weights(example: Example) -> np.ndarray:
-    """Weights of the supervised tokens: fp32 [supervised]."""
-    if example.weights is None:
-        return np.ones(example.supervised_tokens, np.float32)
-    return example.weights[1:][example.predictors]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -201,8 +200,14 @@ def bins(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
 def partition(
     examples: Sequence[Example], max_tokens: int, devices: int
 ) -> list[list[list[Example]]]:
-    """Micro-batches of each device, balanced by tokens."""
-    return [bins(part, max_tokens) for part in _even_parts(examples, devices)]
+    """Micro-batches of each device, balanced by tokens: the longest first, to the emptiest.
+
+    Source: Graham 1969, Bounds on Multiprocessing Timing Anomalies.
+    """
+    parts: list[list[Example]] = [[] for _ in range(devices)]
+    for example in sorted(examples, key=_longest_first):
+        min(parts, key=input_tokens).append(example)
+    return [bins(part, max_tokens) for part in parts]
 
 
 def even_passes(parts: Sequence[list[list[Example]]], packs: bool) -> list[list[list[Example]]]:
@@ -214,38 +219,6 @@ def even_passes(parts: Sequence[list[list[Example]]], packs: bool) -> list[list[
     passes = [len(part) if packs else sum(map(len, part)) for part in parts]
     most = max(passes)
     return [[*part, *[[IDLE]] * (most - own)] for part, own in zip(parts, passes, strict=True)]
-
-
-def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
-    """Greedy partition, longest first to the emptiest part, then improved by exchanges.
-
-    Source: Graham 1969, Bounds on Multiprocessing Timing Anomalies (the greedy part).
-    """
-    parts: list[list[Example]] = [[] for _ in range(count)]
-    for example in sorted(examples, key=_longest_first):
-        min(parts, key=input_tokens).append(example)
-    while exchange := _best_exchange(parts):
-        fullest, other, mine, theirs = exchange
-        moved = [fullest.pop(mine)]
-        fullest += [other.pop(theirs)] if theirs is not None else []
-        other += moved
-    return parts
-
-
-def _best_exchange(
-    parts: Sequence[list[Example]],
-) -> tuple[list[Example], list[Example], int, int | None] | None:
-    """The fullest part, another, and an index in each (None: move only) that evens them most."""
-    fullest = max(parts, key=input_tokens)
-    exchanges = [
-        (abs(gap - 2 * moved), fullest, other, mine, theirs)
-        for other in parts
-        if (gap := input_tokens(fullest) - input_tokens(other)) > 0
-        for mine, example in enumerate(fullest)
-        for theirs, back in ((None, 0), *((i, e.input_tokens) for i, e in enumerate(other)))
-        if 0 < (moved := example.input_tokens - back) < gap
-    ]
-    return min(exchanges, key=lambda exchange: exchange[0])[1:] if exchanges else None
 
 
 def _longest_first(example: Example) -> tuple[int, int]:

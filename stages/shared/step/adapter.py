@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from stages.shared.core import bounds, files
 from stages.shared.core.errors import UserError, reading
-from stages.shared.model import loading
+from stages.shared.model import expert_adapters, loading
 from stages.shared.step import initialisation, targets
 from stages.shared.step.config import Lora
 from stages.shared.step.fused.lora import ADAPTER
@@ -67,8 +67,13 @@ def load_for_lora(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # see merge.py
-            with loading.adapting(base):
+            with expert_adapters.adapting(base):
                 model = cast(PeftModel, get_peft_model(base, config))
+    except TypeError:  # of peft, for an `nn.ModuleList`
+        raise UserError(
+            f"lora.modules_to_save: {saved!r:.60} takes in a list of modules, which peft cannot "
+            "copy. Name dense modules, such as lm_head."
+        ) from None
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -129,8 +134,8 @@ def _rename(path: Path, model: PeftModel) -> None:
     """Give the tensors of a mixture the names and the fused experts of the hub's files."""
     tensors = load_file(path)
     if experts.layers(model):
-        experts.fuse_adapter(model, tensors)
-        names = loading.saved_names(model, tensors)
+        expert_adapters.fuse(model, tensors)
+        names = expert_adapters.saved_names(model, tensors)
         renamed = {names[name]: tensor for name, tensor in tensors.items()}
         save_file(renamed, path, metadata={"format": "pt"})
 

@@ -10,10 +10,10 @@ from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 
 from stages.shared.core.errors import UserError
+from stages.shared.model.loading import ADAPTER
 from stages.shared.step.config import Lora
 from stages.shared.weights import experts
 
-ADAPTER = "default"  # peft's name of the only adapter
 KINDS = {  # by the name of a parameter; the first that matches
     "experts": experts.EXPERT,
     "router": re.compile(r"\.(gate|router|shared_expert_gate)\."),

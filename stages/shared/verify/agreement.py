@@ -16,7 +16,7 @@ from stages.shared.weights.precision import autocast
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of two models' predictions."""
+    """KL divergence and top-1 agreement of two models."""
 
     kl_divergence: float  # mean KL(first ‖ second), nats per token
     top1_agreement: float  # fraction of positions
@@ -68,3 +68,11 @@ def compare(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> Ag
         )
     # Rounding can make a sum of zeros negative.
     return Agreement(max(0.0, divergence / positions), equal / positions, positions)
+
+
+def mean(parts: Sequence[Agreement]) -> Agreement:
+    """Agreement over the positions of all parts."""
+    positions = sum(part.positions for part in parts)
+    sums = ((p.kl_divergence * p.positions, p.top1_agreement * p.positions) for p in parts)
+    kl_divergence, top1_agreement = (sum(each) / positions for each in zip(*sums, strict=True))
+    return Agreement(kl_divergence, top1_agreement, positions)

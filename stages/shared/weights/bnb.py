@@ -1,15 +1,15 @@
 """bitsandbytes, imported here only and before peft or transformers do.
 
-It decorates functions with `torch.compile`, which imports most of torch's compiler: 0.7 seconds and
-40 MB of each process. Imported from here, they are compiled at their first call.
+It decorates two functions with `torch.compile`, which imports most of torch's compiler: 0.7 seconds
+and 40 MB of each process. They dequantize where no device's kernel does, and stay as written.
 """
 
 import ctypes
 import logging
 import warnings
 from collections.abc import Callable
-from functools import cache, partial, wraps
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -21,26 +21,12 @@ from stages.shared.weights.precision import compute_dtype
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 
-_compile = torch.compile
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    return function or _uncompiled
 
 
-def _compile_at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    if function is None:
-        return partial(_compile_at_first_call, **options)
-
-    @cache
-    def compiled() -> Callable[..., Any]:
-        return _compile(function, **options)
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled()(*args, **kwargs)
-
-    return call
-
-
-torch.compile = cast(Any, _compile_at_first_call)
-try:
+with patch.object(torch, "compile", _uncompiled):
     from bitsandbytes.autograd import _functions as autograd  # noqa: F401
     from bitsandbytes.cextension import lib
     from bitsandbytes.functional import (  # noqa: F401  (for the other modules)
@@ -52,16 +38,9 @@ try:
         int8_vectorwise_quant,
         quantize_4bit,
     )
-    from bitsandbytes.nn import (  # noqa: F401
-        Int8Params,
-        Linear4bit,
-        Linear8bitLt,
-        Params4bit,
-    )
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: F401
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit  # noqa: F401
     from bitsandbytes.optim.optimizer import Optimizer8bit  # noqa: F401
-finally:
-    torch.compile = _compile
 
 _C_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LARGEST_BLOCK = 1024  # the C functions are inaccurate beyond it

@@ -6,13 +6,14 @@ bitsandbytes stores a quantized matrix as several tensors: the packed weight and
 import json
 import os
 import re
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are loaded from folders only
 
@@ -21,14 +22,14 @@ from stages.shared.weights import bnb  # before transformers and peft import bit
 # isort: split
 import numpy as np
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, core_model_loading
+from transformers.core_model_loading import dot_natural_key
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
-from transformers.utils.loading_report import LoadStateDictInfo
 
 from stages.shared.core import files
-from stages.shared.core.errors import UserError
+from stages.shared.core.errors import UserError, lacks_memory
 from stages.shared.weights import experts
 
 transformers_logging.set_verbosity_error()
@@ -142,7 +143,7 @@ class Weights:
             group = groups.setdefault(owner, {})
             if part:
                 group[part] = name
-        return [self._stored(name, groups[name]) for name in sorted(groups, key=_natural)]
+        return [self._stored(name, groups[name]) for name in sorted(groups, key=dot_natural_key)]
 
     def _stored(self, name: str, parts: dict[str, str]) -> Stored:
         if name not in self._headers:
@@ -226,16 +227,13 @@ def load_strictly(weights: Weights, loader: Any, **options: Any) -> PreTrainedMo
         raise weights.error("*", "are no tensors")
     source = None if "state_dict" in options else weights.folder
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options |= {"ignore_mismatched_sizes": True}  # they are in the info, without an error
     config = options.get("config") or AutoConfig.from_pretrained(source, trust_remote_code=False)
     if weights.pieces:
         options |= {"config": without_mxfp4(config), "state_dict": weights.lazy_tensors()}
         source, loader = None, experts.model_class(config)  # without a folder no Auto class loads
-    try:
-        with experts.unfused(config):
-            model, info = loader.from_pretrained(source, **options)
-    except RuntimeError as error:
-        _require_exact(weights, _loading_info(error))
-        raise
+    with experts.unfused(config), _named_errors(weights):
+        model, info = loader.from_pretrained(source, **options)
     tied = getattr(model, "all_tied_weights_keys", {})  # absent if both are
     info["missing_keys"] = info["missing_keys"] - tied.keys() or info["missing_keys"]
     _require_exact(weights, info)
@@ -256,23 +254,33 @@ def without_mxfp4(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _loading_info(error: RuntimeError) -> dict[str, Any]:
-    """Loading info of transformers after it raised: only its frame holds it."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        info = frame.f_locals.get("loading_info")
-        if isinstance(info, LoadStateDictInfo):
-            return vars(info)
-    return {}
+@contextmanager
+def _named_errors(weights: Weights) -> Iterator[None]:
+    """Context in which an error of transformers' conversions is raised, and names the tensor.
+
+    It would be logged, and the tensor be missing.
+    """
+
+    @contextmanager
+    def raised(name: str, *_: Any, **__: Any) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if lacks_memory(error):
+                raise
+            fault = "cannot be assembled from the stored tensors"
+            raise weights.error(name, fault) from error
+
+    with patch.object(core_model_loading, "log_conversion_errors", raised):
+        yield
 
 
 def _require_exact(weights: Weights, info: Mapping[str, Any]) -> None:
-    for name, stored, expected in sorted(info.get("mismatched_keys", ())):
+    for name, stored, expected in sorted(info["mismatched_keys"]):
         fault = f"has shape {list(stored)}, but config.json makes it {list(expected)}"
         raise weights.error(name, fault)
-    for name in sorted(info.get("conversion_errors", ())):
-        raise weights.error(name, "cannot be assembled from the stored tensors")
-    unexpected = {name for name in info.get("unexpected_keys", ()) if not _MASKS.search(name)}
-    missing = info.get("missing_keys", ())
+    unexpected = {name for name in info["unexpected_keys"] if not _MASKS.search(name)}
+    missing = info["missing_keys"]
     for fault, names in (("is missing", missing), ("is no weight of this model", unexpected)):
         if names:
             others = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
@@ -323,7 +331,7 @@ def _model_type(folder: Path) -> str:
     try:
         config = json.loads((folder / "config.json").read_bytes())
         return str((config.get("text_config") or config).get("model_type"))
-    except (OSError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError):
         return ""
 
 
@@ -334,8 +342,3 @@ def _owner(name: str) -> tuple[str, str | None]:
     if match := _PART_OF_INT8.fullmatch(name):
         return f"{match[1]}.weight", match[2]
     return name, None
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key with layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

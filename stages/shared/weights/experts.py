@@ -10,7 +10,7 @@ et al. 2024, Mixtral of Experts, arXiv:2401.04088, section 2.1.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -23,15 +23,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel, modeling_utils
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    apply_renamings,
-)
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightTransform
 from transformers.integrations.moe import _default_apply_gate
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -265,46 +257,6 @@ def _fuse(
         state[f"{prefix}.{kind}_proj{'_bias' if which == 'bias' else ''}"] = fused
 
 
-def fuse_adapter(tuned: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put LoRA factors of experts together, in place, where the family's files hold fused ones.
-
-    As peft's `ParamWrapper` has them: A [experts · n · r, in], B [out, n · r · experts], n = 2 for
-    gate and up.
-    """
-    for fused, prefix, layer, names in _fused_factors(tuned):
-        if f"{prefix}.0.{names[0]}.lora_A.weight" in state:
-            modules = [[f"{prefix}.{e}.{name}" for name in names] for e in range(len(layer))]
-            a, b = (
-                [[state.pop(f"{module}.lora_{ab}.weight") for module in one] for one in modules]
-                for ab in "AB"
-            )
-            rows = torch.stack([torch.block_diag(*one) for one in b])  # [experts, out, n · r]
-            if layer.family.interleaved:
-                rows = rows.unflatten(1, (len(names), -1)).transpose(1, 2).flatten(1, 2)
-            state[f"{fused}.lora_A.weight"] = torch.cat([torch.cat(one) for one in a])
-            state[f"{fused}.lora_B.weight"] = rows.permute(1, 2, 0).flatten(1).contiguous()
-
-
-def split_adapter(tuned: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Inverse of `fuse_adapter`."""
-    for fused, prefix, layer, names in _fused_factors(tuned):
-        if f"{fused}.lora_A.weight" in state:
-            n, experts = len(names), len(layer)
-            a = state.pop(f"{fused}.lora_A.weight").unflatten(0, (experts, n, -1))
-            b = state.pop(f"{fused}.lora_B.weight").unflatten(1, (n, -1, experts))
-            for expert, (i, name) in product(range(experts), enumerate(names)):
-                rows = b[i::n] if layer.family.interleaved else b.chunk(n)[i]
-                state[f"{prefix}.{expert}.{name}.lora_A.weight"] = a[expert, i]
-                state[f"{prefix}.{expert}.{name}.lora_B.weight"] = rows[:, i, :, expert]
-
-
-def _fused_factors(tuned: nn.Module) -> Iterator[tuple[str, str, Experts, Sequence[str]]]:
-    for prefix, layer in tuned.named_modules():
-        if isinstance(layer, Experts) and layer.family.fused_files:
-            yield f"{prefix}.base_layer", prefix, layer, layer.family.names[:2]
-            yield prefix, prefix, layer, layer.family.names[2:]
-
-
 def layers(model: nn.Module) -> list[Experts]:
     """The unfused experts of a model, layer by layer."""
     return [module for module in model.modules() if isinstance(module, Experts)]
@@ -338,17 +290,6 @@ def unfused(config: PretrainedConfig) -> Iterator[None]:
         patch.object(modeling_utils, "get_model_conversion_mapping", without_fusing),
     ):
         yield
-
-
-def hub_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Names in the hub's files by the names of modules or tensors of an unfused model."""
-    conversions = reversed(get_model_conversion_mapping(model, add_legacy=False))
-    renamings = [
-        one.reverse_transform()
-        for one in conversions
-        if isinstance(one, WeightRenaming) and not isinstance(one, PrefixChange)
-    ]
-    return {name: apply_renamings(name, renamings) for name in names}
 
 
 @contextmanager

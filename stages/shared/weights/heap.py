@@ -6,22 +6,27 @@ and training steps of varying length grew one with 0.5 GB of tensors to 4.3 GB.
 
 import ctypes
 import resource
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from stages.shared.core import display
 
 GROWTH_BYTES = 32_000_000  # trimming more often costs more: returned pages are cleared anew
 
+T = TypeVar("T")
 
-class Trimmer:
-    """A callable for use between pieces of a long computation."""
 
-    def __init__(self) -> None:
-        self._before = resident_bytes()
-
-    def __call__(self) -> None:
-        """Trim the heap if the process has grown by 32 MB since the last trim."""
-        if resident_bytes() > self._before + GROWTH_BYTES:
-            trim()
-            self._before = resident_bytes()
+def each(items: Collection[T], desc: str, unit: str) -> Iterator[T]:
+    """Items under a progress bar; after one by which the process has grown, the heap is trimmed."""
+    before = resident_bytes()
+    with display.bar(total=len(items), desc=desc, unit=unit) as bar:
+        for item in items:
+            yield item
+            if resident_bytes() > before + GROWTH_BYTES:
+                trim()
+                before = resident_bytes()
+            bar.update()
 
 
 def trim_above(limit: int) -> None:

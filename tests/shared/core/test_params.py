@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from stages.evaluate.config import Params as EvaluateParams
-from stages.merge.config import Params as MergeParams
+from stages.merge.__main__ import Params as MergeParams
 from stages.plan.config import Params as PlanParams
 from stages.shared.core import params
 from stages.shared.core.errors import UserError

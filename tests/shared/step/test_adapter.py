@@ -92,6 +92,10 @@ def test_tied_weights_trained_at_both_ends_stay_tied(
         ({"modules_to_save": ["q_proj"]}, "modules_to_save: 'q_proj' takes in"),
         ({"modules_to_save": ["mlp"]}, "modules_to_save: 'mlp' takes in"),
         (
+            {"precision": "bf16", "target_modules": ["lm_head"], "modules_to_save": ["layers"]},
+            "modules_to_save: ['layers'] takes in a list of modules",
+        ),
+        (
             {"modules_to_save": ["lm_head", "hed"]},
             "modules_to_save: this model has no module 'hed'",
         ),

@@ -3,6 +3,7 @@
 On a GPU, with its kernels, where one is asked for: TEST_GPU=1 pytest.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,28 @@ def error(gradients: Gradients, truth: Gradients) -> float:
     return squares / sum(float(g.square().sum()) for g in truth.values())
 
 
-# In a mixture, what counts is the tokens that change their experts: 12 % whoever computes.
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mixtral", "qwen3_moe")])
+def hold_routing(models: list[PeftModel]) -> None:
+    """Let the first model's routers choose for the others, of their own probabilities.
+
+    One token in 80 changes its experts in bf16, whoever computes, and moves the gradient by more
+    than all rounding: 8 steps have a distance of 0.06 to 0.20 so, and of 0.06 with the same ones.
+    """
+    choices: dict[str, torch.Tensor] = {}
+
+    def route(name: str, first: bool, normed: bool, _: Any, _inputs: Any, output: Any) -> Any:
+        logits, weights, index = output
+        index = choices[name] = index if first else choices[name]
+        own = logits.float().softmax(-1).gather(1, index)
+        return logits, (own / own.sum(-1, keepdim=True) if normed else own).to(weights.dtype), index
+
+    for model in models:
+        normed = getattr(model.config, "norm_topk_prob", True)
+        for name, router in model.named_modules():
+            if name.endswith("mlp.gate"):
+                router.register_forward_hook(partial(route, name, model is models[0], normed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_fused_step_rounds_no_more_than_the_modules(
     bases: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +152,7 @@ def test_fused_step_rounds_no_more_than_the_modules(
             module.compute_dtype = module.weight.quant_state.dtype = torch.float32
     modules, fused = moved(folder, DEVICE), moved(folder, DEVICE)
     patch.fuse(fused)
+    hold_routing([exact, modules, fused])
     ours = theirs = 0.0
     for seed in range(8):  # of one step alone, either may be a quarter nearer by chance
         _, truth = step(exact, scoring, torch.float32, seed)

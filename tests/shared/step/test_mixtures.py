@@ -161,6 +161,21 @@ def test_adapter_lies_on_experts_and_dense_parts_alike(tmp_path: Path, kind: str
         assert not kinds["router"]
 
 
+def test_mixture_without_sparse_layers_is_adapted_as_a_dense_model(tmp_path: Path) -> None:
+    base = saved(
+        tmp_path / "base", "qwen3_moe", MIXTURES["qwen3_moe"] | {"mlp_only_layers": [0, 1]}
+    )
+    model = moved(base).eval()
+    assert {kind for kind, n in targets.trainable_by_kind(model).items() if n} == {
+        "attention",
+        "mlp",
+    }
+    adapter.save(model, tmp_path / "adapter", torch.float32)
+    again = loading.attach(loading.load_model(base, CPU), tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.parametrize(
     ("lora", "kinds"),
     [

@@ -55,24 +55,6 @@ def test_one_module_imports_bitsandbytes() -> None:
     assert importing == [ROOT / "stages/shared/weights/bnb.py"]
 
 
-def test_decorated_function_is_compiled_at_its_first_call() -> None:
-    seen = []
-
-    def double(x: torch.Tensor) -> torch.Tensor:
-        return 2 * x
-
-    def backend(graph: torch.fx.GraphModule, _: object) -> object:
-        seen.append(graph)
-        return graph.forward
-
-    decorated = bnb._compile_at_first_call(backend=backend)(double)
-    assert (decorated.__name__, seen) == ("double", [])
-    for _ in range(2):
-        assert decorated(torch.ones(3)).tolist() == [2, 2, 2]
-    assert len(seen) == 1
-    assert torch.compile.__module__ == "torch"
-
-
 def gradient_norm(model: PreTrainedModel) -> float:
     """The norm of the embedding's gradient, which runs through every quantized layer."""
     model.train()

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate
-from stages.merge.config import Merge
 from stages.merge.merge import merge
 from stages.quantize.convert import convert
 from stages.shared.core.errors import UserError
@@ -123,10 +122,28 @@ def test_load_refuses_damaged_weights(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "step",
+    ["core_model_loading._materialize_copy", "integrations.bitsandbytes.Bnb4bitQuantize.convert"],
+)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 4 bytes")])
+def test_lack_of_memory_is_no_missing_tensor(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, step: str
+) -> None:
+    """While a tensor is read, or quantized."""
+
+    def lacking(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(f"transformers.{step}", lacking)
+    with pytest.raises(type(error), match=r"^$|can't allocate"):
+        convert(made / "base", tmp_path, tiny.quantization("nf4"), CPU)
+
+
 def merged(root: Path, adapter: str) -> dict[str, Any]:
     weights = {"quantized": root / "nf4", "original": root / "base"}
-    onto, out = Merge(onto="quantized", dtype="fp16"), root / "out"
-    return merge(onto, root / adapter, weights, root / "tokenizer", root / "prepared", out)
+    inputs = (root / adapter, weights, root / "tokenizer", root / "prepared", root / "out")
+    return merge("quantized", "fp16", *inputs)
 
 
 def evaluated(root: Path, folder: str) -> Any:

@@ -111,7 +111,7 @@ class MicroBatch:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Sizes that memory grows with: tokens, targets, padded tokens, scores, longest."""
-        groups = [(group.conversations, group.length) for group in length_groups(self.lengths)]
+        groups = [(len(group.lengths), group.length) for group in length_groups(self.lengths)]
         padded = max(count * length for count, length in groups)
         scores = max(count * length * min(length, MOST_QUERIES) for count, length in groups)
         return self.tokens, self.supervised, padded, scores, max(self.lengths)
