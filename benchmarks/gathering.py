@@ -7,9 +7,8 @@ import pandas as pd
 
 from benchmarks.common import ROOT, publish
 from benchmarks.memory import Setting
-from stages.plan.data import Data
+from stages.plan.config import CONFIGS, Data
 from stages.plan.figures import operations
-from stages.plan.sources import CONFIGS
 from stages.shared.core.command import run
 from stages.shared.step.memory.predict import StepCounter
 

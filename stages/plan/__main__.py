@@ -13,20 +13,13 @@ Figures of this machine are only printed, and not under DVC.
 
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-import yaml
-
-from stages.plan import sources
-from stages.plan.config import Params, Tried
-from stages.plan.data import data_of
+from stages.plan.config import Params, changed, config_path, data_of, shipped
 from stages.shared.core import files, params
 from stages.shared.core.command import quick_imports, run
 from stages.shared.core.errors import UserError
 
-COUNTS = Path("reports/prepare.json")
 PLAN = Path("reports/plan.json")
 PICTURE = Path("reports/plan.svg")
 LARGEST = 10**9  # upper bound of an option: sizes beyond it overflow
@@ -35,7 +28,7 @@ MOST_DEVICES = 1024  # as QLORA_DEVICES
 
 def add_options(parser: ArgumentParser) -> None:
     """Another model, budget, length or parameter; without any, this is the stage."""
-    known = f"a folder with a config.json, such a file, owner/name[@commit], or: {sources.names()}"
+    known = f"a folder with a config.json, such a file, owner/name[@commit], or: {shipped()}"
     parser.add_argument("--model", help=known)
     parser.add_argument("--budget", type=float, help="GiB; this machine's memory if left out")
     parser.add_argument("--max-length", type=int, help="tokens of the longest conversation")
@@ -58,28 +51,14 @@ def check(options: Namespace) -> None:
         raise UserError(f"--devices: is {options.devices}. Give 1 to {MOST_DEVICES}.")
 
 
-def changed(values: Params, settings: Sequence[str]) -> Params:
-    """Apply settings such as `lora.r=64` to the parameters."""
-    tried = values.model_dump()
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        section, _, name = key.partition(".")
-        if not separator or section not in get_args(Tried) or name not in tried[section]:
-            known = ", ".join(f"{s}.{n}" for s in get_args(Tried) for n in tried[s])
-            raise UserError(f"--set: {setting!r} is no parameter with a value. Set one of {known}.")
-        try:
-            tried[section][name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set: {setting!r} has no value of YAML. Correct it.") from None
-    return params.validate(Params, tried)
-
-
 def main(options: Namespace) -> None:
     """Count, write, draw and print the plan."""
     check(options)
     values = changed(params.load(Params, "plan"), options.set or ())
-    config = sources.config_path(options.model)
-    counts = data_of(options.max_length, values.train.batch_size, COUNTS)
+    config, counts = (
+        config_path(options.model),
+        data_of(options.max_length, values.train.batch_size),
+    )
     # Imported late: a mistake in params.yaml is reported before the seconds that these take.
     with quick_imports():
         from stages.plan import charts, figures, tables  # noqa: PLC0415
@@ -89,28 +68,19 @@ def main(options: Namespace) -> None:
     with StepCounter(config) as counter:
         plan = figures.plan(counter, counts, values)
         if target := PICTURE if is_stage else options.picture:
-            growth = figures.growth(counter, values, counts)
-            tokens = plan["micro_batch"]["tokens"]
-            charts.draw(plan["techniques"], growth, figures.LENGTHS, tokens, target)
+            charts.draw(plan, figures.growth(counter, values, counts), target)
         if is_stage:
             files.write_json(PLAN, plan)
         shown = [tables.model(plan), tables.cards(plan)]
         if options.devices:
             plans = figures.on_devices(counter, counts, values, options.devices)
             shown.append(tables.devices(plans))
-        print(
-            *shown,
-            tables.techniques(plan),
-            tables.disk(plan),
-            sep="\n\n",
-        )
+        print(*shown, tables.techniques(plan), tables.disk(plan), sep="\n\n")
         if "DVC_STAGE" not in os.environ:
-            from stages.plan import this_machine  # noqa: PLC0415  (imports torch)
+            from stages.plan import this_machine  # noqa: PLC0415  (imports transformers)
 
             print()
-            for line in this_machine.described(
-                counter, counts, values, options.budget, options.devices
-            ):
+            for line in this_machine.describe(counter, counts, values, options):
                 print(line, flush=True)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from stages.plan.figures import CARDS_GIB, LENGTHS
 from stages.plan.tables import smallest_card, unit_of
-from stages.plan.techniques import CARDS_GIB
 from stages.shared.core import files
 from stages.shared.parallel.limits import GIB
 
@@ -23,25 +23,19 @@ PARTS = {
 IN_SIGHT = 0.05, 1.2  # cards between these shares of the longest bar get a line
 
 
-def draw(
-    techniques: Mapping[str, Mapping[str, Any]],
-    growth: Mapping[str, Sequence[int]],
-    lengths: Sequence[int],
-    tokens: int,
-    path: Path,
-) -> None:
-    """Write the charts as SVG; `growth` holds a technique's peak bytes at each of `lengths`."""
-    height = 1.2 + 0.36 * len(techniques)
+def draw(plan: Mapping[str, Any], growth: Mapping[str, Sequence[int]], path: Path) -> None:
+    """Write the charts as SVG; `growth` holds a technique's peak bytes at each of `LENGTHS`."""
+    height = 1.2 + 0.36 * len(plan["techniques"])
     figure = Figure(figsize=(9.0, 3.2 + height))
     bars, lines = figure.subplots(2, 1, height_ratios=[height, 2.6])
-    _bars(bars, techniques, tokens)
+    _draw_bars(bars, plan["techniques"], plan["micro_batch"]["tokens"])
     for index, (name, peaks) in enumerate(growth.items()):
         style = "-" if index < 2 else "--"
         gigabytes = [size / 1e9 for size in peaks]
-        lines.plot(lengths, gigabytes, style, color=f"C{index % 2}", marker="o", label=name)
+        lines.plot(LENGTHS, gigabytes, style, color=f"C{index % 2}", marker="o", label=name)
     lines.set_xscale("log", base=2)
     lines.set_yscale("log")
-    lines.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    lines.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
     lines.set_xlabel("tokens of one conversation")
     lines.set_ylabel("peak, GB")
     lines.legend(frameon=False, fontsize=8)
@@ -49,7 +43,7 @@ def draw(
         figure.savefig(partial, format="svg", metadata={"Date": None})
 
 
-def _bars(axes: Axes, techniques: Mapping[str, Mapping[str, Any]], tokens: int) -> None:
+def _draw_bars(axes: Axes, techniques: Mapping[str, Mapping[str, Any]], tokens: int) -> None:
     """Bars by ascending peak, each with the smallest card that holds it."""
     ways = dict(sorted(techniques.items(), key=lambda item: item[1]["peak_bytes"]))
     longest = max(way["peak_bytes"] for way in ways.values())
@@ -62,7 +56,7 @@ def _bars(axes: Axes, techniques: Mapping[str, Mapping[str, Any]], tokens: int) 
     for row, (total, way) in enumerate(zip(left, ways.values(), strict=True)):
         figure = f"{total:,.0f}" if total >= 100 else f"{total:.3g}"
         bound = "≤ " if way["upper_bound"] else ""
-        card = smallest_card(way)
+        card = smallest_card(way["fits"])
         fits = "fits no card" if card == "none" else f"fits {card}"
         axes.annotate(f"  {bound}{figure}, {fits}", (total, row), va="center", fontsize=8)
     sizes = [gib * GIB for gib in sorted(set(CARDS_GIB.values()))]

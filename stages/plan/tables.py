@@ -5,8 +5,17 @@ from typing import Any
 
 import pandas as pd
 
-from stages.plan.techniques import BYTES_ALONE, CARDS_GIB
+from stages.plan.figures import BYTES_ALONE, CARDS_GIB
 from stages.shared.parallel.limits import GIB
+
+ON_DISK = ("base", "quantized", "adapter", "merged", "resume_state", "cache")
+
+
+def model(plan: Mapping[str, Any]) -> str:
+    """Parameters as one line; of a mixture also those that a token uses, which take the time."""
+    total, active = (plan["model"][name] / 1e9 for name in ("parameters", "active"))
+    share = f", of them {active:,.2f} active for a token" if active < total else ""
+    return f"parameters, 10⁹: {total:,.2f}{share}"
 
 
 def cards(plan: Mapping[str, Any]) -> str:
@@ -22,39 +31,34 @@ def cards(plan: Mapping[str, Any]) -> str:
             "params.yaml": choice(chosen) + needs,
             "techniques that fit": f"{standard[0]} and below" if standard else "none",
         }
-    return f"what fits\n{_table(rows)}"
+    return f"what fits\n{indented(pd.DataFrame(rows).T)}"
 
 
 def devices(plans: Mapping[str, Any]) -> str:
     """Table of several devices: memory of each, with all weights or with its part of them."""
-    rows = {
-        size: {way: choice(chosen) for way, chosen in ways.items()} for size, ways in plans.items()
-    }
-    return f"params.yaml on several devices, memory of each\n{_table(rows)}"
+    table = pd.DataFrame(plans).map(choice).T
+    return f"params.yaml on several devices, memory of each\n{indented(table)}"
 
 
 def techniques(plan: Mapping[str, Any]) -> str:
     """Table of techniques: smallest card, peak, and its parts."""
-    ways = plan["techniques"]
-    unit, scale = unit_of(max(way["peak_bytes"] for way in ways.values()))
-    rows = {}
-    for name, way in ways.items():
-        sizes = {
-            "peak": way["peak_bytes"],
-            "weights": way["weights_bytes"] + way["adapter_bytes"],
-            "gradients": way["gradients_bytes"],
-            "optimizer": way["optimizer_bytes"],
-            "activations": way["activations_bytes"],
-            "rest": way["logits_bytes"] + way["workspace_bytes"],
-        }
-        cells = {part: f"{size / scale:,.2f}" for part, size in sizes.items()}
-        rows[name] = {"fits from": smallest_card(way), **cells}
+    ways = pd.DataFrame(plan["techniques"]).T
+    unit, scale = unit_of(ways["peak_bytes"].max())
+    sizes = {
+        "peak": ways["peak_bytes"],
+        "weights": ways["weights_bytes"] + ways["adapter_bytes"],
+        "gradients": ways["gradients_bytes"],
+        "optimizer": ways["optimizer_bytes"],
+        "activations": ways["activations_bytes"],
+        "rest": ways["logits_bytes"] + ways["workspace_bytes"],
+    }
+    table = pd.DataFrame({"fits from": ways["fits"].map(smallest_card)})
     lines = [
         f"peak of a step with micro-batches of {plan['micro_batch']['tokens']:,} tokens, {unit}",
-        _table(rows),
+        indented(table.assign(**{n: (x / scale).map("{:,.2f}".format) for n, x in sizes.items()})),
         "weights: the adapter's too; rest: logits, and temporaries of the phase of the peak",
     ]
-    bounds = [name for name, way in ways.items() if way["upper_bound"]]
+    bounds = [name for name, way in plan["techniques"].items() if way["upper_bound"]]
     if bounds:
         lines.append(f"upper bound, as outliers depend on values: {', '.join(bounds)}")
     lines += [f"left out: {name}: {reason}" for name, reason in plan["left_out"].items()]
@@ -63,18 +67,8 @@ def techniques(plan: Mapping[str, Any]) -> str:
 
 def disk(plan: Mapping[str, Any]) -> str:
     """Bytes on disk, as one line."""
-    sizes = plan["disk"]
-    names = ("base", "quantized", "adapter", "merged", "resume_state", "cache")
-    listed = ", ".join(f"{n.replace('_', ' ')} {sizes[f'{n}_bytes'] / 1e9:,.2f}" for n in names)
-    return f"disk, GB: {listed}"
-
-
-def model(plan: Mapping[str, Any]) -> str:
-    """Parameters as one line; of a mixture also those that a token uses, which take the time."""
-    parameters = plan["model"]
-    total, active = (parameters[name] / 1e9 for name in ("parameters", "active"))
-    share = f", of them {active:,.2f} active for a token" if active < total else ""
-    return f"parameters, 10⁹: {total:,.2f}{share}"
+    sizes = ((name, plan["disk"][f"{name}_bytes"] / 1e9) for name in ON_DISK)
+    return "disk, GB: " + ", ".join(f"{name.replace('_', ' ')} {size:,.2f}" for name, size in sizes)
 
 
 def choice(chosen: Mapping[str, Any]) -> str:
@@ -86,9 +80,9 @@ def choice(chosen: Mapping[str, Any]) -> str:
     return f"{needed}: micro-batches of {chosen['micro_batch_tokens']:,} tokens{checkpointed}"
 
 
-def smallest_card(way: Mapping[str, Any]) -> str:
+def smallest_card(fits: Mapping[str, bool]) -> str:
     """Memory of the smallest card that holds a technique: `16 GiB`, or `none`."""
-    fitting = [CARDS_GIB[card] for card, fits in way["fits"].items() if fits]
+    fitting = [CARDS_GIB[card] for card in fits if fits[card]]
     return f"{min(fitting)} GiB" if fitting else "none"
 
 
@@ -97,6 +91,6 @@ def unit_of(largest: int) -> tuple[str, float]:
     return ("GB", 1e9) if largest >= 1e10 else ("MB", 1e6)
 
 
-def _table(rows: Mapping[str, Mapping[str, str]]) -> str:
-    table = pd.DataFrame.from_dict(rows, orient="index").to_string(justify="right")
-    return "\n".join(f"  {line}" for line in table.splitlines())
+def indented(table: pd.DataFrame) -> str:
+    """A table as text, two columns in."""
+    return "  " + table.to_string(justify="right").replace("\n", "\n  ")

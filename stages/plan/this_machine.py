@@ -1,16 +1,17 @@
 """This machine's memory and speed, for a terminal, never in an output of DVC."""
 
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
+import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.plan import figures, sources, tables, techniques
-from stages.plan.config import Params
-from stages.plan.data import Data
+from stages.plan import figures, tables
+from stages.plan.config import CONFIGS, Data, Params
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import device, machine
 from stages.shared.parallel.limits import GIB, total_memory_bytes
@@ -20,68 +21,58 @@ from stages.shared.step.memory.predict import StepCounter
 from stages.shared.step.memory.setup import Device, TrainingSetup, lora_of
 from stages.shared.weights import precision
 
-LARGER = (
-    "Qwen1.5-0.5B",
-    "Llama-3-8B",
-    "Qwen3-30B-A3B",
-    "gpt-oss-20b",
-    "Mixtral-8x7B",
-    "Llama-3-70B",
-)
+LARGER = "Qwen1.5-0.5B", "Llama-3-8B", "Qwen3-30B-A3B", "gpt-oss-20b", "Mixtral-8x7B", "Llama-3-70B"
 DEVICES = (1, 2, 8)
 TOKENS, REPEATS = 256, 3  # of the calibration
 SMALL_VOCABULARY = 256  # the head is not timed
 
 
-def described(
-    counter: StepCounter, counts: Data, values: Params, budget: float | None, devices: int | None
+def describe(
+    counter: StepCounter, counts: Data, values: Params, options: Namespace
 ) -> Iterator[str]:
-    """Lines on memory and time of params.yaml's training here; `budget` is in GiB."""
+    """Lines on memory and time of params.yaml's training here, with `--budget` and `--devices`."""
     target = device()
     device_type: Device = "cuda" if target.type == "cuda" else "cpu"
-    total = total_memory_bytes(device_type, budget)
+    total = total_memory_bytes(device_type, options.budget)
     setup = figures.configured(values, device_type, bf16=precision.has_bf16_matmuls(device_type))
     here = torch.cuda.device_count() if device_type == "cuda" else 1
-    devices = devices or machine().devices or here
-    requested = figures.request(counter, values, counts, setup, total, devices)
+    devices = options.devices or machine().devices or here
+    request = figures.request_of(counter, values, counts, setup, total, devices)
     yield f"this machine ({device_type}, {total / GIB:.1f} GiB)"
-    choice = fit.choose(requested)
+    choice = fit.choose(request)
     if choice is None:
-        yield f"  {fit.refusal(requested)}"
+        yield f"  {fit.refusal(request)}"
         return
-    yield f"  {tables.choice(figures.chosen(requested, choice))}"
+    yield f"  {tables.choice(figures.chosen(request, choice))}"
     holder = "each device" if device_type == "cuda" else "all processes"
     holder = "the process" if devices == 1 else holder
     sharded = f", weights sharded over {devices}" if choice.shards > 1 else ""
     yield f"  {holder} will hold about {choice.device_bytes / GIB:.2f} GiB{sharded}"
-    yield from _fitting(requested, values)
+    yield from _fitting(request, values)
     setup = replace(setup, gradient_checkpointing=choice.gradient_checkpointing)
     rate = operations_per_second(counter, setup, target)
     yield f"  one block computes {rate / 1e9:,.0f} billion operations a second here;"
     yield f"  an epoch of {counts.tokens:,} tokens at that rate, in hours, on so many such devices:"
-    yield f"  {'':16}" + "".join(f"{count:>10}" for count in DEVICES)
+    rows = {}
     for name in ("this model", *LARGER):
-        path = counter.config if name == "this model" else sources.CONFIGS / f"{name}.json"
-        with StepCounter(path) as one:
-            cost = sum(figures.operations(one, setup, counts).values())
-            sizes = one.model()["parameters"]
-        hours = cost * counts.tokens / rate / 3600
-        cells = "".join(f"{hours / count:>10,.2f}" for count in DEVICES)
-        active = sizes["active"] / 1e9
-        used = f", {active:.2f}e9 active" if sizes["experts"] else ""
-        yield f"  {name:16}{cells}  {sizes['parameters'] / 1e9:.2f}e9 parameters{used}"
+        one = counter if name == "this model" else StepCounter(CONFIGS / f"{name}.json")
+        hours = sum(figures.operations(one, setup, counts).values()) * counts.tokens / rate / 3600
+        sizes = one.model()["parameters"]
+        parameters = {f"10⁹ {key}": sizes[key] / 1e9 for key in ("parameters", "active")}
+        rows[name] = {str(count): hours / count for count in DEVICES} | parameters
+    yield tables.indented(pd.DataFrame(rows).T.map("{:,.2f}".format))
 
 
-def _fitting(requested: Request, values: Params) -> Iterator[str]:
-    """Lines of the techniques that fit and of those that do not, on one device."""
+def _fitting(request: Request, values: Params) -> Iterator[str]:
+    """Lines of the techniques that fit and of those that do not, with whole weights."""
     groups: dict[str, list[str]] = {"fits": [], "does not fit": []}
-    requested = replace(requested, micro_batch_tokens=figures.MICRO_BATCH_TOKENS, shards=(1,))
-    for name, way in techniques.standard(lora_of(values.lora)).items():
-        compute = requested.setup.compute if way.compute == "bf16" else way.compute
-        setup = replace(way, device=requested.setup.device, compute=compute)
-        asked = replace(requested, setup=setup, gradient_checkpointing=way.gradient_checkpointing)
+    request = replace(request, micro_batch_tokens=figures.MICRO_BATCH_TOKENS, shards=(1,))
+    for name, way in figures.techniques(lora_of(values.lora)).items():
+        compute = request.setup.compute if way.compute == "bf16" else way.compute
+        setup = replace(way, device=request.setup.device, compute=compute)
+        asked = replace(request, setup=setup, gradient_checkpointing=way.gradient_checkpointing)
         with suppress(UserError):  # left out
-            if not name.endswith(techniques.PAGED):
+            if not name.endswith(figures.PAGED):
                 fits = fit.fits(asked, fit.smallest(asked))
                 groups["fits" if fits else "does not fit"].append(name)
     yield from (f"  {words}: {', '.join(names)}" for words, names in groups.items() if names)

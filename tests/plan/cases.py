@@ -5,8 +5,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from stages.plan.config import Params
-from stages.plan.data import Data
+from stages.plan.config import Data, Params
 from stages.shared.core import params
 
 DATA = Data(conversations=1500, tokens=96_000, supervised_tokens=32_000, longest=160)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.plan import __main__ as stage
-from stages.plan import charts, figures, sources, this_machine
+from stages.plan import charts, config, figures, this_machine
 from stages.shared.core.errors import UserError
 from stages.shared.step.memory.predict import StepCounter
 from tests import hub as hubs
@@ -19,28 +19,27 @@ from tests.hub import COMMIT
 from tests.plan.cases import DATA, settings, written
 
 
-def drawn(config: Path, path: Path) -> str:
+def drawn(path_of_config: Path, path: Path) -> str:
     values = settings()
-    with StepCounter(config) as counter:
+    with StepCounter(path_of_config) as counter:
         plan = figures.plan(counter, DATA, values)
         growth = figures.growth(counter, values, DATA)
-    tokens = plan["micro_batch"]["tokens"]
-    charts.draw(plan["techniques"], growth, figures.LENGTHS, tokens, path)
+    charts.draw(plan, growth, path)
     assert all(peaks == sorted(peaks) for peaks in growth.values())
     return path.read_text()
 
 
 def test_picture_is_the_same_bytes_and_says_what_fits(tmp_path: Path) -> None:
-    config = written(tmp_path)
-    text = drawn(config, tmp_path / "one.svg")
-    assert text == drawn(config, tmp_path / "two.svg")
+    model = written(tmp_path)
+    text = drawn(model, tmp_path / "one.svg")
+    assert text == drawn(model, tmp_path / "two.svg")
     assert "fits 16 GiB" in text
     assert "(the smallest card, 16 GiB, is out of sight)" in text
     assert all(one in text for one in ("32,768", "QLoRA nf4, checkpointed", "≤"))
 
 
 def test_picture_of_a_large_model_has_lines_of_cards(tmp_path: Path) -> None:
-    text = drawn(sources.CONFIGS / "Llama-3-8B.json", tmp_path / "plan.svg")
+    text = drawn(config.CONFIGS / "Llama-3-8B.json", tmp_path / "plan.svg")
     assert all(f">{gib} GiB<" in text for gib in (16, 24, 80))
 
 
@@ -48,8 +47,8 @@ def test_picture_of_a_large_model_has_lines_of_cards(tmp_path: Path) -> None:
 def test_model_is_named_by_folder_file_or_shipped_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     given = {"folder": tmp_path, "file": tmp_path / "config.json", "shipped": "Llama-3-8B"}[name]
-    assert sources.config_path(str(given)).is_file()
-    assert sources.config_path(None) == sources.BASE
+    assert config.config_path(str(given)).is_file()
+    assert config.config_path(None) == config.BASE
 
 
 @pytest.mark.parametrize(("suffix", "said"), [("", "main"), (f"@{COMMIT}", "pinned")])
@@ -62,9 +61,9 @@ def test_model_of_the_hub_is_one_file(
 ) -> None:
     with hubs.serve_here(monkeypatch, tmp_path) as hub:
         hub.repositories["me/tiny"] = {"config.json": b"{}", "model.safetensors": b"large"}
-        assert sources.config_path(f"me/tiny{suffix}").read_text() == "{}"
+        assert config.config_path(f"me/tiny{suffix}").read_text() == "{}"
         with pytest.raises(UserError, match=r"me/none"):
-            sources.config_path("me/none")
+            config.config_path("me/none")
     assert capsys.readouterr().out.startswith(f"me/tiny at {COMMIT} ({said})\n")
     got = [path for path, _ in hub.requests if path.startswith("GET ") and "me/tiny" in path]
     assert got and all(path.endswith("/config.json") for path in got)
@@ -72,7 +71,7 @@ def test_model_of_the_hub_is_one_file(
 
 def test_model_that_is_missing_is_told_with_those_that_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--model: '.*none' .*Llama-3-8B"):
-        sources.config_path(str(tmp_path / "none"))
+        config.config_path(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_number_that_nothing_has_is_refused(option: str, value: float) -> None:
 
 
 def test_set_changes_a_parameter_for_this_plan() -> None:
-    values = stage.changed(settings(), ["lora.r=64", "quantize.precision=bf16", "lora.bias=all"])
+    values = config.changed(settings(), ["lora.r=64", "quantize.precision=bf16", "lora.bias=all"])
     assert (values.lora.r, values.quantize.precision, values.lora.bias) == (64, "bf16", "all")
     for setting, reason in (
         ("lora.rank=64", "lora.r, "),
@@ -103,7 +102,7 @@ def test_set_changes_a_parameter_for_this_plan() -> None:
         ("lora.r={", "no value of YAML"),
     ):
         with pytest.raises(UserError, match=reason):
-            stage.changed(settings(), [setting])
+            config.changed(settings(), [setting])
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from stages.plan import data, figures, tables, techniques
-from stages.plan.sources import CONFIGS
+from stages.plan import config, figures, tables
+from stages.plan.config import CONFIGS
 from stages.shared.core.errors import UserError
 from stages.shared.step.memory.predict import StepCounter
 from stages.shared.step.memory.setup import lora_of
@@ -66,10 +66,10 @@ def test_configured_is_what_params_yaml_says(smollm2: StepCounter, changes, like
 
 
 def test_paged_optimizer_leaves_small_tensors_on_the_device(smollm2: StepCounter) -> None:
-    ways = techniques.standard(lora_of(settings().lora) | {"r": 256})
+    ways = figures.techniques(lora_of(settings().lora) | {"r": 256})
     name = "qlora_nf4_double_checkpointed_paged"
     batch = figures.MicroBatch((160,), 50)
-    paged = techniques.figures(smollm2, name, ways[name], batch)
+    paged = figures.technique(smollm2, name, ways[name], batch)
     assert paged["optimizer_bytes"] + paged["pageable_bytes"] == 8 * 16 * ADAPTER
     assert 0 < paged["optimizer_bytes"] < paged["pageable_bytes"]
 
@@ -82,7 +82,7 @@ def test_cards_get_the_fastest_settings_that_fit() -> None:
     assert cards["A100_40GiB"]["gradient_checkpointing"] is False
     assert cards["T4_16GiB"]["peak_bytes"] < 16 * 2**30
     assert not plan["techniques"]["full_mixed"]["fits"]["H100_80GiB"]
-    assert tables.smallest_card(plan["techniques"]["full_bf16"]) == "141 GiB"
+    assert tables.smallest_card(plan["techniques"]["full_bf16"]["fits"]) == "141 GiB"
     lines = tables.cards(plan).splitlines()
     assert lines[0] == "what fits"
     assert "set quantize.compute_dtype=fp16" in next(line for line in lines if "T4" in line)
@@ -101,7 +101,7 @@ def test_cards_get_the_fastest_settings_that_fit() -> None:
 )
 def test_card_without_bf16_says_what_it_needs(quantize, method, instead) -> None:
     setup = figures.configured(settings(quantize=quantize, train={"method": method}))
-    found = {card: techniques.instead_of_bf16(card, setup) for card in techniques.CARDS_GIB}
+    found = {card: figures.instead_of_bf16(card, setup) for card in figures.CARDS_GIB}
     assert found == {card: instead if card == "T4_16GiB" else None for card in found}
 
 
@@ -127,10 +127,10 @@ def test_full_tuning_of_quantized_weights_is_refused() -> None:
 
 
 def test_steps_end_with_max_steps_or_the_last_part_of_a_batch() -> None:
-    assert data.schedule(DATA, settings().train)["steps"] == 94
-    assert data.schedule(DATA, settings(train={"epochs": 3}).train)["steps"] == 282
-    assert data.schedule(DATA, settings(train={"max_steps": 10}).train)["steps"] == 10
-    assert data.schedule(DATA, settings().train)["tokens_per_step"] == 64 * 16
+    assert figures.schedule(DATA, settings())["steps"] == 94
+    assert figures.schedule(DATA, settings(train={"epochs": 3}))["steps"] == 282
+    assert figures.schedule(DATA, settings(train={"max_steps": 10}))["steps"] == 10
+    assert figures.schedule(DATA, settings())["tokens_per_step"] == 64 * 16
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"train": {"conversations": 0, "tokens": 0}}'])
@@ -139,7 +139,7 @@ def test_counts_that_are_missing_or_broken_are_one_line(tmp_path: Path, text: st
     if text:
         path.write_text(text)
     with pytest.raises(UserError, match=r"prepare\.json: no counts .* Run `dvc repro prepare`"):
-        data.read_counts(path)
+        config.data_of(None, 1, path)
 
 
 def test_token_costs_2_operations_a_parameter_forward(smollm2: StepCounter) -> None:

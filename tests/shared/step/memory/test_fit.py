@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.plan.sources import CONFIGS
+from stages.plan.config import CONFIGS
 from stages.shared.core.errors import UserError
 from stages.shared.model.packing import Example
 from stages.shared.parallel import limits

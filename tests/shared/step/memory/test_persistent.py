@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from stages.plan.sources import CONFIGS
+from stages.plan.config import CONFIGS
 from stages.shared.model import loading
 from stages.shared.step.memory import architecture, dry_run, fake_model, persistent
 from stages.shared.step.memory.predict import StepCounter

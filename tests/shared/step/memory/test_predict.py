@@ -10,7 +10,7 @@ from transformers import Gemma3TextConfig
 
 from benchmarks import memory
 from benchmarks.memory import Setting
-from stages.plan.sources import CONFIGS
+from stages.plan.config import CONFIGS
 from stages.shared.core.errors import UserError
 from stages.shared.parallel.limits import GIB
 from stages.shared.step.memory import architecture, dry_run, predict
