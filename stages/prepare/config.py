@@ -6,6 +6,8 @@ from pydantic import Field
 
 from stages.shared.core.params import Section
 
+TrainOn = Literal["assistant", "last", "all"]
+Thinking = Literal["keep", "last", "drop"]
 Flat = Literal["instruction", "input", "output", "prompt", "completion", "history", "reasoning"]
 Column = Flat | Literal["messages", "text", "system", "tools", "answer", "language"]
 
@@ -18,8 +20,8 @@ class Prepare(Section):
     mix: dict[str, Annotated[float, Field(ge=0)]] | None
     template: Literal["guanaco", "llama2", "chatml", "tokenizer"]
     template_name: str | None
-    train_on: Literal["assistant", "last", "all"]
-    thinking: Literal["keep", "last", "drop"]
+    train_on: TrainOn
+    thinking: Thinking
     system: Literal["merge"] | None
     max_length: Annotated[int, Field(ge=2, le=1 << 20)]  # tokens
     max_row_bytes: Annotated[int, Field(ge=1000, le=10**8)]

@@ -5,6 +5,7 @@ An unread field that carries meaning rejects its row; other unread fields are re
 
 import re
 from collections.abc import Mapping, Set
+from itertools import takewhile
 from typing import Any, Literal
 
 from stages.prepare import guanaco, trees
@@ -76,8 +77,12 @@ def parse(
             rest -= _TURNS
         unknown |= unread(fields, rest)
     kept = [drop_unanswered(messages) for messages in paths]
+    shared = [
+        max((_shared(path, one) for one in kept[:n]), default=0) for n, path in enumerate(kept)
+    ]
     # Another path of a tree is a row if it has a reply that none before it has.
-    kept[1:] = [path for path in kept[1:] if path and path[-1].get("weight", 1)]
+    branches = [(p, n) for p, n in zip(kept[1:], shared[1:], strict=True) if len(p) > n]
+    kept[1:] = [path for path, _ in branches]
     if text == "":
         raise RejectedRow("`text` is empty")
     for path in kept if text is None else ():
@@ -93,7 +98,7 @@ def parse(
         language = language_of(kept[0] or [{"role": "user", "content": text or ""}])
     return Conversation(
         messages=kept[0],
-        branches=kept[1:],
+        branches=branches,
         tools=tools,
         template_kwargs=kwargs,
         text=text,
@@ -116,6 +121,12 @@ def _paths(
     else:
         found = [_turns(fields, form, unknown)]
     return [_with_system(fields, messages) for messages in found]
+
+
+def _shared(path: list[Message], other: list[Message]) -> int:
+    """Number of messages with which both begin."""
+    pairs = zip(path, other, strict=False)
+    return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
 
 def _loaded(fields: dict[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from stages.prepare.config import Thinking, TrainOn
 from stages.shared.chat.conversation import Conversation, Message, RejectedRow
 from stages.shared.chat.encode import Encoder, Tokens
 from stages.shared.chat.rendered import CONTEXT, Rendered, Span
 from stages.shared.chat.templates import Template
 
 T = TypeVar("T")
-TrainOn = Literal["assistant", "last", "all"]
-Thinking = Literal["keep", "last", "drop"]
 
 
 class Example(NamedTuple):
@@ -68,18 +67,18 @@ class ExampleEncoder:
     ) -> list[list[Example] | RejectedRow]:
         """Encode conversations: the examples, at least one, or the rejection, for each."""
         paths = [
-            self._transform(replace(one, messages=messages))
+            self._transform(replace(one, messages=messages, shared=shared))
             for one in batch
-            for messages in (one.messages, *one.branches)
+            for messages, shared in ((one.messages, 0), *one.branches)
         ]
-        rendered = [_or_reason(self._render, one) for one in paths]
+        rendered = [_or_reason(self._render, path) for path in paths]
         every = [row for rows in rendered if isinstance(rows, list) for row in rows]
         tokens = iter(self._encoder.encode(every))
         encoded = iter(
             rows
             if isinstance(rows, RejectedRow)
-            else _or_reason(self._examples, one, rows, [next(tokens) for _ in rows])
-            for one, rows in zip(paths, rendered, strict=True)
+            else _or_reason(self._examples, path, rows, [next(tokens) for _ in rows])
+            for path, rows in zip(paths, rendered, strict=True)
         )
         return [_join([next(encoded), *(next(encoded) for _ in one.branches)]) for one in batch]
 
@@ -90,7 +89,7 @@ class ExampleEncoder:
 
     def _transform(self, conversation: Conversation) -> Conversation:
         """Leave out thoughts by `prepare.thinking`, and merge a system message."""
-        messages = conversation.messages
+        messages, shared = conversation.messages, conversation.shared
         if self._thinking != "keep" and any("reasoning" in message for message in messages):
             last = len(messages) - 1 if self._thinking == "last" else None
             messages = [
@@ -100,24 +99,26 @@ class ExampleEncoder:
         if self._merges_system and messages and messages[0]["role"] == "system":
             system, first, *rest = messages
             content = f"{system['content']}\n\n{first['content']}"
-            messages = [{**first, "content": content}, *rest]
-        if messages is conversation.messages:
-            return conversation
-        return replace(conversation, messages=messages)
+            messages, shared = [{**first, "content": content}, *rest], max(0, shared - 1)
+        return replace(conversation, messages=messages, shared=shared)
 
     def _render(self, conversation: Conversation) -> list[Rendered]:
         if conversation.text is not None:
             return [self.template.render_text(conversation.text, self._eos)]
-        if self._train_on == "all":
-            return self.template.rows(conversation, [])
-        if not (selected := self._select(conversation.messages)):
+        selected = self._select(conversation)
+        if not selected and self._train_on != "all":
+            if conversation.shared:  # by flags, this path adds nothing to the others
+                return []
             raise RejectedRow(f"no reply that prepare.train_on = {self._train_on} takes has weight")
-        return self.template.rows(conversation, selected)
+        return self.template.rows(conversation, [] if self._train_on == "all" else selected)
 
-    def _select(self, messages: Sequence[Message]) -> list[int]:
-        replies = _replies(messages)
+    def _select(self, conversation: Conversation) -> list[int]:
+        """Indices of the replies to supervise."""
+        replies = _replies(conversation.messages)
         selected = replies[-1:] if self._train_on == "last" else replies
-        return [i for i in selected if messages[i].get("weight", 1)]
+        weights = (conversation.messages[i].get("weight", 1) for i in selected)
+        pairs = zip(selected, weights, strict=True)
+        return [i for i, weight in pairs if weight and i >= conversation.shared]
 
     def _too_long(self) -> TooLong:
         return TooLong(f"no supervised token within prepare.max_length = {self._max_length}")
@@ -138,41 +139,39 @@ class ExampleEncoder:
             for row, one in zip(rows, tokens, strict=True)
         ]
         fit = [int((end <= self._max_length).sum()) for end in ends]
-        if len(rows) > 1:
-            kept = [i for i, fits in enumerate(fit) if fits] or [0]
-            dropped = len(kept) < len(rows)
-            return [
-                self._mask(conversation, rows[i], tokens[i], dropped, fit[i] == 1) for i in kept
-            ]
-        count = max(fit[0], 1)
-        if len(ends[0]) > count:
+        if len(rows) == 1 and len(ends[0]) > max(fit[0], 1):
             # Encoded again, not cut: tokens at a turn's end may depend on the text after it.
-            replies = _replies(conversation.messages)
-            shorter = replace(
-                conversation, messages=conversation.messages[: replies[count - 1] + 1]
-            )
-            if self._train_on != "all" and not self._select(shorter.messages):
+            last = _replies(conversation.messages)[max(fit[0], 1) - 1]
+            shorter = replace(conversation, messages=conversation.messages[: last + 1])
+            if self._train_on != "all" and not self._select(shorter):
                 raise self._too_long()
             again = self._render(shorter)
             found = self._examples(shorter, again, self._encoder.encode(again))
             return [one._replace(truncated=True, answered=False) for one in found]
-        answered = fit[0] == len(ends[0])
-        return [self._mask(conversation, rows[0], tokens[0], False, answered)]
+        kept = [i for i in range(len(rows)) if len(rows) == 1 or fit[i]] or [*range(len(rows))][:1]
+        return [
+            self._mask(
+                conversation, rows[i], tokens[i], len(kept) < len(rows), fit[i] == len(ends[i])
+            )
+            for i in kept
+        ]
 
     def _parts(self, rendered: Rendered, tokens: Tokens) -> list[Example]:
         """A plain text in parts of `max_length`."""
         starts = range(0, len(tokens), self._max_length)
         parts = [tokens[at : at + self._max_length] for at in starts]
         parts = [part for part in parts if len(part) > 1] or [tokens]  # one token predicts nothing
-        examples = []
-        for number, part in enumerate(parts):
-            mask = ~np.isin(part.input_ids, self.template.bos_ids)
-            mask[:1] = False
-            weights = mask.astype(np.float32)
-            turn = number if len(parts) > 1 else None
-            text = rendered.text[part.starts.min() : part.ends.max()]
-            examples.append(self._example([], rendered, text, part, weights, False, True, turn))
-        return examples
+        return [
+            self._example(
+                [],
+                rendered,
+                rendered.text[part.starts.min() : part.ends.max()],
+                part,
+                np.ones(len(part), np.float32),
+                number if len(parts) > 1 else None,
+            )
+            for number, part in enumerate(parts)
+        ]
 
     def _mask(
         self,
@@ -184,38 +183,37 @@ class ExampleEncoder:
     ) -> Example:
         text, messages = rendered.text, conversation.messages
         if len(tokens) > self._max_length:
-            truncated = True
-            tokens = tokens[: self._max_length]
+            truncated, tokens = True, tokens[: self._max_length]
             text = text[: tokens.ends.max()]
         if rendered.turn is not None:
             answered = answered and rendered.turn == len(messages) - 1
             messages = messages[: rendered.turn + 1]
         weights = np.zeros(len(tokens), np.float32)
-        for weight, spans in self._weighted_spans(messages, rendered):
+        for weight, spans in self._weighted_spans(messages, rendered, conversation.shared):
             weights[tokens.overlap(spans)] = weight
-        weights[np.isin(tokens.input_ids, self.template.bos_ids)] = 0
-        weights[:1] = 0  # nothing predicts it
-        return self._example(
-            messages, rendered, text, tokens, weights, truncated, answered, rendered.turn
-        )
+        found = self._example(messages, rendered, text, tokens, weights, rendered.turn)
+        return found._replace(truncated=truncated, answered=answered)
 
     def _weighted_spans(
-        self, messages: Sequence[Message], rendered: Rendered
+        self, messages: Sequence[Message], rendered: Rendered, shared: int
     ) -> list[tuple[float, list[Span]]]:
         """Spans by weight; the last that overlaps a token decides. A reply has its end token."""
         indices = _replies(messages) if rendered.turn is None else [rendered.turn]
-        spans = dict(zip(indices, rendered.replies, strict=False))
-        if self._train_on == "last":
-            spans = dict([*spans.items()][-1:])
-        found: dict[float, list[Span]] = {}
+        replies = dict(zip(indices, rendered.replies, strict=False))
         if self._train_on == "all":
-            found[1.0] = [(0, len(rendered.text))]
-            others = ((p.owner, p[:2]) for p in rendered.parts if p.owner not in spans)
-            parts = [one for one in (*spans.items(), *others) if one[0] != CONTEXT]
+            spans = [*replies.items()]
+            others = (part for part in rendered.parts if part.owner not in {CONTEXT, *replies})
+            spans += ((part.owner, part[:2]) for part in others)
         else:
-            parts = [*spans.items()]
-        for owner, part in parts:
-            found.setdefault(messages[owner].get("weight", 1.0), []).append(part)
+            spans = [*replies.items()][-1 if self._train_on == "last" else 0 :]
+        spans = [(owner, span) for owner, span in spans if owner >= shared]
+        found: dict[float, list[Span]] = {}
+        if self._train_on == "all":  # with the template's text, from the first row that has it
+            end = len(rendered.text)
+            begin = min((start for _, (start, _) in spans), default=end) if shared else 0
+            found[1.0] = [(begin, end)]
+        for owner, span in spans:
+            found.setdefault(messages[owner].get("weight", 1.0), []).append(span)
         return sorted(found.items(), reverse=True)
 
     def _example(
@@ -225,10 +223,10 @@ class ExampleEncoder:
         text: str,
         tokens: Tokens,
         weights: np.ndarray,
-        truncated: bool,
-        answered: bool,
         turn: int | None,
     ) -> Example:
+        weights[np.isin(tokens.input_ids, self.template.bos_ids)] = 0
+        weights[:1] = 0  # nothing predicts it
         mask = weights > 0
         if not mask.any():
             raise self._too_long()
@@ -240,8 +238,8 @@ class ExampleEncoder:
             loss_mask=mask,
             supervised_tokens=int(mask.sum()),
             text_bytes=_utf8_bytes(rendered.text, tokens, plain),
-            truncated=truncated,
-            answered=answered,
+            truncated=False,
+            answered=True,
             turn=turn,
             weights=None if np.all(weights[mask] == 1) else weights,
         )

@@ -11,23 +11,14 @@ _TREE = {"text", "role", "replies", "rank", "lang", "deleted"}
 
 
 def paths(root: Any, *, every: bool) -> Iterator[list[dict[str, Any]]]:
-    """Paths in OpenAI's form, best ranked replies first; without `every`, the first alone.
-
-    What a path shares with one before it has the weight 0: nothing is trained on twice.
-    """
-    pending, before = [[_Node(root, 1)]], list[_Node]()
+    """Paths in OpenAI's form, best ranked replies first; without `every`, the first alone."""
+    pending = [[_Node(root, 1)]]
     while pending:
         path = pending.pop()
         if replies := path[-1].replies():
             pending += [[*path, reply] for reply in (replies[::-1] if every else replies[:1])]
-            continue
-        # In this order no other path before it shares more.
-        shared = sum(one is other for one, other in zip(path, before, strict=False))
-        yield [
-            node.message | ({"weight": 0} if number < shared else {})
-            for number, node in enumerate(path)
-        ]
-        before = path
+        else:
+            yield [node.message for node in path]
 
 
 class _Node:

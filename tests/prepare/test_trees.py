@@ -35,9 +35,9 @@ def test_all_paths_of_a_tree() -> None:
     best, every = (parse({"prompt": TREE}, form) for form in ("oasst", "oasst_all"))
     assert [m["content"] for m in best.messages] == PATHS[0]
     assert (best.branches, best.dropped_turn) == ([], True)
-    assert [[m["content"] for m in p] for p in (every.messages, *every.branches)] == PATHS
-    weights = [[m.get("weight", 1) for m in path] for path in (every.messages, *every.branches)]
-    assert weights == [[1, 1], [0, 1, 1, 1], [0, 0, 0, 1], [0, 1]]
+    branches = [path for path, _ in every.branches]
+    assert [[m["content"] for m in p] for p in (every.messages, *branches)] == PATHS
+    assert [shared for _, shared in every.branches] == [1, 3, 1]
 
 
 @pytest.mark.parametrize("own", [chat_templates.KEPT, chat_templates.DROPPED])
@@ -53,6 +53,20 @@ def test_replies_of_a_tree_are_supervised_once(own: str, train_on: Any) -> None:
     replies = [text.split("</think>")[-1].strip() for text in "".join(learnt).split("<|im_end|>")]
     expected = ["yes", "is", "minus", "plus", "last", ""]
     assert replies == [one for one in expected if train_on == "assistant" or one != "is"]
+
+
+@pytest.mark.parametrize("own", [chat_templates.KEPT, chat_templates.DROPPED])
+def test_text_that_paths_share_is_supervised_once(own: str) -> None:
+    tokenizer = chat_templates.tokenizer(own)
+    encoder = ExampleEncoder(tokenizer, templates.make("tokenizer", tokenizer), "all", 64)
+    [paths] = encoder.encode_conversations([parse({"prompt": TREE}, "oasst_all")])
+    assert isinstance(paths, list)
+    learnt = [tokenizer.decode(one.input_ids[one.loss_mask]) for one in paths]
+    assert learnt[0] == paths[0].text.removeprefix("<|im_start|>")
+    assert [text.count("two") for text in learnt] == [1, 0, 0, 0]
+    assert [text.split("<|im_end|>")[0].split("</think>")[-1].strip() for text in learnt[1:]] == [
+        *("is", "plus", "last")
+    ]
 
 
 def test_path_that_is_too_long_is_left_out() -> None:

@@ -49,8 +49,9 @@ class Conversation:
     form: str | None = None  # of the row
     dropped_turn: bool = False  # turns at the end without a reply were dropped
     unknown: list[str] = field(default_factory=list)  # unread fields; `messages.<field>`
-    # Other paths of a tree, best first; what they share with one before has the weight 0.
-    branches: list[list[Message]] = field(default_factory=list)
+    # Other paths of a tree, best first, and how many messages each shares with one before it,
+    branches: list[tuple[list[Message], int]] = field(default_factory=list)
+    shared: int = 0  # which that one alone supervises
 
 
 def normalize(content: str) -> str:
