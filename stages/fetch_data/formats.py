@@ -20,7 +20,6 @@ from typing import IO, Literal
 
 from stages.fetch_data.json_lines import (
     BLOCK,
-    TRUNCATED,
     File,
     bounded_lines,
     empty,
@@ -114,7 +113,7 @@ def _damage_as_one_line(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a fault of the disk
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{name}: is damaged ({reason:.80}). {TRUNCATED}") from None
+        raise UserError(f"{name}: is damaged ({reason:.80}). Fetch or export it again.") from None
 
 
 def _require_utf8(file: File, name: str, path: Path | None, most: int) -> None:

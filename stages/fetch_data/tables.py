@@ -27,7 +27,7 @@ def read_csv(file: File, name: str, limit: int) -> Iterator[bytes]:
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     read_line, size = partial(text.readline, limit + 1), 0
     first, latest, row = read_line(), [""], list[str]()
-    separator = max(",;\t", key=lambda s: len(next(csv.reader([first], delimiter=s), [])))
+    separator = max(",;\t|", key=lambda s: len(next(csv.reader([first], delimiter=s), [])))
 
     def lines() -> Iterator[str]:
         nonlocal size

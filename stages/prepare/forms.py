@@ -3,16 +3,27 @@
 An unread field that carries meaning rejects its row; other unread fields are reported.
 """
 
+import math
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from itertools import takewhile
 from typing import Any, Literal
 
-from stages.prepare import guanaco, trees
+from stages.prepare import guanaco
 from stages.prepare.config import Column
-from stages.prepare.messages import THOUGHTS, add_thoughts, loaded, parse_messages, says, unread
-from stages.prepare.rows import is_nan, kind_of, require_characters
-from stages.prepare.tools import KWARGS, TOOLS, parse_kwargs, parse_tools
+from stages.prepare.messages import (
+    KWARGS,
+    THOUGHTS,
+    TOOLS,
+    add_thoughts,
+    loaded,
+    parse_kwargs,
+    parse_messages,
+    parse_tools,
+    says,
+    unread,
+)
+from stages.prepare.rows import is_nan, kind_of, present, require_characters
 from stages.shared.chat.conversation import (
     Conversation,
     Message,
@@ -44,6 +55,7 @@ _RENAMES = {
     **dict.fromkeys(("conversation", "dialogue", "dialog", "chat", "items"), "messages"),
     "context": "input",
 }
+_TREE = {"text", "role", "replies", "rank", "lang", "deleted"}  # read, of a message
 _HAS_ROLE = re.compile(r'"(?:role|from)"\s*:')
 # Turns that another template has rendered, which are no plain text.
 _RENDERED = re.compile(
@@ -116,11 +128,37 @@ def _paths(
     """Messages of the row, or of each path of a tree."""
     if form == "oasst":
         found = [
-            parse_messages(path, unknown) for path in trees.paths(fields.get("prompt"), every=every)
+            parse_messages(path, unknown) for path in _tree_paths(fields.get("prompt"), every=every)
         ]
     else:
         found = [_turns(fields, form, unknown)]
     return [_with_system(fields, messages) for messages in found]
+
+
+def _tree_paths(root: Any, *, every: bool) -> Iterator[list[dict[str, Any]]]:
+    """Paths of OpenAssistant's tree in OpenAI's form, best ranked replies first, or that alone."""
+    pending: list[tuple[Any, list[dict[str, Any]]]] = [(root, [])]
+    while pending:
+        value, before = pending.pop()
+        where = f"message {len(before) + 1} of the tree"
+        if not isinstance(value, dict):
+            raise RejectedRow(f"{where} is {kind_of(value)}")
+        fields = present(value)
+        rest = {name: fields[name] for name in fields.keys() - _TREE}
+        path = [*before, {"role": fields.get("role"), "content": fields.get("text"), **rest}]
+        replies = fields.get("replies", [])
+        if not isinstance(replies, list):
+            raise RejectedRow(f"`replies` of {where} is {kind_of(replies)}")
+        kept = [one for one in replies if not (isinstance(one, dict) and one.get("deleted"))]
+        kept = sorted(kept, key=_rank)[: None if every else 1]
+        pending += [(one, path) for one in kept[::-1]]
+        if not kept:
+            yield path
+
+
+def _rank(reply: Any) -> float:
+    rank = reply.get("rank") if isinstance(reply, dict) else None
+    return float(rank) if isinstance(rank, int | float) else math.inf
 
 
 def _shared(path: list[Message], other: list[Message]) -> int:
@@ -204,7 +242,7 @@ def _turns(fields: dict[str, Any], form: Form, unknown: set[str]) -> list[Messag
         names = (name for name in _FIELDS[form] if says(fields.get(name)))
         lists = [parse_messages(fields[name], unknown) for name in names]
         if not lists:
-            raise RejectedRow(f"no `messages`, but {', '.join(fields)[:80]}")
+            raise RejectedRow(f"no messages in {', '.join(fields)[:80]}")
         if lists[0] != lists[-1]:
             raise RejectedRow("`messages` and `conversations` differ; remove one")
         return lists[0]

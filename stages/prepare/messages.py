@@ -1,12 +1,14 @@
-"""Messages of OpenAI's form and of ShareGPT's: roles, parts, tool calls, thoughts and weights."""
+"""Messages of OpenAI's form and of ShareGPT's: roles, parts, tools, thoughts and weights."""
 
-import math
 import re
 from collections.abc import Set
+from inspect import signature
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from stages.prepare.rows import is_nan, kind_of, parse_json, present
-from stages.shared.chat.conversation import Message, RejectedRow, Role, ToolCall, normalize
+from stages.shared.chat.conversation import Message, RejectedRow, Role, ToolCall, dump, normalize
 
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -25,6 +27,12 @@ _READ = {"role", "from", "content", "value", *_WEIGHTS}
 _READ_OF: dict[str, set[str]] = {"assistant": {*_CALLS, *THOUGHTS}, "tool": {*_OF_TOOLS}}
 # Without the opening tag where the model's prompt wrote it (DeepSeek-R1, QwQ).
 _THINK = re.compile(r"\s*<think>(.*?)</think>(.*)|((?:(?!<think>).)*?)\n</think>\n(.*)", re.DOTALL)
+
+TOOLS = ("tools", "functions")
+KWARGS = "chat_template_kwargs"
+# Arguments of apply_chat_template itself, and a name that prepare sets.
+_RESERVED = {*signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+_RESERVED |= {"strftime_now"}
 
 _TOOLS, _MEDIA = "tool calls", "images, audio or video"
 _UNREAD = {
@@ -80,6 +88,8 @@ def _message(number: int, fields: Any, unknown: set[str]) -> tuple[Message, bool
         calls, content = parse_calls(content, where, unknown), None
     elif role == "assistant" and not plain:
         calls = _calls_of(fields, where, unknown)
+    if role == "tool" and not (isinstance(content, str | None) or _are_parts(content)):
+        content = dump(content)  # a result that is JSON
     if isinstance(content, list):
         content = "".join(_part(part, where, unknown) for part in content)
     if not isinstance(content, str) and not (content is None and (calls or role == "tool")):
@@ -104,6 +114,12 @@ def _add_fields(message: Message, fields: dict[str, Any], where: str, unknown: s
     unknown |= {f"messages.{name}" for name in unread(fields, rest, where)}
     if (weight := _weight(fields, where)) != 1:
         message["weight"] = weight
+
+
+def _are_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(
+        isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in content
+    )
 
 
 def _part(part: Any, where: str, unknown: set[str]) -> str:
@@ -154,7 +170,7 @@ def _call(value: Any, where: str, unknown: set[str]) -> ToolCall:
         raise RejectedRow(f"`name`{where} is {kind_of(name)}, expected a function's name")
     if isinstance(arguments, str):
         try:
-            arguments = parse_json(arguments) if arguments.strip() else {}
+            arguments = parse_json(arguments) if says(arguments) else {}
         except RejectedRow:
             raise
         except (ValueError, RecursionError):
@@ -165,6 +181,43 @@ def _call(value: Any, where: str, unknown: set[str]) -> ToolCall:
     if says(fields.get("id")):
         call["id"] = str(fields["id"])
     return call
+
+
+def parse_tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Parse function schemas, OpenAI's or bare ones, also as JSON text."""
+    lists = [loaded(fields[name]) for name in TOOLS if says(fields.get(name))]
+    if not lists:
+        return None
+    values = [value if isinstance(value, list) else [value] for value in lists]
+    tools = [[_tool(number, one) for number, one in enumerate(some, start=1)] for some in values]
+    if tools[0] != tools[-1]:
+        raise RejectedRow("`tools` and `functions` differ; remove one")
+    return tools[0]
+
+
+def _tool(number: int, value: Any) -> dict[str, Any]:
+    value = loaded(value)
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value, name = {"type": "function"} | value, value["function"].get("name")
+    elif isinstance(value, dict):
+        value, name = {"type": "function", "function": value}, value.get("name")
+    else:
+        raise RejectedRow(f"tool {number} is {kind_of(value)}, expected a function's schema")
+    if not isinstance(name, str) or not name or value["type"] != "function":
+        raise RejectedRow(f"tool {number} is no schema of a function with a name")
+    return value
+
+
+def parse_kwargs(fields: dict[str, Any]) -> dict[str, Any]:
+    """Parse the row's own arguments for the chat template."""
+    value = loaded(fields.get(KWARGS))
+    if not says(value):
+        return {}
+    if not isinstance(value, dict):
+        raise RejectedRow(f"`{KWARGS}` is {kind_of(value)}, expected an object")
+    if reserved := sorted(value.keys() & _RESERVED):
+        raise RejectedRow(f"`{KWARGS}` sets `{reserved[0]}`, which the row or prepare gives")
+    return present(value)
 
 
 def add_thoughts(message: Message, fields: dict[str, Any], where: str) -> None:
@@ -187,8 +240,8 @@ def add_thoughts(message: Message, fields: dict[str, Any], where: str) -> None:
 def _weight(fields: dict[str, Any], where: str) -> float:
     weights = {name: fields[name] for name in _WEIGHTS if says(fields.get(name))}
     for name, weight in weights.items():
-        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise RejectedRow(f"`{name}`{where} is {weight!r:.40}, expected a number of at least 0")
+        if not isinstance(weight, int | float) or (weight and not 1e-6 <= weight <= 1e6):
+            raise RejectedRow(f"`{name}`{where} is {weight!r:.40}, expected 0 or 1e-6 to 1e6")
     if len(set(weights.values())) > 1:
         names = " and ".join(f"`{name}`" for name in weights)
         raise RejectedRow(f"{names}{where} differ; remove one")

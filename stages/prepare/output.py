@@ -168,6 +168,13 @@ class Mixture(RowGroups):
                     "conversation for training. Set it to 0, or add some."
                 )
         drawn = draw(tokens, sources, [*self._weights.values()], seed, limit)
+        for i, (name, weight) in enumerate(self._weights.items()):
+            if weight and not (drawn & (sources == i)).any():
+                raise UserError(
+                    f"params.yaml: prepare.mix gives {name} the weight {weight}, too little for "
+                    f"one of its conversations beside {drawn.sum()} of the others. Raise it, or "
+                    "prepare.max_rows."
+                )
         begun = 0
         with pq.ParquetFile(self._path) as stored:
             for group in range(stored.num_row_groups):

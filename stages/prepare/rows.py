@@ -168,7 +168,7 @@ def require_characters(*values: Any) -> None:
 
 
 def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:
-    """All strings of a JSON value, names of fields among them; `RejectedRow` for a deep one."""
+    """All strings of a JSON value, names of fields among them; `RejectedRow` for no JSON."""
     if depth > _DEEPEST:
         raise RejectedRow(f"a call, tool or argument is nested more than {_DEEPEST} deep")
     if isinstance(value, str):
@@ -183,3 +183,5 @@ def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for one in value:
             yield from _texts_of(one, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RejectedRow(f"a call, tool or argument holds {value}, which JSON does not have")

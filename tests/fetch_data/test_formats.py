@@ -76,10 +76,10 @@ def test_json_lines_keep_every_byte(name: str, content: bytes, tmp_path: Path) -
     assert fetched(tmp_path, name, pack(name, content)) == content
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_csv_values_stay_texts(name: str, separator: str, tmp_path: Path) -> None:
-    values = {**AWKWARD, "separators": "a, b; c\td"}
+    values = {**AWKWARD, "separators": "a, b; c\td|e"}
     quoted = ['"' + value.replace('"', '""') + '"' for value in values.values()]
     content = f"{separator.join(values)}\r\n{separator.join(quoted)}\r\n".encode()
     fetched(tmp_path, name, pack(name, content))
@@ -157,7 +157,7 @@ def test_csv_bytes_that_are_not_utf8_are_left_to_prepare(tmp_path: Path) -> None
     [
         *(("a.jsonl", JSONL.rstrip()[:-cut], "a.jsonl:4: .* truncated") for cut in (1, 5, 20, 30)),
         ("a.json", json.dumps(ROWS, indent=1).encode()[:-20], "ends inside item 4. .* truncated"),
-        ("a.parquet", parquet(ROWS)[:-20], "truncated"),
+        ("a.parquet", parquet(ROWS)[:-20], "damaged"),
         ("a.csv", CSV + b'"fi', "a.csv:5: ends inside a quoted field. .* truncated"),
         ("a.csv", CSV + b"fi", "the last row has 1 of 2 columns. .* truncated"),
         ("a.jsonl.gz", gzip.compress(JSONL * 9, mtime=0)[:-20], "is damaged"),

@@ -118,7 +118,7 @@ def test_empty_fields_are_harmless(name: str, value: Any) -> None:
         ({"text": "### Human: ### Assistant: four"}, "turn 1 of the user is empty"),
         ({"text": "### Human: two ### Assistant: four"}, "after a space"),
         ({"text": "### Assistant: four"}, "turn 1 is of role assistant"),
-        ({"messages": []}, "no `messages`"),
+        ({"messages": []}, "no messages in messages"),
         ({"messages": "not json"}, "the messages are a text, expected a list"),
         ({"messages": {"role": ["user"]}}, "an object, expected a list"),
         ({"messages": ["two"]}, "message 1 is a text, expected an object"),
@@ -140,6 +140,7 @@ def test_empty_fields_are_harmless(name: str, value: Any) -> None:
         (messages(reply(), tools=[{"description": "add"}]), "tool 1 is no schema of a function"),
         (messages(reply(), tools=[ADD], functions=[{"name": "b"}]), "`tools` and `functions` diff"),
         (messages(reply(), chat_template_kwargs={"tools": 1}), "sets `tools`, which the row"),
+        (messages(reply(), chat_template_kwargs={"max_length": 1}), "sets `max_length`, which"),
         (messages(reply(), history=[["a", "b"]]), "`history` is not read (earlier turns)"),
         (messages(reply(), weight=0.5), "`weight` is not read (weight)"),
         (messages(reply(tool_calls=[{"id": "1"}])), "`name` of call 1 of message 2 is null"),
@@ -158,8 +159,12 @@ def test_empty_fields_are_harmless(name: str, value: Any) -> None:
         ({"conversations": [user("two"), {"from": "function_call", "value": "add 1"}]},
          "call 1 of message 2 is a text: 'add 1'"),
         (messages(reply(reasoning="a", thinking="b")), "the thoughts of message 2 stand twice"),
-        (messages(reply(weight=-1)), "`weight` of message 2 is -1, expected a number of at least"),
-        (messages(reply(weight="x")), "`weight` of message 2 is 'x', expected a number"),
+        (messages(reply(weight=-1)), "`weight` of message 2 is -1, expected 0 or 1e-6 to 1e6"),
+        (messages(reply(weight="1")), "`weight` of message 2 is '1', expected 0 or"),
+        (messages(reply(weight=1e300)), "`weight` of message 2 is 1e+300, expected 0 or"),
+        (messages(reply(weight=1e-60)), "`weight` of message 2 is 1e-60, expected 0 or"),
+        (messages(reply(tool_calls=[call('{"a": [NaN]}')])), "holds nan, which JSON does not"),
+        (messages(reply(), tools='[{"name": "a", "x": -Infinity}]'), "holds -inf, which JSON"),
         (messages(reply(weight=0, train=True)), "`weight` and `train` of message 2 differ"),
         (messages(reply(value="5")), "`content` and `value` of message 2 differ"),
         (messages(reply() | {"from": "human"}), "`role` and `from` of message 2 differ"),
@@ -190,7 +195,11 @@ def test_rows_are_rejected_with_the_reason(fields: dict[str, Any], reason: str) 
 
 @pytest.mark.parametrize(
     ("form", "reason"),
-    [("guanaco", "`text` is missing"), ("messages", "no `messages`"), ("alpaca", None)],
+    [
+        ("guanaco", "`text` is missing"),
+        ("messages", "no messages in instruction"),
+        ("alpaca", None),
+    ],
 )
 def test_a_form_that_is_insisted_on(form: Form, reason: str | None) -> None:
     row: dict[str, Any] = {"instruction": "two", "output": "four"}
@@ -286,6 +295,12 @@ def sharegpt(*turns: tuple[str, Any], **row: Any) -> dict[str, Any]:
                   {"role": "tool", "content": [{"type": "text", "text": "3"}]}, reply()),
          [turn(*BOTH), {"role": "tool", "tool_call_id": "1", "content": "2"},
           {"role": "tool", "content": "3"}, assistant("four")]),
+        (messages(turn(ONE), {"role": "tool", "content": {"a": [1, None]}}, reply()),
+         [turn(ONE), {"role": "tool", "content": '{"a": [1, null]}'}, assistant("four")]),
+        (messages(turn(ONE), {"role": "tool", "content": [{"a": 1}, {"a": 2}]}, reply()),
+         [turn(ONE), {"role": "tool", "content": '[{"a": 1}, {"a": 2}]'}, assistant("four")]),
+        (messages(reply(tool_calls=[{"name": "add", "arguments": "null"}])),
+         [turn(("add", {}), content="four")]),
         (messages(reply(), {"role": "tool", "content": "2"}), [assistant("four")]),
         (messages(turn(ONE), {"role": "tool", "content": "2"}, {**user("no")}, reply()),
          [turn(ONE), {"role": "tool", "content": "2"}, user("no"), assistant("four")]),

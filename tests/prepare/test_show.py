@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from stages.prepare.show import show
+from stages.prepare.__main__ import show
 from stages.shared.core.errors import UserError
 from tests.prepare.helpers import ROWS, Stage, row
 

@@ -93,7 +93,7 @@ def test_nothing_is_written_past_the_guard() -> None:
     """A command goes through `run`; nothing writes to a descriptor, or a stream kept before it."""
     past = {"__stdout__", "__stderr__", "buffer"}
     coloured = STAGES / "prepare/__main__.py"  # `--show` escapes the text between its colours
-    assert "visible(" in (STAGES / "prepare/show.py").read_text()
+    assert "visible(" in coloured.read_text()
     for file in python_files(STAGES) - {coloured}:
         source = file.read_text()
         if '__name__ == "__main__"' in source:
