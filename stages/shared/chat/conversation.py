@@ -3,9 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring
 from typing import Any, Literal, NotRequired, TypedDict
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -62,27 +61,27 @@ def normalize(content: str) -> str:
 def conversation_id(messages: list[Message], **context: Any) -> str:
     """SHA-256, 64 hex digits, of compact JSON: `[[role, content], ...]`.
 
-    A weight follows as `,0`, other fields of a message as an object, and so does the context
-    (tools, template_kwargs, text) after the messages; keys are sorted, empty ones left out.
+    A weight follows, other fields of a message as an object, and so does the context (tools,
+    template_kwargs, text) after the messages; keys are sorted, empty ones left out.
     """
-    turns = [
-        f'["{m["role"]}",{encode_basestring(m["content"])}{_more(m) if len(m) > 2 else ""}]'
-        for m in messages  # by hand: json.dumps takes longer than all the rest
+    turns: list[Any] = [
+        [m["role"], m["content"], *(_more(m) if len(m) > 2 else ())] for m in messages
     ]
-    if said := {name: value for name, value in context.items() if value}:
-        turns.append(_compact(said))
-    return hashlib.sha256(f"[{','.join(turns)}]".encode()).hexdigest()
+    said = {name: value for name, value in context.items() if value}
+    return hashlib.sha256(_encode([*turns, said] if said else turns).encode()).hexdigest()
 
 
-def _more(message: Message) -> str:
+# Made once, which takes longer than to encode.
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+
+
+def _more(message: Message) -> Iterator[Any]:
+    if (weight := message.get("weight")) is not None:
+        yield int(weight) if weight == int(weight) else weight
     names = message.keys() - {"role", "content", "weight"}
-    weight = message.get("weight")
     rest = {name: message[name] for name in names if message[name] is not None}  # type: ignore[literal-required]
-    return ("" if weight is None else f",{weight:g}") + (f",{_compact(rest)}" if rest else "")
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    if rest:
+        yield rest
 
 
 def to_columns(messages: list[Message]) -> list[Any]:

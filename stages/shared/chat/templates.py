@@ -5,7 +5,6 @@ literals and the messages, so spans are always exact. A conversation that has mo
 contents, or is rendered differently once turns follow, is rendered turn by turn (`turns`).
 """
 
-import contextlib
 import functools
 import json
 import re
@@ -74,7 +73,7 @@ class Template:
         self.template_name: str | None = None
         self.is_own, self._tokenizer = markers is None, tokenizer
         self._turns = TurnRenderer(self._apply)
-        self._skeleton = functools.cache(self._try_split)
+        self._skeleton = functools.cache(self._split)
         bos = special_prefix(tokenizer)
         if not probe.begins_with(self._turns, bos):
             self.chat_template = f"{{{{- {_quote(bos)} }}}}{self.chat_template}"
@@ -128,11 +127,8 @@ class Template:
         of the `selected` replies (indices of messages), or the whole rendering if none is.
         """
         if not _has_more(conversation):
-            try:
-                return [self.render(conversation.messages)]
-            except RejectedRow:
-                if not self.is_own:
-                    raise
+            if (joined := self._join(conversation.messages)) is not None:
+                return [joined]
         elif not self.is_own and self.name != "chatml":
             raise RejectedRow(
                 f"prepare.template {self.name!r} renders no tools and no thoughts; choose chatml "
@@ -152,57 +148,45 @@ class Template:
         part = Part(len(begin), len(begin) + len(text), CONTEXT)
         return Rendered(f"{begin}{text}{end}", (part,))
 
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """Render normalized messages as one row."""
+        return self.rows(Conversation([*messages]), [])[0]
+
     def prompt(self, conversation: Conversation, count: int) -> Rendered:
         """Render the first messages and the generation prompt."""
-        if not _has_more(conversation):
-            with contextlib.suppress(RejectedRow):
-                return self.render(conversation.messages[:count], prompt=True)
         return self._turns.render(conversation, count, prompt=True)
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = False) -> Rendered:
-        """Render normalized messages; a prompt ends with the generation prompt."""
-        found = self._skeleton(tuple(m["role"] for m in messages), prompt)
-        if isinstance(found, RejectedRow):
-            raise RejectedRow(str(found))
-        literals, edges = found
+    def _join(self, messages: Sequence[Message]) -> Rendered | None:
+        """Join literals and messages; None where their rendering is not made of these."""
+        if (skeleton := self._skeleton(tuple(m["role"] for m in messages))) is None:
+            return None
+        literals, edges = skeleton
         text, parts = literals[0], list[Part]()
         for i, message in enumerate(messages):
             parts.append(Part(len(text), len(text) + len(message["content"]), i))
             text += message["content"] + literals[i + 1]
         if self.is_own:
             chat = [{"role": m["role"], "content": m["content"]} for m in messages]
-            if self._apply(chat, prompt) != text:
-                raise RejectedRow("the model's own chat template alters the text of a message")
+            if self._apply(chat, False) != text:
+                return None
         replies = tuple((parts[i].start - lead, parts[i].end + tail) for i, lead, tail in edges)
         return Rendered(text, tuple(parts), replies)
 
-    def _try_split(self, roles: tuple[Role, ...], prompt: bool) -> _Skeleton | RejectedRow:
+    def _split(self, roles: tuple[Role, ...]) -> _Skeleton | None:
+        """Render placeholders once; None where a message or a reply is not in its own place."""
+        conversation = probe.placeholders(*roles)
+        indices = [i for i, role in enumerate(roles) if role == "assistant"]
         try:
-            return self._split(probe.placeholders(*roles), prompt)
-        except RejectedRow as reason:
-            return reason
-
-    def _split(self, placeholders: Conversation, prompt: bool) -> _Skeleton:
-        messages, replies = placeholders.messages, list[Rendered]()
-        if prompt:
-            whole = self._turns.render(placeholders, len(messages), prompt=True)
-        else:
-            whole, replies = self._turns.turns(placeholders, [])
-        if [part.owner for part in whole.parts] != [*range(len(messages))]:
-            raise RejectedRow("the model's own chat template leaves a message out, or repeats it")
-        if not all(literal.strip() for literal in whole.literals()[1:-1]):
-            raise RejectedRow(
-                "the model's own chat template puts nothing but white space between two messages"
-            )
-        indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not prompt and len(whole.replies) < len(indices):
-            raise RejectedRow(
-                "the model's own chat template renders turns differently once others follow"
-            )
-        self._require_generation(placeholders, replies)
+            whole, replies = self._turns.turns(conversation, [])
+        except RejectedRow:
+            return None
+        owners = [part.owner for part in whole.parts]
+        if owners != [*range(len(roles))] or len(whole.replies) < len(indices):
+            return None
+        self._require_generation(conversation, replies)
         edges = [
             (i, whole.parts[i].start - start, end - whole.parts[i].end)
-            for i, (start, end) in zip(indices, whole.replies, strict=False)
+            for i, (start, end) in zip(indices, whole.replies, strict=True)
         ]
         return whole.literals(), edges
 
@@ -224,8 +208,10 @@ class Template:
             for block, reply in zip(blocks, replies, strict=False)
         ]
         if len(blocks) != len(replies) or not all(agree):
-            raise self._unfit(
-                "marks other text by {% generation %} than what follows its generation prompt"
+            raise _unfit(
+                self.name,
+                "the chat template marks other text by {% generation %} than what follows its "
+                "generation prompt",
             )
 
     def _apply(
@@ -252,12 +238,9 @@ class Template:
                 raise bounds.Exceeded(f"writes more than {_WRITTEN:,} characters of its own")
             return text
         except bounds.Exceeded as exceeded:
-            raise self._unfit(str(exceeded)) from exceeded
+            raise _unfit(self.name, f"the chat template {exceeded}") from exceeded
         except Exception as error:  # the template is third-party code
             raise RejectedRow(f"the model's own chat template refuses it: {error}") from None
-
-    def _unfit(self, reason: str) -> UserError:
-        return _unfit(self.name, f"the chat template {reason}")
 
 
 def make(

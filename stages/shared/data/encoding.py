@@ -7,25 +7,21 @@ from pathlib import Path
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
 _MARKS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _NULS = {(1, 3): "UTF-16LE", (0, 2): "UTF-16BE", (1, 2, 3): "UTF-32LE", (0, 1, 2): "UTF-32BE"}
-_LATIN = ("WINDOWS-1252", "WINDOWS-1250", "ISO-8859-2", "MACINTOSH", "CP850")
-# Python's names of others and iconv's.
-_OTHERS = {
-    "cp1251": "WINDOWS-1251",
-    "koi8_r": "KOI8-R",
-    "iso8859_5": "ISO-8859-5",
-    "cp866": "CP866",
-}
-_OTHERS |= {"cp1253": "WINDOWS-1253", "cp1255": "WINDOWS-1255", "cp1256": "WINDOWS-1256"}
-_OTHERS |= {"cp932": "SHIFT_JIS", "euc_jp": "EUC-JP", "cp949": "CP949", "gb18030": "GB18030"}
-_OTHERS |= {"big5": "BIG5"}
+# Python's names and iconv's.
+_LATIN = {"cp1252": "WINDOWS-1252", "cp1250": "WINDOWS-1250", "iso8859_2": "ISO-8859-2"}
+_LATIN |= {"mac_roman": "MACINTOSH", "cp850": "CP850"}
+_OTHERS = {"cp1251": "WINDOWS-1251", "koi8_r": "KOI8-R", "iso8859_5": "ISO-8859-5"}
+_OTHERS |= {"cp866": "CP866", "cp1253": "WINDOWS-1253", "cp1255": "WINDOWS-1255"}
+_OTHERS |= {"cp1256": "WINDOWS-1256", "cp932": "SHIFT_JIS", "euc_jp": "EUC-JP", "cp949": "CP949"}
+_OTHERS |= {"gb18030": "GB18030", "big5": "BIG5"}
 
 
 def encoding_of(sample: bytes) -> str | None:
     """The likely encoding of text that is not UTF-8, as iconv names it; None where nothing fits.
 
-    UTF-16 and UTF-32 go by their byte order mark or their NULs. Bytes above 0x7F that stand singly
-    between ASCII are of a Latin script: the code page under which most of them are letters within
-    words or signs outside of them. For all others charset_normalizer judges.
+    UTF-16 and UTF-32 go by their byte order mark or their NULs, others by charset_normalizer; of
+    Latin scripts the code page under which most bytes above 0x7F are letters within words or signs
+    outside of them.
     """
     for mark, name in _MARKS.items():
         if sample.startswith(mark):
@@ -33,14 +29,12 @@ def encoding_of(sample: bytes) -> str | None:
     if b"\0" in sample:
         nuls = [sample[i::4].count(0) for i in range(4)]
         return _NULS.get(tuple(i for i in range(4) if 2 * nuls[i] > max(nuls)))
-    high = re.findall(rb"[\x80-\xff]+", sample)
-    singles = sum(len(run) == 1 for run in high)
-    if _is_double_byte(sample) or 2 * singles < len(high):
-        from charset_normalizer import from_bytes  # noqa: PLC0415  (for a faulty file alone)
+    from charset_normalizer import from_bytes  # noqa: PLC0415  (for a faulty file alone)
 
-        best = from_bytes(sample, cp_isolation=list(_OTHERS)).best()
-        return _OTHERS.get(best.encoding) if best else None
-    scores = {name: _latin_score(sample, name) for name in _LATIN}
+    best = from_bytes(sample, cp_isolation=[*_LATIN, *_OTHERS]).best()
+    if best is None or best.encoding in _OTHERS:
+        return best and _OTHERS[best.encoding]
+    scores = {name: _latin_score(sample, name) for name in _LATIN.values()}
     if re.search(rb"[\x8a\x8e\x9a\x9e]", sample):  # š, ž of both: many in Central Europe alone
         scores["WINDOWS-1250"] += 1
     likely = max(scores, key=lambda name: scores[name])
@@ -60,14 +54,6 @@ def encoding_advice(path: Path, offset: int) -> str:
         return "Save it as UTF-8."
     target = f"{path.stem}.utf8{path.suffix}"
     return f"It looks like {name}. Convert it: iconv -f {name} -t UTF-8 {path} > {target}"
-
-
-def _is_double_byte(sample: bytes) -> bool:
-    """Whether it looks like Shift-JIS or Big5, where an ASCII byte may end a character."""
-    kana = len(re.findall(rb"\x82[\x9f-\xf1]|\x83[\x40-\x96]", sample))
-    common = len(re.findall(rb"[\xa4-\xc6][\x40-\x7e\xa1-\xfe]", sample))
-    leads = len(re.findall(rb"[\x81-\xfe][\x40-\xfe]", sample))
-    return 4 * kana > leads or 5 * common > 4 * leads > 0
 
 
 def _latin_score(sample: bytes, encoding: str) -> int:
