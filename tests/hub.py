@@ -44,14 +44,12 @@ class Hub:
 
     def listing(self, repository: str) -> Any:
         """The answer to a question for a repository's files."""
-        return self.listed or {
-            "id": repository.removeprefix("datasets/"),
-            "sha": COMMIT,
-            "siblings": [
-                {"rfilename": path, "size": len(content), **_hashes(path, content)}
-                for path, content in self.repositories[repository].items()
-            ],
-        }
+        name, contents = repository.removeprefix("datasets/"), self.repositories[repository]
+        siblings = [
+            {"rfilename": path, "size": len(content), **_hashes(path, content)}
+            for path, content in contents.items()
+        ]
+        return self.listed or {"id": name, "sha": COMMIT, "siblings": siblings}
 
     def tree(self, repository: str) -> Any:
         """The same as `huggingface_hub.snapshot_download` asks for it."""
@@ -66,30 +64,21 @@ def _git_sha1(content: bytes) -> str:
 
 
 def _hashes(path: str, content: bytes) -> dict[str, Any]:
-    if path.endswith((".safetensors", ".parquet")):
-        sha256 = hashlib.sha256(content).hexdigest()
-        return {
-            "blobId": "0" * 40,
-            "lfs": {"sha256": sha256, "size": len(content), "pointerSize": 130},
-        }
-    return {"blobId": _git_sha1(content)}
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """Say nothing of a client that has gone."""
+    if not path.endswith((".safetensors", ".parquet")):
+        return {"blobId": _git_sha1(content)}
+    lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return {"blobId": "0" * 40, "lfs": lfs}
 
 
 @contextmanager
 def serve() -> Iterator[Hub]:
     """Run a hub while the block lasts."""
     hub = Hub()
-    server = _Server(("127.0.0.1", 0), _handler(hub))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client has gone
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield hub
     finally:
@@ -115,9 +104,6 @@ def serve_here(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             hub.requests.append((f"{self.command} {path}", self.headers.get("Authorization")))
@@ -132,6 +118,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
             return self.send(name, content)
 
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def describe(self, path: str) -> None:
             kind = "tree" if "/tree/" in path else "revision"
             repository, _, commit = path.partition(f"/{kind}/")
@@ -144,31 +133,26 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def send(self, name: str, content: bytes) -> None:
             hashes = _hashes(name, content)
-            etag = hashes["lfs"]["sha256"] if "lfs" in hashes else hashes["blobId"]
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'}
+            etag = f'"{hashes["lfs"]["sha256"] if "lfs" in hashes else hashes["blobId"]}"'
+            headers = {"X-Repo-Commit": COMMIT, "ETag": etag}
             if hub.elsewhere:
-                headers |= {"Location": f"{hub.elsewhere}{self.path}", "X-Linked-Etag": f'"{etag}"'}
-                headers["X-Linked-Size"] = str(len(content))
-                return self.answer(302, b"", headers)
+                headers |= {"Location": f"{hub.elsewhere}{self.path}", "X-Linked-Etag": etag}
+                return self.answer(302, b"", {**headers, "X-Linked-Size": str(len(content))})
             start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].split("-")[0])
-            body, status = content[start:], 206 if start else 200
-            cut = None
+            body, cut = content[start:], None
             if self.command == "GET":
                 cut, hub.cut_after = hub.cut_after, None
-            return self.answer(status, body[:cut], {"Content-Length": str(len(body)), **headers})
+            headers["Content-Length"] = str(len(body))
+            return self.answer(206 if start else 200, body[:cut], headers)
 
         def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "HEAD":
-                return
-            if not hub.drip:
-                self.wfile.write(body)
-                return
-            for number in range(len(body)):
-                self.wfile.write(body[number : number + 1])
+            size = 1 if hub.drip else 2**30
+            for start in range(0, len(body) if self.command == "GET" else 0, size):
+                self.wfile.write(body[start : start + size])
                 sleep(hub.drip)
 
         def log_message(self, *_: object) -> None:

@@ -69,7 +69,7 @@ def damage(path: Path, kind: str, draw: random.Random) -> None:
             path.chmod(0 if kind == "unreadable" else 0o644)  # see `obey_permissions`
 
 
-def _retyped(content: bytes, draw: random.Random) -> Any:
+def _retyped(content: bytearray, draw: random.Random) -> Any:
     """Another value at a place of JSON; where it is none, any."""
     try:
         value = json.loads(content)
@@ -141,16 +141,12 @@ def blocked_out(pipeline: Pipeline, root: Path, stage: str, draw: random.Random)
     if target.is_dir():
         shutil.rmtree(target)
     target.unlink(missing_ok=True)
-    if kind == "fifo":
-        os.mkfifo(target)
-    elif kind == "file":
-        target.write_text("x")
-    else:
-        target.mkdir()
-        if kind == "full folder":
-            (target / "x").write_text("x")
-        if kind == "read-only":
-            target.chmod(0o500)
+    makers: dict[str, Callable[[Path], Any]] = {"fifo": os.mkfifo, "file": Path.touch}
+    makers.get(kind, Path.mkdir)(target)
+    if kind == "full folder":
+        (target / "x").write_text("x")
+    if kind == "read-only":
+        target.chmod(0o500)
     return Try(stage, f"{kind} at {target.relative_to(root)}")
 
 
@@ -284,7 +280,17 @@ def odd_params(pipeline: Pipeline, root: Path, stage: str, draw: random.Random) 
     keys = [*values.get(section, ())]
     key = draw.choice([f"{section}.{key}" for key in keys] or [f"{section}.x"])
     date = yaml.safe_load("2024-01-01")
-    oddities = ([["a"]], {"b": {"c": 1}}, "", [None], {}, [], "\x1b[31m", {1: 2}, date)
+    oddities: tuple[Any, ...] = (
+        [["a"]],
+        {"b": {"c": 1}},
+        "",
+        [None],
+        {},
+        [],
+        "\x1b[31m",
+        {1: 2},
+        date,
+    )
     odd: Any = draw.choice(oddities)
     if key in ("lora.target_modules", "lora.modules_to_save"):
         odd = {"a": 1}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stages.shared.core import files
 from stages.shared.core.errors import SIGNALS
@@ -55,23 +55,17 @@ def run(root: Path, stage: str, before: Callable[[], Any] | None = None, **how: 
     os.set_blocking(reader, False)  # an orphan may hold its other end
     started = time.monotonic()
     if (child := os.fork()) == 0:
-        code = 70
-        try:
-            os.setsid()
-            os.chdir(root)
-            for number in SIGNALS:  # as a command begins, also where this one is in a background
-                default = signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler
-                signal.signal(number, default)
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as `stages` does
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for descriptor in (1, 2):
-                os.dup2(writer, descriptor)
-            obey_permissions()
-            if before:
-                before()
-            code = _as_a_command(stage)
-        finally:
-            os._exit(code)
+        os.setsid()
+        os.chdir(root)
+        for number in SIGNALS:  # as a command begins, also where this one is in a background
+            default = signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler
+            signal.signal(number, default)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as `stages` does
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for descriptor in (1, 2):
+            os.dup2(writer, descriptor)
+        obey_permissions()
+        _as_a_command(stage, before)
     os.close(writer)
     status = _wait(child, **how)
     said = ""
@@ -81,24 +75,24 @@ def run(root: Path, stage: str, before: Callable[[], Any] | None = None, **how: 
     return Ended(status, said, time.monotonic() - started)
 
 
-def _as_a_command(stage: str) -> int:
-    """`python -m stages.<name>` as the interpreter runs it; returns its exit code."""
+def _as_a_command(stage: str, before: Callable[[], Any] | None) -> NoReturn:
+    """`python -m stages.<name>` as the interpreter runs it."""
     module, _, variant = stage.partition("@")
     sys.argv = [module, *([variant] if variant else [])]
-    code: Any = 0
+    code: Any = 1
     try:
+        if before:
+            before()
         runpy.run_module(f"stages.{module}", run_name="__main__", alter_sys=True)
+        code = 0
     except SystemExit as end:
         code = end.code
     except BaseException:
         traceback.print_exc()
-        code = 1
-    try:
-        sys.stdout.flush()
-    except OSError:
-        print("Exception ignored in stdout", file=sys.stderr)
-        code = 120
-    return int(code or 0)
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code or 0)
 
 
 def _wait(
@@ -108,15 +102,14 @@ def _wait(
 
     `send` may reach its children too (`os.killpg`, as a terminal does) or one of them.
     """
-    deadline, sent = time.monotonic() + LIMIT, False
     start = time.monotonic()
-    while time.monotonic() < deadline:
+    while (seconds := time.monotonic() - start) < LIMIT:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        if number and not sent and time.monotonic() - start >= after:
+        if number and seconds >= after:
             send(child, number)
-            sent = True
+            number = 0
         time.sleep(0.005)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)

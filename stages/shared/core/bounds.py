@@ -24,13 +24,13 @@ class Exceeded(Exception):  # noqa: N818  (the message completes a sentence)
 
 
 @contextmanager
-def limited(seconds: float | None = None, memory: int | None = None) -> Iterator[None]:
+def limited(seconds: float | None = None) -> Iterator[None]:
     """Raise `Exceeded` where the block takes more CPU seconds, or more bytes on top of today's.
 
     By the process's timer and its RLIMIT_DATA, so that a regular expression, a template and a
     decoder in C are bounded alike. Only a main thread hears signals: in others nothing is bounded.
     """
-    seconds, memory = seconds or SECONDS, memory or MEMORY
+    seconds = seconds or SECONDS
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -40,7 +40,7 @@ def limited(seconds: float | None = None, memory: int | None = None) -> Iterator
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    limits = [limit for limit in (held + memory, soft) if limit != resource.RLIM_INFINITY]
+    limits = [limit for limit in (held + MEMORY, soft) if limit != resource.RLIM_INFINITY]
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGPROF, signal.signal(signal.SIGPROF, stop))
         stack.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
@@ -50,7 +50,7 @@ def limited(seconds: float | None = None, memory: int | None = None) -> Iterator
         try:
             yield
         except MemoryError:
-            raise Exceeded(f"takes more than {memory / 1e9:.1f} GB of memory") from None
+            raise Exceeded(f"takes more than {MEMORY / 1e9:.1f} GB of memory") from None
 
 
 @contextmanager

@@ -32,16 +32,12 @@ _pipes: list[int] = []  # to the watchers of this process
 def run(
     main: Callable[..., None], add_options: Callable[[ArgumentParser], object] | None = None
 ) -> None:
-    """Run the `main()` of a stage or a tool, whose module is the command.
+    """Run the `main()` of a stage or a tool, with its options where it has any.
 
-    `--help` prints the module's docstring and its sections of params.yaml; unknown arguments are
-    refused. Neither runs anything. Whatever ends the command is one line on stderr and an exit
-    code: 1, or 128 and the number of a signal. Of an error that nobody foresaw, the traceback is
-    kept in `.logs/`. A signal ends the command as Ctrl-C does: what is half written is removed.
-
-    Args:
-        main: called with the parsed options where there are any to add, else with nothing.
-        add_options: adds the command's arguments to a parser.
+    `--help` prints its module's docstring and sections of params.yaml; unknown arguments are
+    refused. Whatever ends it is one line on stderr and an exit code: 1, or 128 and the number of a
+    signal, which ends it as Ctrl-C does: what is half written is removed. Of an error that nobody
+    foresaw, the traceback is kept in `.logs/`.
     """
     module = sys.modules[main.__module__]
     command = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else module.__name__
@@ -57,7 +53,7 @@ def run(
             main(*([options] if add_options else []))
             files.record_outs()
             sys.stdout.flush()  # or Python would find its reader gone when all is over
-    except SystemExit:
+    except SystemExit:  # of --help
         raise
     except BaseException as error:  # a panic of Rust is no `Exception`
         _on(heard, signal.SIG_IGN)  # a second one comes too late
@@ -188,5 +184,5 @@ def _state(process: int) -> str:
 
 def _out_of_memory_kills() -> int:
     """Processes that the kernel has killed for want of memory, since it booted."""
-    found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
-    return int(found[1]) if found else 0
+    found = re.findall(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    return sum(map(int, found))

@@ -166,10 +166,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 def verify_dependencies(stage: str) -> None:
     """Raise a UserError for a dependency that changed under its old modification time.
 
-    Sizes are compared always; hashes once for each inode, size, and time of modification and of
-    change, or each time with `QLORA_VERIFY=true`. A file with another inode or time than DVC knows
-    was written since, and is not judged; by hand, without DVC, one that dvc.lock does not have so
-    is told of.
+    Hashes are compared once for each inode, size, and time of modification and of change, or each
+    time with `QLORA_VERIFY=true`. A file with another inode or time than DVC knows was written
+    since, and is not judged; without DVC, one that differs from dvc.lock is told of.
     """
     from dvc.repo import Repo  # noqa: PLC0415  (imported by `params.load` by then)
 

@@ -44,11 +44,7 @@ def load(schema: type[P], stage: str) -> P:
 
     Through DVC, so that a stage cannot depend on a parameter that DVC does not know of. The other
     stages' sections are checked too: a mistake in one is told before the training, not after it.
-    Then the files that the stage depends on are verified.
-
-    Raises:
-        UserError: a key is unknown, missing, of a wrong type or out of range; or DVC cannot read
-            the stage; or a dependency rotted.
+    So are the files that the stage depends on. What is wrong is a UserError.
     """
     with quick_imports():  # half a second that the unit tests of a schema need not pay
         import dvc.api  # noqa: PLC0415
@@ -73,11 +69,7 @@ def load(schema: type[P], stage: str) -> P:
 
 
 def read_file() -> dict[str, Any]:
-    """All of params.yaml, as DVC reads it.
-
-    Raises:
-        UserError: it is no YAML, or more than JSON can hold: a date, a loop of anchors.
-    """
+    """All of params.yaml; a UserError where it is more than JSON can hold: a date, a loop."""
     if not require_regular(FILE).exists():
         raise UserError(f"{FILE}: not there. Run this at the root of a clone of the repository.")
     try:
@@ -121,10 +113,7 @@ def _schemas() -> Iterator[type[BaseModel]]:
 
 
 def validate(schema: type[P], values: dict[str, Any], stage: str | None = None) -> P:
-    """Check plain values against a schema; the first mistake raises a UserError of one line.
-
-    A validator that also reads outs finds in its context the `stage` that is about to run.
-    """
+    """Check plain values against a schema, whose context is `stage`; a mistake is a UserError."""
     try:
         return schema.model_validate(values, context=stage)
     except ValidationError as error:

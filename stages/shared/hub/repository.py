@@ -5,6 +5,7 @@ error becomes one line, and a response has a minimum rate and no long waits.
 """
 
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import get_session, logging
-from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
 from stages.shared.core import display, files, machine
@@ -130,14 +130,11 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
     That is the user's cache if it has all of them, else `folder`, whose complete files are kept.
     Either way every file has its stated hash.
     """
-    options: dict[str, Any] = {
-        "repo_id": repository.name,
-        "repo_type": repository.kind,
-        "revision": repository.commit,
-        "allow_patterns": [glob.escape(name) for name in names],
-    }
+    only = [glob.escape(name) for name in names]
+    pinned = {"repo_type": repository.kind, "revision": repository.commit, "allow_patterns": only}
+    snapshot = partial(snapshot_download, repository.name, **pinned)
     with suppress(LocalEntryNotFoundError):
-        cached = Path(snapshot_download(**options, local_files_only=True))
+        cached = Path(snapshot(local_files_only=True))
         blobs = [(cached / name).resolve() for name in names]
         if all(blob.is_file() for blob in blobs):
             for blob in blobs:  # named by their hash
@@ -151,13 +148,9 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
     limit = sum(sizes) if len(sizes) == len(missing) else None
     files.require_space(folder, sum(sizes), f"the download of {repository.name}")
     if missing:
-        with (
-            one_line_errors(repository),
-            display.bar(total=limit, desc=repository.name, unit="B") as bar,
-        ):
-            snapshot_download(
-                **options, local_dir=folder, endpoint=repository.endpoint, tqdm_class=_meter(bar)
-            )
+        bar = display.bar(total=limit, desc=repository.name, unit="B")
+        with one_line_errors(repository), bar:
+            snapshot(local_dir=folder, endpoint=repository.endpoint, tqdm_class=_meter(bar))
     for name, file in requested.items():
         path, stated = folder / name, file.lfs.sha256 if file.lfs else file.blob_id
         if stated and (hashed := _hash(path, len(stated))) != stated:
@@ -169,7 +162,11 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
 
 def _hash(path: Path, length: int) -> str:
     """SHA-256 (64 digits; the hub's for LFS files) or git's blob hash (40 digits; all others)."""
-    return files.sha256(path) if length == 64 else git_hash(path.read_bytes())
+    if length == 64:
+        return files.sha256(path)
+    sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: sha1).hexdigest()
 
 
 def _meter(bar: "tqdm[Any]") -> type["tqdm[Any]"]:
