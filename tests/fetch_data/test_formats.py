@@ -5,6 +5,7 @@ import decimal
 import gzip
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +192,16 @@ def test_faulty_files_are_told(name: str, content: bytes, reason: str, tmp_path:
     assert re.search(reason, refusal(tmp_path, name, content))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "my ä.json"])
 @pytest.mark.parametrize("iconv", ["WINDOWS-1252", "UTF-16", "UTF-16LE"])
 def test_encoding_is_named_with_the_command(iconv: str, name: str, tmp_path: Path) -> None:
     content = ('{"text": "“Où ça ?” – 5 €"}\n' * 3).encode(iconv)
-    assert refusal(tmp_path, name, content) == (
-        f"{name}:1: is not UTF-8. It looks like {iconv}. Convert it: "
-        f"iconv -f {iconv} -t UTF-8 {tmp_path / name} > a.utf8{Path(name).suffix}"
-    )
+    told = refusal(tmp_path, name, content)
+    assert told.startswith(f"{name}:1: is not UTF-8. It looks like {iconv}. Convert it: iconv ")
+    command = told.partition("Convert it: ")[2]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    converted = tmp_path / f"{Path(name).stem}.utf8{Path(name).suffix}"
+    assert converted.read_text().removeprefix("\ufeff") == content.decode(iconv)
     packed = refusal(tmp_path, f"{name}.gz", gzip.compress(content))
     assert packed == f"{name}.gz:1: is not UTF-8. Unpack it and save it as UTF-8."
 

@@ -8,6 +8,7 @@ covers stages run by hand.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Collection, Iterator
@@ -218,8 +219,8 @@ def _verify(repo: "Repo", path: str) -> None:
     advice = "Restore it; or, if it is right, `touch` it."
     if any(path == out.fs_path or path.startswith(f"{out.fs_path}/") for out in repo.index.outs):
         linked = copy.exists() and copy.samefile(path)  # then it rotted too
-        also = f" {os.path.relpath(copy)}" if linked else ""
-        advice = f"Let DVC write it again: rm -f {shown}{also} && dvc repro"
+        rotten = shlex.join([shown, os.path.relpath(copy)] if linked else [shown])
+        advice = f"Let DVC write it again: rm -f {rotten} && dvc repro"
     raise UserError(f"{shown}: changed on the disk under its old time. {advice}")
 
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from shlex import quote
 
 # Byte order marks, and which of four bytes in a row are mostly NUL without one.
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
@@ -52,8 +53,8 @@ def encoding_advice(path: Path, offset: int) -> str:
     name = encoding_of(sample)
     if name is None:
         return "Save it as UTF-8."
-    target = f"{path.stem}.utf8{path.suffix}"
-    return f"It looks like {name}. Convert it: iconv -f {name} -t UTF-8 {path} > {target}"
+    source, target = quote(str(path)), quote(f"{path.stem}.utf8{path.suffix}")
+    return f"It looks like {name}. Convert it: iconv -f {name} -t UTF-8 {source} > {target}"
 
 
 def _latin_score(sample: bytes, encoding: str) -> int:

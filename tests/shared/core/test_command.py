@@ -1,6 +1,7 @@
 """How a command begins and ends: help, arguments, one line, an exit code."""
 
 import gc
+import shlex
 import sys
 
 import pytest
@@ -151,7 +152,7 @@ def test_a_command_waits_for_nothing_that_is_gone(
     script = SCRIPT.replace("{}", does, 1).replace(
         "\ndef fail", "\ncommand.INTERVAL = 0.1\ndef fail"
     )
-    done = space.run("bash", "-c", f"{sys.executable} -c '{script}' {shell}")
+    done = space.run("bash", "-c", f"{shlex.quote(sys.executable)} -c '{script}' {shell}")
     assert done.stdout + done.stderr == told
 
 

@@ -2,7 +2,9 @@
 
 import os
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,25 +14,27 @@ from stages.shared.core import errors, files
 from stages.shared.core.errors import UserError
 
 
-def test_a_folder_appears_whole(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    for text in ("first", "second"):
-        with files.whole_folder(target) as partial:
-            (partial / "a").write_text(text)
-            assert not target.exists() or (target / "a").read_text() == "first"
-        assert (target / "a").read_text() == text
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+def old(path: Path) -> None:
+    path.mkdir()
+    (path / "a").write_text("old")
 
 
-def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "a").write_text("old")
-    with pytest.raises(ValueError, match="stop"), files.whole_folder(target) as partial:
-        (partial / "a").write_text("half")
+MAKE: list[Callable[[Path], Any]] = [old, Path.touch, os.mkfifo, lambda path: None]
+
+
+@pytest.mark.parametrize("make", MAKE, ids=["folder", "file", "pipe", "nothing"])
+def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    """Whatever lies there; `shutil.rmtree` would wait for a writer of a pipe."""
+    for name in ("out", "out.partial"):
+        make(tmp_path / name)
+    before = [*(tmp_path / "out").rglob("*")]
+    with pytest.raises(ValueError, match="stop"), files.whole_folder(tmp_path / "out") as partial:
+        (partial / "b").write_text("half")
         raise ValueError("stop")
-    assert (target / "a").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [*(tmp_path / "out").rglob("*")] == before
+    with files.whole_folder(tmp_path / "out") as partial:
+        (partial / "b").write_text("whole")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "b"]
 
 
 def test_files_of_a_folder_have_the_mode_of_the_umask(tmp_path: Path) -> None:
@@ -101,13 +105,3 @@ def test_require_regular_refuses_what_is_read_for_ever(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path}: is a folder; expected a file"):
         errors.require_regular(tmp_path)
     errors.require_regular(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("kind", ["folder", "file", "pipe"])
-def test_what_lies_where_a_stage_writes_is_replaced(tmp_path: Path, kind: str) -> None:
-    """`shutil.rmtree` would wait for a writer of the pipe."""
-    for name in ("out", "out.partial"):
-        {"folder": os.mkdir, "file": os.mknod, "pipe": os.mkfifo}[kind](tmp_path / name)
-    with files.whole_folder(tmp_path / "out") as partial:
-        (partial / "a").write_text("x")
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]

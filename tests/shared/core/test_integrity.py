@@ -17,7 +17,7 @@ from stages.shared.core.errors import UserError
 from stages.shared.core.machine import machine
 from tests import workspace
 
-MODEL = Path("models/base/model.safetensors")
+MODEL = Path("models/base/my model.safetensors")
 RAW = Path("mine.jsonl")
 
 
@@ -26,7 +26,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repo]:
     """A repository whose first stage copies a file into a folder, which the second reads."""
     space = workspace.make(tmp_path)
     monkeypatch.chdir(space.root)
-    copy = f"mkdir -p models/base && cp {RAW} {MODEL}"
+    copy = f"mkdir -p models/base && cp {RAW} '{MODEL}'"
     stages = {
         "fetch_model": {"cmd": copy, "deps": [str(RAW)], "outs": ["models/base"]},
         "quantize": {"cmd": "echo > out", "deps": ["models/base", str(RAW)], "outs": ["out"]},
@@ -84,7 +84,7 @@ def test_rot_in_the_cache_is_found_once_restored(repo: Repo) -> None:
     [copy] = [path for path in copies if path.read_bytes() == RAW.read_bytes()]
     flip(copy)
     repo.checkout(["models/base"])
-    with pytest.raises(UserError, match=rf"rm -f {MODEL} {copy} && dvc repro"):
+    with pytest.raises(UserError, match=rf"rm -f '{MODEL}' {copy} && dvc repro"):
         files.verify_dependencies("quantize")
 
 
