@@ -13,6 +13,8 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
+from stages.shared.core import params
+
 ROOT = Path(__file__).parents[1]
 STAGES = ROOT / "stages"
 SHARED = STAGES / "shared"
@@ -162,13 +164,15 @@ def test_no_stage_imports_torch_before_its_parameters_are_read() -> None:
 
 @pytest.mark.parametrize("stage", declared())
 def test_parameters_are_the_sections_that_the_schema_names(stage: str) -> None:
-    schema = importlib.import_module(f"stages.{folder_of(stage)}.config").Params
+    name = "config" if (STAGES / folder_of(stage) / "config.py").exists() else "__main__"
+    schema = importlib.import_module(f"stages.{folder_of(stage)}.{name}").Params
     assert list(schema.model_fields) == sections(declared()[stage])
 
 
 def test_params_yaml_has_no_unread_section() -> None:
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert set(values) == {name for stage in declared().values() for name in sections(stage)}
+    params.check(values)
 
 
 PATH_LITERAL = re.compile(r'Path\(\s*f?"((?:data|models|reports)[^"]*)"\s*\)')

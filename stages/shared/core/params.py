@@ -107,9 +107,10 @@ def check(whole: dict[str, Any], stage: str | None = None) -> None:
 
 
 def _schemas() -> Iterator[type[BaseModel]]:
-    """The schemas of all stages."""
-    for path in sorted(Path(__file__).parents[2].glob("*/config.py")):
-        yield importlib.import_module(f"stages.{path.parent.name}.config").Params
+    """The schemas of all stages, in `config.py` or, of a few keys, in `__main__.py`."""
+    for main in sorted(Path(__file__).parents[2].glob("*/__main__.py")):
+        name = "config" if main.with_name("config.py").exists() else "__main__"
+        yield importlib.import_module(f"stages.{main.parent.name}.{name}").Params
 
 
 def validate(schema: type[P], values: dict[str, Any], stage: str | None = None) -> P:
