@@ -17,8 +17,17 @@ from stages.shared.core.display import visible
 TEMPLATES = Path(__file__).parent / "templates"
 # Section → key of reports/<section>.json → label, or [label, explanation].
 LABELS = yaml.safe_load((TEMPLATES / "labels.yaml").read_text(encoding="utf-8"))
-# Parts of the peak in plan.json, `<part>_bytes`; those that no technique has are left out.
-PARTS = ["weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace"]
+# The peak and its parts in plan.json, `<part>_bytes`; those that no technique has are left out.
+PARTS = [
+    "peak",
+    "weights",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "workspace",
+]
 
 
 def environment() -> Environment:
@@ -92,7 +101,6 @@ def context(sources: Sources) -> dict[str, Any]:
         "part_losses": metrics.part_losses(sources.evaluate).to_dict("index"),
         "memory": memory.to_dict("index"),
         "memory_unit": memory.attrs["unit"],
-        "cards": [column for column in memory if column not in ("peak", *PARTS)],
         "parts": [part for part in PARTS if part in memory],
         "prompts": metrics.select(prompts, shown),
         "wrong": sum(map(metrics.is_wrong, prompts)),
@@ -101,13 +109,15 @@ def context(sources: Sources) -> dict[str, Any]:
 
 
 def memory_table(techniques: dict[str, Any]) -> pd.DataFrame:
-    """Peak, its parts and fit on each card, by technique; in GB from 10 GB on, else MB."""
+    """Peak, its parts and the smallest card, by technique; in GB from 10 GB on, else MB."""
     plan = pd.DataFrame.from_dict(techniques, orient="index")
-    sizes = plan.reindex(columns=[f"{part}_bytes" for part in ("peak", *PARTS)]).astype(float)
+    sizes = plan.reindex(columns=[f"{part}_bytes" for part in PARTS]).astype(float)
     sizes = sizes.dropna(axis=1, how="all").rename(columns=lambda name: name[: -len("_bytes")])
-    fits = pd.DataFrame({name: way.get("fits") or {} for name, way in techniques.items()}).T
     unit = "GB" if sizes.max().max() >= 1e10 else "MB"
-    table = (sizes / metrics.UNITS[unit]).join(fits)
+    table = sizes / metrics.UNITS[unit]
+    for name, technique in techniques.items():
+        fitting = (card for card, fits in (technique.get("fits") or {}).items() if fits is True)
+        table.loc[name, "card"] = metrics.words(next(fitting, "none"))
     table.attrs["unit"] = unit
     return table
 

@@ -65,10 +65,10 @@ def parsed(source):
         "Role user 1.5000 1.5000 1.5000 1.5000",
         "QLoRA on 16 of 1,500 conversations",
         "of 64 generated replies, exact match of the 40 among them whose answer is known",
-        "Technique peak, MB T4 16 GiB qlora nf4 0.0 ✓",
-        "exported gguf-q8_0 1.0628 2.894 0.5300 500",
+        "qlora nf4 T4 16 GiB 0.0",
+        "exported gguf-q8_0 1.0628 2.894 0.5300 – – 500",
         "on the first 500 tokens, where the merged model's loss is 1.0625",
-        "144.8 MB and agrees with the model in 99.75 % of the most likely tokens",
+        "144.8 MB and agrees with the merged model in 99.75 % of the most likely tokens",
         "Report written 20",
         "torch 2.13.0+cpu",
     ],
@@ -135,7 +135,7 @@ def test_page_spells_out_control_characters(tmp_path):
 
 def test_narrow_layout_has_a_heading_for_every_cell(source):
     tables = re.findall(r'<table class="wide">.*?</table>', page.html(source), flags=re.S)
-    assert len(tables) == 7
+    assert len(tables) == 6
     for table in tables:
         heads = re.findall(r"<th>([^<]*)</th>", table.partition("</thead>")[0])[1:]
         assert heads == re.findall(r'data-label="([^"]*)"', table)[: len(heads)]
