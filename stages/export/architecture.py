@@ -24,12 +24,7 @@ _ROPES: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 _YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 

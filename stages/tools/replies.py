@@ -12,12 +12,14 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 
 from stages.shared.chat import templates
-from stages.shared.chat.conversation import Conversation, Message
+from stages.shared.chat.conversation import Conversation, Message, RejectedRow, problem_with
 from stages.shared.chat.encode import Encoder
 from stages.shared.chat.templates import Format
 from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core.errors import UserError
 from stages.shared.weights.precision import autocast
+
+COLDEST = 0.01  # temperature; below it logits overflow, and the likeliest token is certain
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Replier:
         on_text: Callable[[str], Any] = lambda text: None,
         temperature: float = 0.0,
         stop_strings: Sequence[str] = (),
+        seed: int | None = None,
     ) -> Reply:
         """Reply to normalized messages, the last of the user, passing text to `on_text`.
 
@@ -102,11 +105,13 @@ class Replier:
         as the model was evaluated. What `on_text` raises ends the reply.
 
         Raises:
-            RejectedRow: the messages cannot be rendered.
+            RejectedRow: the messages are none that a model is trained on.
             UserError: the conversation is longer than the model's positions.
         """
-        reply: Message = {"role": "assistant", "content": ""}
-        prompt = self._encoder.encode_prompt(Conversation([*messages, reply]))
+        talk: list[Message] = [*messages, {"role": "assistant", "content": ""}]
+        if problem := problem_with(talk):
+            raise RejectedRow(problem)
+        prompt = self._encoder.encode_prompt(Conversation(talk))
         room = self._positions - len(prompt)
         if room <= 0:
             raise UserError(
@@ -118,11 +123,13 @@ class Replier:
         stream = Stream(self._tokenizer, stop_ids, stop_strings, on_text)
         config = GenerationConfig(
             max_new_tokens=min(max_new_tokens, room),
-            do_sample=temperature > 0,
-            temperature=temperature or None,
+            do_sample=temperature >= COLDEST,
+            temperature=temperature if temperature >= COLDEST else None,
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
         )
+        if seed is not None:
+            torch.manual_seed(seed)
         with autocast(ids.device, self._dtype):
             output = self.model.generate(
                 input_ids=ids,

@@ -15,13 +15,13 @@ import threading
 import time
 import uuid
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from aiohttp import web
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER, fetch
 from stages.shared.core import files, machine
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 BASE, MERGED = "base", "merged"
 TIMEOUT = 60  # seconds for a client that does not read
+LARGEST = 1 << 24  # bytes of a request
+WITHOUT_EFFECT = ("user", "metadata", "store")  # options that change no reply
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -57,14 +59,20 @@ def main(options: Namespace) -> None:
         web.run_app(server.app(), sock=listening, print=None, shutdown_timeout=1)
 
 
-def _refuse(status: int, message: str) -> web.Response:
-    """An error in the form of OpenAI's."""
-    error = {"message": message, "type": "invalid_request_error", "code": status}
-    return web.json_response({"error": error}, status=status)
+@web.middleware
+async def refuse(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Tell of errors in the form of OpenAI's."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        body = {"message": error.text, "type": "invalid_request_error", "code": error.status}
+        return web.json_response({"error": body}, status=error.status)
 
 
 class Request(BaseModel):
-    """A request for a chat completion, as far as it is honoured; other options are ignored."""
+    """A request for a chat completion; what else would change the reply is refused."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     class Message(BaseModel):
         """A turn; a content of parts is refused."""
@@ -75,10 +83,19 @@ class Request(BaseModel):
     model: str
     messages: list[Message] = Field(min_length=1)
     stream: bool = False
-    temperature: float = Field(default=0.0, ge=0)
+    stream_options: dict[str, Any] | None = None
+    temperature: float | None = Field(default=0.0, ge=0, le=2)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     stop: str | list[str] | None = None
+
+    def unsupported(self) -> Iterator[str]:
+        """Options that ask for something else than one whole reply."""
+        for name, value in (self.model_extra or {}).items():
+            default = 1 if name in ("n", "top_p") else None
+            if name not in WITHOUT_EFFECT and value not in (None, False, [], {}, default):
+                yield name
 
 
 class Server:
@@ -112,7 +129,7 @@ class Server:
         }
         self._lock = threading.Lock()
 
-    def reply(self, request: "Request", on_text: Callable[[str], Any]) -> "Reply":
+    def reply(self, request: Request, on_text: Callable[[str], Any]) -> "Reply":
         """Reply by the requested adapter; UserError where messages cannot be rendered."""
         from stages.shared.chat.conversation import RejectedRow, normalize  # noqa: PLC0415
 
@@ -127,15 +144,16 @@ class Server:
                 self._model.set_adapter(self._adapters[request.model])
             elif self._adapters:
                 self._model.base_model.disable_adapter_layers()
-            replier = self._repliers[request.model]
             try:
-                return replier.reply(messages, most, on_text, request.temperature, stops)
+                return self._repliers[request.model].reply(
+                    messages, most, on_text, request.temperature or 0.0, stops, request.seed
+                )
             except RejectedRow as error:
                 raise UserError(f"messages: {error}") from None
 
     def app(self) -> web.Application:
         """The application."""
-        app = web.Application()
+        app = web.Application(client_max_size=LARGEST, middlewares=[refuse])
         app.router.add_get("/v1/models", self.models)
         app.router.add_post("/v1/chat/completions", self.complete)
         return app
@@ -151,46 +169,54 @@ class Server:
             request = Request.model_validate_json(await http.read())
         except ValidationError as error:
             first = error.errors()[0]
-            return _refuse(400, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}")
+            where = ".".join(map(str, first["loc"])) or "body"
+            raise web.HTTPBadRequest(text=f"{where}: {first['msg']}") from None
         if request.model not in self.names:
-            return _refuse(404, f"model: {request.model!r} is none of {', '.join(self.names)}")
+            known = f"model: {request.model!r} is none of {', '.join(self.names)}"
+            raise web.HTTPNotFound(text=known)
+        for name in request.unsupported():
+            raise web.HTTPBadRequest(text=f"{name}: is not supported. Leave it out.")
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
-        head["model"] = request.model
+        head |= {"object": "chat.completion", "model": request.model}
+        head["object"] += ".chunk" if request.stream else ""
         pieces: list[str] = []
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         loop = asyncio.get_running_loop()
 
-        async def send(delta: dict[str, str], reason: str | None = None) -> None:
+        def choice(key: str, text: str, reason: str | None = None) -> dict[str, Any]:
+            said = {"role": "assistant", "content": text}
+            return {"choices": [{"index": 0, key: said, "finish_reason": reason}]}
+
+        async def send(values: dict[str, Any]) -> None:
             if not stream.prepared:  # a refusal comes before any text
                 await stream.prepare(http)
-            choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            chunk = head | {"object": "chat.completion.chunk", "choices": [choice]}
-            await stream.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            await stream.write(f"data: {json.dumps(head | values)}\n\n".encode())
 
         def on_text(text: str) -> None:  # on the model's thread; what it raises ends the reply
             pieces.append(text)
             if http.transport is None:  # closed, by Ctrl-C too
                 raise ConnectionAbortedError
             if request.stream:
-                asyncio.run_coroutine_threadsafe(send({"content": text}), loop).result(TIMEOUT)
+                sent = send(choice("delta", text))
+                asyncio.run_coroutine_threadsafe(sent, loop).result(TIMEOUT)
 
         try:
             reply = await asyncio.to_thread(self.reply, request, on_text)
-        except UserError as error:
-            return _refuse(400, str(error))
-        except (ConnectionError, TimeoutError):  # the client hung up, or does not read
-            return stream
-        reason = "stop" if reply.stopped else "length"
-        if request.stream:
-            await send({}, reason)
+            reason = "stop" if reply.stopped else "length"
+            usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+            usage["total_tokens"] = reply.prompt_tokens + reply.tokens
+            if not request.stream:
+                message = choice("message", "".join(pieces), reason)
+                return web.json_response(head | message | {"usage": usage})
+            await send(choice("delta", "", reason))
+            if (request.stream_options or {}).get("include_usage"):
+                await send({"choices": [], "usage": usage})
             await stream.write(b"data: [DONE]\n\n")
-            return stream
-        message = {"role": "assistant", "content": "".join(pieces)}
-        choice = {"index": 0, "message": message, "finish_reason": reason}
-        usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
-        usage["total_tokens"] = reply.prompt_tokens + reply.tokens
-        body = head | {"object": "chat.completion", "choices": [choice], "usage": usage}
-        return web.json_response(body)
+        except UserError as error:
+            raise web.HTTPBadRequest(text=str(error)) from None
+        except (ConnectionError, TimeoutError):  # the client hung up, or does not read
+            pass
+        return stream
 
 
 if __name__ == "__main__":

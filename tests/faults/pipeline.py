@@ -118,7 +118,8 @@ def _wait(
 
 def make_pipeline(root: Path) -> Pipeline:
     """Run every stage once, and let DVC record the outs in dvc.lock."""
-    space = workspace.make(root, SMALL | {"train.batch_size": 8})
+    formats = {"export.formats": ["gguf-f16", "vllm-lora"]}
+    space = workspace.make(root, SMALL | {"train.batch_size": 8} | formats)
     write_conversations(root / "mine.jsonl", 40)
     pid = os.fork()
     if pid == 0:  # torch computes in forks alone: none inherits its threads
