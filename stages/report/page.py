@@ -162,9 +162,10 @@ def html(sources: Sources) -> str:
     return template.render(context(sources), charts=inlined, provenance=rows)
 
 
-def model_card(sources: Sources) -> str:
-    """Model card in Markdown, with the hub's metadata."""
-    return environment().get_template("model_card.md.j2").render(context(sources))
+def model_card(sources: Sources, artifact: str = "merged", metadata: Markup | None = None) -> str:
+    """Model card of an artifact in Markdown; `metadata` in YAML, or what the hub needs at least."""
+    template = environment().get_template("model_card.md.j2")
+    return template.render(context(sources), artifact=artifact, metadata=metadata)
 
 
 def summary(sources: Sources) -> str:

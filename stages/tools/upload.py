@@ -16,6 +16,7 @@ import httpx2
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from markupsafe import Markup
 
 from stages.evaluate.__main__ import MODELS
 from stages.export.__main__ import EXPORTED
@@ -70,31 +71,29 @@ def add_options(parser: ArgumentParser) -> None:
 
 def main(options: Namespace) -> None:
     """Assemble, and send if it is asked for."""
+    repo, name = options.repo, options.repo.rpartition("/")[2]
     try:
-        validate_repo_id(options.repo)
+        validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"{options.repo}: is no name of a repository ({error}).") from None
+        raise UserError(f"{repo}: is no name of a repository ({error}).") from None
     source = sources.read(Path())
     origin = origin_of(source.parameters)
     licence = options.license or origin.licence
-    if licence and licence.startswith("llama3") and not _name(options.repo).startswith("Llama"):
-        raise UserError(f"{options.repo}: the licence {licence} asks for a name with Llama first.")
+    if licence and licence.startswith("llama3") and not name.startswith("Llama"):
+        raise UserError(f"{repo}: the licence {licence} asks for a name with Llama first.")
     if options.push and not licence:
         raise UserError("--license: is not known for this base. Name it as the base's page does.")
-    target = UPLOAD / _name(options.repo)
+    target = UPLOAD / name
     with files.whole_folder(target) as folder:
         library = assemble(folder, options.what, origin)
-        measured = (source.export if library == "gguf" else source.evaluate).get(options.what)
-        if not measured:
-            raise UserError(f"reports: have no metrics of {options.what}. Run `dvc repro`.")
-        text = card(source, origin, options.repo, library, licence, measured)
+        text = card(source, origin, repo, options.what, library, licence)
         files.write_text(folder / "README.md", text)
         if licence in NOTICES:
             files.write_text(folder / "NOTICE", NOTICES[licence] + "\n")
         require_portable(folder, source.parameters)
     print(f"{target}: {files.folder_bytes(target) / 1e6:.1f} MB")
     if options.push:
-        print(push(target, options.repo, private=options.private))
+        print(push(target, repo, private=options.private))
 
 
 def assemble(folder: Path, what: str, origin: Origin) -> str:
@@ -107,9 +106,9 @@ def assemble(folder: Path, what: str, origin: Origin) -> str:
 
         Weights(source)  # a folder that is half there is told
     files.link_folder(source, folder)
-    if not (folder / "adapter_config.json").exists():
-        return "gguf" if what.startswith("gguf") else "transformers"
     path = folder / "adapter_config.json"
+    if not path.exists():
+        return "gguf" if what.startswith("gguf") else "transformers"
     config = files.read_json(path) | {"base_model_name_or_path": origin.hub}
     files.write_json(path, config)  # by a rename, which leaves the linked original as it is
     for file in MODELS["merged"].iterdir():  # the tokenizer, with the chat template of training
@@ -123,11 +122,19 @@ def card(
     source: sources.Sources,
     origin: Origin,
     repo: str,
+    what: str,
     library: str,
     licence: str | None,
-    measured: Mapping[str, Any],
 ) -> str:
-    """README.md: the hub's metadata with the `measured` results, the model card, a snippet."""
+    """README.md: the hub's metadata with measured results, the model card, a snippet."""
+    measured = (source.export if library == "gguf" else source.evaluate).get(what)
+    if not measured:
+        raise UserError(f"reports: have no metrics of {what}. Run `dvc repro`.")
+    described = {
+        "task_type": "text-generation",
+        "dataset_type": origin.data_set or "held-out",
+        "dataset_name": f"held-out conversations ({measured['conversations']})",
+    }
     languages = source.evaluate["merged"].get("by_language") or {}
     data = ModelCardData(
         base_model=origin.hub,
@@ -137,49 +144,40 @@ def card(
         license=licence,
         pipeline_tag="text-generation",
         tags=["dvc-qlora", page.method(source.parameters).lower().replace(" ", "-"), library],
-        model_name=_name(repo),
-        eval_results=results(measured, origin),
+        model_name=repo.rpartition("/")[2],
+        eval_results=[
+            EvalResult(
+                metric_type=name,
+                metric_value=round(measured[name], 6),
+                metric_name=name.replace("_", " "),
+                **described,
+            )
+            for name in METRICS
+            if measured.get(name) is not None
+        ],
     )
-    body = page.model_card(replace(source, parameters=published(source.parameters)))
-    body = re.sub(r"\A---\n.*?\n---\n", "", body, flags=re.DOTALL)
+    public = replace(source, parameters=published(source.parameters))
+    text = page.model_card(public, what, Markup(data.to_yaml()))  # noqa: S704  (YAML, quoted)
     language = "sh" if library == "gguf" else "python"
     use = f"\n## Use it\n\n```{language}\n{SNIPPETS[library].format(repo=repo)}\n```\n"
     notice = f"\n{NOTICES[licence]}\n" if licence in NOTICES else ""
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}{use}{notice}"))
-
-
-def results(metrics: Mapping[str, Any], origin: Origin) -> list[EvalResult]:
-    """Measured results for `model-index`."""
-    data_set = origin.data_set or "held-out"
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=data_set,
-            dataset_name=f"held-out conversations ({metrics['conversations']})",
-            metric_type=name,
-            metric_value=round(metrics[name], 6),
-            metric_name=name.replace("_", " "),
-        )
-        for name in METRICS
-        if metrics.get(name) is not None
-    ]
+    return str(ModelCard(text + use + notice))
 
 
 def published(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters without the names of this machine's files and folders."""
-    public = {name: dict(section or {}) for name, section in parameters.items()}
-    data, model = public["data"], public["model"]
+    data, model = dict(parameters["data"]), dict(parameters["model"])
     own = str(data.get("path")).startswith(SAMPLE)
     data["path"] = "Sample conversations of dvc-qlora" if own else "Unpublished conversations"
     if model.get("source") == "path":
         model["name"] = "a local model"
-    return public
+    return {**parameters, "data": data, "model": model}
 
 
 def require_portable(folder: Path, parameters: Mapping[str, Any]) -> None:
     """Raise a UserError if a text names a folder or file of this machine."""
-    names = {str(Path.cwd()), str(Path.home())} - {"/"}
     data, model = parameters["data"], parameters["model"]
+    names = {str(Path.cwd()), str(Path.home())} - {"/"}
     names |= {str(data["path"])} if data.get("source") == "file" else set()
     names |= {str(model["name"])} if model.get("source") == "path" else set()
     for path in sorted(folder.iterdir()):
@@ -203,10 +201,6 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     except (httpx2.HTTPError, OSError) as error:
         raise UserError(f"{repo}: cannot be sent ({error}); {folder} is whole.") from None
     return str(url)
-
-
-def _name(repo: str) -> str:
-    return repo.rpartition("/")[2]
 
 
 if __name__ == "__main__":

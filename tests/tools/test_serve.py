@@ -130,6 +130,18 @@ def test_stream_is_the_whole_answer_in_pieces(server: serve.Server) -> None:
     assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + ["length"]
 
 
+def test_options_are_honoured_or_ask_for_nothing(server: serve.Server) -> None:
+    idle = {"model": "base", "n": 1, "top_p": 1, "logprobs": False, "tools": [], "user": "me"}
+    hot = idle | {"temperature": 2, "seed": 7}
+    coldest = {"model": "base", "temperature": 1e-300}
+    streamed = {"model": "base", "stream": True, "stream_options": {"include_usage": True}}
+    whole, same, other, cold, (_, stream) = ask(server, hot, hot, idle, coldest, streamed)
+    texts = [json.loads(body)["choices"][0]["message"] for _, body in (whole, same, other, cold)]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    last = json.loads(stream.split("\n\n")[-3].removeprefix("data: "))
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 8)
+
+
 def test_reply_ends_before_a_stop_string(server: serve.Server) -> None:
     [(_, text)] = ask(server, {"model": "base"})
     whole = json.loads(text)["choices"][0]["message"]["content"]
@@ -156,15 +168,18 @@ def test_stop_string_over_two_pieces_is_held_back() -> None:
         ({"model": "base", "messages": []}, 400, "messages: List should have at least 1 item"),
         ({"model": "base", "messages": [{"role": "user", "content": [1]}]}, 400, "content"),
         ({"model": "base", "messages": [ASKED[0] | {"role": "robot"}]}, 400, "messages.0.role"),
-        ({"model": "base", "messages": ASKED * 2}, 400, ""),
+        ({"model": "base", "messages": ASKED * 2}, 400, "turn 2 is of role user"),
+        ({"model": "base", "n": 2}, 400, "n: is not supported. Leave it out."),
+        ({"model": "base", "tools": [{"type": "function"}]}, 400, "tools: is not supported"),
+        ({"model": "base", "temperature": 3}, 400, "temperature: Input should be less than"),
+        ({"model": "base", "messages": [ASKED[0] | {"content": "x" * (1 << 24)}]}, 413, "exceeded"),
     ],
 )
 def test_bad_requests_are_told_in_one_line(
     server: serve.Server, body: dict[str, Any], status: int, message: str
 ) -> None:
     [(answered, text)] = ask(server, body)
-    if message:
-        assert (answered, message in json.loads(text)["error"]["message"]) == (status, True)
+    assert (answered, message in json.loads(text)["error"]["message"]) == (status, True)
 
 
 def test_client_that_hangs_up_ends_its_reply(server: serve.Server) -> None:

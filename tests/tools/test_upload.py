@@ -91,6 +91,8 @@ def test_exported_file_is_uploaded_with_its_card(space: Path) -> None:
     folder, card = uploaded("me/tuned", "--what", "gguf-q8_0")
     assert (folder / "model.gguf").read_bytes() == b"GGUF"
     assert "ollama run hf.co/me/tuned" in card.text
+    assert "The merged model in one file, gguf-q8_0" in card.text
+    assert "in safetensors" not in card.text
     measured = {r.metric_type: r.metric_value for r in card.data.eval_results}
     exported = files.read_json(Path("reports/export.json"))["gguf-q8_0"]
     assert measured["loss"] == exported["loss"] != made.LOSS["merged"]
