@@ -19,14 +19,9 @@ _ARCHITECTURES = {
     "mixtral": (gguf.MODEL_ARCH.LLAMA, True),
     "qwen3_moe": (gguf.MODEL_ARCH.QWEN3MOE, False),
 }
-# Keys of each type of rotary embedding; YaRN's as far as llama.cpp computes the same by default.
-_ROPES: dict[str, set[str]] = {
-    "default": set(),
-    "linear": {"factor"},
-    "yarn": {"factor", "original_max_position_embeddings"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
-_YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+# Keys of each type of rotary embedding that llama.cpp computes the same
+_LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+_ROPES: dict[str, set[str]] = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3}
 
 
 class Unsupported(ValueError):  # noqa: N818  (about a model, not an error of the program)
@@ -51,31 +46,23 @@ class Architecture:
         self.name = gguf.MODEL_ARCH_NAMES[self._arch]
         self.rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         self.rope_type = self.rope.get("rope_type") or self.rope.get("type") or "default"
+        if self.rope_type not in _ROPES:
+            raise Unsupported(f"its rope_type is {self.rope_type}")
+        known = {"rope_theta", "rope_type", "type", *_ROPES[self.rope_type]}
+        known |= {"partial_rotary_factor"} if self.rope.get("partial_rotary_factor") == 1 else set()
+        if extra := {key for key in self.rope.keys() - known if self.rope[key] is not None}:
+            raise Unsupported(f"its rotary embedding has {', '.join(sorted(extra))}")
         self.theta = self.rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-        self._require_rope()
         self.heads = config["num_attention_heads"]
         self.head_dim = config.get("head_dim") or config["hidden_size"] // self.heads
         self._names = gguf.get_tensor_name_map(self._arch, config["num_hidden_layers"])
-
-    def _require_rope(self) -> None:
-        known = _ROPES.get(self.rope_type)
-        if known is None:
-            raise Unsupported(f"its rope_type is {self.rope_type}")
-        extra = self.rope.keys() - known - {"rope_theta", "rope_type", "type"}
-        if self.rope_type == "yarn":
-            extra -= {key for key, usual in _YARN_DEFAULTS.items() if self.rope.get(key) == usual}
-        if self.rope.get("partial_rotary_factor") in (None, 1.0):
-            extra.discard("partial_rotary_factor")
-        if extra := {key for key in extra if self.rope[key] is not None}:
-            raise Unsupported(f"its rotary embedding has {', '.join(sorted(extra))}")
 
     @property
     def context_length(self) -> int:
         """Tokens up to which llama.cpp computes the same: it has no sliding window for these."""
         config, window = self.config, self.config.get("sliding_window")
-        slides = config["model_type"] in ("mistral", "mixtral") or "sliding_attention" in (
-            config.get("layer_types") or ()
-        )
+        slides = config["model_type"] in ("mistral", "mixtral")
+        slides = slides or "sliding_attention" in (config.get("layer_types") or ())
         positions = int(config["max_position_embeddings"])
         return min(positions, window) if window and slides else positions
 
@@ -117,14 +104,9 @@ class Architecture:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
         writer.add_rope_dimension_count(self.head_dim)
         writer.add_rope_freq_base(self.theta)
-        if self.rope_type in ("linear", "yarn"):
-            writer.add_rope_scaling_type(gguf.RopeScalingType(self.rope_type))
+        if self.rope_type == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(self.rope["factor"])
-        if self.rope_type == "yarn":
-            original = "original_max_position_embeddings"
-            writer.add_rope_scaling_orig_ctx_len(
-                self.rope.get(original) or config["max_position_embeddings"]
-            )
 
     def rope_divisors(self) -> np.ndarray | None:
         """Divisors of Llama 3's rotary frequencies, fp32 [head_dim / 2]; None for other types.

@@ -103,27 +103,20 @@ class Export:
             else:
                 path = folder / name / "adapter.gguf"
                 self.gguf.write_adapter(path, self.adapter)
-                self._write_gguf(path.with_name("base.gguf"), base, "F16", model, path)
+                self._write_gguf(path.with_name("base.gguf"), base, "F16", model)
                 tuned = loading.attach(model, self.adapter)
                 set_peft_model_state_dict(tuned, self.gguf.read_adapter(path, self.adapter))
             figures[name] = self._verify(name, expected, tuned)
         shutil.rmtree(base)
         return figures
 
-    def _write_gguf(
-        self,
-        path: Path,
-        source: Path,
-        kind: str,
-        model: PreTrainedModel,
-        adapter: Path | None = None,
-    ) -> None:
+    def _write_gguf(self, path: Path, source: Path, kind: str, model: PreTrainedModel) -> None:
         """Write a file and its Modelfile; `model` is overwritten with the file's values."""
         self.gguf.write(path, Weights(source), GGMLQuantizationType[kind])
         self.gguf.fill(model, path)
         ends, context = [self.form.eos_token], self.gguf.architecture.context_length
-        added = f"./{adapter.name}" if adapter else None
-        text = modelfile.modelfile(f"./{path.name}", self.texts, ends, context, added)
+        names = [file.name for file in (path, path.with_name("adapter.gguf")) if file.exists()]
+        text = modelfile.modelfile(names, self.texts, ends, context)
         files.write_text(path.with_name("Modelfile"), text)
 
     def _write_base(self, base: PreTrainedModel, folder: Path) -> None:

@@ -54,23 +54,18 @@ def literals(render: Callable[[Messages], str]) -> Literals:
 
 def go_template(texts: Literals) -> str:
     """Go template of the texts; they stand in it as string literals, which nothing can end."""
-    lines = ['{{- $last := "" }}', "{{- range .Messages }}"]
-    word = "if"
-    for role in ("system", "user", "assistant"):
-        after = {before: text for (before, r), text in texts.between.items() if r == role}
-        if not after:  # the template takes no such message
-            continue
-        lines.append(f"{{{{- {word} eq .Role {_quote(role)} }}}}")
-        *known, (_, start) = sorted(after.items(), reverse=True)  # the start's, "", is last
-        for number, (before, text) in enumerate(known):
-            inner = "else if" if number else "if"
-            lines.append(f"{{{{- {inner} eq $last {_quote(before)} }}}}{_write(text)}")
-        lines.append(
-            f"{{{{- else }}}}{_write(start)}{{{{ end }}}}" if known else '{{- "" }}' + _write(start)
-        )
-        lines.append("{{- .Content }}{{ $last = .Role }}")
-        word = "else if"
-    return "\n".join([*lines, "{{- end }}", "{{- end }}" + _write(texts.prompt)])
+    branches = {
+        f"and (eq .Role {_quote(role)}) (eq $last {_quote(before)})": text
+        for (before, role), text in texts.between.items()
+    }
+    for (_, role), text in sorted(texts.between.items(), reverse=True):  # the start's, "", is last
+        branches[f"eq .Role {_quote(role)}"] = text
+    lines = [f"{{{{- else if {when} }}}}{_write(text)}" for when, text in branches.items()]
+    lines[0] = lines[0].replace("else if", "if", 1)
+    lines = ['{{- $last := "" }}', "{{- range .Messages }}", *lines, "{{- end }}"]
+    return "\n".join(
+        [*lines, "{{- .Content }}{{ $last = .Role }}", "{{- end }}" + _write(texts.prompt)]
+    )
 
 
 def _write(text: str) -> str:
@@ -82,10 +77,8 @@ def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def modelfile(
-    model: str, texts: Literals, ends: Sequence[str], context: int, adapter: str | None = None
-) -> str:
-    """Modelfile with greedy decoding, as the model was measured.
+def modelfile(names: Sequence[str], texts: Literals, ends: Sequence[str], context: int) -> str:
+    """Modelfile of a model's file, and an adapter's, with greedy decoding, as they were measured.
 
     Ollama's default repeat_penalty, 1.1, would change replies. A model that goes on by itself is
     stopped where the next turn begins, too.
@@ -97,8 +90,7 @@ def modelfile(
     stops += [line for line in following.strip().splitlines()[:1] if '"' not in line]
     return "\n".join(
         [
-            f"FROM {model}",
-            *([f"ADAPTER {adapter}"] if adapter else []),
+            *(f"{what} ./{name}" for what, name in zip(("FROM", "ADAPTER"), names, strict=False)),
             f'TEMPLATE """{go_template(texts)}"""',
             *(f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)),
             f"PARAMETER num_ctx {min(context, LONGEST_CONTEXT)}",

@@ -162,10 +162,13 @@ def html(sources: Sources) -> str:
     return template.render(context(sources), charts=inlined, provenance=rows)
 
 
-def model_card(sources: Sources, artifact: str = "merged", metadata: Markup | None = None) -> str:
-    """Model card of an artifact in Markdown; `metadata` in YAML, or what the hub needs at least."""
+def model_card(sources: Sources, artifact: str = "merged", **upload: str) -> str:
+    """Model card of an artifact in Markdown.
+
+    `upload` has more for the hub: `metadata` in YAML, the `repo` and the licence's `notice`.
+    """
     template = environment().get_template("model_card.md.j2")
-    return template.render(context(sources), artifact=artifact, metadata=metadata)
+    return template.render(context(sources), artifact=artifact, **upload)
 
 
 def summary(sources: Sources) -> str:

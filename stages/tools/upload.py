@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import httpx2
+import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -21,8 +22,7 @@ from markupsafe import Markup
 from stages.evaluate.__main__ import MODELS
 from stages.export.__main__ import EXPORTED
 from stages.export.config import Kind
-from stages.report import page, sources
-from stages.report.sources import Origin, origin_of
+from stages.report import metrics, page, sources
 from stages.shared.core import files
 from stages.shared.core.command import run
 from stages.shared.core.errors import UserError
@@ -30,34 +30,8 @@ from stages.shared.core.errors import UserError
 UPLOAD = Path("upload")
 SAMPLE = "data/sample"  # the project's own conversations
 WHAT = ["merged", "adapter", *(name for name in get_args(Kind) if not name.endswith("-lora"))]
-METRICS = ("loss", "perplexity", "bits_per_byte", "exact_match", "stop_rate")
-META = "Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
 # What a base's licence wants to stand beside a model that is made of it.
-NOTICES = {
-    "llama2": f"Llama 2 is licensed under the LLAMA 2 {META}",
-    "llama3": f"Built with Meta Llama 3. Meta Llama 3 is licensed under the Meta Llama 3 {META}",
-    "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at "
-    "ai.google.dev/gemma/terms",
-}
-NOTICES |= {
-    f"llama3.{n}": f"Built with Llama. Llama 3.{n} is licensed under the Llama 3.{n} {META}"
-    for n in (1, 2, 3)
-}
-TALK = """messages = [{{"role": "user", "content": "What is 48 plus 17?"}}]
-print(chat(messages)[0]["generated_text"][-1]["content"])"""
-SNIPPETS = {
-    "transformers": f"""from transformers import pipeline
-
-chat = pipeline("text-generation", "{{repo}}")
-{TALK}""",
-    "peft": f"""from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, pipeline
-
-model = AutoPeftModelForCausalLM.from_pretrained("{{repo}}")
-chat = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained("{{repo}}"))
-{TALK}""",
-    "gguf": "ollama run hf.co/{repo}",
-}
+NOTICES = yaml.safe_load((page.TEMPLATES / "notices.yaml").read_text(encoding="utf-8"))
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -77,7 +51,7 @@ def main(options: Namespace) -> None:
     except HFValidationError as error:
         raise UserError(f"{repo}: is no name of a repository ({error}).") from None
     source = sources.read(Path())
-    origin = origin_of(source.parameters)
+    origin = sources.origin_of(source.parameters)
     licence = options.license or origin.licence
     if licence and licence.startswith("llama3") and not name.startswith("Llama"):
         raise UserError(f"{repo}: the licence {licence} asks for a name with Llama first.")
@@ -96,7 +70,7 @@ def main(options: Namespace) -> None:
         print(push(target, repo, private=options.private))
 
 
-def assemble(folder: Path, what: str, origin: Origin) -> str:
+def assemble(folder: Path, what: str, origin: sources.Origin) -> str:
     """Link the files of a model or an adapter; returns the library that loads them."""
     source = MODELS.get(what, EXPORTED / what)
     if not source.is_dir():
@@ -120,7 +94,7 @@ def assemble(folder: Path, what: str, origin: Origin) -> str:
 
 def card(
     source: sources.Sources,
-    origin: Origin,
+    origin: sources.Origin,
     repo: str,
     what: str,
     library: str,
@@ -152,16 +126,15 @@ def card(
                 metric_name=name.replace("_", " "),
                 **described,
             )
-            for name in METRICS
+            for name in metrics.METRICS
             if measured.get(name) is not None
         ],
     )
     public = replace(source, parameters=published(source.parameters))
-    text = page.model_card(public, what, Markup(data.to_yaml()))  # noqa: S704  (YAML, quoted)
-    language = "sh" if library == "gguf" else "python"
-    use = f"\n## Use it\n\n```{language}\n{SNIPPETS[library].format(repo=repo)}\n```\n"
-    notice = f"\n{NOTICES[licence]}\n" if licence in NOTICES else ""
-    return str(ModelCard(text + use + notice))
+    metadata = Markup(data.to_yaml())  # noqa: S704  (YAML, quoted)
+    notice = NOTICES.get(licence, "")
+    text = page.model_card(public, what, metadata=metadata, repo=repo, notice=notice)
+    return str(ModelCard(text))
 
 
 def published(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,13 +32,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3": ("llama", {"rope_parameters": {"rope_type": "llama3"} | ROPE | LLAMA3}),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear"} | ROPE}),
-    "yarn": (
-        "qwen2",
-        {
-            "rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 64} | ROPE,
-            "max_position_embeddings": 256,
-        },
-    ),
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
     "qwen2": ("qwen2", {"use_sliding_window": False}),
     "qwen3": ("qwen3", {"head_dim": 32}),
@@ -248,10 +241,7 @@ def test_vocabulary_refuses_what_llama_cpp_reads_otherwise(tmp_path: Path) -> No
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type is dynamic"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "has partial_rotary_factor"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}},
-            "has beta_fast",
-        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is yarn"),
     ],
 )
 def test_architecture_names_what_it_cannot_hold(changes: dict[str, Any], reason: str) -> None:

@@ -84,11 +84,11 @@ def test_go_template_renders_what_the_jinja_does(tmp_path: Path, name: str) -> N
 
 def test_modelfile_is_greedy_and_stops_at_the_next_turn() -> None:
     texts, _ = rendered("guanaco")
-    text = modelfile.modelfile("./model.gguf", texts, ["<|eot_id|>"], 131_072, "./adapter.gguf")
+    text = modelfile.modelfile(["model.gguf", "adapter.gguf"], texts, ["<|eot_id|>"], 131_072)
     head, template, tail = text.split('"""')
     assert head == "FROM ./model.gguf\nADAPTER ./adapter.gguf\nTEMPLATE "
-    assert template.startswith('{{- $last := "" }}\n{{- range .Messages }}\n{{- if eq .Role')
-    assert template.endswith('{{- end }}\n{{- end }}{{ "\\n### Assistant:" }}')
+    assert template.startswith('{{- $last := "" }}\n{{- range .Messages }}\n{{- if and (eq .Role')
+    assert template.endswith('{{ $last = .Role }}\n{{- end }}{{ "\\n### Assistant:" }}')
     assert tail.split("\n")[1:] == [
         'PARAMETER stop "<|eot_id|>"',
         'PARAMETER stop "### Human:"',
