@@ -16,7 +16,7 @@ def test_wheel_holds_every_file_of_the_stages(tmp_path: Path) -> None:
     for name in ("stages", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / "source" / name).symlink_to(ROOT / name)
     options = ["--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={tmp_path}"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, tmp_path / "source"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(tmp_path / "source")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("*.whl")
