@@ -1,8 +1,16 @@
 """Conversations that tests talk about, and how they are written down."""
 
 import random
+from collections.abc import Sequence
 
-from stages.shared.chat.conversation import Message, normalize
+from stages.prepare.loss_mask import Example, ExampleEncoder
+from stages.shared.chat.conversation import Conversation, Message, RejectedRow, normalize
+
+
+def encode(encoder: ExampleEncoder, batch: Sequence[list[Message]]) -> list[Example | RejectedRow]:
+    """Encode messages that make one row each."""
+    found = encoder.encode_conversations([*map(Conversation, batch)])
+    return [one if isinstance(one, RejectedRow) else one[0] for one in found]
 
 
 def system(content: str) -> Message:

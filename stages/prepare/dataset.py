@@ -72,7 +72,9 @@ def prepare(
             drawn = mixture.draw(splits["train"], parameters.seed, parameters.max_rows)
             metrics |= {"mix": drawn}
         metrics |= {str(split): file.figures() for split, file in splits.items()}
-        metrics |= {"template": parameters.template} | encoder.figures()
+        metrics |= {"template": parameters.template}
+        if parameters.system:
+            metrics |= {"system_merged": encoder.merges_system}
         limits.require_splits(metrics, splitter, rejections.first)
         if model is not None:
             longest = max(file.longest for file in splits.values())

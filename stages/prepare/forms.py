@@ -16,14 +16,14 @@ from stages.prepare.messages import (
     THOUGHTS,
     TOOLS,
     add_thoughts,
-    loaded,
+    agreed,
     parse_kwargs,
     parse_messages,
     parse_tools,
     says,
     unread,
 )
-from stages.prepare.rows import is_nan, kind_of, present, require_characters
+from stages.prepare.rows import kind_of, loaded, present, require_characters
 from stages.shared.chat.conversation import (
     Conversation,
     Message,
@@ -37,13 +37,7 @@ from stages.shared.chat.conversation import (
 
 Form = Literal["guanaco", "messages", "alpaca", "oasst", "text"]
 
-_FIELDS: dict[Form, set[str]] = {
-    "guanaco": {"text"},
-    "messages": {"messages", "conversations"},
-    "alpaca": {"input", "history", *THOUGHTS},  # and a pair
-    "oasst": {"prompt"},
-    "text": {"text"},
-}
+_LISTS = ("messages", "conversations")
 _PAIRS = (("instruction", "output"), ("prompt", "completion"))
 _TURNS = {"text", "messages", "conversations", "instruction", "input", "output"}
 _TURNS |= {"prompt", "completion"}
@@ -80,20 +74,20 @@ def parse(
     fields |= _loaded(fields)
     chosen: Form = "oasst" if form == "oasst_all" else form_of(fields) if form == "auto" else form
     text = _text(fields, "text") if chosen == "text" else None
-    paths = _paths(fields, chosen, unknown, every=form == "oasst_all") if text is None else [[]]
-    rest = fields.keys() - _read(fields, chosen) - {"language"}
-    rest -= _CONTEXT if text is None else set()
+    paths, read = _turns(fields, chosen, unknown, every=form == "oasst_all")
+    rest = fields.keys() - read - {"language"}
+    if text is None:
+        paths = [_with_system(fields, messages) for messages in paths]
+        rest -= _CONTEXT
     if rest:
         if form == "auto":
             _require_agreement({name: fields[name] for name in rest & _TURNS}, paths[0])
             rest -= _TURNS
         unknown |= unread(fields, rest)
     kept = [drop_unanswered(messages) for messages in paths]
-    shared = [
-        max((_shared(path, one) for one in kept[:n]), default=0) for n, path in enumerate(kept)
-    ]
+    shared = [max(_shared(kept[n], one) for one in kept[:n]) for n in range(1, len(kept))]
     # Another path of a tree is a row if it has a reply that none before it has.
-    branches = [(p, n) for p, n in zip(kept[1:], shared[1:], strict=True) if len(p) > n]
+    branches = [(path, n) for path, n in zip(kept[1:], shared, strict=True) if len(path) > n]
     kept[1:] = [path for path, _ in branches]
     if text == "":
         raise RejectedRow("`text` is empty")
@@ -102,7 +96,8 @@ def parse(
             replied = any(message["role"] == "assistant" for message in paths[0])
             raise RejectedRow(problem if replied else "no reply")
     tools, kwargs = parse_tools(fields), parse_kwargs(fields)
-    answer = _answer(fields.get("answer")) if text is None else None
+    answer = fields.get("answer") if text is None else None
+    answer = None if isinstance(answer, bool | list | dict | None) else str(answer).strip() or None
     language = fields.get("language") or (chosen == "oasst" and fields["prompt"].get("lang"))
     said = (value for path in kept for message in path for value in message.values())
     require_characters(text, answer, language, tools, kwargs, *said)
@@ -120,19 +115,6 @@ def parse(
         dropped_turn=any(path[-1]["role"] != "assistant" for path in paths if path),
         unknown=sorted(unknown),
     )
-
-
-def _paths(
-    fields: dict[str, Any], form: Form, unknown: set[str], *, every: bool
-) -> list[list[Message]]:
-    """Messages of the row, or of each path of a tree."""
-    if form == "oasst":
-        found = [
-            parse_messages(path, unknown) for path in _tree_paths(fields.get("prompt"), every=every)
-        ]
-    else:
-        found = [_turns(fields, form, unknown)]
-    return [_with_system(fields, messages) for messages in found]
 
 
 def _tree_paths(root: Any, *, every: bool) -> Iterator[list[dict[str, Any]]]:
@@ -198,7 +180,7 @@ def form_of(fields: dict[str, Any]) -> Form:
     text = fields.get("text")
     if isinstance(text, str) and "### Human:" in text:
         return "guanaco"
-    if not fields.keys().isdisjoint(_FIELDS["messages"]):
+    if not fields.keys().isdisjoint(_LISTS):
         return "messages"
     if isinstance(prompt := fields.get("prompt"), dict) and "text" in prompt:
         return "oasst"
@@ -235,42 +217,32 @@ def _renames(names: Set[str]) -> dict[str, str]:
     return {name: new[name] for name in new if name in names}
 
 
-def _turns(fields: dict[str, Any], form: Form, unknown: set[str]) -> list[Message]:
+def _turns(
+    fields: dict[str, Any], form: Form, unknown: set[str], *, every: bool
+) -> tuple[list[list[Message]], Set[str]]:
+    """Messages of the row, or of each path of a tree, and the fields that hold them."""
+    if form == "text":
+        return [[]], {"text"}
     if form == "guanaco":
-        return guanaco.parse(_text(fields, "text"))
+        return [guanaco.parse(_text(fields, "text"))], {"text"}
+    if form == "oasst":
+        paths = _tree_paths(fields.get("prompt"), every=every)
+        return [parse_messages(path, unknown) for path in paths], {"prompt"}
     if form == "messages":
-        names = (name for name in _FIELDS[form] if says(fields.get(name)))
-        lists = [parse_messages(fields[name], unknown) for name in names]
-        if not lists:
+        names = [name for name in _LISTS if says(fields.get(name))]
+        if not names:
             raise RejectedRow(f"no messages in {', '.join(fields)[:80]}")
-        if lists[0] != lists[-1]:
-            raise RejectedRow("`messages` and `conversations` differ; remove one")
-        return lists[0]
-    user, output = _pair(fields)
-    if _is_conversational(fields):
-        return _prompt_completion(fields, unknown)
+        lists = {name: parse_messages(fields[name], unknown) for name in names}
+        return [agreed(lists, names)], {*_LISTS}
+    pair = user, output = _PAIRS["prompt" in fields and "instruction" not in fields]
+    if pair == _PAIRS[1] and any(isinstance(fields.get(name), list) for name in pair):
+        return [_prompt_completion(fields, unknown)], {*pair}
     texts = [_text(fields, name) for name in (user, "input") if name == user or name in fields]
+    question: Message = {"role": "user", "content": "\n\n".join(filter(None, texts))}
     reply: Message = {"role": "assistant", "content": _text(fields, output)}
     add_thoughts(reply, fields, "")
-    question: Message = {"role": "user", "content": "\n\n".join(filter(None, texts))}
-    return [*_history(fields.get("history")), question, reply]
-
-
-def _read(fields: dict[str, Any], form: Form) -> Set[str]:
-    """Names of the fields that make the turns."""
-    if form != "alpaca":
-        return _FIELDS[form]
-    return {*_pair(fields)} | (set() if _is_conversational(fields) else _FIELDS[form])
-
-
-def _pair(fields: dict[str, Any]) -> tuple[str, str]:
-    return _PAIRS["prompt" in fields and "instruction" not in fields]
-
-
-def _is_conversational(fields: dict[str, Any]) -> bool:
-    return (
-        any(isinstance(fields.get(name), list) for name in _PAIRS[1]) and _pair(fields) == _PAIRS[1]
-    )
+    messages = [*_history(fields.get("history")), question, reply]
+    return [messages], {*pair, "input", "history", *THOUGHTS}
 
 
 def _prompt_completion(fields: dict[str, Any], unknown: set[str]) -> list[Message]:
@@ -339,9 +311,3 @@ def _require_agreement(others: dict[str, Any], messages: list[Message]) -> None:
             raise RejectedRow(
                 f"`{name}` contradicts the other fields; remove it or set prepare.format"
             )
-
-
-def _answer(value: Any) -> str | None:
-    if value is None or isinstance(value, bool | list | dict) or is_nan(value):
-        return None
-    return str(value).strip() or None

@@ -55,12 +55,7 @@ class ExampleEncoder:
         self._encoder = Encoder(tokenizer, template)
         self._eos = str(tokenizer.eos_token)
         self._train_on, self._thinking, self._max_length = train_on, thinking, max_length
-        self._merge_system = merge_system
-        self._merges_system = merge_system and not template.takes_system
-
-    def figures(self) -> dict[str, bool]:
-        """Whether system messages are merged, where `prepare.system` asks for it."""
-        return {"system_merged": self._merges_system} if self._merge_system else {}
+        self.merges_system = merge_system and not template.takes_system
 
     def encode_conversations(
         self, batch: Sequence[Conversation]
@@ -82,11 +77,6 @@ class ExampleEncoder:
         )
         return [_join([next(encoded), *(next(encoded) for _ in one.branches)]) for one in batch]
 
-    def encode(self, batch: Sequence[list[Message]]) -> list[Example | RejectedRow]:
-        """Encode messages that make one row each."""
-        found = self.encode_conversations([Conversation(messages) for messages in batch])
-        return [one if isinstance(one, RejectedRow) else one[0] for one in found]
-
     def _transform(self, conversation: Conversation) -> Conversation:
         """Leave out thoughts by `prepare.thinking`, and merge a system message."""
         messages, shared = conversation.messages, conversation.shared
@@ -96,7 +86,7 @@ class ExampleEncoder:
                 m if i == last else {k: v for k, v in m.items() if k != "reasoning"}  # type: ignore[misc]
                 for i, m in enumerate(messages)
             ]
-        if self._merges_system and messages and messages[0]["role"] == "system":
+        if self.merges_system and messages and messages[0]["role"] == "system":
             system, first, *rest = messages
             content = f"{system['content']}\n\n{first['content']}"
             messages, shared = [{**first, "content": content}, *rest], max(0, shared - 1)

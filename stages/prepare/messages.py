@@ -1,13 +1,14 @@
 """Messages of OpenAI's form and of ShareGPT's: roles, parts, tools, thoughts and weights."""
 
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from inspect import signature
+from itertools import count
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from stages.prepare.rows import is_nan, kind_of, parse_json, present
+from stages.prepare.rows import is_nan, kind_of, loaded, present
 from stages.shared.chat.conversation import Message, RejectedRow, Role, ToolCall, dump, normalize
 
 _ROLES: dict[str, Role] = {
@@ -77,17 +78,22 @@ def _message(number: int, fields: Any, unknown: set[str]) -> tuple[Message, bool
     plain = fields.keys() == {"role", "content"}
     if not plain:
         fields = present(fields)  # Parquet gives every message the fields of all
-    spelled = one_of(fields, "role", "from", where)
+    spelled = agreed(fields, ("role", "from"), where)
     role = _ROLES.get(spelled.lower()) if isinstance(spelled, str) else None
     if role is None:
         known = ", ".join(_ROLES)
         raise RejectedRow(f"message {number} is of role {spelled!r}, expected one of {known}")
-    content = one_of(fields, "content", "value", where)
+    content = agreed(fields, ("content", "value"), where)
     calls, is_call = list[ToolCall](), spelled.lower() in _CALL_ROLES
     if is_call:
         calls, content = parse_calls(content, where, unknown), None
     elif role == "assistant" and not plain:
-        calls = _calls_of(fields, where, unknown)
+        some = {
+            name: parse_calls(fields[name], where, unknown)
+            for name in _CALLS
+            if says(fields.get(name))
+        }
+        calls = agreed(some, _CALLS, where) or []
     if role == "tool" and not (isinstance(content, str | None) or _are_parts(content)):
         content = dump(content)  # a result that is JSON
     if isinstance(content, list):
@@ -135,13 +141,6 @@ def _part(part: Any, where: str, unknown: set[str]) -> str:
     return part
 
 
-def _calls_of(fields: dict[str, Any], where: str, unknown: set[str]) -> list[ToolCall]:
-    names = [name for name in _CALLS if says(fields.get(name))]
-    if len(names) > 1:
-        raise RejectedRow(f"`tool_calls` and `function_call`{where} both stand; remove one")
-    return parse_calls(fields[names[0]], where, unknown) if names else []
-
-
 def parse_calls(value: Any, where: str, unknown: set[str]) -> list[ToolCall]:
     """Parse calls, one or a list, or the JSON text of them."""
     value = loaded(value)
@@ -169,14 +168,12 @@ def _call(value: Any, where: str, unknown: set[str]) -> ToolCall:
     if not isinstance(name, str) or not name:
         raise RejectedRow(f"`name`{where} is {kind_of(name)}, expected a function's name")
     if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments) if says(arguments) else {}
-        except RejectedRow:
-            raise
-        except (ValueError, RecursionError):
-            raise RejectedRow(f"`arguments`{where} is no JSON: {arguments:.40}") from None
+        arguments = loaded(arguments) if says(arguments) else {}
     if not isinstance(arguments, dict):
-        raise RejectedRow(f"`arguments`{where} is {kind_of(arguments)}, expected an object")
+        kind = kind_of(arguments)
+        raise RejectedRow(
+            f"`arguments`{where} is {kind}, expected a JSON object: {arguments!s:.40}"
+        )
     call: ToolCall = {"name": name, "arguments": arguments}
     if says(fields.get("id")):
         call["id"] = str(fields["id"])
@@ -185,27 +182,22 @@ def _call(value: Any, where: str, unknown: set[str]) -> ToolCall:
 
 def parse_tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Parse function schemas, OpenAI's or bare ones, also as JSON text."""
-    lists = [loaded(fields[name]) for name in TOOLS if says(fields.get(name))]
-    if not lists:
-        return None
-    values = [value if isinstance(value, list) else [value] for value in lists]
-    tools = [[_tool(number, one) for number, one in enumerate(some, start=1)] for some in values]
-    if tools[0] != tools[-1]:
-        raise RejectedRow("`tools` and `functions` differ; remove one")
-    return tools[0]
+    lists = {name: loaded(fields[name]) for name in TOOLS if says(fields.get(name))}
+    values = {name: v if isinstance(v, list) else [v] for name, v in lists.items()}
+    return agreed({name: [*map(_tool, v, count(1))] for name, v in values.items()}, TOOLS)
 
 
-def _tool(number: int, value: Any) -> dict[str, Any]:
+def _tool(value: Any, number: int) -> dict[str, Any]:
     value = loaded(value)
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value, name = {"type": "function"} | value, value["function"].get("name")
-    elif isinstance(value, dict):
-        value, name = {"type": "function", "function": value}, value.get("name")
-    else:
+    if not isinstance(value, dict):
         raise RejectedRow(f"tool {number} is {kind_of(value)}, expected a function's schema")
-    if not isinstance(name, str) or not name or value["type"] != "function":
+    if not isinstance(value.get("function"), dict):
+        value = {"function": value}
+    tool = {"type": "function"} | value
+    name = tool["function"].get("name")
+    if not isinstance(name, str) or not name or tool["type"] != "function":
         raise RejectedRow(f"tool {number} is no schema of a function with a name")
-    return value
+    return tool
 
 
 def parse_kwargs(fields: dict[str, Any]) -> dict[str, Any]:
@@ -242,29 +234,18 @@ def _weight(fields: dict[str, Any], where: str) -> float:
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or (weight and not 1e-6 <= weight <= 1e6):
             raise RejectedRow(f"`{name}`{where} is {weight!r:.40}, expected 0 or 1e-6 to 1e6")
-    if len(set(weights.values())) > 1:
-        names = " and ".join(f"`{name}`" for name in weights)
-        raise RejectedRow(f"{names}{where} differ; remove one")
-    return float(next(iter(weights.values()), 1))
+    weight = agreed(weights, _WEIGHTS, where)
+    return 1.0 if weight is None else float(weight)
 
 
-def one_of(fields: dict[str, Any], name: str, other: str, where: str) -> Any:
-    """Value of one of two spellings; both must agree."""
-    if name in fields and other in fields and fields[name] != fields[other]:
-        raise RejectedRow(f"`{name}` and `{other}`{where} differ; remove one")
-    return fields.get(name, fields.get(other))
-
-
-def loaded(value: Any) -> Any:
-    """Parse a string that is JSON, as lists are written in CSV."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value)
-    except RejectedRow:
-        raise
-    except (ValueError, RecursionError):  # ValueError: also a number of thousands of digits
-        return value
+def agreed(fields: Mapping[str, Any], names: Sequence[str], where: str = "") -> Any:
+    """Value of the fields of these names, which must be equal; None where there is none."""
+    found = {name: fields[name] for name in names if name in fields}
+    value = next(iter(found.values()), None)
+    if any(other != value for other in found.values()):
+        some = " and ".join(f"`{name}`" for name in found)
+        raise RejectedRow(f"{some}{where} differ; remove one")
+    return value
 
 
 def unread(fields: dict[str, Any], names: Set[str], where: str = "") -> set[str]:

@@ -93,8 +93,8 @@ class SplitFile(RowGroups):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, SCHEMA)
-        self.count, self.languages = Counter[str](), Counter[str]()
-        self.by_source: dict[str, Counter[str]] = {}
+        self.by_source: dict[str | None, Counter[str]] = {}
+        self.languages = Counter[str]()
         self.longest = self.last_id = 0
 
     def add(self, rows: pa.Table) -> None:
@@ -102,33 +102,28 @@ class SplitFile(RowGroups):
         if not len(rows):
             return
         super().add(rows)
-        self.count.update(_counts(rows))
-        for name in rows["source"].unique().to_pylist():
-            if name is not None:
-                some = rows.filter(pc.equal(rows["source"], name))
-                self.by_source.setdefault(name, Counter()).update(_counts(some))
         lengths, ids = pc.list_value_length(rows["input_ids"]), pc.list_flatten(rows["input_ids"])
+        columns = (rows["is_first"].cast(pa.int64()), [1] * len(rows), lengths)
+        counts = dict(zip(_COUNTS, (*columns, rows["supervised_tokens"]), strict=True))
+        table = pa.table({"source": rows["source"], **counts}).group_by("source")
+        for one in table.aggregate([(name, "sum") for name in _COUNTS]).to_pylist():
+            count = self.by_source.setdefault(one["source"], Counter())
+            count.update({name: one[f"{name}_sum"] for name in _COUNTS})
         self.longest = max(self.longest, pc.max(lengths).as_py())
         self.last_id = max(self.last_id, pc.max(ids).as_py())
         self.languages.update(rows["language"].filter(rows["is_first"]).to_pylist())
 
     def figures(self) -> dict[str, Any]:
         """Metrics of the split."""
-        by_source = {name: _shown(count) for name, count in sorted(self.by_source.items())}
+        total = sum(self.by_source.values(), Counter[str]())
+        named = sorted((name, count) for name, count in self.by_source.items() if name is not None)
+        by_source = {name: _shown(count) for name, count in named}
         return {
-            **_shown(self.count),
+            **_shown(total),
             "longest_tokens": self.longest,
             "languages": _most_common(self.languages),
             **({"by_source": by_source} if by_source else {}),
         }
-
-
-def _counts(rows: pa.Table) -> dict[str, int]:
-    numbers = (pc.sum(rows["is_first"]).as_py(), len(rows))
-    tokens = pc.sum(pc.list_value_length(rows["input_ids"])).as_py()
-    return dict(
-        zip(_COUNTS, (*numbers, tokens, pc.sum(rows["supervised_tokens"]).as_py()), strict=True)
-    )
 
 
 def _shown(count: Counter[str]) -> dict[str, int]:
@@ -161,20 +156,16 @@ class Mixture(RowGroups):
         """Write the drawn conversations, at most `limit`, in their order; return the metrics."""
         self.close()
         sources, tokens = np.concatenate(self._sources), np.concatenate(self._tokens)
-        for i, (name, weight) in enumerate(self._weights.items()):
-            if weight and not (sources == i).any():
-                raise UserError(
-                    f"params.yaml: prepare.mix gives {name} the weight {weight}; it has no "
-                    "conversation for training. Set it to 0, or add some."
-                )
         drawn = draw(tokens, sources, [*self._weights.values()], seed, limit)
-        for i, (name, weight) in enumerate(self._weights.items()):
-            if weight and not (drawn & (sources == i)).any():
-                raise UserError(
-                    f"params.yaml: prepare.mix gives {name} the weight {weight}, too little for "
-                    f"one of its conversations beside {drawn.sum()} of the others. Raise it, or "
-                    "prepare.max_rows."
-                )
+        for found, why in (
+            (sources, "it has no conversation for training. Set it to 0, or add some."),
+            (sources[drawn], "too little for a conversation. Raise it, or prepare.max_rows."),
+        ):
+            for i, (name, weight) in enumerate(self._weights.items()):
+                if weight and i not in found:
+                    raise UserError(
+                        f"params.yaml: prepare.mix gives {name} the weight {weight}; {why}"
+                    )
         begun = 0
         with pq.ParquetFile(self._path) as stored:
             for group in range(stored.num_row_groups):

@@ -130,9 +130,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def parse_json(text: str) -> Any:
-    """Parse JSON text; `RejectedRow` for a key that stands twice in one object."""
-    return _DECODER.decode(text.strip())
+def loaded(value: Any) -> Any:
+    """Parse a string that is JSON, as lists are written in CSV."""
+    try:
+        return _DECODER.decode(value.strip()) if isinstance(value, str) else value
+    except RejectedRow:  # a key stands twice
+        raise
+    except (ValueError, RecursionError):  # ValueError: also a number of thousands of digits
+        return value
 
 
 def present(fields: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from stages.prepare.loss_mask import ExampleEncoder, TrainOn
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import RejectedRow
 from tests import tiny
+from tests.conversations import encode
 from tests.prepare import golden
 from tests.prepare.golden import Case
 from tests.prepare.helpers import Stage
@@ -34,7 +35,7 @@ def shown(input_ids: list[int], loss_mask: list[bool]) -> list[tuple[str, bool]]
 def test_each_token_is_learnt_or_not(case: Case, template: str, train_on: TrainOn) -> None:
     messages = parse(case.row).messages
     made = templates.make(template, TINY)
-    [one] = ExampleEncoder(TINY, made, train_on, case.max_length).encode([messages])
+    [one] = encode(ExampleEncoder(TINY, made, train_on, case.max_length), [messages])
     if isinstance(one, RejectedRow):
         assert str(one) == case.expected(template, train_on)
     else:

@@ -10,7 +10,16 @@ from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import Message, RejectedRow
 from tests import tiny, vocabularies
-from tests.conversations import FORGED, PLAIN, assistant, random_conversation, user
+from tests.conversations import (
+    FORGED,
+    PLAIN,
+    assistant,
+    random_conversation,
+    user,
+)
+from tests.conversations import (
+    encode as encode_batch,
+)
 
 TINY = tiny.tokenizer()
 
@@ -23,7 +32,7 @@ def encode(
     tokenizer: PreTrainedTokenizerFast = TINY,
 ) -> Example:
     encoder = ExampleEncoder(tokenizer, templates.make(template, tokenizer), train_on, max_length)
-    [one] = encoder.encode([messages])
+    [one] = encode_batch(encoder, [messages])
     if isinstance(one, RejectedRow):
         raise one
     return one
@@ -141,8 +150,8 @@ def test_examples_do_not_depend_on_the_batch(
     batch = [random_conversation(rng, ascii_only=tokenizer is not TINY) for _ in range(40)]
     encoder = ExampleEncoder(tokenizer, templates.make("chatml", tokenizer), train_on, 40)
     batch.append(FORGED)
-    together = encoder.encode(batch)
-    alone = [encoder.encode([messages])[0] for messages in batch]
+    together = encode_batch(encoder, batch)
+    alone = [encode_batch(encoder, [messages])[0] for messages in batch]
     assert [str(one) for one in together] == [str(one) for one in alone]
     assert train_on == "all" or any(isinstance(one, RejectedRow) for one in together)
     assert any(isinstance(one, Example) and one.truncated for one in together)

@@ -17,7 +17,7 @@ from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import Message
 from tests import tiny, vocabularies
-from tests.conversations import random_conversation
+from tests.conversations import encode, random_conversation
 from tests.prepare.checks import check
 from tests.prepare.reading import PATTERNS, Reader
 from tests.prepare.test_golden import OWN
@@ -71,7 +71,7 @@ def test_mask_holds_every_end_and_no_prompt(name: str, template: str, train_on: 
     for max_length in (12, 20, 30, 40, 60, 80, 120, 10_000):
         batch = draw(name, template, train_on, str(max_length), count=40)
         encoder = ExampleEncoder(tokenizer, made_template, train_on, max_length)
-        for messages, one in zip(batch, encoder.encode(batch), strict=True):
+        for messages, one in zip(batch, encode(encoder, batch), strict=True):
             if not isinstance(one, Example):
                 assert re.match("a message holds|no supervised token", str(one))
                 continue
@@ -88,9 +88,9 @@ def test_truncation_keeps_as_many_exchanges_as_fit(name: str, template: str) -> 
     tokenizer, reader = made(name)
     batch = draw(name, template, count=30)
     made_template = templates.make(template, tokenizer)
-    whole = ExampleEncoder(tokenizer, made_template, "all", 10_000).encode(batch)
+    whole = encode(ExampleEncoder(tokenizer, made_template, "all", 10_000), batch)
     for max_length in (20, 40, 60, 80):
-        cut = ExampleEncoder(tokenizer, made_template, "all", max_length).encode(batch)
+        cut = encode(ExampleEncoder(tokenizer, made_template, "all", max_length), batch)
         for one, uncut in zip(cut, whole, strict=True):
             if isinstance(one, Example) and isinstance(uncut, Example):
                 turns = reader.turns(uncut, pattern_of(name, template))
@@ -133,7 +133,7 @@ def test_mask_of_real_conversations(template: str, train_on: TrainOn, max_length
     made_template = templates.make(template, tokenizer)
     encoder = ExampleEncoder(tokenizer, made_template, train_on, max_length)
     count = Counter[str]()
-    for messages, one in zip(conversations, encoder.encode(conversations), strict=True):
+    for messages, one in zip(conversations, encode(encoder, conversations), strict=True):
         if not isinstance(one, Example):
             assert str(one) == f"no supervised token within prepare.max_length = {max_length}"
             continue

@@ -103,7 +103,7 @@ def test_a_mixture_has_its_shares(stage: Stage) -> None:
         ({"maths": 1.0}, "prepare.mix is {'maths': 1.0}; the sources are code, maths. Give each"),
         ({"maths": 0, "code": 0}, "Give each a weight"),
         ({"maths": 1, "code": 1}, "gives code the weight 1.0; it has no conversation for training"),
-        ({"maths": 1, "code": 1e-6}, "code the weight 1e-06, too little for one of its conversat"),
+        ({"maths": 1, "code": 1e-6}, "code the weight 1e-06; too little for a conversation. Rai"),
     ],
 )
 def test_a_mixture_that_cannot_be(stage: Stage, mix: dict[str, float], message: str) -> None:

@@ -33,8 +33,10 @@ def encoding_of(sample: bytes) -> str | None:
     from charset_normalizer import from_bytes  # noqa: PLC0415  (for a faulty file alone)
 
     best = from_bytes(sample, cp_isolation=[*_LATIN, *_OTHERS]).best()
-    if best is None or best.encoding in _OTHERS:
-        return best and _OTHERS[best.encoding]
+    if best is None:
+        return None
+    if best.encoding in _OTHERS:
+        return _OTHERS[best.encoding]
     scores = {name: _latin_score(sample, name) for name in _LATIN.values()}
     if re.search(rb"[\x8a\x8e\x9a\x9e]", sample):  # š, ž of both: many in Central Europe alone
         scores["WINDOWS-1250"] += 1

@@ -16,7 +16,7 @@ from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from tests import vocabularies
-from tests.conversations import PLAIN, assistant, system, user
+from tests.conversations import PLAIN, assistant, encode, system, user
 
 OWN = (  # as many fine-tuned models carry it: without BOS
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] + eos_token }}\n{% endfor %}"
@@ -60,7 +60,7 @@ def test_bos_is_there_once_in_training_and_prompts(family: str, template_name: s
     )
     encoder = ExampleEncoder(tokenizer, template, "assistant", 512)
     for messages in CONVERSATIONS:
-        [one] = encoder.encode([messages])
+        [one] = encode(encoder, [messages])
         assert isinstance(one, Example)
         assert one.text.startswith(bos)
         prompt = Encoder(tokenizer, template).encode_prompt(Conversation(messages))
@@ -76,7 +76,7 @@ def test_bos_is_never_supervised(template_name: str, train_on: TrainOn, max_leng
         tokenizer, template = made(family, template_name)
         bos = tokenizer.encode(vocabularies.FAMILIES[family][1], add_special_tokens=False)
         encoder = ExampleEncoder(tokenizer, template, train_on, max_length)
-        found = [one for one in encoder.encode(CONVERSATIONS) if isinstance(one, Example)]
+        found = [one for one in encode(encoder, CONVERSATIONS) if isinstance(one, Example)]
         assert found
         for one in found:
             assert begins_once(one.input_ids.tolist(), tokenizer, vocabularies.FAMILIES[family][1])
