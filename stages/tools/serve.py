@@ -176,9 +176,9 @@ class Server:
             raise web.HTTPNotFound(text=known)
         for name in request.unsupported():
             raise web.HTTPBadRequest(text=f"{name}: is not supported. Leave it out.")
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
-        head |= {"object": "chat.completion", "model": request.model}
-        head["object"] += ".chunk" if request.stream else ""
+        head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        head["object"] = "chat.completion.chunk" if request.stream else "chat.completion"
+        head["model"] = request.model
         pieces: list[str] = []
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         loop = asyncio.get_running_loop()

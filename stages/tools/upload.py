@@ -104,7 +104,7 @@ def card(
     measured = (source.export if library == "gguf" else source.evaluate).get(what)
     if not measured:
         raise UserError(f"reports: have no metrics of {what}. Run `dvc repro`.")
-    described = {
+    described: dict[str, Any] = {
         "task_type": "text-generation",
         "dataset_type": origin.data_set or "held-out",
         "dataset_name": f"held-out conversations ({measured['conversations']})",
