@@ -27,6 +27,8 @@ class Export(Section):
 
         The default is not refused: for such a model its metrics say why nothing was exported.
         """
+        if len({*formats}) < len(formats):
+            raise ValueError("each format once")
         named = formats != DEFAULT and any(name.startswith("gguf") for name in formats)
         fetched = info.context not in (None, "fetch_data", "fetch_model") and BASE_CONFIG.exists()
         if named and fetched:

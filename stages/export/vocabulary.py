@@ -57,11 +57,10 @@ class Vocabulary:
         self._merges: list[tuple[str, str]] = [(left, right) for left, right in merges]
         self.is_sentencepiece = bool(self._model.get("byte_fallback"))
         if self.is_sentencepiece:
-            self._scores = self._sentencepiece_scores()
+            self._scores, self.pre = self._sentencepiece_scores(), "default"
             self.adds_space = self._sentencepiece_prefix()
-            self.pre = "default"
         else:
-            self.pre = self._byte_level_name()
+            self.pre, self.adds_space = self._byte_level_name(), False
 
     def _byte_level_name(self) -> str:
         if self._normalizer not in ([], ["NFC"]):  # Qwen's; llama.cpp leaves it out
@@ -109,23 +108,24 @@ class Vocabulary:
 
     def add(self, writer: gguf.GGUFWriter, size: int, special: dict[str, str]) -> None:
         """Add `size` tokens, the rows of the embedding; `special` has `bos`, `eos`, `eot`, …."""
-        control = {token["content"]: token["special"] for token in self._added}
+        kinds = dict.fromkeys(_BYTES, TokenType.BYTE) if self.is_sentencepiece else {}
+        for token in self._added:
+            kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+            kinds[token["content"]] = kind
+        if self.is_sentencepiece:
+            kinds[self._model.get("unk_token")] = TokenType.UNKNOWN
         texts = [self.texts.get(i, f"[PAD{i}]") for i in range(size)]
-        types = [
-            self._type(text, control) if i in self.texts else TokenType.UNUSED
-            for i, text in enumerate(texts)
-        ]
+        kinds |= {text: TokenType.UNUSED for i, text in enumerate(texts) if i not in self.texts}
         writer.add_tokenizer_model("llama" if self.is_sentencepiece else "gpt2")
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(texts)
-        writer.add_token_types(types)
+        writer.add_token_types([kinds.get(text, TokenType.NORMAL) for text in texts])
         if self.is_sentencepiece:
             lowest = -float(len(self._merges) + 1)
             writer.add_token_scores([self._scores.get(text, lowest) for text in texts])
-            writer.add_add_space_prefix(self.adds_space)
         else:
             writer.add_token_merges([" ".join(merge) for merge in self._merges])
-            writer.add_add_space_prefix(False)
+        writer.add_add_space_prefix(self.adds_space)
         ids = {text: i for i, text in enumerate(texts)}
         for name, text in special.items():
             if text not in ids:
@@ -134,15 +134,6 @@ class Vocabulary:
         # The chat template writes them: llama.cpp would add them once more.
         writer.add_add_bos_token(False)
         writer.add_add_eos_token(False)
-
-    def _type(self, text: str, control: dict[str, bool]) -> TokenType:
-        if self.is_sentencepiece and text == self._model.get("unk_token"):
-            return TokenType.UNKNOWN
-        if text in control:
-            return TokenType.CONTROL if control[text] else TokenType.USER_DEFINED
-        if self.is_sentencepiece and text in _BYTES:
-            return TokenType.BYTE
-        return TokenType.NORMAL
 
 
 def _parts(described: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

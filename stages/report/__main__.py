@@ -10,12 +10,22 @@ Run:    python -m stages.report
 
 from pathlib import Path
 
-from stages.report.config import Params
 from stages.shared.core import files, params
 from stages.shared.core.command import quick_imports, run
+from stages.shared.core.params import Section
 
 PAGE = Path("reports/report.html")
 MODEL_CARD = Path("reports/model_card.md")
+
+
+class Report(Section):
+    """No parameters yet."""
+
+
+class Params(Section):
+    """The sections that dvc.yaml declares for the stage."""
+
+    report: Report
 
 
 def main() -> None:

@@ -127,34 +127,21 @@ def reasons(
 ) -> dict[str, str]:
     """Stage → "params lora.r; deps stages/train".
 
-    Args:
-        status: what `dvc status --json` prints.
-        locked: `stages` of dvc.lock.
-        values: params.yaml.
+    Of what `dvc status --json` prints, `stages` of dvc.lock and the values of params.yaml.
     """
-    return {
-        stage: "; ".join(_changes(entries, locked[stage].get("params", {}), values))
-        if stage in locked
-        else "not run before"
-        for stage, entries in status.items()
-    }
-
-
-def _changes(
-    entries: list[Any], locked: Mapping[str, Any], values: Mapping[str, Any]
-) -> Iterator[str]:
-    file = str(params.FILE)
-    for entry in entries:
-        if isinstance(entry, str):  # "changed command"
-            yield entry
-            continue
-        for what, changed in entry.items():
-            is_file = isinstance(changed.get(file), str)  # of the report
-            names = [name for name in changed if is_file or name != file]
-            before, sections = locked.get(file, {}), {} if is_file else changed.get(file, {})
-            keys = [key for name in sections for key in _keys(name, before, values)]
-            yield from _listed("params", keys)
-            yield from _listed(what.removeprefix("changed "), names)
+    why, file = {}, str(params.FILE)
+    for stage, entries in status.items():
+        before = locked.get(stage, {}).get("params", {}).get(file, {})
+        parts = [entry for entry in entries if isinstance(entry, str)]  # "changed command"
+        for what, changed in (item for e in entries if isinstance(e, dict) for item in e.items()):
+            names = dict(changed)
+            if isinstance(changed.get(file), dict):  # the report depends on the file itself
+                sections = names.pop(file)
+                keys = [key for name in sections for key in _keys(name, before, values)]
+                parts.append(_listed("params", keys))
+            parts += [_listed(what.removeprefix("changed "), list(names))] if names else []
+        why[stage] = "; ".join(parts) if stage in locked else "not run before"
+    return why
 
 
 def _keys(name: str, locked: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
@@ -166,10 +153,9 @@ def _keys(name: str, locked: Mapping[str, Any], values: Mapping[str, Any]) -> li
     return [f"{name}.{key}" for key in differ] or [name]
 
 
-def _listed(what: str, names: list[str]) -> Iterator[str]:
-    if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        yield f"{what} {', '.join(names[:SHOWN])}{more}"
+def _listed(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{what} {', '.join(names[:SHOWN])}{more}"
 
 
 def shorten(lines: Iterable[str], count: int, why: Mapping[str, str]) -> Iterator[str]:

@@ -156,6 +156,8 @@ def test_named_formats_are_refused_before_training(
     monkeypatch.chdir(tmp_path)
     values = {"export": {"formats": ["gguf-f16"]}}
     params.validate(config.Params, values, "train")
+    with pytest.raises(UserError, match="expected each format once"):
+        params.validate(config.Params, {"export": {"formats": ["gguf-f16"] * 2}}, "train")
     path = tmp_path / "models/base/config.json"
     files.write_json(path, files.read_json(path) | {"model_type": "gpt2"})
     with pytest.raises(UserError, match="gpt2 is none of"):
