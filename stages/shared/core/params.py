@@ -1,6 +1,5 @@
 """Parameters of params.yaml, checked against the schema of each stage."""
 
-import errno
 import importlib
 import json
 import re
@@ -58,8 +57,8 @@ def load(schema: type[P], stage: str) -> P:
     except UserError:
         raise
     except Exception as error:  # DVC's, and of the libraries that it reads by
-        if lacks_memory(error) or getattr(error, "errno", None) == errno.EMFILE:
-            raise
+        if lacks_memory(error) or (isinstance(error, OSError) and error.errno):
+            raise  # of the disk or a limit: `command.run` tells of it
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{stage}: DVC cannot read its stage here ({reason:.120}). Restore dvc.yaml or "

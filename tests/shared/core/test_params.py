@@ -122,6 +122,13 @@ def test_what_dvc_cannot_read_is_one_line(
     assert refusal().startswith(told)
 
 
+def test_a_fault_of_the_disk_is_not_dvcs(space: Workspace) -> None:
+    """As in a folder that cannot be written."""
+    (space.root / ".dvc/tmp").write_text("")
+    with pytest.raises(OSError, match=r"\.dvc/tmp"):
+        params.load(PlanParams, "plan")
+
+
 def test_a_stage_ends_in_one_line_and_a_non_zero_exit(space: Workspace) -> None:
     space.set_params({"train.learning_rate": "many"})
     done = space.stage("train")
