@@ -27,7 +27,11 @@ from stages.shared.weights.precision import autocast
 BATCH = 32
 BATCH_TOKENS = 8192  # of prompts and replies, padding included
 ALONE = Group()
-UNBATCHED = frozenset({"rwkv"})  # left padding changes their replies
+# Left padding changes their replies: by states and linear attention, and by learned positions.
+UNBATCHED = frozenset(
+    "bart bigbird_pegasus blenderbot blenderbot-small marian mbart minimax mvp pegasus plbart "  # noqa: SIM905
+    "rwkv trocr".split()
+)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ _DROPPED = re.compile(
     r"|device_map|use_kernels|kernel_config|compile_config|use_mamba_kernels"
     r"|distributed_config|tp_(plan|size)|transformers_weights"
 )
+_BIDIRECTIONAL = ("bert-generation", "cpmant", "xlnet")  # beside the masked language models
 # Ids beyond the embedding: some models have a padding token there, which is never used.
 _UNUSED_IDS = 1024
 _LARGEST_VOCABULARY = 1 << 22
@@ -121,7 +122,13 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{name}/{CONFIG}: {what}. Code is never fetched and run.")
     config = _portable(config)
     with reading(f"{name}/{CONFIG}", "Correct it, or fetch it again."):
-        AutoConfig.for_model(**config)  # else the tokenizer would be blamed, loaded beside it
+        read = AutoConfig.for_model(
+            **config
+        )  # else the tokenizer would be blamed, loaded beside it
+    encoder = model_type in {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *_BIDIRECTIONAL}
+    if encoder and not (getattr(read, "is_decoder", False) or read.is_encoder_decoder):
+        what = f"{model_type} is an encoder, which sees the tokens that it would have to predict"
+        raise UserError(f"{name}/{CONFIG}: {what}. Choose a decoder, such as a Llama or a GPT.")
     return config
 
 

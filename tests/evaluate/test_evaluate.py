@@ -16,7 +16,7 @@ from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate, metrics
 from stages.shared.core import files
 from tests import tiny
-from tests.architectures import BESIDES, OTHERS, SHAPE
+from tests.architectures import BESIDES, HEAD, OTHERS, SHAPE, random
 
 CPU = torch.device("cpu")
 
@@ -93,6 +93,19 @@ def test_length_dependent_models_are_not_batched() -> None:
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert not generate.may_batch(config)
     assert not generate.may_batch(RwkvConfig())
+
+
+@pytest.mark.parametrize("kind", ["minimax", "bart"])
+def test_reply_depends_on_no_padding(kind: str) -> None:
+    linear = {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2} | HEAD
+    bart = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4}
+    model = random(kind, bart if kind == "bart" else linear)
+    prompts = [[*range(5, 25)], [30, 31], [77]]
+
+    def reply(*some: list[int]) -> list[generate.Reply]:
+        return generate.generate(model, tiny.tokenizer(), some, [2], 10, CPU, torch.float32)
+
+    assert reply(*prompts) == [reply(prompt)[0] for prompt in prompts]
 
 
 def test_cut_prompt_is_not_generated_from(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ PANIC = r"tokenizer.*cannot be read \(PanicException"
     ("name", "changes", "reason"),
     [
         (CONFIG, {"model_type": "mine", "auto_map": {"AutoModel": "a.B"}}, "run code of its own"),
+        (CONFIG, {"model_type": "bert"}, "bert is an encoder, which sees"),
         (CONFIG, {"model_type": "vit"}, "model_type is 'vit'; expected a causal"),
         (CONFIG, {"model_type": ["llama"]}, r"model_type is \['llama'\]; expected a causal"),
         (CONFIG, {"dtype": "auto"}, r"mine/config\.json: cannot be read"),

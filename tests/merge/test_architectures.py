@@ -39,6 +39,7 @@ from tests.train.running import settings, train_on
         ("llama", {"target_modules": ["embed_tokens"]}),
         ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
         ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("gpt2", {"modules_to_save": ["wte", "lm_head"]}),  # tied, by names that peft does not know
     ],
 )
 def test_pipeline_of_an_architecture_agrees(

@@ -80,6 +80,7 @@ def load_for_lora(
             f"lora.target_modules: {lora.target_modules!r} does not fit this model ({reason:.120})."
             f" Use all-linear, or names or a pattern of {', '.join(names)}."
         ) from None
+    config.modules_to_save = list(saved) or None  # peft knows no tie of `wte` alone
     _refuse_missing(model, lora)
     _refuse_embedding_with_mask(model)
     if lora.init != "default":
