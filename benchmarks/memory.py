@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -226,28 +225,29 @@ def measure(base: Path, setting: Setting, group: Group | None = None) -> int:
     if setting.rank:
         model: Any = adapter.load_for_lora(folder, setting.lora, CPU)
     else:
-        model = adapter.load_for_full(folder, CPU)
+        model = adapter.load_for_full(folder, CPU, on_cpu=group is not None)
     with StepCounter(base / "config.json") as counter:
         fused = counter.persistent(setting.setup())["unfused_because"] is None
     if fused:
         patch.fuse(model)
-    shards = Shards(model, group.rank, group.size, CPU) if group else None
+    shards = Shards(model, group, CPU, trained=not setting.rank) if group else None
+    divided, parts = (shards.matrices, shards.trained) if shards else ((), [])
     if setting.checkpointed:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = optim.make_optimizer(model, setting.train, CPU)
-    trained = [p for p in model.train().parameters() if p.requires_grad]
+    trained = [p for p in model.train().parameters() if p.requires_grad and p not in divided]
+    optimizer = optim.make_optimizer([*trained, *parts], setting.train, CPU)
     base_model: Any = loading.without_adapter(model)
     examples = micro_batch(setting, base_model.config.vocab_size)
     dtype = loading.compute_dtype(folder, CPU)
     weight = setting.router_aux_loss
-    options: Any = {"dtype": dtype, "fused": fused}
+    options: Any = {"dtype": dtype, "fused": fused, "scattered": divided}
     options["scaler"] = torch.amp.GradScaler("cpu", enabled=False)
     options["router"] = RouterLoss(model, weight) if weight else None
 
     def step() -> None:
         for _ in range(2):
             gradient.accumulate(model, [examples], 2 * len(examples), **options)
-        nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        gradient.clip(trained, parts, MAX_GRAD_NORM, group.all_reduce if group else list)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -261,7 +261,10 @@ def measure(base: Path, setting: Setting, group: Group | None = None) -> int:
         return live.peak_bytes
     buffers = shards.buffers
     own = {buffer.untyped_storage()._cdata for buffer in buffers}
-    held = [*(x for x in held if x.untyped_storage()._cdata not in own), *shards.parts]
+    held = [
+        *(x for x in held if x.untyped_storage()._cdata not in own),
+        *(unit.shard for unit in shards.units),
+    ]
     with LiveShards(held, buffers) as sharded:
         step()
     return sharded.most

@@ -85,7 +85,7 @@ def evaluate(
     # peft's wrapper has no `num_embeddings`.
     require_vocabulary(examples, len(model.get_input_embeddings().weight))
     if sharded:
-        Shards(model, group.rank, group.size, device)
+        Shards(model, group, device)
     losses: dict[int, np.ndarray] = {}
     desc, share = f"{variant}: loss", (group.rank, group.size)
     own, tokens = scoring.score(model, examples, device, dtype, desc, share, losses)

@@ -128,7 +128,7 @@ def _share_of_agreement(
         dtype = loading.compute_dtype(based_on, device)
         model = loading.load_adapted(folder, quantized, device, on_cpu=sharded)
         if sharded:
-            Shards(model, *share, device)
+            Shards(model, group, device)
         return log_probabilities(model, examples, device, dtype, desc, share)
 
     saved = saved or computed(merged, "runtime: merged")

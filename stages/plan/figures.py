@@ -74,7 +74,7 @@ def request_of(
         workload_of_counts(counts.longest, values.train.batch_size, counts.supervised_share),
         total_bytes,
         processes=devices if setup.device == "cpu" else 1,
-        shards=fit.shard_counts(setup, devices),
+        shards=fit.shard_counts(devices),
         instead_of_full=lora_of(values.lora),
     )
 
@@ -183,7 +183,7 @@ def schedule(counts: Data, values: Params) -> dict[str, int]:
 def on_devices(counter: StepCounter, counts: Data, values: Params, devices: int) -> dict[str, Any]:
     """Training on several GPUs of each size, with all weights on each or a part: plans by way."""
     setup = configured(values)
-    ways = {"whole": 1, "sharded": fit.shard_counts(setup, devices)[-1]}
+    ways = {"whole": 1, "sharded": fit.shard_counts(devices)[-1]}
     request = request_of(counter, values, counts, setup)
     return {
         f"{devices} × {gib} GiB": {

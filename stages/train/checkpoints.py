@@ -3,7 +3,8 @@
     .checkpoints/<fingerprint>.lock        held by the one training that may write there
     .checkpoints/<fingerprint>/loss.csv    the curve so far, written after every step
     .checkpoints/<fingerprint>/best/       the best weights so far, as they will be kept
-    .checkpoints/<fingerprint>/step-000025/state.pt        weights, optimizer, schedule, history
+    .checkpoints/<fingerprint>/step-000025/state.pt        schedule, history
+    .checkpoints/<fingerprint>/step-000025/tensors-0000.pt weights, optimizer states by name
     .checkpoints/<fingerprint>/step-000025/best/           hard links to the best of that time
     .checkpoints/<fingerprint>/step-000025/manifest.json   SHA-256 of each file, written last
 
@@ -14,19 +15,25 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
+from stages.shared.parallel.shards import OF_ALL, Shards
+from stages.shared.step import optim
 
 FOLDER = ".checkpoints"
 STATE, BEST, MANIFEST, LOCK = "state.pt", "best", "manifest.json", ".lock"
+Tensors = dict[str, dict[str, Any]]  # of some parameters, by name: `weight`, and optimizer states
 
 
 @contextmanager
@@ -71,8 +78,14 @@ class Checkpoint:
         return files.read_json(self.folder / MANIFEST)
 
     def state(self) -> dict[str, Any]:
-        """The state that was written; tensors are on the CPU."""
-        return torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+        """The state that was written."""
+        return torch.load(self.folder / STATE, weights_only=True)
+
+    def tensors(self) -> Iterator[Tensors]:
+        """The tensors that were written, of a parameter at a time, on the CPU, read when used."""
+        for path in sorted(self.folder.glob("tensors-*")):
+            some = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            yield from ({name: values} for name, values in some.items())
 
 
 class Checkpoints:
@@ -106,18 +119,27 @@ class Checkpoints:
             "and one more of each while it is written; QLORA_KEEP_CHECKPOINTS sets how many)",
         )
 
-    def write(self, step: int, state: dict[str, Any], plan: dict[str, Any]) -> None:
+    def write(
+        self,
+        step: int,
+        state: dict[str, Any],
+        plan: dict[str, Any],
+        tensors: Iterable[Tensors] = (),
+    ) -> None:
         """Write a checkpoint after `step` steps, then remove the oldest.
 
         Args:
             step: optimizer steps that are done.
-            state: tensors and plain values.
+            state: plain values.
             plan: the execution plan, which is read before any weight.
+            tensors: each a file, so that those of one are in memory at once.
         """
         target = self.folder / f"step-{step:06d}"
         with files.whole_folder(target) as partial:
-            with (partial / STATE).open("wb") as file:  # a path's own faults have no errno
-                torch.save(state, file)
+            numbered = ((f"tensors-{number:04d}.pt", some) for number, some in enumerate(tensors))
+            for name, values in chain([(STATE, state)], numbered):
+                with (partial / name).open("wb") as file:  # a path's own faults have no errno
+                    torch.save(values, file)
             if self.best.exists():  # else nothing has been evaluated yet
                 files.link_folder(self.best, partial / BEST)
             contents = {p.relative_to(partial).as_posix(): p for p in _files(partial)}
@@ -160,6 +182,45 @@ class Checkpoints:
         """Checkpoints by step, without unfinished ones."""
         written = (p for p in self.folder.glob("step-*") if p.suffix != ".partial")
         return sorted(written, key=lambda p: (len(p.name), p.name))  # six digits, or more
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer, shards: Shards | None) -> Iterator[Tensors]:
+    """Trained weights and optimizer states; divided ones are gathered, a block's at a time."""
+    names = {p: name for name, p in model.named_parameters()}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    states = optimizer.state
+    yield {names[p]: {"weight": p.detach(), **states.get(p, {})} for p in trained if p in names}
+    for some in shards.gather(lambda part: states.get(part, {})) if shards else ():
+        yield {names[p]: values for p, values in some.items()}
+
+
+def load_tensors(
+    model: nn.Module,
+    optimizer: Optimizer,
+    groups: list[dict[str, Any]],
+    shards: Shards | None,
+    tensors: Iterable[Tensors],
+) -> None:
+    """Restore weights and optimizer states, `groups` its options; of divided ones, this part."""
+    named, divided = dict(model.named_parameters()), shards.matrices if shards else {}
+    kept: dict[nn.Parameter, dict[str, Any]] = {}
+    for some in tensors:
+        for name, values in some.items():
+            if named[name] in divided and shards:
+                shards.keep(named[name], values, kept)
+            else:
+                kept[named[name]] = values
+    own = optimizer.state_dict()["param_groups"]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in trained:
+        for key, value in kept[p].items():
+            if key not in OF_ALL and value.numel() == p.numel():
+                kept[p][key] = value.view(p.shape)
+        p.data.copy_(kept[p].pop("weight"))
+    groups = [saved | {"params": new["params"]} for saved, new in zip(groups, own, strict=True)]
+    optim.restore(
+        optimizer, {"state": dict(enumerate(kept[p] for p in trained)), "param_groups": groups}
+    )
 
 
 def _fault(folder: Path) -> str | None:

@@ -117,7 +117,8 @@ def train_on(
                     print(line, file=sys.stderr)
                 recipe = Recipe(model, data, settings.train, plan, checkpoints, group)
                 if state is not None:
-                    recipe.load_state(state)
+                    tensors = checkpoint.tensors() if checkpoint else ()
+                    recipe.load_state(state, group.stream(tensors))
                 elif group.is_main:
                     state_bytes = optim.STATE_BYTES[settings.train.optimizer]
                     checkpoints.require_space(recipe.trainable_parameters, state_bytes)

@@ -111,7 +111,7 @@ def make_plan(
             requested.gradient_checkpointing,
             scored=frozenset(map(micro_batch_of, packing.bins(held_out, scoring.SCORING_TOKENS))),
             processes=processes if device_type == "cpu" else 1,
-            shards=fit.shard_counts(setup, processes * requested.nodes, requested.shard),
+            shards=fit.shard_counts(processes * requested.nodes, requested.shard),
             instead_of_full=lora_of(settings.lora),
         )
         choice = fit.choose(request)

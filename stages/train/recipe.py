@@ -13,9 +13,11 @@ Source: Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs.
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,7 @@ from stages.shared.step.config import Train
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss
 from stages.shared.weights import experts, heap
-from stages.train.checkpoints import Checkpoints
+from stages.train.checkpoints import Checkpoints, Tensors, load_tensors, tensors_of
 from stages.train.config import Params
 from stages.train.execution import ExecutionPlan
 from stages.train.history import History, TokenCounts
@@ -70,7 +72,7 @@ def load_model(
     """
     torch.manual_seed(settings.train.seed)  # before the adapter's random matrices are drawn
     if settings.train.method == "full":
-        return adapter.load_for_full(inputs["model"], device)
+        return adapter.load_for_full(inputs["model"], device, on_cpu=sharded)
     original = inputs.get("original")
     return adapter.load_for_lora(inputs["model"], settings.lora, device, original, on_cpu=sharded)
 
@@ -93,24 +95,27 @@ class Recipe:
         """Set up fused modules, optimizer and schedule."""
         self.model, self.data, self.params, self.plan = model, data, params, plan
         self.checkpoints, self.group = checkpoints, group
-        on_gpu = plan.device.type == "cuda"  # fuse undoes double quantization on a CPU alone
-        if plan.sharded and on_gpu:
-            Shards(model, group.rank, group.size, plan.device)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.trainable_parameters = sum(p.numel() for p in trainable)
+        on_gpu, full = plan.device.type == "cuda", params.method == "full"
+        divide = partial(Shards, model, group, plan.device, trained=full)
+        self.shards = divide() if plan.sharded and on_gpu else None
         if plan.fused:
-            fuse(model)
+            fuse(model)  # undoes double quantization, on a CPU alone
         if plan.sharded and not on_gpu:
-            Shards(model, group.rank, group.size, plan.device)
+            self.shards = divide()
         if plan.gradient_checkpointing:
             model.config.use_cache = False
             model.activation_checkpointing_enable({"use_reentrant": False})
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.trainable_parameters = sum(p.numel() for p in self.trainable)
-
+        # In full fine-tuning a process trains its part of each matrix that is divided.
+        self.divided = self.shards.matrices if self.shards else {}
+        self.parts = self.shards.trained if self.shards else []
+        self.trainable = [p for p in trainable if p not in self.divided]
         weight = router_loss.weight_of(model.config, params.router_aux_loss)
         self.router = RouterLoss(model, weight) if weight else None
 
         self.schedule = Schedule.of(params, len(data.train))
-        self.optimizer = optim.make_optimizer(model, params, plan.device)
+        self.optimizer = optim.make_optimizer([*self.trainable, *self.parts], params, plan.device)
         self.scheduler = optim.make_scheduler(self.optimizer, self.params, self.schedule.total)
         # fp16 has too few exponents for small gradients: on a GPU the loss is scaled up.
         fp16 = plan.device.type == "cuda" and plan.compute_dtype == torch.float16
@@ -175,7 +180,8 @@ class Recipe:
         with self._repeatable(stop):
             loss, counts = self.backward()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.params.max_grad_norm).item()
+        most, all_reduce = self.params.max_grad_norm, self.group.all_reduce
+        norm = gradient.clip(self.trainable, self.parts, most, all_reduce)
         rate = self.optimizer.param_groups[0]["lr"]
         self._refuse_nonfinite(loss, norm, rate)
         self.scaler.step(self.optimizer)
@@ -217,6 +223,7 @@ class Recipe:
             scaler=self.scaler,
             all_reduce=self.group.all_reduce,
             router=self.router,
+            scattered=self.divided,
         )
         return loss.item(), counts
 
@@ -237,7 +244,7 @@ class Recipe:
     def evaluate(self, stop: Interruption) -> None:
         """Score with the evaluator's scorer; keep the weights if they are the best so far."""
         plan = self.plan
-        with adapter.as_saved(self.model, plan.storage_dtype, plan.compute_dtype):
+        with self._as_saved():
             with self._repeatable(stop), experts.counted(self.model) as use:
                 sums, tokens = scoring.score(
                     self.model,
@@ -249,17 +256,37 @@ class Recipe:
                 )
             scored, use = torch.from_numpy(sums).to(plan.device), use.to(plan.device)
             self.group.all_reduce([scored, *([use] if use.numel() else [])])
-        loss = scoring.mean_loss(scored.cpu().numpy(), tokens)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"training stopped after step {self.step}: the held-out loss is {loss}. Lower "
-                "train.learning_rate, or at step 0 look at the base model."
-            )
-        if loss < self.history.best_loss and self.group.is_main:
-            with files.whole_folder(self.checkpoints.best) as partial:
-                adapter.save(self.model, partial, plan.storage_dtype)
+            loss = scoring.mean_loss(scored.cpu().numpy(), tokens)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"training stopped after step {self.step}: the held-out loss is {loss}. Lower "
+                    "train.learning_rate, or at step 0 look at the base model."
+                )
+            if loss < self.history.best_loss:
+                self._save_best()
         epoch = self.schedule.epochs_after(self.step)
         self.history.record_evaluation(self.step, epoch, loss, use.tolist())
+
+    @contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        """Context with the weights as their file will hold them."""
+        dtypes = self.plan.storage_dtype, self.plan.compute_dtype
+        parts = self.shards.as_saved(*dtypes) if self.shards else nullcontext()
+        with parts, adapter.as_saved(self.model, *dtypes):
+            yield
+
+    def _save_best(self) -> None:
+        """Write the weights as `best`; the first process gathers those that are divided."""
+        dtype, is_main = self.plan.storage_dtype, self.group.is_main
+        gathered = {
+            matrix: values["weight"].view(matrix.shape).to(dtype)
+            for some in (self.shards.gather() if self.shards else ())
+            for matrix, values in some.items()
+            if is_main
+        }
+        if is_main:
+            with files.whole_folder(self.checkpoints.best) as folder:
+                adapter.save(self.model, folder, dtype, gathered)
 
     def _repeatable(self, stop: Interruption) -> AbstractContextManager[None]:
         """Context of work that a signal aborts on one device, as none of it is kept."""
@@ -269,16 +296,17 @@ class Recipe:
 
     def checkpoint(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
-        if self.checkpointed != self.step and self.group.is_main:
-            self.checkpoints.write(self.step, self._state(), self.plan.saved)
+        if self.checkpointed != self.step:
+            tensors = tensors_of(self.model, self.optimizer, self.shards)
+            if self.group.is_main:
+                self.checkpoints.write(self.step, self._state(), self.plan.saved, tensors)
+            deque(tensors, 0)  # gathered by all
         self.checkpointed = self.step
 
     def _state(self) -> dict[str, Any]:
-        named = self.model.named_parameters()
         return {
             "step": self.step,
-            "weights": {name: p.detach() for name, p in named if p.requires_grad},
-            "optimizer": self.optimizer.state_dict(),
+            "groups": self.optimizer.state_dict()["param_groups"],
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "history": asdict(self.history),
@@ -286,13 +314,10 @@ class Recipe:
             "seconds": self.seconds,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], tensors: Iterable[Tensors]) -> None:
         """Restore the state of a checkpoint."""
-        weights = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, weight in state["weights"].items():
-                weights[name].copy_(weight)
-        optim.restore(self.optimizer, state["optimizer"])
+        groups = state["groups"]
+        load_tensors(self.model, self.optimizer, groups, self.shards, tensors)
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = self.resumed_from = self.checkpointed = state["step"]

@@ -43,7 +43,7 @@ class Machine(BaseSettings):
     keep_checkpoints: int = Field(default=2, ge=1, le=10**6)
     nodes: int = Field(default=1, ge=1, le=10**4)  # hosts that share a step
     restarts: int = Field(default=1, ge=0, le=10**6)  # of a group that lost a process
-    shard: Literal["auto", "true", "false"] = "auto"  # frozen weights; auto: where they do not fit
+    shard: Literal["auto", "true", "false"] = "auto"  # weights; auto: where they do not fit
     endpoint: str | None = Field(default=None, pattern=r"^[^\s:]+:[0-9]{1,5}$")  # of the leader
     verify: bool = False  # true: every dependency is hashed before it is read, not just new ones
 

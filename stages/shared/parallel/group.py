@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +69,15 @@ class Group:
             with peers():
                 distributed.broadcast_object_list(values, 0)
         return values[0]
+
+    def stream(self, values: Iterable[T]) -> Iterator[T]:
+        """The first process's values, one after the other, in each; those of others are ignored."""
+        if self.size == 1:
+            yield from values
+            return
+        source = iter(values)
+        while item := self.broadcast([*islice(source, 1)] if self.is_main else []):
+            yield item[0]
 
     def gather(self, value: T) -> list[T]:
         """The value of each process by rank, in every one."""

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -102,8 +102,11 @@ def initialise_magnitudes(model: PeftModel) -> None:
             magnitudes[ADAPTER].update_layer(base_layer=base, scaling=scale, **factors)
 
 
-def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Load all weights as fp32 masters; UserError where they are quantized, or fp16."""
+def load_for_full(folder: Path, device: torch.device, *, on_cpu: bool = False) -> PreTrainedModel:
+    """Load all weights as fp32 masters; UserError where they are quantized, or fp16.
+
+    `on_cpu`: as they are stored, on the CPU, for `shards.Shards` to make masters of.
+    """
     with reading(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder)
     quantized = getattr(config, "quantization_config", None) is not None
@@ -113,12 +116,21 @@ def load_for_full(folder: Path, device: torch.device) -> PreTrainedModel:
             f"train.method: full cannot train {'quantized' if quantized else 'fp16'} weights, "
             f"which {reason}. Set quantize.precision to bf16 or fp32, or train.method to lora."
         )
-    model = loading.load_model(folder, device, dtype=torch.float32)
+    dtype = loading.stored_dtype(folder) if on_cpu else torch.float32
+    model = loading.load_model(folder, device, dtype=dtype, on_cpu=on_cpu)
     return model.requires_grad_(True)
 
 
-def save(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write the adapter, or the standalone model in `dtype`: the same weights, the same bytes."""
+def save(
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    dtype: torch.dtype,
+    gathered: Mapping[nn.Parameter, torch.Tensor] | None = None,
+) -> None:
+    """Write the adapter, or the standalone model in `dtype`: the same weights, the same bytes.
+
+    `gathered`: whole matrices of a model that is divided among processes.
+    """
     with as_saved(model, dtype):
         if isinstance(model, PeftModel):
             state = initialisation.ordinary_state(model)
@@ -128,7 +140,7 @@ def save(model: PreTrainedModel | PeftModel, folder: Path, dtype: torch.dtype) -
             (folder / "README.md").unlink(missing_ok=True)
         else:
             model.config.dtype = dtype
-            experts.save(model, folder)
+            experts.save(model, folder, gathered)
 
 
 def _rename(path: Path, model: PeftModel) -> None:

@@ -1,10 +1,11 @@
 """Gradient of one optimizer step, however its conversations are divided into micro-batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, Packed
@@ -26,6 +27,7 @@ def accumulate(
     scaler: torch.amp.GradScaler,
     all_reduce: AllReduce | None = None,
     router: RouterLoss | None = None,
+    scattered: Container[nn.Parameter] = (),
 ) -> torch.Tensor:
     """Add the gradient of a step's mean loss to the parameters' `grad`.
 
@@ -42,6 +44,7 @@ def accumulate(
         scaler: enabled for fp16 on a GPU.
         all_reduce: sums gradient and loss over the processes.
         router: adds the load-balancing loss of a mixture to the gradient, not to the result.
+        scattered: parameters whose gradients are summed elsewhere (`shards.Shards`).
 
     Returns:
         The loss in nats a supervised token, fp64 [1].
@@ -54,7 +57,7 @@ def accumulate(
         for micro_batch in micro_batches:
             batch = packing.pack(micro_batch, device)
             loss += _backward(model, batch, loss_weight, dtype, fused, scaler, router)
-    gradients = _gradients(model)
+    gradients = _gradients(p for p in model.parameters() if p not in scattered)
     if all_reduce is not None:
         all_reduce([loss, *([router.total] if router else []), *gradients])
     return loss
@@ -85,12 +88,28 @@ def _backward(
     return loss.detach()
 
 
-def _gradients(model: nn.Module) -> list[torch.Tensor]:
-    """Gradients of all trainable parameters: zeros for an expert that no token went to.
+def clip(
+    whole: Sequence[nn.Parameter],
+    parts: Sequence[nn.Parameter],
+    max_norm: float,
+    all_reduce: AllReduce,
+) -> float:
+    """Clip gradients by their total norm, which is returned; each process has own `parts`."""
+    norm = get_total_norm([p.grad for p in whole if p.grad is not None])
+    if parts:
+        squares = get_total_norm([p.grad for p in parts if p.grad is not None]).square()
+        all_reduce([squares])
+        norm = (norm.to(squares.device).square() + squares).sqrt()
+    clip_grads_with_norm_([*whole, *parts], max_norm, norm)
+    return norm.item()
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """Gradients of the trainable parameters: zeros for an expert that no token went to.
 
     AdamW would pass over None, and its result would depend on the number of processes.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in parameters if p.requires_grad]
     for parameter in trainable:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

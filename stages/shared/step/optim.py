@@ -1,7 +1,7 @@
 """AdamW in fp32 or 8 bits, paged on a GPU; its schedule, and how its states are restored."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -63,9 +63,11 @@ OPTIMIZERS: dict[tuple[str, str], Callable[..., Optimizer]] = {
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2.1}  # a trainable parameter; small tensors stay in fp32
 
 
-def make_optimizer(model: nn.Module, train: Train, device: torch.device) -> Optimizer:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], train: Train, device: torch.device
+) -> Optimizer:
     """AdamW over trainable parameters; weight decay on matrices alone, not on biases and norms."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},

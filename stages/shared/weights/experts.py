@@ -229,13 +229,20 @@ def unfuse(model: PreTrainedModel) -> None:
         model.set_submodule(name, Experts(model.get_submodule(name), family or Family()))
 
 
-def save(model: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained` under the names of the hub's files: some families' experts fused again."""
-    state = None
+def save(
+    model: PreTrainedModel,
+    folder: Path,
+    gathered: Mapping[nn.Parameter, torch.Tensor] | None = None,
+) -> None:
+    """`save_pretrained` under the names of the hub's files: some families' experts fused again.
+
+    `gathered`: values of parameters that are not in the model.
+    """
+    state = model.state_dict(keep_vars=True)
+    state = {name: (gathered or {}).get(p, p.detach()) for name, p in state.items()}
     if any(layer.family.fused_files for layer in layers(model)):
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions  # of loading, which had nothing to fuse
-        state = model.state_dict()
         for prefix, layer in model.named_modules():
             for kind, bias in product(("gate_up", "down"), (False, True)):
                 if isinstance(layer, Experts):

@@ -31,7 +31,9 @@ def stored_bytes(shape: Sequence[int], precision: str, double_quant: bool) -> in
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Autocast, none in fp32; with and without it an adapter agrees in 98 % of top-1 tokens."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=False)  # of all weights, to its end
 
 
 def has_bf16_matmuls(device_type: str) -> bool:

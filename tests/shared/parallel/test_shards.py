@@ -14,15 +14,24 @@ from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate_on
 from stages.merge import verify
 from stages.merge.merge import held_out, merge_adapter
+from stages.shared.model import loading
 from stages.shared.parallel.group import Group
+from stages.shared.parallel.shards import Shards
 from stages.shared.step import adapter
 from tests import devices, tiny
 from tests.architectures import BESIDES, saved
 from tests.shared.step.adapters import CPU, moved
 
 SETTINGS = {
-    "untied head": [Setting("nf4", 8, True, (40, 90, 50)), Setting("int8", 8, False, (40,))],
-    "Qwen3": [Setting("bf16", 8, True, (40, 90))],
+    "untied head": [
+        Setting("bf16", None, True, (40, 90, 50)),
+        Setting("nf4", 8, True, (40, 90, 50)),
+        Setting("int8", 8, False, (40,)),
+    ],
+    "Qwen3": [
+        Setting("bf16", 8, True, (40, 90)),
+        Setting("bf16", None, False, (40, 90), optimizer="adamw_8bit"),
+    ],
 }
 
 
@@ -52,6 +61,10 @@ def test_count_of_a_rank_equals_its_live_bytes(tmp_path: Path) -> None:
 def evaluations(group: Group, work: Path) -> list[Any]:
     """Of an adapter, a merged model and one with learned positions; and the proof of the merge."""
     data, sharded = work / "prepared", group.size > 1
+    if sharded:  # a dense model's weights too
+        merged = loading.load_model(work / "merged", CPU, on_cpu=True)
+        halves = sum(len(unit.shard) for unit in Shards(merged, group, CPU).units)
+        assert halves < 0.6 * sum(p.nbytes for p in merged.parameters())
     wanted = Evaluate(generate_rows=12, max_new_tokens=6, prompts=12, seed=0)
     beside = (work / "nf4", work / "base", data, wanted)
     found: list[Any] = [

@@ -90,7 +90,7 @@ def step(
     if fused:
         fuse(model)
     if sharded and group:
-        Shards(model, group.rank, group.size, CPU)
+        Shards(model, group, CPU)
         examples = read_examples(folders[1] / "eval.parquet")
         scoring.score(model, examples, CPU, torch.float32, "score", (group.rank, group.size))
     loss = accumulate(model, chosen(folders, rows), tokens, fused, group or Group())

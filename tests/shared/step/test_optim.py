@@ -40,11 +40,11 @@ def written_and_read(state: dict[str, Any]) -> dict[str, Any]:
 def test_restored_optimizer_continues_bit_for_bit(name: str) -> None:
     train = settings(train__optimizer=name, train__weight_decay=0.1).train
     straight, stopped, resumed = model(), model(), model()
-    steps(straight, optim.make_optimizer(straight, train, CPU), range(6))
-    before = optim.make_optimizer(stopped, train, CPU)
+    steps(straight, optim.make_optimizer(straight.parameters(), train, CPU), range(6))
+    before = optim.make_optimizer(stopped.parameters(), train, CPU)
     steps(stopped, before, range(3))
     resumed.load_state_dict(stopped.state_dict())
-    after = optim.make_optimizer(resumed, train, CPU)
+    after = optim.make_optimizer(resumed.parameters(), train, CPU)
     optim.restore(after, written_and_read(before.state_dict()))
     steps(resumed, after, range(3, 6))
     for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
@@ -79,7 +79,7 @@ def test_restored_states_keep_dtype_and_pages(kind: Any) -> None:
 
 def test_weight_decay_is_for_matrices_alone() -> None:
     groups = optim.make_optimizer(
-        model(), settings(train__weight_decay=0.5).train, CPU
+        model().parameters(), settings(train__weight_decay=0.5).train, CPU
     ).param_groups
     decay = {p.ndim: group["weight_decay"] for group in groups for p in group["params"]}
     assert decay == {2: 0.5, 1: 0.0}
@@ -91,7 +91,7 @@ def test_schedule_reaches_the_learning_rate(scheduler: str, count: int) -> None:
     train = settings(
         train__scheduler=scheduler, train__warmup=0.03, train__learning_rate=1e-3
     ).train
-    optimizer = optim.make_optimizer(model(), train, CPU)
+    optimizer = optim.make_optimizer(model().parameters(), train, CPU)
     schedule = optim.make_scheduler(optimizer, train, count)
     rates = []
     for _ in range(count):

@@ -189,7 +189,7 @@ def run(
 def _optimizer(model: nn.Module, setup: TrainingSetup) -> torch.optim.Optimizer:
     train: Any = SimpleNamespace(optimizer=setup.optimizer, learning_rate=1e-4, weight_decay=0.0)
     with unset_fake_temporarily():  # 8-bit AdamW reads the values of its codebook
-        optimizer = optim.make_optimizer(model, train, CPU)
+        optimizer = optim.make_optimizer(model.parameters(), train, CPU)
     if setup.device == "cpu":
         optimizer.step()
     return optimizer

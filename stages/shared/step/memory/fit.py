@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from stages.shared.core.errors import UserError
 from stages.shared.parallel.limits import GIB
 from stages.shared.step.memory.predict import TRANSIENT, Prediction, StepCounter, decisive
 from stages.shared.step.memory.setup import Device, MicroBatch, TrainingSetup, Workload
@@ -48,7 +47,7 @@ class Request:
     gradient_checkpointing: bool | None = None  # None to choose
     scored: frozenset[MicroBatch] = frozenset()  # of held-out conversations, between steps
     processes: int = 1  # of a CPU, that share a step and this memory
-    shards: tuple[int, ...] = (1,)  # devices that divide frozen weights; the first that fits
+    shards: tuple[int, ...] = (1,)  # devices that divide matrices; the first that fits
     instead_of_full: dict[str, Any] | None = None  # `lora_of` a training instead
 
 
@@ -60,17 +59,12 @@ class Choice:
     gradient_checkpointing: bool
     prediction: Prediction
     device_bytes: int  # that a device, or a CPU's processes, will hold
-    shards: int = 1  # devices that divide frozen weights, 1 where each holds all
+    shards: int = 1  # devices that divide matrices, 1 where each holds all
 
 
-def shard_counts(setup: TrainingSetup, processes: int, shard: str = "auto") -> tuple[int, ...]:
+def shard_counts(processes: int, shard: str = "auto") -> tuple[int, ...]:
     """`Request.shards` of so many devices; `shard` is `QLORA_SHARD`."""
-    if shard == "true" and setup.lora is None and processes > 1:
-        raise UserError(
-            "QLORA_SHARD: only frozen weights are sharded, and train.method full has none. Set "
-            "train.method to lora, or unset it."
-        )
-    if processes == 1 or setup.lora is None or shard == "false":
+    if processes == 1 or shard == "false":
         return (1,)
     return (processes,) if shard == "true" else (1, processes)
 
@@ -162,8 +156,8 @@ def more_devices(request: Request) -> str | None:
     """The least of two, four or eight GPUs that hold it, each with its part of the weights."""
     for count, words in MORE_DEVICES.items():
         wider = replace(request, shards=(count,))
-        frozen = request.setup.device == "cuda" and request.setup.lora
-        if frozen and count > request.shards[-1] and fits(wider, smallest(wider)):
+        more = request.setup.device == "cuda" and count > request.shards[-1]
+        if more and fits(wider, smallest(wider)):
             return words
     return None
 

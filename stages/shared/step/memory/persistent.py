@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from stages.shared.model import loading
-from stages.shared.parallel import shards
+from stages.shared.parallel import units
 from stages.shared.step.memory.architecture import Pattern, all_blocks
 from stages.shared.step.memory.setup import TrainingSetup
 from stages.shared.weights import precision
@@ -99,22 +99,33 @@ def persistent_bytes(
         "pageable": pageable_bytes(setup.optimizer, sizes),
         "trainable": sum(sizes),
         "tensors": count + 4 * len(sizes),
-        **_shardable_bytes(model, pattern, nested=nested),
+        **_divisible_bytes(setup, model, pattern, nested=nested),
     }
 
 
-def _shardable_bytes(model: Any, pattern: Pattern, *, nested: bool) -> dict[str, int]:
-    """Frozen bytes that processes may divide, by what is gathered at once."""
+def _divisible_bytes(
+    setup: TrainingSetup, model: Any, pattern: Pattern, *, nested: bool
+) -> dict[str, int]:
+    """Bytes that processes may divide, by what is gathered at once; in full fine-tuning of all."""
     plain: Any = loading.without_adapter(model)
     for p in plain.parameters():
         if isinstance(p, Params4bit) and not nested:
             p.quant_state.absmax = p.quant_state.absmax.float()
-    sizes = [shards.frozen_bytes(block) for block in loading.blocks_of(plain)]
-    head = shards.frozen_bytes(plain.get_output_embeddings())
+    full = setup.lora is None
+    sizes = [units.unit_bytes(block, full) for block in loading.blocks_of(plain)]
+    embedding = units.unit_bytes(plain.get_input_embeddings(), full)
+    head = units.unit_bytes(plain.get_output_embeddings(), full)
+    blocks = sum(sizes) + pattern.repeats * sum(sizes[i] for i in pattern.repeated)
+    untied_head = 0 if units.is_tied(plain, full) else head
+    gradients = blocks + embedding + untied_head if full else 0
     return {
-        "blocks": sum(sizes) + pattern.repeats * sum(sizes[i] for i in pattern.repeated),
+        "blocks": blocks,
         "largest_block": max(sizes),
-        "embedding": shards.frozen_bytes(plain.get_input_embeddings()),
+        "embedding": embedding,
         "head": head,
-        "untied_head": 0 if shards.is_tied(plain) else head,
+        "untied_head": untied_head,
+        "divided_gradients": gradients,
+        "divided_states": optimizer_bytes(setup.optimizer, [gradients // 4]),
+        "largest_unit": max(*sizes, embedding, head),
+        "largest_matrix": max(p.nbytes for p in plain.parameters()),
     }

@@ -25,7 +25,7 @@ from stages.shared.weights.precision import DENSE_BYTES
 
 TRANSIENT = ("activations", "logits", "workspace")
 PARTS = ("weights", "adapter", "gradients", "optimizer", *TRANSIENT)
-# What of sharded weights is whole in these phases, in place of two blocks.
+# Divided weights that are whole in these phases, in place of two blocks.
 GATHERED = {"start": "embedding", "loss": "head", "gradient of the loss": "head"}
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 SHARED = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ class StepCounter:
     def predict(self, setup: TrainingSetup, batch: MicroBatch, shards: int = 1) -> Prediction:
         """The peak of a step of more than one micro-batch, the largest of them this one.
 
-        `shards`: devices that frozen weights are divided among.
+        `shards`: devices that matrices are divided among.
         """
         return _largest(self.persistent(setup), self._answer("step", setup, batch), shards)
 
@@ -143,8 +143,10 @@ class StepCounter:
 
         Of a full fine-tune the weights are scored as their file will hold them: copies.
         """
-        held = self.persistent(setup) | {"gradients": 0}
-        copies = held["trainable"] * DENSE_BYTES[setup.compute] if setup.rounds_masters else 0
+        held = self.persistent(setup)
+        copied = held["trainable"] + _less(held["divided_gradients"], shards) // 4
+        copies = copied * DENSE_BYTES[setup.compute] if setup.rounds_masters else 0
+        held |= {"gradients": 0, "divided_gradients": 0}
         scored = replace(setup, gradient_checkpointing=False, masters=not copies)
         found = _largest(held, self._answer("scoring", scored, batch), shards)
         parts = found.parts | {"workspace": found.parts["workspace"] + copies}
@@ -183,16 +185,33 @@ def _largest(held: dict[str, Any], phases: dict[str, dict[str, int]], shards: in
     """The phase that holds most, with what is held in all."""
 
     def parts(phase: str) -> dict[str, int]:
-        weights = held["weights"]
+        found = {n: held[n] for n in PARTS[:4]} | phases[phase]
         if shards > 1:
-            whole = (held["blocks"], held["embedding"], held["untied_head"])
-            weights += sum(-(-one // shards) - one for one in whole)
-            end = GATHERED.get(phase)
-            weights += held[end] if end else 2 * held["largest_block"]
-        return {n: held[n] for n in PARTS[:4]} | phases[phase] | {"weights": weights}
+            if phase == "update" and held["divided_states"]:  # of a part at a time, not a matrix
+                part = held["largest_unit"] / shards
+                found |= {
+                    name: int(found[name] * part / held["largest_matrix"]) for name in TRANSIENT
+                }
+            end, block = GATHERED.get(phase), held["largest_block"]
+            divided = (held["blocks"], held["embedding"], held["untied_head"])
+            found["weights"] += sum(_less(size, shards) for size in divided)
+            found["weights"] += held[end] if end else 2 * block
+            found["gradients"] += _less(held["divided_gradients"], shards)
+            found["optimizer"] += _less(held["divided_states"], shards)
+            if held["divided_gradients"]:  # of what goes back, until they are scattered
+                first = phase.startswith("backward pass of block 1 ")
+                back = max(block, held["embedding"]) if first else block
+                back = back if phase.startswith("backward") else 0
+                found["gradients"] += held["head"] if phase == "gradient of the loss" else back
+        return found
 
     predictions = [Prediction(parts(phase), phase) for phase in phases]
     return max(predictions, key=lambda one: one.total_bytes)
+
+
+def _less(size: int, shards: int) -> int:
+    """Bytes that a device holds more, less than none, where it holds a part."""
+    return -(-size // shards) - size
 
 
 def decisive(batches: Iterable[MicroBatch]) -> list[MicroBatch]:

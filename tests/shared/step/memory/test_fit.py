@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from stages.plan.config import CONFIGS
-from stages.shared.core.errors import UserError
 from stages.shared.model.packing import Example
 from stages.shared.parallel import limits
 from stages.shared.parallel.limits import GIB, cgroup_limits, total_memory_bytes
@@ -101,7 +100,7 @@ def test_device_bytes_are_those_of_all_processes(tmp_path: Path) -> None:
 CANNOT_FIT: dict[str, tuple[float, TrainingSetup, dict[str, Any]]] = {
     "set by the user": (14, QLORA, {"micro_batch_tokens": 4096, "gradient_checkpointing": False}),
     "bf16": (16, TrainingSetup("bf16", LORA), {}),
-    "all weights": (80, TrainingSetup("bf16", None), {"instead_of_full": LORA}),
+    "all weights": (60, TrainingSetup("bf16", None), {"instead_of_full": LORA}),
 }
 
 
@@ -137,11 +136,15 @@ def test_refusal_names_the_devices_that_would_do(llama: StepCounter) -> None:
         assert "sharded" not in fit.refusal(request_of(llama, 4, setup))
 
 
-def test_full_fine_tuning_is_not_sharded() -> None:
+def test_full_fine_tuning_fits_several_devices_sharded(llama: StepCounter) -> None:
+    """Of 16 bytes a parameter each of eight holds two, and what it gathers."""
     full = TrainingSetup("bf16", None)
-    assert fit.shard_counts(full, 2) == (1,)
-    with pytest.raises(UserError, match=r"^QLORA_SHARD: .* Set train\.method to lora"):
-        fit.shard_counts(full, 2, "true")
+    whole, eighth = (
+        fit.smallest(request_of(llama, 80, full, shards=(n,))).prediction.parts for n in (1, 8)
+    )
+    for name in ("gradients", "optimizer"):
+        assert whole[name] / 8 <= eighth[name] < whole[name] / 8 + 2.2e9
+    assert fit.refusal(request_of(llama, 80, full)).endswith("on two devices, sharded.")
 
 
 def test_refusal_without_a_remedy_says_so(llama: StepCounter) -> None:
@@ -150,7 +153,8 @@ def test_refusal_without_a_remedy_says_so(llama: StepCounter) -> None:
 
 def test_scoring_counts_where_it_is_larger_than_training(llama: StepCounter) -> None:
     work = LONG.cut(256)
-    asked = replace(request_of(llama, 80, micro_batch_tokens=256), workload=work)
+    small = replace(QLORA, lora=adapters.LORA)
+    asked = replace(request_of(llama, 80, small, micro_batch_tokens=256), workload=work)
     asked = replace(asked, gradient_checkpointing=True)
     scored = replace(asked, scored=frozenset({MicroBatch((1024,), 1000)}))
     more, alone = fit.smallest(scored), fit.smallest(asked)
