@@ -247,7 +247,7 @@ def measure(base: Path, setting: Setting, group: Group | None = None) -> int:
     def step() -> None:
         for _ in range(2):
             gradient.accumulate(model, [examples], 2 * len(examples), **options)
-        gradient.clip(trained, parts, MAX_GRAD_NORM, group.all_reduce if group else list)
+        gradient.clip(trained, parts, MAX_GRAD_NORM, (group or Group()).all_reduce)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

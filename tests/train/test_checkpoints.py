@@ -4,6 +4,7 @@ import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,18 +158,18 @@ def test_a_checkpoint_holds_what_learns_and_not_the_frozen_base(
 ) -> None:
     seen = {}
 
-    def write(self: Checkpoints, step: int, state: dict, plan: dict) -> None:
-        seen[step] = state
-        original(self, step, state, plan)
+    def write(self: Checkpoints, step: int, state: dict, plan: dict, tensors: Any) -> None:
+        seen[step] = list(tensors)
+        original(self, step, state, plan, seen[step])
 
     original = Checkpoints.write
     monkeypatch.setattr(Checkpoints, "write", write)
     data = tiny.prepared(tmp_path / "prepared")
     model = tiny.quantize(tmp_path / "quantized", "nf4")
     metrics = train_on(settings(), data, model, tmp_path / "adapter").metrics
-    weights = seen[12]["weights"]
-    assert all("lora_" in name for name in weights)
-    numbers = sum(w.numel() for w in weights.values())
+    [tensors] = seen[12]
+    assert all("lora_" in name for name in tensors)
+    numbers = sum(values["weight"].numel() for values in tensors.values())
     assert numbers == metrics["trainable_parameters"]
     # fp32 weights, two fp32 states, the best adapter; what else there is, is small.
     assert 16 * numbers < metrics["checkpoint_bytes"] < 16 * numbers + 200_000

@@ -131,7 +131,7 @@ def uninterrupted(
         pytest.param(Checkpoints, "write", 1, 1, id="while the first checkpoint is written"),
         pytest.param(Recipe, "checkpoint", 1, 1, id="between step and checkpoint"),
         pytest.param(gradient, "accumulate", 3, 2, id="in the third step"),
-        pytest.param(torch.nn.utils, "clip_grad_norm_", 3, 3, id="in the third update"),
+        pytest.param(gradient, "clip", 3, 3, id="in the third update"),
         pytest.param(Recipe, "evaluate", 2, 2, id="in the second evaluation"),
     ],
 )
