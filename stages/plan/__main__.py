@@ -22,7 +22,8 @@ from stages.shared.core.errors import UserError
 
 PLAN = Path("reports/plan.json")
 PICTURE = Path("reports/plan.svg")
-LARGEST = 10**9  # upper bound of an option: sizes beyond it overflow
+MOST_GIB = 10**9
+MOST_TOKENS = 10**6  # a count of more takes minutes
 MOST_DEVICES = 1024  # as QLORA_DEVICES
 
 
@@ -41,14 +42,15 @@ def add_options(parser: ArgumentParser) -> None:
 
 def check(options: Namespace) -> None:
     """Refuse options out of range."""
-    if options.budget is not None and not 0 < options.budget < LARGEST:
-        raise UserError(f"--budget: is {options.budget:g}. Give GiB above 0 and below {LARGEST:,}.")
-    if options.max_length is not None and not 2 <= options.max_length < LARGEST:
-        raise UserError(
-            f"--max-length: is {options.max_length}. Give 2 tokens or more, below {LARGEST:,}."
-        )
-    if options.devices is not None and not 1 <= options.devices <= MOST_DEVICES:
-        raise UserError(f"--devices: is {options.devices}. Give 1 to {MOST_DEVICES}.")
+    for name, least, most, unit in (
+        ("budget", 1e-9, MOST_GIB, "GiB"),
+        ("max_length", 2, MOST_TOKENS, "tokens"),
+        ("devices", 1, MOST_DEVICES, "devices"),
+    ):
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: is {value:g}. Give {least:g} to {most:,} {unit}.")
 
 
 def main(options: Namespace) -> None:

@@ -17,6 +17,9 @@ from stages.shared.step.memory.fake_model import model_on_meta, quantizable
 from stages.shared.weights import experts
 
 KINDS = ("embedding", "head", "linear", "experts", "norm", "bias", "other")
+# Bounds of sizes in a config; beyond them, no model could be built within minutes.
+SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim")
+LARGEST = dict.fromkeys(SIZES, 10**8) | {"num_hidden_layers": 1000}
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,21 @@ def read_config(path: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
+        for name, largest in LARGEST.items():
+            size = getattr(text, name, None)
+            if isinstance(size, int) and not 0 < size <= largest:
+                raise ValueError(f"{name} is {size}")
         rope = getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type") == "dynamic":  # reads positions; its tensors are the default's
             text.rope_parameters = {**rope, "rope_type": "default"}
         model_on_meta(config, torch.float32)
     except Exception as error:  # of any type, for values of odd types
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split())
+        if " " not in reason:  # of a key alone
+            reason = f"{type(error).__name__} {reason}"
         raise UserError(
-            f"{path}: {reason:.200}. Choose a causal language model that transformers knows."
+            f"{path}: {reason:.150}. Correct it, or choose a causal language model that "
+            "transformers knows."
         ) from None
     return config
 
@@ -114,7 +124,8 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
         attention += p.numel() * (kind == "linear" and "attn" in name)
         idle += p.numel() // p.shape[0] * (p.shape[0] - chosen) * (kind == "experts")
     dense = sum(layer.weight.numel() for layer in quantizable(model).values())
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     return {
         "parameters": {
             "parameters": kinds.total(),
@@ -129,7 +140,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
         "layers": text.num_hidden_layers,
         "hidden": text.hidden_size,
         "vocabulary": text.vocab_size,
-        "query": text.num_attention_heads * head_size,
+        "query": heads * head_size,
     }
 
 

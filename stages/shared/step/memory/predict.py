@@ -159,7 +159,7 @@ class StepCounter:
         question |= {"setup": setup and asdict(setup), "batch": batch and asdict(batch)}
         try:
             config = json.loads(self.config.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             config = None  # the dry run says what is wrong with it
         key = json.dumps([question, config, _environment()], sort_keys=True)
         kept = root() / ".counts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"

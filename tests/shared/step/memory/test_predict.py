@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from transformers import Gemma3TextConfig
@@ -155,14 +155,26 @@ def test_answers_are_kept_by_config_setup_and_code(
 
 @pytest.mark.parametrize(
     ("config", "reason"),
-    [(None, "not found"), ({"model_type": "no-such-model"}, "no-such-model"), ({}, "model_type")],
+    [
+        (None, "not found"),
+        ({"model_type": "no-such-model"}, "no-such-model"),
+        ({}, "model_type"),
+        ({"model_type": "llama", "num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"model_type": "llama", "num_hidden_layers": 10**5}, "num_hidden_layers is 100000"),
+        (
+            {"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4},
+            r"\(65\) is not a multiple",
+        ),
+        ("[" * 10**5, "recursion depth"),
+    ],
+    ids=lambda one: str(one)[:40],
 )
 def test_config_of_no_language_model_is_one_line(
-    tmp_path: Path, config: dict[str, str] | None, reason: str
+    tmp_path: Path, config: dict[str, Any] | str | None, reason: str
 ) -> None:
     path = tmp_path / "config.json"
     if config is not None:
-        path.write_text(json.dumps(config))
+        path.write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(UserError, match=reason) as error:
         StepCounter(path).model()
     assert "\n" not in str(error.value)
