@@ -65,11 +65,9 @@ class Export:
             require_adapter(self.adapter, adapters)
         for name in formats:
             (folder / name).mkdir()
-        figures: dict[str, Any] = {}
-        if whole := [name for name in formats if name not in adapters]:
-            figures |= self._export_merged(whole, folder)
-        if adapters:
-            figures |= self._export_adapter(adapters, folder)
+        whole = [name for name in formats if name not in adapters]
+        figures = self._export_merged(whole, folder) if whole else {}
+        figures |= self._export_adapter(adapters, folder) if adapters else {}
         for name in formats:
             figures[name] = {"bytes": files.folder_bytes(folder / name), **figures[name]}
         return figures

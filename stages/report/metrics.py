@@ -132,11 +132,12 @@ def metrics_table(evaluations: Mapping[str, Any]) -> pd.DataFrame:
     return table.reindex(index=list(rows), columns=columns).astype(float)
 
 
-def language_tables(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
-    """Language → `metrics_table`, for languages that every variant was scored on."""
+def language_tables(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Language → rows of `metrics_table`, for languages that every variant was scored on."""
     parts = {variant: metrics.get("by_language") or {} for variant, metrics in evaluations.items()}
     common = [key for key in LANGUAGES if all(key in part for part in parts.values())]
-    return {LANGUAGES[k]: metrics_table({v: part[k] for v, part in parts.items()}) for k in common}
+    rows = {key: {variant: part[key] for variant, part in parts.items()} for key in common}
+    return {LANGUAGES[key]: metrics_table(rows[key]).to_dict("index") for key in common}
 
 
 def part_losses(evaluations: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

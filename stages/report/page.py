@@ -28,6 +28,18 @@ PARTS = [
     "logits",
     "workspace",
 ]
+FILTERS = [
+    "number",
+    "signed",
+    "percent",
+    "points",
+    "size",
+    "value",
+    "words",
+    "scientific",
+    "yaml_value",
+    "flat",
+]
 
 
 def environment() -> Environment:
@@ -41,9 +53,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = "number signed percent points size value words scientific yaml_value flat"
-    env.filters |= {name: getattr(metrics, name) for name in filters.split()}
-    env.filters["md"] = markdown
+    env.filters |= {name: getattr(metrics, name) for name in FILTERS} | {"md": markdown}
     env.globals |= {"verdict": metrics.verdict, "label": label}
     return env
 
@@ -94,10 +104,7 @@ def context(sources: Sources) -> dict[str, Any]:
         "exported": metrics.metrics_table(exported).to_dict("index"),
         "pairs": metrics.CHANGES,
         "gain": (table.loc["merged"] - table.loc["base"]).to_dict(),
-        "languages": {
-            language: part.to_dict("index")
-            for language, part in metrics.language_tables(sources.evaluate).items()
-        },
+        "languages": metrics.language_tables(sources.evaluate),
         "part_losses": metrics.part_losses(sources.evaluate).to_dict("index"),
         "memory": memory.to_dict("index"),
         "memory_unit": memory.attrs["unit"],

@@ -60,7 +60,7 @@ def main(options: Namespace) -> None:
     target = UPLOAD / name
     with files.whole_folder(target) as folder:
         library = assemble(folder, options.what, origin)
-        text = card(source, origin, repo, options.what, library, licence)
+        text = card(source, options.what, library, repo, licence)
         files.write_text(folder / "README.md", text)
         if licence in NOTICES:
             files.write_text(folder / "NOTICE", NOTICES[licence] + "\n")
@@ -92,15 +92,9 @@ def assemble(folder: Path, what: str, origin: sources.Origin) -> str:
     return "peft"
 
 
-def card(
-    source: sources.Sources,
-    origin: sources.Origin,
-    repo: str,
-    what: str,
-    library: str,
-    licence: str | None,
-) -> str:
+def card(source: sources.Sources, what: str, library: str, repo: str, licence: str | None) -> str:
     """README.md: the hub's metadata with measured results, the model card, a snippet."""
+    origin = sources.origin_of(source.parameters)
     measured = (source.export if library == "gguf" else source.evaluate).get(what)
     if not measured:
         raise UserError(f"reports: have no metrics of {what}. Run `dvc repro`.")
