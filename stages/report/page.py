@@ -18,28 +18,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 # Section → key of reports/<section>.json → label, or [label, explanation].
 LABELS = yaml.safe_load((TEMPLATES / "labels.yaml").read_text(encoding="utf-8"))
 # The peak and its parts in plan.json, `<part>_bytes`; those that no technique has are left out.
-PARTS = [
-    "peak",
-    "weights",
-    "adapter",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "workspace",
-]
-FILTERS = [
-    "number",
-    "signed",
-    "percent",
-    "points",
-    "size",
-    "value",
-    "words",
-    "scientific",
-    "yaml_value",
-    "flat",
-]
+PARTS = ["peak", "weights", "adapter", "gradients", "optimizer"]
+PARTS += ["activations", "logits", "workspace"]
+FILTERS = "number signed percent points size value words scientific yaml_value flat"
 
 
 def environment() -> Environment:
@@ -53,7 +34,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.filters |= {name: getattr(metrics, name) for name in FILTERS} | {"md": markdown}
+    env.filters |= {name: getattr(metrics, name) for name in FILTERS.split()} | {"md": markdown}
     env.globals |= {"verdict": metrics.verdict, "label": label}
     return env
 
