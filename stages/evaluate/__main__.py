@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stages.shared.chat.templates import Format
 
 PREPARED = Path("data/prepared")
-FORMAT = PREPARED / "format.json"
+FORMAT, HELD_OUT = PREPARED / "format.json", PREPARED / "eval.parquet"
 TOKENIZER = Path("models/tokenizer")
 LOCK = Path("dvc.lock")
 WORKSPACE = "workspace"  # DVC's name of what lies here
@@ -90,7 +90,7 @@ def print_adapters(experiments: list[str]) -> None:
     with TemporaryDirectory() as folder:
         adapters = {}
         for name in dict.fromkeys(experiments):
-            adapters[name], form = fetch(name, Path(folder))
+            adapters[name], form = fetch(name, Path(folder), scored=True)
             if form != read_format(FORMAT):
                 raise UserError(
                     f"{name}: its adapter was trained with another chat template than the "
@@ -103,13 +103,16 @@ def print_adapters(experiments: list[str]) -> None:
             print(f"{name:20}" + "".join(f"{text:>15}" for text in shown), flush=True)
 
 
-def fetch(experiment: str, folder: Path, *, whole: bool = False) -> tuple[Path, "Format"]:
+def fetch(
+    experiment: str, folder: Path, *, whole: bool = False, scored: bool = False
+) -> tuple[Path, "Format"]:
     """Bring an experiment's adapter into `folder`; returns its path and its chat format.
 
     Raises:
         UserError: there is no such experiment, its adapter was trained on another base than the
             one that lies here or is not in the cache, or it is a whole model, left by full
-            fine-tuning, and `whole` is false.
+            fine-tuning, and `whole` is false. Or it will be `scored`, and held out other rows than
+            those that lie here, which may be among those that it was trained on.
     """
     from dvc.api import DVCFileSystem  # noqa: PLC0415  (a second)
     from dvc.exceptions import DvcException  # noqa: PLC0415
@@ -128,11 +131,13 @@ def fetch(experiment: str, folder: Path, *, whole: bool = False) -> tuple[Path, 
                 f"{experiment}: no experiment, branch or commit with a run of the pipeline. "
                 "`dvc exp show` lists them."
             ) from None
-        if _locked_base(lock) != _locked_base(LOCK.read_text(encoding="utf-8")):
-            raise UserError(
-                f"{experiment}: its adapter was trained on another {QUANTIZED}. "
-                f"`dvc exp apply {experiment}` brings both."
-            )
+        here = LOCK.read_text(encoding="utf-8")
+        for path, fault in ((QUANTIZED, "was trained on another"), (HELD_OUT, "may know rows of")):
+            if (scored or path == QUANTIZED) and _locked(lock, path) != _locked(here, path):
+                raise UserError(
+                    f"{experiment}: its adapter {fault} {path}. `dvc exp apply {experiment}` "
+                    "brings its own."
+                )
         target = Path(mkdtemp(dir=folder)) / adapter.name
         try:
             there.get(adapter.as_posix(), str(target), recursive=True)
@@ -150,11 +155,11 @@ def fetch(experiment: str, folder: Path, *, whole: bool = False) -> tuple[Path, 
     return target, form
 
 
-def _locked_base(lock: str) -> Any:
-    """MD5 of the quantized base in a dvc.lock."""
+def _locked(lock: str, path: Path) -> Any:
+    """MD5 of an out in a dvc.lock."""
     stages = (YAML(typ="safe").load(lock) or {}).get("stages", {})
     outs = [out for stage in stages.values() for out in stage.get("outs", [])]
-    return next((out.get("md5") for out in outs if out["path"] == QUANTIZED.as_posix()), None)
+    return next((out.get("md5") for out in outs if out["path"] == path.as_posix()), None)
 
 
 if __name__ == "__main__":

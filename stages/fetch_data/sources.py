@@ -46,6 +46,10 @@ def find(path: Path, config: str | None) -> list[Part]:
     it reads the training rows of the others.
     """
     if path.is_dir():
+        for link in path.rglob("*"):
+            if link.is_symlink() and link.is_dir():
+                fault = "is a link to a folder, in which DVC sees no change"
+                raise UserError(f"{link}: {fault}. Put the folder there, or set data.path to it.")
         sources = {} if config else _sources(path)
         parts = [
             replace(part, source=name)

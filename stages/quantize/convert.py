@@ -209,6 +209,6 @@ def require_expected_bits(matrices: Sequence[Stored], settings: Quantize) -> Non
     raise UserError(
         f"quantize.precision is {settings.precision}, {8 * nominal / count:.2f} bits a "
         f"parameter, but {8 * written / count:.2f} were written: {worst.name} is {worst.kind}, as "
-        f"are {share:.0%} of the linear parameters (bitsandbytes quantizes no fused experts). "
+        f"are {share:.0%} of the linear parameters (bitsandbytes quantizes plain nn.Linear alone). "
         "Set quantize.precision=bf16, or choose another model."
     )

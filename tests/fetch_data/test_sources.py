@@ -121,6 +121,15 @@ def test_folder_that_is_unclear_is_refused(names: list[str], reason: str, tmp_pa
         taken(tmp_path, dict.fromkeys(names, JSONL))
 
 
+def test_folder_in_which_dvc_sees_no_change_is_refused(tmp_path: Path) -> None:
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_bytes(JSONL)
+    (tmp_path / "mine/b").symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match="b: is a link to a folder"):
+        from_file(tmp_path / "mine", tmp_path / "raw")
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("none.jsonl", "is no file or folder"), ("a.txt", r"cannot read .*\.jsonl \.json \.csv")],

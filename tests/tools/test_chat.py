@@ -23,7 +23,7 @@ from tests import tiny
 from tests.shared.step.adapters import moved
 from tests.train.running import settings
 
-OUTS = "[models/adapter, models/quantized, data/prepared/format.json]"
+OUTS = "[models/adapter, models/quantized, data/prepared/format.json, data/prepared/eval.parquet]"
 NAMES = ("rank8", "rank32")
 
 
@@ -46,10 +46,13 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
         git("init", "--quiet")
         files.write_text(Path("dvc.yaml"), f"stages: {{train: {{cmd: 'true', outs: {OUTS}}}}}\n")
         with Repo.init(".") as repo:
-            for name in (*NAMES, "other"):
+            for name in (*NAMES, "split", "other"):
                 for parameter in tuned.parameters():
                     parameter.data *= 1.25 if parameter.requires_grad else 1
                 tuned.save_pretrained("models/adapter")
+                if name == "split":
+                    tiny.prepared(root / "split", held_out=5)
+                    Path("split/eval.parquet").replace("data/prepared/eval.parquet")
                 if name == "other":
                     tiny.quantize(quantized, "fp4")
                 repo.commit(force=True)
@@ -88,11 +91,12 @@ def test_adapters_of_experiments_come_from_the_cache(tmp_path: Path) -> None:
     [
         ("nothing", "nothing: no experiment, branch or commit with a run"),
         ("other", "other: its adapter was trained on another models/quantized"),
+        ("split", "split: its adapter may know rows of data/prepared/eval.parquet"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        fetch(name, tmp_path)
+        fetch(name, tmp_path, scored=True)
 
 
 def test_adapter_that_left_the_cache_is_named(tmp_path: Path) -> None:
