@@ -178,7 +178,7 @@ def test_an_edit_marks_the_stages_that_declare_its_folder(space: Workspace) -> N
         source.write_text(text)
     changed = {
         address.rpartition(":")[2]: sorted(
-            path for entry in entries for path in entry.get("changed deps", ())
+            path for entry in entries if "changed deps" in entry for path in entry["changed deps"]
         )
         for address, entries in status.items()
     }

@@ -122,9 +122,8 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{name}/{CONFIG}: {what}. Code is never fetched and run.")
     config = _portable(config)
     with reading(f"{name}/{CONFIG}", "Correct it, or fetch it again."):
-        read = AutoConfig.for_model(
-            **config
-        )  # else the tokenizer would be blamed, loaded beside it
+        # Else the tokenizer would be blamed, which is loaded beside it.
+        read = AutoConfig.for_model(**config)
     encoder = model_type in {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *_BIDIRECTIONAL}
     if encoder and not (getattr(read, "is_decoder", False) or read.is_encoder_decoder):
         what = f"{model_type} is an encoder, which sees the tokens that it would have to predict"
