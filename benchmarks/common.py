@@ -26,7 +26,7 @@ PAGE = ROOT / "docs/benchmarks.md"
 MEMORY_PAGE = ROOT / "docs/memory.md"
 BASE = ROOT / "models/base"
 LINKED = ("stages", "benchmarks", "dvc.yaml", "matplotlibrc")
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl", "unsloth")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl")
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,16 @@ class Workspace:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         (self.root / name).symlink_to(target.absolute())
 
-    def run(
-        self, *arguments: str, env: Mapping[str, str] | None = None, python: str = sys.executable
-    ) -> Usage:
+    def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> Usage:
         """Run `python -m <arguments>`; on failure, SystemExit with the end of its stderr."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PATH": path}
-        command = [python, "-m", *arguments]
+        command = [sys.executable, "-m", *arguments]
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             started = time.perf_counter()
             variables = {**os.environ, **offline, **(env or {})}
-            process = subprocess.Popen(  # noqa: S603
-                command, cwd=self.root, stdout=out, stderr=err, env=variables
-            )
+            streams: Any = {"stdout": out, "stderr": err, "env": variables}
+            process = subprocess.Popen(command, cwd=self.root, **streams)  # noqa: S603
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             seconds = time.perf_counter() - started
@@ -90,9 +87,9 @@ class Workspace:
             )
         return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, texts[0])
 
-    def run_peer(self, name: str, python: str = sys.executable, **job: Any) -> tuple[dict, Usage]:
+    def run_peer(self, name: str, **job: Any) -> tuple[dict, Usage]:
         """Run a job of `benchmarks.peers`: its metrics and resource usage."""
-        usage = self.run("benchmarks.peers", name, json.dumps(job), python=python)
+        usage = self.run("benchmarks.peers", name, json.dumps(job))
         return json.loads(usage.output.splitlines()[-1]), usage
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -115,13 +112,13 @@ class Workspace:
         self.run("stages.train", env=env)
         return self.read_json("reports/details/train.json") | self.read_json("reports/train.json")
 
-    def train_peer(self, name: str, python: str = sys.executable, **job: Any) -> dict[str, Any]:
+    def train_peer(self, name: str, **job: Any) -> dict[str, Any]:
         """Metrics of the same training by a peer."""
         paths = {"data": "data/prepared/train.parquet", "model": "models/quantized"}
         job |= {key: str(self.root / path) for key, path in paths.items()}
         job |= {"tokenizer": str(self.root / "models/tokenizer")}
         job |= {"lora": self.params["lora"], "train": self.params["train"]}
-        metrics, _ = self.run_peer(name, python=python, **job)
+        metrics, _ = self.run_peer(name, **job)
         return metrics | {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
 
 

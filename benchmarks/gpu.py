@@ -1,21 +1,17 @@
-"""Training on one GPU against trl and Unsloth, and predicted against allocated memory.
+"""Training on one GPU against trl.
 
 Models of the shipped configs with random weights; conversations of random tokens, all of one length
 and supervised, so no batch has padding. Every setting runs alone on the GPU, first for one step
 (compilation, autotuning), then measured; one that does not fit or fails is a row of the table.
-Allocated is `torch.cuda.max_memory_allocated`, which excludes paged optimizer states: their 8 bytes
-a parameter are subtracted from the prediction.
 
 Reads:  stages/plan/configs (sizes only); nothing is fetched
-Writes: the tables `gpu` and `plan on a gpu` in docs/benchmarks.md
+Writes: the table `gpu` in docs/benchmarks.md
 Run:    python -m benchmarks.gpu                     (as `make extras` installs trl)
-        python -m benchmarks.gpu --unsloth-python .venv-unsloth/bin/python
         python -m benchmarks.gpu --model Mistral-7B --budget 16
 """
 
 import gc
 import importlib.util
-import sys
 from argparse import ArgumentParser, Namespace
 from itertools import product
 from pathlib import Path
@@ -85,7 +81,7 @@ def write_conversations(folder: Path, count: int, length: int, vocabulary: int =
         pq.write_table(table, folder / f"{split}.parquet")
 
 
-def training(work: Workspace, options: Namespace, peers: dict[str, str]) -> pd.DataFrame:
+def training(work: Workspace, options: Namespace, peers: list[str]) -> pd.DataFrame:
     """A row per setting.
 
     Ours as the plan chooses; peers with 8,192 tokens at once, with and without checkpointing, or
@@ -97,14 +93,14 @@ def training(work: Workspace, options: Namespace, peers: dict[str, str]) -> pd.D
     rows = []
     with display.bar(total=len(settings), desc=options.model, unit="setting") as bar:
         for who, setting in settings:
-            rows.append({"who": who} | row_of(work, options, who, setting, peers.get(who, "")))
+            rows.append({"who": who} | row_of(work, options, who, setting))
             bar.update()
     name = options.model + (f" within {options.budget} GiB" if options.budget else "")
     return pd.DataFrame(rows).assign(model=name)[["model", *rows[0]]]
 
 
 def row_of(
-    work: Workspace, options: Namespace, who: str, setting: tuple[int, bool] | None, python: str
+    work: Workspace, options: Namespace, who: str, setting: tuple[int, bool] | None
 ) -> dict[str, str]:
     """A row of the table; `setting` is a peer's (conversations at once, checkpointed)."""
     budget = {"memory_budget": options.budget} if options.budget else {}
@@ -120,9 +116,7 @@ def row_of(
                 at_once, checkpointed = str(setting[0]), setting[1]
                 job = {"micro_batch": setting[0], "checkpointing": checkpointed, "steps": steps}
                 job |= {"length": options.length, "cap_gib": options.budget}
-                metrics = work.train_peer(
-                    who, python, device=options.device, pack_tokens=None, **job
-                )
+                metrics = work.train_peer(who, device=options.device, pack_tokens=None, **job)
     except SystemExit as failure:
         full = any(text in str(failure) for text in OUT_OF_MEMORY)
         return row | {"tokens/s": "does not fit" if full else "fails"}
@@ -134,41 +128,12 @@ def row_of(
     }
 
 
-def plan(work: Workspace, options: Namespace) -> pd.DataFrame:
-    """Predicted against allocated bytes of real steps, a row per setting."""
-    rows = []
-    lengths = options.length // 4, options.length
-    for length, rank, checkpointed in product(lengths, (8, 64), (True, False)):
-        write_conversations(work.root / "data/prepared", BATCH, length)
-        work.set_params({"lora.r": rank, "lora.alpha": 2 * rank, "prepare.max_length": length})
-        work.set_params({"train.max_steps": 1})
-        variables = {"gradient_checkpointing": str(checkpointed).lower()}
-        variables |= {"micro_batch_tokens": str(length), "devices": "1"}
-        metrics = work.train(options.device, **variables)
-        allocated = metrics["peak_memory_bytes"]
-        paged = 8 * metrics["trainable_parameters"] if options.device == "cuda" else 0
-        planned = metrics["predicted_memory_bytes"] - paged
-        rows.append(
-            {
-                "model": options.model,
-                "tokens": f"{length:,}",
-                "rank": str(rank),
-                "checkpointed": "yes" if checkpointed else "no",
-                "planned, GiB": f"{planned / GIB:.2f}",
-                "allocated": f"{allocated / GIB:.2f}",
-                "error": f"{planned / allocated - 1:+.1%}",
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 def add_options(parser: ArgumentParser) -> None:
     """Arguments of the command line."""
     names = sorted(path.stem for path in CONFIGS.glob("*.json"))
     parser.add_argument("--model", choices=names, default="Llama-3-8B")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a conversation")
     parser.add_argument("--budget", type=int, help="GiB that may be used")
-    parser.add_argument("--unsloth-python", help="a Python that has Unsloth")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
 
 
@@ -176,9 +141,7 @@ def main(options: Namespace) -> None:
     """Measure, publish."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device that torch can use")
-    peers = {"trl": sys.executable} if importlib.util.find_spec("trl") else {}
-    if options.unsloth_python:
-        peers["unsloth"] = options.unsloth_python
+    peers = ["trl"] if importlib.util.find_spec("trl") else []
     params = {
         "train.batch_size": BATCH,
         "train.learning_rate": 1e-12,
@@ -192,7 +155,6 @@ def main(options: Namespace) -> None:
         write_conversations(work.root / "data/prepared", BATCH * STEPS, options.length)
         where = machine(torch.cuda.get_device_name() if options.device == "cuda" else "")
         publish("gpu", training(work, options, peers), where)
-        publish("plan on a gpu", plan(work, options), where)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 Reads:  models/base (for the default's rows and processes); all other models are random
 Writes: the tables of docs/memory.md
 Run:    python -m benchmarks.memory steps        78 real steps on this CPU and their counts
-        python -m benchmarks.memory gpu          counts of GPU steps; eight measured on an H200
+        python -m benchmarks.memory gpu          counts of GPU steps
         python -m benchmarks.memory mixtures     counts of steps of mixtures of experts
         python -m benchmarks.memory processes    eight different trainings on this CPU
 
-Measured is the peak of live tensor storage (`stages.shared.step.live_bytes`) in the second of two
+Measured is the peak of live bytes (`stages/shared/step/memory/live_bytes.py`) in the second of two
 steps. The count runs in its own process, so the measurement does not include it.
 """
 
@@ -93,18 +93,6 @@ MODELS: dict[str, PretrainedConfig] = {
     ),
 }
 SHORT, MIDDLE, LONG = (32, 16), (90, 40, 120), (300, 200, 100)
-# Mistral-7B in NF4 (double) on an H200, torch 2.11, one conversation: tokens, rank, checkpointed,
-# peak GiB allocated by torch, without paged optimizer states.
-H200 = (
-    (512, 8, True, 4.47),
-    (512, 8, False, 5.75),
-    (512, 64, True, 5.84),
-    (512, 64, False, 7.13),
-    (2048, 8, True, 5.04),
-    (2048, 8, False, 10.14),
-    (2048, 64, True, 6.41),
-    (2048, 64, False, 11.55),
-)
 
 
 @dataclass(frozen=True)
@@ -126,19 +114,10 @@ class Setting:
     @property
     def lora(self) -> Lora:
         """The section `lora`."""
-        values: dict[str, Any] = {
-            "r": self.rank or 8,
-            "alpha": 16.0,
-            "dropout": self.dropout,
-            "rslora": False,
-        }
-        values |= {
-            "target_modules": "all-linear",
-            "modules_to_save": None,
-            "bias": "none",
-            "experts": None,
-        }
-        return Lora.model_validate(values | {"init": self.init, "dora": self.dora})
+        values = {"r": self.rank or 8, "alpha": 16.0, "dropout": self.dropout, "init": self.init}
+        values |= {"target_modules": "all-linear", "modules_to_save": None, "bias": "none"}
+        values |= {"experts": None, "rslora": False, "dora": self.dora}
+        return Lora.model_validate(values)
 
     @property
     def train(self) -> Any:
@@ -344,7 +323,7 @@ def measure_steps() -> None:
 
 
 def count_gpu() -> None:
-    """Counts of GPU steps at the size of real models, and of those measured on an H200."""
+    """Counts of GPU steps at the size of real models."""
     rows = []
     shapes = ((2048,) * 4, False), ((2048,) * 4, True), ((512, 300), False), ((32_768,), True)
     for name in ("Qwen1.5-0.5B", "Llama-2-7B", "Mistral-7B", "Llama-3-8B", "Llama-3-70B"):
@@ -355,19 +334,6 @@ def count_gpu() -> None:
             rows.append((name, "yes" if on else "no", f"{sum(lengths):,}", size, predicted.phase))
     columns = ["model", "checkpointed", "tokens", "counted, GiB", "peak"]
     publish("a GPU's steps", pd.DataFrame(rows, columns=columns), "Rank 16 on nf4.", MEMORY_PAGE)
-    measured = []
-    for tokens, rank, on, allocated in H200:
-        setting = Setting("nf4", rank, on, (tokens,), share=1.0)
-        with StepCounter(CONFIGS / "Mistral-7B.json") as counter:
-            pages = counter.persistent(setting.setup("cuda"))["pageable"]
-        live = predict(CONFIGS / "Mistral-7B.json", setting, "cuda").total_bytes - pages
-        size = (live + fit.MATMUL_BYTES) / GIB
-        error = f"{size / allocated - 1:+.1%}"
-        measured.append((tokens, rank, "yes" if on else "no", f"{size:.2f}", allocated, error))
-    columns = ["tokens", "rank", "checkpointed", "predicted, GiB", "allocated", "error"]
-    publish(
-        "an H200's steps", pd.DataFrame(measured, columns=columns), "Mistral-7B, nf4.", MEMORY_PAGE
-    )
 
 
 def count_mixtures() -> None:

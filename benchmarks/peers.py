@@ -1,13 +1,12 @@
-"""Peers: trl's SFTTrainer, Unsloth and datasets.map, each a process that prints JSON metrics.
+"""Peers: trl's SFTTrainer and datasets.map, each a process that prints JSON metrics.
 
 They keep their defaults unless that changes the work. Trainers get our tokens, and our loss mask as
 labels.
 
-Run:    by the other benchmarks, `python -m benchmarks.peers <trl|unsloth|prepare|rate> '<job>'`
+Run:    by the other benchmarks, `python -m benchmarks.peers <trl|prepare|rate> '<job>'`
 """
 
 import json
-import os
 import re
 import resource
 import sys
@@ -15,15 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-if sys.argv[1:2] == ["unsloth"]:  # it patches the others, so it comes first
-    import unsloth
-
 import datasets
 import pyarrow.parquet as pq
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 IGNORED = -100  # label of an unsupervised token
@@ -64,20 +59,6 @@ def load_trl(job: dict[str, Any]) -> Any:
             if isinstance(module, Linear4bit):
                 module.compute_dtype = module.weight.quant_state.dtype = dtype
     return model
-
-
-def load_unsloth(job: dict[str, Any]) -> Any:
-    """Load the model with Unsloth's kernels and a LoRA adapter."""
-    model, _ = unsloth.FastLanguageModel.from_pretrained(
-        job["model"], max_seq_length=job["length"], load_in_4bit=True, local_files_only=True
-    )
-    return unsloth.FastLanguageModel.get_peft_model(
-        model,
-        r=job["lora"]["r"],
-        lora_alpha=job["lora"]["alpha"],
-        target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
-        use_gradient_checkpointing="unsloth" if job["checkpointing"] else False,
-    )
 
 
 def train(model: Any, job: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +129,7 @@ def train(model: Any, job: dict[str, Any]) -> dict[str, Any]:
         train_dataset=datasets.Dataset.from_list(list(map(label, rows))),
         processing_class=AutoTokenizer.from_pretrained(job["tokenizer"]),
         callbacks=[Clock()],
-        peft_config=None if isinstance(model, PeftModel) else lora,
+        peft_config=lora,
     )
     trainer.train()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -213,7 +194,6 @@ def main() -> None:
         "rate": probe,
         "prepare": prepare,
         "trl": lambda job: train(load_trl(job), job),
-        "unsloth": lambda job: train(load_unsloth(job), job),
     }
     print(json.dumps(work[name](job)))
 

@@ -35,7 +35,7 @@ def test_publish_replaces_what_is_between_its_marks(tmp_path, capsys):
 
 def test_every_table_has_its_marks():
     page = common.PAGE.read_text()
-    for name in ("budget", "train", "prepare", "mixtures", "gpu", "plan on a gpu"):
+    for name in ("budget", "train", "prepare", "mixtures", "gpu"):
         assert f"<!-- {name} -->" in page
         assert f"<!-- end of {name} -->" in page
 
@@ -103,7 +103,7 @@ def test_random_model_is_quantized_as_training_reads_it(tmp_path, monkeypatch):
     gpu.write_model("Tiny", work.root / "models", "cpu")
     gpu.write_conversations(work.root / "data/prepared", 32, 32, vocabulary=384)
     options = Namespace(model="Tiny", length=32, budget=None, device="cpu")
-    table = gpu.training(work, options, {})
+    table = gpu.training(work, options, [])
     assert table["who"].tolist() == ["ours"]
     assert float(table["tokens/s"].iloc[0].replace(",", "")) > 0
 
