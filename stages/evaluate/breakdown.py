@@ -32,9 +32,13 @@ def part_of_tokens(
 ) -> np.ndarray | None:
     """Part of each supervised token: a role, `thinking`, or `template`; str [supervised].
 
-    None where the row's tokens are not found again, as those of a cut one may not be.
+    None where all are an assistant's answers, or the row's tokens are not found again, as those of
+    a cut one may not be.
     """
     messages = conversation.messages
+    thinks = any("reasoning" in message for message in messages)
+    if not thinks and not example.loss_mask[1:3].any():  # train_on: all
+        return None
     try:
         [rendered] = template.rows(conversation, [len(messages) - 1])
     except (RejectedRow, ValueError):  # whole, where it has several rows
@@ -56,12 +60,6 @@ def part_of_tokens(
             rest = [part.start for part in own if part.kind != "reasoning"]
             parts[tokens.overlap([(start, min(rest, default=end))])] = THINKING
     return parts[1:][example.predictors]
-
-
-def has_parts(conversation: Conversation, example: Example) -> bool:
-    """Whether a row's supervised tokens may be of more than an assistant's answers."""
-    thinks = any("reasoning" in message for message in conversation.messages)
-    return thinks or bool(example.loss_mask[1:3].any())  # train_on: all
 
 
 def by_part(parts: dict[int, np.ndarray], losses: dict[int, np.ndarray]) -> dict[str, Any]:

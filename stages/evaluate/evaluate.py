@@ -105,33 +105,25 @@ def evaluate(
         prompt = encoder.encode_prompt(conversations[row])
         if len(prompt) < len(examples[row]):  # else truncated inside the prompt
             prompts[row] = prompt
-    inputs, limit = list(prompts.values()), settings.max_new_tokens
-    replies = generate.generate(
-        model, tokenizer, inputs, form.stop_ids, limit, device, dtype, group
-    )
-    by_row = dict(zip(prompts, replies, strict=True))
+    inputs = ([*prompts.values()], form.stop_ids, settings.max_new_tokens, device, dtype, group)
+    replies = generate.generate(model, tokenizer, *inputs)
+    answers = {}
+    for (row, prompt), reply in zip(prompts.items(), replies, strict=True):
+        ids = examples[row].input_ids[len(prompt) :].tolist()
+        reference = generate.raw_text(tokenizer, ids, form.stop_ids)
+        answers[row] = _answer(conversations[row], reference, reply)
+    generated = [*answers][: settings.generate_rows]
     frame = pd.DataFrame(rows, columns=columns).assign(nats=sums, tokens=tokens)
-    answers = {
-        row: _answer(
-            conversations[row],
-            generate.raw_text(
-                tokenizer, examples[row].input_ids[len(prompts[row]) :].tolist(), form.stop_ids
-            ),
-            reply,
-        )
-        for row, reply in by_row.items()
-    }
     for column in ("stopped", "correct"):
-        values = {row: answers[row][column] for row in [*answers][: settings.generate_rows]}
+        values = {row: answers[row][column] for row in generated}
         frame[column] = pd.Series(values, dtype="boolean")
     parts = {
         row: names
         for row, (one, example) in enumerate(zip(conversations, examples, strict=True))
-        if breakdown.has_parts(one, example)
-        and (names := breakdown.part_of_tokens(one, example, template, encoder)) is not None
+        if (names := breakdown.part_of_tokens(one, example, template, encoder)) is not None
     }
     found = metrics(frame) | breakdown.by_part(parts, losses)
-    found |= breakdown.rates([*answers.values()][: settings.generate_rows])
+    found |= breakdown.rates([answers[row] for row in generated])
     return found, {"variant": variant, "answers": [*answers.values()]}
 
 

@@ -50,14 +50,15 @@ def merge(
         files.link_folder(adapter, folder)
     make_standalone(folder, quantized, tokenizer, read_format(data / "format.json"))
     examples = held_out(data)
-    models = (folder, adapter, quantized, examples, device)
-    metrics = verify.verify(*models, required=onto == "quantized", member=member)
+    models, required = (folder, adapter, quantized), onto == "quantized"
+    metrics = verify.verify(models, examples, device, required=required, member=member)
     return {"onto": onto, **metrics, "bytes": files.folder_bytes(folder)}
 
 
 def follow(member: Member, adapter: Path, weights: Mapping[str, Path], data: Path) -> None:
     """Take part in the first process's proof, as one of those that write nothing."""
-    verify.agreement_as_run(None, adapter, weights["quantized"], held_out(data), member[1], member)
+    models = (adapter, adapter, weights["quantized"])  # the first process's count
+    verify.agreement_as_run(models, held_out(data), member[1], member)
 
 
 def held_out(data: Path) -> list[Example]:
@@ -93,10 +94,8 @@ def restore_conv1d(model: PreTrainedModel) -> None:
     """Turn linear layers, [out, in], back into GPT-2's Conv1D, [in, out]; quantization did it."""
     with torch.device("meta"):
         stored = type(model)(model.config)
-    transposing = ((n, m) for n, m in stored.named_modules() if isinstance(m, Conv1D))
-    for name, layer in transposing:
-        loaded = model.get_submodule(name)
-        if isinstance(loaded, nn.Linear):
+    for name, layer in stored.named_modules():
+        if isinstance(layer, Conv1D) and isinstance(loaded := model.get_submodule(name), nn.Linear):
             transposed = Conv1D(layer.nf, layer.nx)
             transposed.weight = nn.Parameter(loaded.weight.t().contiguous())
             transposed.bias = loaded.bias
@@ -117,14 +116,12 @@ def untie_embeddings(tuned: PeftModel) -> None:
 
 def refuse_original(tuned: Path, onto: str) -> None:
     """Raise a UserError if the result of training does not fit the original weights."""
-    if onto != "original":
-        return
     reason = None
     if not loading.is_adapter(tuned):
         reason = "train.method full leaves a whole model and no adapter"
     elif files.read_json(tuned / "adapter_config.json").get("loftq_config"):
         reason = "lora.init loftq compensates a quantization error that they do not have"
-    if reason:
+    if reason and onto == "original":
         raise UserError(
             f"params.yaml: merge.onto is 'original', but {reason}. Set merge.onto to quantized."
         )
@@ -139,13 +136,13 @@ def make_standalone(folder: Path, quantized: Path, tokenizer_folder: Path, form:
         "eos_token_id": form.stop_ids[0] if len(form.stop_ids) == 1 else form.stop_ids,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    _update(folder / "config.json", lambda config: _generating(config) | _v4_rope(config) | ends)
-    _update(folder / "generation_config.json", lambda config: config | ends)
-
-
-def _generating(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the router's logits, with which a mixture cannot generate (transformers 5.23)."""
-    return {key: value for key, value in config.items() if key != "output_router_logits"}
+    # By a rename, which leaves a linked original as it is.
+    config = files.read_json(folder / "config.json")
+    config.pop("output_router_logits", None)  # a mixture cannot generate with them
+    files.write_json(folder / "config.json", config | _v4_rope(config) | ends)
+    generation = folder / "generation_config.json"
+    known = files.read_json(generation) if generation.exists() else {}
+    files.write_json(generation, known | ends)
 
 
 def _v4_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -166,8 +163,3 @@ def _v4_rope(config: dict[str, Any]) -> dict[str, Any]:
     elif kind != "default":
         named["rope_scaling"] = scaling
     return {key: value for key, value in named.items() if value is not None}
-
-
-def _update(path: Path, change: Any) -> None:
-    config = files.read_json(path) if path.exists() else {}
-    files.write_json(path, change(config))  # by a rename, which leaves a linked original as it is

@@ -24,12 +24,11 @@ MAX_EXPERT_ERROR = 0.05  # bf16's rounding gives about 0.005
 PROBES = 2  # random inputs of each expert
 FP16_MAX = torch.finfo(torch.float16).max
 CPU = torch.device("cpu")
+Models = tuple[Path, Path, Path]  # merged; adapter, or what full fine-tuning left; quantized base
 
 
 def verify(
-    merged: Path,
-    adapter: Path,
-    quantized: Path,
+    models: Models,
     examples: Sequence[Example],
     device: torch.device,
     *,
@@ -41,6 +40,7 @@ def verify(
     In fp32 in this process on the CPU, one model after the other, and in the device's compute dtype
     wherever `placement` puts them; `member` where torchrun or Slurm has started the devices.
     """
+    merged, adapter, quantized = models
     trained, expected = trained_exactly(adapter, quantized, examples, device)
     model = loading.load_model(merged, CPU, torch.float32)
     expert_error = largest_expert_error(expected, expert_outputs(model))
@@ -59,7 +59,7 @@ def verify(
             f"reach {largest.value:.3g}. Set merge.dtype to bf16 or fp32."
         )
     known = saved if (device, dtype) == (CPU, torch.float32) else None
-    runtime = agreement_as_run(merged, adapter, quantized, examples, device, member, known)
+    runtime = agreement_as_run(models, examples, device, member, known)
     return {
         "kl_divergence": exact.kl_divergence,
         "top1_agreement": exact.top1_agreement,
@@ -89,9 +89,7 @@ def trained_exactly(
 
 
 def agreement_as_run(
-    merged: Path | None,
-    adapter: Path,
-    quantized: Path,
+    models: Models,
     examples: Sequence[Example],
     device: torch.device,
     member: Member | None = None,
@@ -99,12 +97,12 @@ def agreement_as_run(
 ) -> Agreement:
     """Agreement of both models in the device's compute dtype; of several processes, in each.
 
-    `merged` is None in all processes but the first; `saved` its log-probabilities where known.
+    Where they are `member`s, the first one's `models`. `saved`: the merged model's
+    log-probabilities where they are known.
     """
-    merged = member[0].broadcast(merged) if member else merged
-    assert merged is not None
-    shards = placement.shards_for(merged, device, member)
-    inputs = (merged, adapter, quantized, examples, saved if shards == 1 and not member else None)
+    models = member[0].broadcast(models) if member else models
+    shards = placement.shards_for(models[0], device, member)
+    inputs = (models, examples, saved if shards == 1 and not member else None)
     result: Agreement = placement.compute(member, device, shards, _share_of_agreement, *inputs)
     return result
 
@@ -113,15 +111,13 @@ def _share_of_agreement(
     group: Group,
     device: torch.device,
     sharded: bool,
-    merged: Path,
-    adapter: Path,
-    quantized: Path,
+    models: Models,
     examples: Sequence[Example],
     saved: list[torch.Tensor] | None,
 ) -> Agreement:
     """The same by one of several processes, which share conversations and, `sharded`, weights."""
-    placement.require_same(group, merged, adapter, quantized)
-    share = group.rank, group.size
+    placement.require_same(group, *models)
+    (merged, adapter, quantized), share = models, (group.rank, group.size)
 
     def computed(folder: Path, desc: str) -> list[torch.Tensor]:
         based_on = quantized if loading.is_adapter(folder) else folder

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -15,8 +16,9 @@ from stages.evaluate import generate
 from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate, metrics
 from stages.shared.core import files
+from stages.shared.model import loading
 from tests import tiny
-from tests.architectures import BESIDES, HEAD, OTHERS, SHAPE, random
+from tests.architectures import BESIDES, HEAD, MIXTURES, OTHERS, SHAPE, random, saved
 
 CPU = torch.device("cpu")
 
@@ -50,8 +52,12 @@ def test_order_puts_rows_with_an_answer_first() -> None:
     assert sorted(chosen) == [0, 1, 2, 3, 4]
 
 
-def test_batched_replies_equal_greedy_ones_by_one() -> None:
-    model, tokenizer = tiny.model(), tiny.tokenizer()
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen3_moe"])
+def test_batched_replies_equal_greedy_ones_by_one(tmp_path: Path, kind: str) -> None:
+    model: Any = tiny.model()
+    if kind != "llama":
+        model = loading.load_model(saved(tmp_path, kind, MIXTURES[kind]), CPU)
+    tokenizer = tiny.tokenizer()
     prompts = [tokenizer.encode(text) for text in ("two", "What is two plus two?", "is it")]
     together = generate.generate(model, tokenizer, prompts, [2], 8, CPU, torch.float32)
     for prompt, reply in zip(prompts, together, strict=True):

@@ -32,6 +32,8 @@ from tests.train.running import settings, train_on
         ("mixtral", {}),
         ("qwen3_moe", {}),
         ("gpt_oss", {}),
+        ("mixtral", {"init": "pissa", "rslora": True}),
+        ("qwen3_moe", {"dora": True}),
         ("gpt2", {"target_modules": ["wte", "c_attn"]}),
         ("gpt2", {"target_modules": ["wpe", "lm_head"]}),
         ("gpt2", {"modules_to_save": ["wte", "wpe"]}),

@@ -23,7 +23,7 @@ from stages.shared.core.params import validate
 from stages.shared.model import loading
 from stages.shared.weights.checkpoint import Weights
 from tests import tiny
-from tests.architectures import BESIDES, OTHERS, saved
+from tests.architectures import BESIDES, MIXTURES, OTHERS, saved
 
 CPU = torch.device("cpu")
 IDS = torch.arange(10, 42)[None]
@@ -128,6 +128,15 @@ def test_matrices_stored_in_by_out(tmp_path: Path, precision: str) -> None:
     assert report["relative_error"] == pytest.approx(expected, rel=0.01)
     with torch.inference_mode():
         assert loading.load_model(tmp_path / "quantized", CPU)(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_every_expert_is_quantized(tmp_path: Path, kind: str, precision: str) -> None:
+    """All but the routers of two layers, 4 × 64 each; `run` refuses what has more bits."""
+    base = saved(tmp_path / "base", kind, MIXTURES[kind])
+    report = run(base, tmp_path, precision)
+    assert report["linear_parameters"] - report["quantized_parameters"] == 2 * 4 * 64
 
 
 def test_experts_that_stay_dense_are_refused(tmp_path: Path) -> None:

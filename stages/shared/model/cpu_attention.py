@@ -15,13 +15,12 @@ FlashAttention, arXiv:2205.14135, appendix B.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise, starmap
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from stages.shared.weights.precision import exact_matmuls
 
@@ -46,7 +45,8 @@ def attend(
     return _Attention.apply(query, key, value, scaling, tuple(lengths))
 
 
-class LengthGroup(NamedTuple):
+@dataclass(frozen=True)
+class LengthGroup:
     """Adjacent conversations of a packed row of similar length, padded to one length."""
 
     span: slice  # of the row, in tokens
@@ -58,19 +58,24 @@ class LengthGroup(NamedTuple):
         longest = max(self.lengths)
         return longest if len(self.lengths) == 1 else -(-longest // LANES) * LANES
 
+    @cached_property
+    def _positions(self) -> torch.Tensor:
+        """Padded position of each token: int64 [tokens]."""
+        each = (torch.arange(n) + i * self.length for i, n in enumerate(self.lengths))
+        return torch.cat([*each])
+
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """From a row [tokens, ...] to [conversations, length, ...], padded with zeros."""
-        own = row[self.span]
-        if len(self.lengths) == 1:
+        own, count = row[self.span], len(self.lengths)
+        if count == 1:
             return own[None]
-        first, *others = own.split(self.lengths)
-        first = pad(first, (0, 0) * (own.ndim - 1) + (0, self.length - len(first)))
-        return pad_sequence([first, *others], batch_first=True)
+        padded = own.new_zeros(count * self.length, *own.shape[1:])
+        return padded.index_copy_(0, self._positions, own).unflatten(0, (count, -1))
 
     def scatter(self, padded: torch.Tensor, row: torch.Tensor) -> None:
         """Write padded values back into a row."""
-        each = zip(padded, self.lengths, strict=True)
-        row[self.span] = torch.cat([conversation[:n] for conversation, n in each])
+        flat = padded.flatten(0, 1)
+        row[self.span] = flat if len(padded) == 1 else flat.index_select(0, self._positions)
 
 
 @lru_cache(maxsize=4)  # the same in all layers of a step

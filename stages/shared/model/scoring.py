@@ -4,7 +4,7 @@ Training, `evaluate` and merge verification call it with the same batching, so t
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,27 +55,34 @@ def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
     return cross_entropy(logits, batch.targets, reduction="none")
 
 
-def batches(
+@torch.inference_mode()
+def computed(
+    compute: Callable[[nn.Module, Packed], torch.Tensor],
+    model: nn.Module,
     examples: Sequence[Example],
     device: torch.device,
+    dtype: torch.dtype,
     desc: str,
     share: tuple[int, int] = (0, 1),
-    packs: bool = True,
-) -> Iterator[Packed]:
-    """The scorer's micro-batches, with a progress bar; of a `share` (rank, size), one process's.
+) -> Iterator[tuple[Packed, torch.Tensor]]:
+    """The scorer's micro-batches, and what `compute` gives for each.
 
-    All processes get as many forward passes; `packs` as in `packing.even_passes`.
+    Of a `share` (rank, size) those of one process; all make as many forward passes.
     """
-    rank, size = share
+    (rank, size), packs = share, packing.may_pack(model.config)
     every = packing.bins(examples, SCORING_TOKENS)
-    micro_batches = packing.even_passes([every[r::size] for r in range(size)], packs)[rank]
-    with display.bar(total=sum(map(len, micro_batches)), desc=desc, unit="row") as bar:
-        for micro_batch in micro_batches:
-            yield packing.pack(micro_batch, device)
+    own = packing.even_passes([every[r::size] for r in range(size)], packs)[rank]
+    with display.bar(total=sum(map(len, own)), desc=desc, unit="row") as bar:
+        for micro_batch in own:
+            batch = packing.pack(micro_batch, device)
+            if not len(batch.predictors):  # idle, as are all that follow
+                experts.stop_counting(model)
+            with autocast(device, dtype):
+                result = compute(model, batch)
+            yield batch, result
             bar.update(len(micro_batch))
 
 
-@torch.inference_mode()
 def score(
     model: nn.Module,
     examples: Sequence[Example],
@@ -95,15 +102,12 @@ def score(
     was_training = model.training
     model.eval()
     try:
-        for batch in batches(examples, device, desc, share, packing.may_pack(model.config)):
-            if not len(batch.predictors):  # idle, as are all that follow
-                experts.stop_counting(model)
-            with autocast(device, dtype):
-                losses = negative_log_likelihoods(model, batch)
-            np.add.at(sums, batch.rows.cpu().numpy(), losses.double().cpu().numpy())
+        inputs = (model, examples, device, dtype, desc, share)
+        for batch, of_tokens in computed(negative_log_likelihoods, *inputs):
+            losses, rows = of_tokens.cpu().numpy(), batch.rows.numpy()
+            np.add.at(sums, rows, losses.astype(np.float64))
             if by_token is not None:
-                rows = batch.rows.cpu().numpy()
-                by_token |= {row: losses.cpu().numpy()[rows == row] for row in np.unique(rows)}
+                by_token |= {row: losses[rows == row] for row in np.unique(rows)}
     finally:
         model.train(was_training)
     return sums, np.array([e.supervised_tokens for e in examples])

@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
 
 from stages.shared.core.errors import UserError
-from stages.shared.model import packing, scoring
-from stages.shared.model.packing import Example
-from stages.shared.weights.precision import autocast
+from stages.shared.model import scoring
+from stages.shared.model.packing import Example, Packed
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,16 @@ def first_positions(examples: Sequence[Example], positions: int) -> list[Example
     return list(examples[: max(1, sum(total <= positions for total in totals))])
 
 
-@torch.inference_mode()
-def log_probabilities(
-    model: nn.Module,
-    examples: Sequence[Example],
-    device: torch.device,
-    dtype: torch.dtype,
-    desc: str,
-    share: tuple[int, int] = (0, 1),
-) -> list[torch.Tensor]:
+def log_probabilities(*inputs: Any) -> list[torch.Tensor]:
     """Log-probabilities at supervised positions, fp32 [supervised, vocabulary] per batch.
 
-    Of a `share` (rank, size), one process's batches.
+    `inputs` as of `scoring.computed`, from the model on.
     """
-    result = []
-    packs = packing.may_pack(model.config)
-    for batch in scoring.batches(examples, device, desc, share, packs):
-        with autocast(device, dtype):
-            logits = scoring.supervised_logits(model, batch)
-        result.append(logits.float().log_softmax(-1).cpu())
-    return result
+    return [result for _, result in scoring.computed(_log_probabilities, *inputs)]
+
+
+def _log_probabilities(model: nn.Module, batch: Packed) -> torch.Tensor:
+    return scoring.supervised_logits(model, batch).float().log_softmax(-1).cpu()
 
 
 def compare(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> Agreement:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are loaded from folders only
@@ -62,6 +62,16 @@ class Stored:
         return prod(self.shape)
 
 
+class Header(NamedTuple):
+    """Place of a tensor in its file."""
+
+    path: Path
+    dtype: str  # of safetensors
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    bytes: int
+
+
 class Weights:
     """All *.safetensors of a folder, of which only headers are read until a tensor is needed."""
 
@@ -74,28 +84,20 @@ class Weights:
                 "Convert the model, or run the stage that writes this folder."
             )
         files.require_json(folder)
-        self._headers: dict[str, dict[str, Any]] = {}
-        self._paths: dict[str, Path] = {}
-        self._starts: dict[Path, int] = {}
+        headers: dict[str, Header] = {}
         for path in self.files:
-            header, self._starts[path] = read_header(path)
-            self._headers |= header
-            self._paths |= dict.fromkeys(header, path)
-        self._split_experts()
-
-    def _split_experts(self) -> None:
-        """List fused experts' tensors one by one, as `experts.unfused` models have them."""
-        shapes = {name: header["shape"] for name, header in self._headers.items()}
-        self.pieces = experts.pieces(_model_type(self.folder), shapes)
-        sources = {piece.source for piece in self.pieces.values()}
-        sources |= {name.replace("_blocks", "_scales") for name in sources}
-        self._fused = {name: self._headers.pop(name) for name in sources if name in self._headers}
+            headers |= read_header(path)
+        # Experts' tensors one by one, as `experts.unfused` models have them.
+        shapes = {name: header.shape for name, header in headers.items()}
+        self.pieces = experts.pieces(_model_type(folder), shapes)
+        fused = {piece.source for piece in self.pieces.values()}
+        fused |= {name.replace("_blocks", "_scales") for name in fused}
+        self._fused = {name: headers.pop(name) for name in fused & headers.keys()}
         for name, piece in self.pieces.items():
-            dtype = self._fused[piece.source]["dtype"]
+            path, dtype, *_ = self._fused[piece.source]
             dtype = "BF16" if dtype == "U8" else dtype
-            offsets = [0, _size(piece.shape, dtype)]
-            self._headers[name] = {"dtype": dtype, "shape": piece.shape, "data_offsets": offsets}
-            self._paths[name] = self._paths[piece.source]
+            headers[name] = Header(path, dtype, piece.shape, 0, _size(piece.shape, dtype))
+        self._headers = headers
 
     @property
     def bytes(self) -> int:
@@ -109,13 +111,13 @@ class Weights:
         """
         if piece := self.pieces.get(name):
             return piece.take(self._of_expert(piece.source, piece.expert))
-        header, path = self._headers.get(name) or self._fused[name], self._paths[name]
-        dtype, (begin, end) = str_to_torch_dtype[header["dtype"]], header["data_offsets"]
-        if begin == end:
-            return torch.empty(header["shape"], dtype=dtype)
+        header = self._headers.get(name) or self._fused[name]
+        dtype = str_to_torch_dtype[header.dtype]
+        if not header.bytes:
+            return torch.empty(header.shape, dtype=dtype)
         # Copy on write ("c"): torch would warn of read-only memory.
-        view = np.memmap(path, np.uint8, "c", self._starts[path] + begin, (end - begin,))
-        return torch.from_numpy(view).view(dtype).view(header["shape"])
+        view = np.memmap(header.path, np.uint8, "c", header.start, (header.bytes,))
+        return torch.from_numpy(view).view(dtype).view(header.shape)
 
     def _of_expert(self, source: str, expert: int) -> torch.Tensor:
         """An expert's part of a fused tensor, dequantized from MXFP4."""
@@ -149,37 +151,35 @@ class Weights:
         if name not in self._headers:
             raise self.error(name, "is missing, but its constants are there")
         header = self._headers[name]
-        shape = tuple(header["shape"])
-        kind = DTYPE_NAMES.get(header["dtype"], header["dtype"])
+        kind, shape = DTYPE_NAMES.get(header.dtype, header.dtype), header.shape
         if parts:
             kind, shape, sizes = self._quantized(name, parts)
             for part, size in sizes.items():
-                tensor = parts.get(part)
-                if tensor is None:
+                if part not in parts:
                     raise self.error(name, f"lacks its {part}")
-                if prod(self._headers[tensor]["shape"]) != size:
-                    raise self.error(tensor, f"has the wrong shape, not {size} elements")
-        size = sum(self._bytes(tensor) for tensor in [name, *parts.values()])
+                if prod(self._headers[parts[part]].shape) != size:
+                    raise self.error(parts[part], f"has the wrong shape, not {size} elements")
+        size = sum(self._headers[tensor].bytes for tensor in [name, *parts.values()])
         return Stored(name, shape, kind, size, parts)
 
     def _quantized(
         self, name: str, parts: Mapping[str, str]
     ) -> tuple[str, tuple[int, ...], dict[str, int]]:
         """Kind and shape of a quantized matrix, and the size of each constant."""
-        stored = tuple(self._headers[name]["shape"])
+        stored = self._headers[name]
         if "SCB" in parts or "weight_format" in parts:
-            return "int8", stored, {"SCB": prod(stored[:-1]), "weight_format": 1}
+            return "int8", stored.shape, {"SCB": prod(stored.shape[:-1]), "weight_format": 1}
         key = next((part for part in parts if part.startswith(_STATE)), None)
         if key is None:
             raise self.error(name, "lacks its quant_state")
         try:
             state = json.loads(bytes(self.tensor(parts[key]).tolist()))
-            shape, block = tuple(state["shape"]), state["blocksize"]
-            blocks, nested = ceil(prod(shape) / block), state.get("nested_blocksize")
+            shape = tuple(state["shape"])
+            blocks, nested = ceil(prod(shape) / state["blocksize"]), state.get("nested_blocksize")
             sizes = {"absmax": blocks, "quant_map": 16}
             if nested:
                 sizes |= {"nested_absmax": ceil(blocks / nested), "nested_quant_map": 256}
-            right = self._bytes(name) == ceil(prod(shape) / 2)
+            right = stored.bytes == ceil(prod(shape) / 2)
         except (ValueError, KeyError, TypeError, ArithmeticError):
             raise self.error(parts[key], "is damaged") from None
         if not right:
@@ -188,12 +188,10 @@ class Weights:
 
     def error(self, name: str, fault: str) -> UserError:
         """An error that names the tensor and its file (or, if it has none, the folder)."""
-        fallback = self.files[0] if len(self.files) == 1 else self.folder
-        return UserError(f"{self._paths.get(name, fallback)}: {name} {fault}. {REMEDY}")
-
-    def _bytes(self, name: str) -> int:
-        begin, end = self._headers[name]["data_offsets"]
-        return end - begin
+        path = self.files[0] if len(self.files) == 1 else self.folder
+        if known := self._headers.get(name) or self._fused.get(name):
+            path = known.path
+        return UserError(f"{path}: {name} {fault}. {REMEDY}")
 
     def values(self, stored: Stored, device: torch.device) -> torch.Tensor:
         """Dequantized weight, fp32 of `stored.shape`."""
@@ -296,30 +294,29 @@ def require_finite(tensors: Mapping[str, torch.Tensor], weights: Weights) -> Non
             raise weights.error(name, "holds NaN or infinity")
 
 
-def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """`dtype`, `shape` and `data_offsets` of a file's tensors, and the byte they count from.
+def read_header(path: Path) -> dict[str, Header]:
+    """Header of a file by tensor; a truncated file raises a UserError.
 
     The header's length (8 bytes, little-endian), the header (JSON), the data:
-    https://huggingface.co/docs/safetensors#format. A truncated file raises a UserError.
+    https://huggingface.co/docs/safetensors#format.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, path.stat().st_size))
     try:
-        header = json.loads(text)
-        tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-        end = 0
-        complete = True
-        for value in sorted(tensors.values(), key=lambda value: value["data_offsets"]):
-            begin, previous = value["data_offsets"][0], end
-            end = value["data_offsets"][1]
-            complete &= begin == previous and end - begin == _size(value["shape"], value["dtype"])
+        tensors, end, complete = {}, 0, True
+        header = {name: one for name, one in json.loads(text).items() if name != "__metadata__"}
+        for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (begin, stop), dtype, shape = one["data_offsets"], one["dtype"], tuple(one["shape"])
+            complete &= begin == end and stop - begin == _size(shape, dtype)
+            tensors[name] = Header(path, dtype, shape, 8 + length + begin, stop - begin)
+            end = stop
         complete &= path.stat().st_size == 8 + length + end
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         complete = False
     if not complete:
         raise UserError(f"{path}: is no whole safetensors file. {REMEDY}")
-    return tensors, 8 + length
+    return tensors
 
 
 def _size(shape: Sequence[int], dtype: str) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel, modeling_utils
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightTransform
+from transformers.core_model_loading import MergeModulelist, WeightTransform
 from transformers.integrations.moe import _default_apply_gate
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -95,17 +95,12 @@ class Piece(NamedTuple):
 
     source: str
     expert: int
-    take: Callable[[torch.Tensor], torch.Tensor]  # from the expert's part
     shape: tuple[int, ...]
+    take: Callable[[torch.Tensor], torch.Tensor]  # from the expert's part
 
 
 def pieces(model_type: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Piece]:
-    """Tensors of single experts by name, of those that files hold fused.
-
-    Args:
-        model_type: of the config.
-        shapes: of the files' tensors by name.
-    """
+    """Tensors of single experts by name, of those that files hold fused, from all `shapes`."""
     family, found = FAMILIES.get(model_type), dict[str, Piece]()
     if family is None:
         return found
@@ -118,14 +113,14 @@ def pieces(model_type: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Pi
             continue
         if packed == "_scales":
             continue
-        each = list(shape[1:])
-        if packed:  # [rows, blocks, 16 bytes of two codes]
-            each = [shape[2] * 32, shape[1]]
-        for part, example in family.split(kind, torch.empty(each, device="meta")).items():
+        # MXFP4 is [rows, blocks, 16 bytes of two codes].
+        each = torch.empty([shape[2] * 32, shape[1]] if packed else shape[1:], device="meta")
+        for part, example in family.split(kind, each).items():
+            own = f"{part}.{'bias' if bias else 'weight'}"
+            take = partial(_take, family, kind, part)
             for expert in range(shape[0]):
-                own = f"{prefix}.{expert}.{part}.{'bias' if bias else 'weight'}"
-                take = partial(_take, family, kind, part)
-                found[own] = Piece(name, expert, take, tuple(example.shape))
+                piece = Piece(name, expert, tuple(example.shape), take)
+                found[f"{prefix}.{expert}.{own}"] = piece
     return found
 
 
@@ -221,14 +216,6 @@ def tokens_by_expert(index: torch.Tensor, experts: int) -> list[int]:
     return tokens
 
 
-def unfuse(model: PreTrainedModel) -> None:
-    """Replace fused experts by unfused ones, in place; nothing in a model outside of `FAMILIES`."""
-    family = FAMILIES.get(model.config.get_text_config().model_type)
-    modules = [name for name, m in model.named_modules() if family and _is_fused(m, family)]
-    for name in modules:
-        model.set_submodule(name, Experts(model.get_submodule(name), family or Family()))
-
-
 def save(
     model: PreTrainedModel,
     folder: Path,
@@ -241,11 +228,10 @@ def save(
     state = model.state_dict(keep_vars=True)
     state = {name: (gathered or {}).get(p, p.detach()) for name, p in state.items()}
     if any(layer.family.fused_files for layer in layers(model)):
-        if hasattr(model, "_weight_conversions"):
-            del model._weight_conversions  # of loading, which had nothing to fuse
+        vars(model).pop("_weight_conversions", None)  # of loading, which had nothing to fuse
         for prefix, layer in model.named_modules():
-            for kind, bias in product(("gate_up", "down"), (False, True)):
-                if isinstance(layer, Experts):
+            if isinstance(layer, Experts):
+                for kind, bias in product(("gate_up", "down"), (False, True)):
                     _fuse(state, prefix, layer, kind, "bias" if bias else "weight")
     model.save_pretrained(folder, state_dict=state)
 
@@ -276,8 +262,12 @@ def model_class(config: PretrainedConfig) -> Any:
 
 @contextmanager
 def unfused(config: PretrainedConfig) -> Iterator[None]:
-    """Context in which transformers builds and loads the model of a config unfused."""
-    if config.get_text_config().model_type not in FAMILIES:
+    """Context in which transformers builds and loads the model of a config unfused.
+
+    Nothing changes for a model outside of `FAMILIES`.
+    """
+    family = FAMILIES.get(config.get_text_config().model_type)
+    if family is None:
         yield
         return
     causal = model_class(config)
@@ -286,11 +276,13 @@ def unfused(config: PretrainedConfig) -> Iterator[None]:
     @wraps(build)
     def build_unfused(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         build(model, *args, **kwargs)
-        unfuse(model)
+        for name in [name for name, m in model.named_modules() if _is_fused(m, family)]:
+            model.set_submodule(name, Experts(model.get_submodule(name), family))
 
     @wraps(conversions)
     def without_fusing(*args: Any, **kwargs: Any) -> list[WeightTransform]:
-        return [one for one in conversions(*args, **kwargs) if not _fuses(one)]
+        every = [(one, getattr(one, "operations", ())) for one in conversions(*args, **kwargs)]
+        return [one for one, ops in every if not any(isinstance(o, MergeModulelist) for o in ops)]
 
     with (
         patch.object(causal, "__init__", build_unfused),
@@ -328,15 +320,10 @@ def _is_fused(module: nn.Module, family: Family) -> bool:
     return plain and all(getattr(module, key, None) is value for key, value in layout.items())
 
 
-def _fuses(conversion: WeightTransform) -> bool:
-    operations = conversion.operations if isinstance(conversion, WeightConverter) else ()
-    return any(isinstance(operation, MergeModulelist) for operation in operations)
-
-
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A layer with copies of these values: views could not be saved."""
     rows, columns = weight.shape
-    layer = nn.utils.skip_init(nn.Linear, columns, rows, bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.clone())  # a view could not be saved
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
+    layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    values = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    layer.load_state_dict({name: value.clone() for name, value in values.items()}, assign=True)
     return layer

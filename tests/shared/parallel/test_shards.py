@@ -71,8 +71,8 @@ def evaluations(group: Group, work: Path) -> list[Any]:
         evaluate_on(group, CPU, sharded, (name, work / name, *beside))
         for name in ("adapter", "merged", "gpt2")
     ]
-    models = (work / "merged", work / "adapter", work / "nf4", held_out(data), None)
-    return [*found, verify._share_of_agreement(group, CPU, sharded, *models)]
+    models = (work / "merged", work / "adapter", work / "nf4")
+    return [*found, verify._share_of_agreement(group, CPU, sharded, models, held_out(data), None)]
 
 
 def test_sharded_evaluation_and_proof_equal_whole_ones(
