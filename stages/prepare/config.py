@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.shared.core.params import Section
 
@@ -29,6 +29,13 @@ class Prepare(Section):
     max_rejected: Annotated[float, Field(ge=0, le=1)]
     eval_fraction: Annotated[float, Field(gt=0, lt=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+    @field_validator("columns")
+    @classmethod
+    def _each_once(cls, value: dict[Column, str] | None) -> dict[Column, str] | None:
+        if value and len({*value.values()}) < len(value):
+            raise ValueError("each column under one name")
+        return value
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # a mapping has none

@@ -12,12 +12,14 @@ import yaml
 from stages.evaluate.config import Params as EvaluateParams
 from stages.merge.__main__ import Params as MergeParams
 from stages.plan.config import Params as PlanParams
+from stages.prepare.config import Params as PrepareParams
 from stages.shared.core import params
 from stages.shared.core.errors import UserError
 from stages.train.config import Params as TrainParams
 from tests import workspace
 from tests.workspace import Workspace
 
+ECHO = {"prompt": "text", "completion": "text"}
 DEFAULTS = yaml.safe_load((workspace.ROOT / "params.yaml").read_text())
 
 
@@ -51,6 +53,7 @@ def refusal(stage: str = "plan", schema: type[params.Section] = PlanParams) -> s
         (TrainParams, "train.epochs", 1.5, "train.epochs is 1.5; expected a valid integer"),
         (TrainParams, "train.batch_size", True, "train.batch_size is True"),
         (MergeParams, "merge.onto", "base", "expected 'quantized' or 'original'"),
+        (PrepareParams, "prepare.columns", ECHO, "expected each column under one name"),
         (EvaluateParams, "evaluate.max_new_tokens", 0, "evaluate.max_new_tokens is 0"),
     ],
 )
