@@ -49,9 +49,8 @@ def main() -> None:
 
         # isort: split
         from stages.shared.parallel.member import joined  # noqa: PLC0415
-        from stages.train.checkpoints import claim  # noqa: PLC0415
+        from stages.train.checkpoints import claim, fingerprint, identity  # noqa: PLC0415
         from stages.train.devices import follow, train  # noqa: PLC0415
-        from stages.train.fingerprint import fingerprint, identity  # noqa: PLC0415
         from stages.train.handover import hand_over  # noqa: PLC0415
 
     loftq = settings.train.method == "lora" and settings.lora.init == "loftq"

@@ -8,21 +8,28 @@
     .checkpoints/<fingerprint>/step-000025/best/           hard links to the best of that time
     .checkpoints/<fingerprint>/step-000025/manifest.json   SHA-256 of each file, written last
 
-It lies outside DVC's outs, which DVC deletes before it runs a stage.
+It lies outside DVC's outs, which DVC deletes before it runs a stage. The fingerprint names all that
+shapes a training: another rank, data set, model, code or version never resumes from it.
 """
 
 import fcntl
+import hashlib
+import json
 import os
+import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from ruamel.yaml import YAML
 from torch import nn
 from torch.optim import Optimizer
 
@@ -30,23 +37,53 @@ from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.parallel.shards import OF_ALL, Shards
 from stages.shared.step import optim
+from stages.train.config import Params
 
 FOLDER = ".checkpoints"
 STATE, BEST, MANIFEST, LOCK = "state.pt", "best", "manifest.json", ".lock"
+# Libraries that compute or draw; another version may round or draw otherwise.
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+WHERE_INSTALLED = ("liger-kernel",)
 Tensors = dict[str, dict[str, Any]]  # of some parameters, by name: `weight`, and optimizer states
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that shape a result."""
+    found = [name for name in WHERE_INSTALLED if find_spec(name.replace("-", "_"))]
+    libraries = {name: metadata.version(name) for name in (*LIBRARIES, *found)}
+    return {"python": platform.python_version()} | libraries
+
+
+def code_sha256() -> str:
+    """Hash of the code that dvc.yaml declares for `train`: all that it imports."""
+    declared = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]["train"]["deps"]
+    code = [Path(name) for name in declared if name.startswith("stages/")]
+    sources = {p for path in code for p in (path.rglob("*.py") if path.is_dir() else [path])}
+    named = [(path.as_posix(), files.sha256(path)) for path in sorted(sources)]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def identity(settings: Params, device: str, inputs: list[Path]) -> dict[str, Any]:
+    """What shapes a training, by the names that users know.
+
+    The `device` too, `cpu` or `cuda`: their optimizers keep different states.
+    """
+    hashes = {str(p): files.folder_sha256(p) if p.is_dir() else files.sha256(p) for p in inputs}
+    libraries = {f"version of {name}": version for name, version in versions().items()}
+    shape = {"params.yaml": settings.model_dump(), "QLORA_DEVICE": device, "stages": code_sha256()}
+    return shape | hashes | libraries
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Name a training by 16 hex digits."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def claim(root: Path, fingerprint: str, keep: int) -> Iterator["Checkpoints"]:
-    """The checkpoints of one training, locked while the block runs.
+    """The checkpoints of one training, `keep` of them; UserError while another process has them.
 
-    Args:
-        root: the repository; of DVC's temporary workspaces, the one that they were made from.
-        fingerprint: names the training.
-        keep: how many checkpoints are kept.
-
-    Raises:
-        UserError: another process trains the very same.
+    `root`: the repository; of DVC's temporary workspaces, the one that they were made from.
     """
     folder = root / FOLDER / fingerprint
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,12 +142,7 @@ class Checkpoints:
         return self.folder / BEST
 
     def require_space(self, trainable: int, state_bytes: float) -> None:
-        """Refuse before the first step where they would not fit on the disk.
-
-        Args:
-            trainable: parameters, kept as fp32.
-            state_bytes: of the optimizer, a trainable parameter.
-        """
+        """Refuse what would not fit on the disk; `state_bytes` of the optimizer, a parameter."""
         one, best = int(trainable * (4 + state_bytes)), 4 * trainable
         files.require_space(
             self.folder,
@@ -128,11 +160,7 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint after `step` steps, then remove the oldest.
 
-        Args:
-            step: optimizer steps that are done.
-            state: plain values.
-            plan: the execution plan, which is read before any weight.
-            tensors: each a file, so that those of one are in memory at once.
+        `plan` is read before any weight; `tensors` are a file each, one in memory at a time.
         """
         target = self.folder / f"step-{step:06d}"
         with files.whole_folder(target) as partial:

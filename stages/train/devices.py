@@ -8,17 +8,15 @@ import torch
 
 from stages.shared.core.machine import machine
 from stages.shared.model.packing import read_examples
-from stages.shared.parallel import hosts, launcher
+from stages.shared.parallel import launcher, member
 from stages.shared.parallel.group import Group
 from stages.shared.parallel.interruption import Interrupted, Interruption
 from stages.shared.step import optim, targets
 from stages.train import execution
 from stages.train.checkpoints import Checkpoint, Checkpoints
 from stages.train.config import Params
-from stages.train.environment import environment
 from stages.train.execution import ExecutionPlan
-from stages.train.history import History
-from stages.train.metrics import metrics_of
+from stages.train.metrics import History, environment, metrics_of
 from stages.train.recipe import Data, Inputs, Recipe, load_model
 
 SET_UP = "while it was set up; `dvc repro` begins where it began"
@@ -42,14 +40,8 @@ def train(
 ) -> TrainResult:
     """Train to the end, from the newest checkpoint if there is one; keep `checkpoints.best`.
 
-    A group of one host that loses a process begins again there, `QLORA_RESTARTS` times.
-
-    Args:
-        settings: the parameters.
-        inputs: paths.
-        checkpoints: claimed by this process.
-        identity: what the fingerprint names; other processes are compared with it.
-        joined: this process's place where torchrun or Slurm has started the devices.
+    A group of one host that loses a process begins again there, `QLORA_RESTARTS` times. Other
+    processes are compared by `identity`; `joined` as of `member.joined`.
 
     Raises:
         Stopped: by a signal; a checkpoint holds all that was done.
@@ -60,7 +52,7 @@ def train(
     while True:
         checkpoint = checkpoints.latest()
         before = checkpoint.manifest["plan"] if checkpoint else None
-        local = hosts.local_size() if joined else None
+        local = member.local_size() if joined else None
         plan = execution.make_plan(
             settings, inputs["model"], data.train, data.held_out, before, local
         )

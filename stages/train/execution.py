@@ -35,29 +35,17 @@ SAVED = ["micro_batch_tokens", "gradient_checkpointing", "processes", "unfused_b
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """The resolved settings of the machine; `reports/train.json` has them.
+    """The resolved settings of the machine; `reports/train.json` has them."""
 
-    Attributes:
-        device: of this process.
-        compute_dtype: of matmuls.
-        micro_batch_tokens: the most tokens that go through the model at once.
-        gradient_checkpointing: whether activations are computed again in the backward pass.
-        processes: devices that share a step.
-        predicted_bytes: memory that each device, or a CPU's processes, will hold.
-        unfused_because: why transformers and peft compute the step; None if it is fused.
-        storage_dtype: in which trained base weights are saved.
-        sharded: whether each device holds a part of the frozen weights.
-    """
-
-    device: torch.device
-    compute_dtype: torch.dtype
-    micro_batch_tokens: int
+    device: torch.device  # of this process
+    compute_dtype: torch.dtype  # of matmuls
+    micro_batch_tokens: int  # the most that go through the model at once
     gradient_checkpointing: bool
-    processes: int = 1
-    predicted_bytes: int | None = None
-    unfused_because: str | None = None
-    storage_dtype: torch.dtype = torch.float32
-    sharded: bool = False
+    processes: int = 1  # devices that share a step
+    predicted_bytes: int | None = None  # that each device, or a CPU's processes, will hold
+    unfused_because: str | None = None  # why transformers and peft compute the step
+    storage_dtype: torch.dtype = torch.float32  # of trained base weights in their file
+    sharded: bool = False  # each device holds a part of the matrices
 
     @property
     def fused(self) -> bool:

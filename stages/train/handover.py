@@ -38,10 +38,6 @@ def hand_over(folder: Path, inputs: Mapping[str, Path]) -> None:
 
     A base model of the hub is named by id and commit. Another one has no name elsewhere: the card
     says that it loads from `models/quantized`.
-
-    Args:
-        folder: what training kept.
-        inputs: folders `tokenizer` and `model`, files `format` and `source`.
     """
     rows = AutoConfig.from_pretrained(inputs["model"]).get_text_config().vocab_size
     save_tokenizer(inputs["tokenizer"], folder, files.read_json(inputs["format"]), rows)

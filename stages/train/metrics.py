@@ -1,17 +1,113 @@
-"""Metrics of a training: its losses and counts, and how and where it was computed."""
+"""Metrics of a training: loss by step, best evaluation, counts of tokens, and the machine."""
 
+import csv
+import os
+import platform
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.shared.core import files
+from stages.shared.model import packing
+from stages.shared.model.packing import Example
 from stages.shared.step import targets
 from stages.shared.step.fused import gpu
 from stages.shared.weights import experts
 from stages.train import execution
+from stages.train.checkpoints import versions
 
 if TYPE_CHECKING:
     from stages.train.recipe import Recipe
+
+COLUMNS = ("step", "epoch", "learning_rate", "loss", "eval_loss", "gradient_norm")
+OF_MIXTURES = ("router_aux_loss",)  # columns that only they have
+
+
+@dataclass
+class History:
+    """Losses by optimizer step, nats a supervised token; step 0 is before training."""
+
+    rows: dict[int, dict[str, float]] = field(default_factory=dict)  # by step: `COLUMNS`
+    best_step: int = 0
+    best_loss: float = float("inf")
+    evaluations_since_best: int = 0
+    # Of a mixture, held-out tokens by layer and expert, `before` training and `after`, at the best.
+    expert_use: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    def record(self, step: int, **values: float) -> None:
+        """Add values to a step's row."""
+        self.rows.setdefault(step, {"step": step}).update(values)
+
+    def record_evaluation(
+        self, step: int, epoch: float, eval_loss: float, expert_use: list[list[int]]
+    ) -> None:
+        """Add an evaluation, and note whether it is the best so far."""
+        self.record(step, epoch=epoch, eval_loss=eval_loss)
+        if expert_use:
+            self.expert_use.setdefault("before", expert_use)
+        if eval_loss < self.best_loss:
+            if expert_use:
+                self.expert_use["after"] = expert_use
+            self.best_step, self.best_loss, self.evaluations_since_best = step, eval_loss, 0
+        else:
+            self.evaluations_since_best += 1
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step has been evaluated."""
+        return "eval_loss" in self.rows.get(step, {})
+
+    def train_loss(self, until: int, last: int) -> float | None:
+        """The mean loss of the `last` steps up to and including step `until`; None if none."""
+        return self.mean("loss", until, last)
+
+    def mean(self, column: str, until: int, last: int) -> float | None:
+        """The mean of a column over the `last` steps up to `until`; None if it has no value."""
+        steps = range(max(1, until - last + 1), until + 1)
+        values = [self.rows[step][column] for step in steps if column in self.rows[step]]
+        return sum(values) / len(values) if values else None
+
+    def write(self, path: Path) -> None:
+        """Write the rows as CSV, a value that was not measured left empty."""
+        with files.whole_file(path) as partial, partial.open("w", newline="") as file:
+            measured = {column for row in self.rows.values() for column in row}
+            columns = [*COLUMNS, *(c for c in OF_MIXTURES if c in measured)]
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            for step in sorted(self.rows):
+                row = self.rows[step].items()
+                writer.writerow({k: v if k == "learning_rate" else round(v, 6) for k, v in row})
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of some steps, over all processes."""
+
+    tokens: int = 0
+    input_tokens: int = 0  # up to the last that predicts a supervised one
+    supervised_tokens: int = 0
+    computed_tokens: int = 0  # that went through the model, padding included
+    capacity_tokens: int = 0  # that the micro-batches could have held
+
+    @classmethod
+    def of(
+        cls, examples: Sequence[Example], micro_batches: Sequence[Sequence[Example]], limit: int
+    ) -> "TokenCounts":
+        """Counts of one step, in micro-batches of at most `limit` tokens."""
+        computed = list(map(packing.input_tokens, micro_batches))
+        return cls(
+            tokens=sum(map(len, examples)),
+            input_tokens=packing.input_tokens(examples),
+            supervised_tokens=sum(e.supervised_tokens for e in examples),
+            computed_tokens=sum(computed),
+            capacity_tokens=sum(max(limit, tokens) for tokens in computed),
+        )
+
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return TokenCounts(*(one + another for one, another in pairs))
 
 
 def metrics_of(training: "Recipe") -> dict[str, Any]:
@@ -86,3 +182,28 @@ def expert_use(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
         "largest": max(round(max(layer) * len(layer) / sum(layer), 3) for layer in tokens),
         "shares": shares,
     }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads.
+
+    With the same of all these, and the same resolved settings, a training repeats byte for byte.
+    """
+    on_gpu = device.type == "cuda"
+    return {
+        "versions": versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
+        "threads": torch.get_num_threads(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda if on_gpu else None,
+    }
+
+
+def _cpu() -> str:
+    """The processor's name, as Linux has it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

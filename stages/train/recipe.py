@@ -40,7 +40,7 @@ from stages.shared.weights import experts, heap
 from stages.train.checkpoints import Checkpoints, Tensors, load_tensors, tensors_of
 from stages.train.config import Params
 from stages.train.execution import ExecutionPlan
-from stages.train.history import History, TokenCounts
+from stages.train.metrics import History, TokenCounts
 from stages.train.schedule import Schedule
 
 if TYPE_CHECKING:  # at run time stages.shared.model is imported before these
@@ -139,7 +139,7 @@ class Recipe:
                     if self._evaluation_is_due():
                         self.evaluate(stop)
                         self._write_history()
-                    if self.group.any(stop.heard is not None, self.plan.device):
+                    if self.group.any(stop.heard is not None):
                         break
                     if self._checkpoint_is_due():
                         self.checkpoint()

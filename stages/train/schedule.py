@@ -15,21 +15,13 @@ from stages.shared.step.config import Train
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimizer steps of a training, counted from 0.
+    """The optimizer steps of a training, counted from 0."""
 
-    Attributes:
-        conversations: in the training split.
-        batch_size: conversations a step; the last step of an epoch has what is left.
-        epochs: passes over the split, each in an order of its own.
-        max_steps: the most steps; None for as many as the epochs have.
-        random_seed: of the order, and of all that is random in a step.
-    """
-
-    conversations: int
-    batch_size: int
-    epochs: int
-    max_steps: int | None
-    random_seed: int
+    conversations: int  # in the training split
+    batch_size: int  # conversations a step; the last step of an epoch has what is left
+    epochs: int  # passes over the split, each in an order of its own
+    max_steps: int | None  # None for as many as the epochs have
+    random_seed: int  # of the order, and of all that is random in a step
 
     @classmethod
     def of(cls, train: Train, conversations: int) -> "Schedule":

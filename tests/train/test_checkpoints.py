@@ -11,7 +11,7 @@ import torch
 
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
-from stages.train import fingerprint as naming
+from stages.train import checkpoints as naming
 from stages.train.checkpoints import Checkpoints, claim
 from tests import tiny, workspace
 from tests.test_contract import ROOT, declared_code, entry_of, python_files, reached_from

@@ -48,13 +48,9 @@ class Group:
             for tensor, total in zip(bucket, totals, strict=True):
                 tensor.copy_(total.view_as(tensor))
 
-    def any(self, here: bool, device: torch.device) -> bool:
+    def any(self, here: bool) -> bool:
         """Whether it is so in any of the processes."""
-        if self.size == 1:
-            return here
-        votes = torch.tensor(float(here), device=device)
-        self.all_reduce([votes])
-        return votes.item() > 0
+        return any(self.gather(here))
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -88,11 +84,7 @@ class Group:
         return values
 
     def require_same(self, identity: dict[str, Any]) -> None:
-        """Refuse in every process an identity that differs in any, before the first step.
-
-        Args:
-            identity: what shapes the result, by the name that a user knows it by.
-        """
+        """Refuse in every process what shapes a result, by its names, and differs in any."""
         every = self.gather(identity)
         for rank in (self.rank, *range(self.size)):  # of all that differ, oneself first
             for name in sorted(every[0].keys() | every[rank].keys()):

@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stages.shared.core.errors import SIGNALS, UserError
 from stages.shared.core.machine import machine
-from stages.shared.parallel import hosts, worker
+from stages.shared.parallel import member, worker
 from stages.shared.parallel.group import Group
 from stages.shared.parallel.interruption import Interruption
 
@@ -48,12 +48,9 @@ class WorkerLost(UserError):  # noqa: N818  (what is told, not raised here)
 def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any) -> Any:
     """Call `work(group, device, *args)` on each of `size` devices; returns the first's result.
 
-    Args:
-        size: devices of all hosts; one process runs in this one, without any machinery.
-        device: cpu, or cuda: then each process has the device of its rank on its host.
-        work: a function at the top level of a module that is not the command itself; what it
-            returns can be pickled. A signal ends it at once unless it enters an `Interruption`.
-        args: more arguments for `work`.
+    A single one runs in this process. `work` is a function at the top level of a module that is not
+    the command itself, and its result can be pickled; a signal ends it at once, unless it enters an
+    `Interruption`.
 
     Raises:
         UserError: raised by `work` in any process, or another host is gone.
@@ -75,7 +72,7 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
             rdzv_backend="c10d",
             rdzv_endpoint=endpoint,
             rdzv_configs={"is_host": True},
-            local_addr=hosts.own_address(endpoint) if nodes > 1 else "localhost",
+            local_addr=member.own_address(endpoint) if nodes > 1 else "localhost",
             logs_specs=DefaultLogsSpecs(log_dir=f"{scratch}/logs"),
             max_restarts=0,
             monitor_interval=0.1,
@@ -172,11 +169,11 @@ def _ended(failure: Exception | None, size: int, stop: Interruption) -> Exceptio
     if failure and not isinstance(failure, ChildFailedError):
         return failure
     # Those that the agent ended itself, or that lost another one, are not the cause.
-    consequences = (hosts.LOST, -signal.SIGTERM)
+    consequences = (member.LOST, -signal.SIGTERM)
     failures = failure.failures if isinstance(failure, ChildFailedError) else {}
     causes = [f for f in failures.values() if f.exitcode not in consequences]
     if not causes and machine().nodes > 1:
-        return UserError(hosts.GONE)
+        return UserError(member.GONE)
     who, how = f"one of {size} processes", "without a word"
     if causes:
         code = causes[0].exitcode

@@ -68,12 +68,8 @@ def compute(
 ) -> Any:
     """Call `work(group, device, sharded, *args)`; returns what the first process returns.
 
-    Args:
-        member: this process's place where torchrun or Slurm has started the devices.
-        target: cpu or cuda.
-        shards: from `shards_for`.
-        work: a function at the top level of a module; all processes make the same passes.
-        args: more arguments for `work`.
+    `member` as of `member.joined`, `shards` of `shards_for`; `work` is a function at the top level
+    of a module, and makes the same passes in all processes.
     """
     if member:
         return work(*member, shards > 1, *args)

@@ -33,9 +33,8 @@ def main() -> None:
     (folder / f"{os.getpid()}.started").touch()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    from stages.shared.parallel import hosts  # noqa: PLC0415  (torch takes seconds)
-    from stages.shared.parallel.group import PeerLost  # noqa: PLC0415
-    from stages.shared.parallel.member import member  # noqa: PLC0415
+    from stages.shared.parallel.group import PeerLost  # noqa: PLC0415  (torch takes seconds)
+    from stages.shared.parallel.member import LOST, member  # noqa: PLC0415
 
     try:
         device_type, work, args = pickle.loads((folder / "job").read_bytes())  # noqa: S301
@@ -46,7 +45,7 @@ def main() -> None:
     except Stopped as stopped:
         _leave(folder, "answer", stopped)
     except PeerLost:
-        sys.exit(hosts.LOST)
+        sys.exit(LOST)
     except Exception as error:
         if not isinstance(error, UserError):
             error.add_note(traceback.format_exc())

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from stages.shared.parallel import hosts
+from stages.shared.parallel import member
 
 SLURM = {
     "SLURM_JOB_ID": "41234",
@@ -21,7 +21,7 @@ SLURM = {
     [("gpu[07-09,12],cpu1", "gpu07"), ("a", "a"), ("a,b", "a"), ("n-[3,7]", "n-3")],
 )
 def test_first_host_of_a_list(names: str, first: str) -> None:
-    assert hosts.first_host(names) == first
+    assert member.first_host(names) == first
 
 
 def test_place_in_a_step_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,15 +30,15 @@ def test_place_in_a_step_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in places:  # stale ones, which nobody has set for this process
         monkeypatch.setenv(name, "9")
-    assert not hosts.is_started()
+    assert not member.is_started()
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert hosts.is_started()
+    assert member.is_started()
     found = [os.environ[name] for name in places]
     assert found == ["5", "1", "8", "4", "gpu07", "21234"]
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert not hosts.is_started()
+    assert not member.is_started()
 
 
 def test_own_address_is_that_towards_the_endpoint() -> None:
-    assert hosts.own_address("127.0.0.1:29500") == "127.0.0.1"
+    assert member.own_address("127.0.0.1:29500") == "127.0.0.1"
