@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stages.shared.core.errors import SIGNALS, UserError
@@ -165,6 +168,11 @@ def _ended(failure: Exception | None, size: int, stop: Interruption) -> Exceptio
         return UserError(
             f"QLORA_NODES: of {machine().nodes} hosts not all came in time. Start the others with "
             f"torchrun --rdzv-endpoint {machine().endpoint}, and look at their output."
+        )
+    if isinstance(failure, RendezvousConnectionError):
+        return UserError(
+            f"QLORA_ENDPOINT: {machine().endpoint} cannot be opened here. End what listens on its "
+            "port, or set another one on all hosts."
         )
     if failure and not isinstance(failure, ChildFailedError):
         return failure

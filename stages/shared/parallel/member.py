@@ -102,18 +102,31 @@ def member(
 
 def is_started() -> bool:
     """Whether torchrun or Slurm has started this process as one of several."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return True
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun, not of a batch script
-    if tasks == "1" or "SLURM_PROCID" not in os.environ:
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not by_torchrun and (tasks == "1" or "SLURM_PROCID" not in os.environ):
         return False
+    try:
+        if not by_torchrun:
+            _read_slurm()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+            int(os.environ[name])
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"environment: of the variables of {'torchrun' if by_torchrun else 'srun'} one is "
+            f"missing or wrong ({error}). Start by it, or unset TORCHELASTIC_RUN_ID and SLURM_*."
+        ) from None
+    return True
+
+
+def _read_slurm() -> None:
+    """Set torchrun's variables by those of srun."""
     names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "STEP_NUM_TASKS"}
     os.environ |= {name: os.environ[f"SLURM_{theirs}"] for name, theirs in names.items()}
     counts = os.environ["SLURM_STEP_TASKS_PER_NODE"]  # 2(x3),1
     os.environ["LOCAL_WORLD_SIZE"] = re.split(r"\D", counts)[0]
     os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
     os.environ["MASTER_PORT"] = str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000)
-    return True
 
 
 def first_host(names: str) -> str:
@@ -160,9 +173,9 @@ def own_address(endpoint: str) -> str:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, int(port)))  # sends nothing
             return str(probe.getsockname()[0])
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise UserError(
-            f"QLORA_ENDPOINT: {endpoint} cannot be reached ({error.strerror}). Set it to a name or "
+            f"QLORA_ENDPOINT: {endpoint} cannot be reached ({error}). Set it to a name or "
             "address of the leader, which the other hosts know too."
         ) from None
 

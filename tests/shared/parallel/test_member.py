@@ -1,10 +1,14 @@
 """What torchrun and Slurm tell a process of its place."""
 
 import os
+import socket
 
 import pytest
+import torch
 
-from stages.shared.parallel import member
+from stages.shared.core.errors import UserError
+from stages.shared.core.machine import machine
+from stages.shared.parallel import launcher, member
 
 SLURM = {
     "SLURM_JOB_ID": "41234",
@@ -38,6 +42,30 @@ def test_place_in_a_step_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ["5", "1", "8", "4", "gpu07", "21234"]
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert not member.is_started()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.delenv("SLURM_LOCALID")
+    with pytest.raises(UserError, match=r"of srun one is missing or wrong \('SLURM_LOCALID'\)"):
+        member.is_started()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(UserError, match="of torchrun one is missing or wrong"):
+        member.is_started()
+
+
+def test_endpoint_that_is_none_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^QLORA_ENDPOINT: 127.0.0.1:99999 cannot be reached"):
+        member.own_address("127.0.0.1:99999")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        endpoint = f"127.0.0.1:{other.getsockname()[1]}"
+        monkeypatch.setenv("QLORA_NODES", "2")
+        monkeypatch.setenv("QLORA_ENDPOINT", endpoint)
+        machine.cache_clear()
+        with pytest.raises(UserError, match=f"^QLORA_ENDPOINT: {endpoint} cannot be opened here"):
+            launcher.launch(2, torch.device("cpu"), print)
+    monkeypatch.undo()
+    machine.cache_clear()
 
 
 def test_own_address_is_that_towards_the_endpoint() -> None:
