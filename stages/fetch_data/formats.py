@@ -18,23 +18,13 @@ from pathlib import Path, PurePath
 from tempfile import TemporaryFile
 from typing import IO, Literal
 
-from stages.fetch_data.json_lines import (
-    BLOCK,
-    File,
-    bounded_lines,
-    empty,
-    expands,
-    most_bytes,
-    parse,
-    read_items,
-    read_lines,
-    too_long,
-)
+from stages.fetch_data import json_lines
 from stages.fetch_data.tables import read_csv, read_table
 from stages.shared.core.errors import UserError
 from stages.shared.data.encoding import encoding_advice
 
 SUPPORTED = ".jsonl .json .csv .parquet .arrow, also as .gz or .zst"
+_ESCAPED = ("utf-8", "surrogateescape")
 _HIGH = bytes(range(0x80, 0x100))
 _UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, by surrogateescape
 
@@ -52,18 +42,22 @@ def read(
     `name` is for messages and gives the format; `path` is the original of `copy`, for the command
     that converts its encoding. Errors are raised here or while iterating.
     """
-    most = most_bytes(copy.stat().st_size)
+    most = json_lines.most_bytes(copy.stat().st_size)
     extension, compression = _extension(name)
     reader = _READERS[extension]
     if reader is not read_table:
         with _damage_as_one_line(name), _open(copy, compression) as file:
             _require_utf8(file, name, None if compression else path, most)
         with _open(copy, compression) as file:
-            head = list(islice(filter(bytes.strip, bounded_lines(file, limit)), 2))
+            head = list(islice(filter(bytes.strip, json_lines.bounded_lines(file, limit)), 2))
         if not head:
-            raise empty(name)
-        if reader is read_items and len(head) == 2 and isinstance(parse(head[0]), dict):
-            reader = read_lines  # many .json files on the hub are JSON Lines
+            raise json_lines.empty(name)
+        if (
+            reader is json_lines.read_items
+            and len(head) == 2
+            and isinstance(json_lines.parse(head[0]), dict)
+        ):
+            reader = json_lines.read_lines  # many .json files on the hub are JSON Lines
 
     def rows() -> Iterator[bytes]:
         size, packed_table = 0, compression and reader is read_table
@@ -72,10 +66,10 @@ def read(
             for row in reader(file, name, limit):
                 size += len(row)
                 if size > most:
-                    raise expands(name, most)
-                yield row if len(row) <= limit else too_long(limit)
+                    raise json_lines.expands(name, most)
+                yield row if len(row) <= limit else json_lines.too_long(limit)
 
-    return ("line" if reader is read_lines else "row"), rows()
+    return ("line" if reader is json_lines.read_lines else "row"), rows()
 
 
 def _extension(name: str) -> tuple[str, str]:
@@ -84,7 +78,7 @@ def _extension(name: str) -> tuple[str, str]:
     return (suffixes[-1] if suffixes else ""), compression
 
 
-def _open(path: Path, compression: str) -> File:
+def _open(path: Path, compression: str) -> json_lines.File:
     if compression == ".gz":
         return gzip.open(path, "rb")
     if compression == ".zst":
@@ -94,12 +88,12 @@ def _open(path: Path, compression: str) -> File:
     return path.open("rb")
 
 
-def _unpack(packed: File, name: str, most: int) -> IO[bytes]:
+def _unpack(packed: json_lines.File, name: str, most: int) -> IO[bytes]:
     """Unpack a table, which is read by offset, into a file that goes when it is closed."""
     file = TemporaryFile()  # noqa: SIM115  (closed with the last reference)
-    while block := packed.read(BLOCK):
+    while block := packed.read(json_lines.BLOCK):
         if file.tell() + len(block) > most:
-            raise expands(name, most)
+            raise json_lines.expands(name, most)
         file.write(block)
     file.seek(0)
     return file
@@ -116,30 +110,33 @@ def _damage_as_one_line(name: str) -> Iterator[None]:
         raise UserError(f"{name}: is damaged ({reason:.80}). Fetch or export it again.") from None
 
 
-def _require_utf8(file: File, name: str, path: Path | None, most: int) -> None:
+def _require_utf8(file: json_lines.File, name: str, path: Path | None, most: int) -> None:
     """Refuse a file if most of its non-ASCII bytes are not UTF-8; single bad lines pass."""
     high = undecoded = offset = 0
-    number, decoder = 1, codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    for line in chain(iter(partial(file.readline, BLOCK), b""), [b""]):
-        wide = offset < 64 and b"\0" in line[:64]  # UTF-16 or UTF-32, whose ASCII is valid UTF-8
-        offset -= len(decoder.getstate()[0])  # an incomplete character before this piece
-        text = decoder.decode(line, final=not line)
+    line, decoder = 1, codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    for block in chain(iter(partial(file.read, json_lines.BLOCK), b""), [b""]):
+        wide = not offset and b"\0" in block[:64]  # UTF-16 or UTF-32, whose ASCII is valid UTF-8
+        text = decoder.decode(block, final=not block)
         bad = ["\0"] if wide else _UNDECODED.findall(text)
         if bad and not undecoded:
-            valid = text.partition(bad[0])[0].encode("utf-8", "surrogateescape")
-            where, first = number, offset + len(valid)
+            valid = text.partition(bad[0])[0]
+            where, first = line + valid.count("\n"), offset + len(valid.encode(*_ESCAPED))
         undecoded += len(bad)
         if wide:
             break
-        high += len(line) - len(line.translate(None, _HIGH))
-        offset += len(text.encode("utf-8", "surrogateescape")) + len(decoder.getstate()[0])
-        number += line.endswith(b"\n")
+        high += len(block) - len(block.translate(None, _HIGH))
+        line += text.count("\n")
+        offset += len(text.encode(*_ESCAPED))
         if offset > most:
-            raise expands(name, most)
+            raise json_lines.expands(name, most)
     if 2 * undecoded > high:
         advice = encoding_advice(path, first) if path else "Unpack it and save it as UTF-8."
         raise UserError(f"{name}:{where}: is not UTF-8. {advice}")
 
 
-_READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".json": read_items}
+_READERS = {
+    ".jsonl": json_lines.read_lines,
+    ".ndjson": json_lines.read_lines,
+    ".json": json_lines.read_items,
+}
 _READERS |= {".csv": read_csv, ".tsv": read_csv, ".parquet": read_table, ".arrow": read_table}

@@ -169,18 +169,8 @@ def _columns(
         "dropped_turns": conversation.dropped_turn,
     }
     for one in examples:
-        yield {
-            **shared,
-            "messages": to_columns(one.messages),
-            "text": one.text,
-            "input_ids": one.input_ids,
-            "loss_mask": one.loss_mask,
-            "text_bytes": one.text_bytes,
-            "answer": conversation.answer if one is kept and one.answered else None,
-            "turn": one.turn,
-            "weights": one.weights,
-            "supervised_tokens": one.supervised_tokens,
-        }
+        answer = conversation.answer if one is kept and one.answered else None
+        yield one._asdict() | shared | {"messages": to_columns(one.messages), "answer": answer}
 
 
 @lru_cache(maxsize=1)  # forked processes inherit it
