@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from stages.prepare import limits, splitting
 from stages.prepare.config import Prepare
 from stages.prepare.encoding import encode_file, make_encoder
-from stages.prepare.output import Mixture, Rejections, RowGroups, SplitFile, Tally
+from stages.prepare.output import Mixture, RowGroups, SplitFile, Tally
 from stages.prepare.rows import SPLITS, Source, Split, find_sources
 from stages.prepare.splitting import Splitter
 from stages.shared.core import display, files
@@ -37,10 +37,9 @@ def prepare(
     encoder = make_encoder(str(tokenizer), parameters)
     splitter = Splitter("eval" in sources, None if parameters.mix else parameters.max_rows)
     processes = processes or len(os.sched_getaffinity(0))
-    tally = Tally()
     with ExitStack() as stack:
         path = stack.enter_context(files.whole_file(folder / "rejected.jsonl"))
-        rejections = Rejections(stack.enter_context(path.open("w", encoding="utf-8")))
+        tally = Tally(stack.enter_context(path.open("w", encoding="utf-8")))
         paths = {s: stack.enter_context(files.whole_file(folder / f"{s}.parquet")) for s in SPLITS}
         splits = {split: SplitFile(path) for split, path in paths.items()}
         targets: dict[Split, RowGroups] = {**splits}
@@ -60,14 +59,13 @@ def prepare(
                 of_rows = outcomes if heads is rows else outcomes[np.cumsum(is_first) - 1]
                 for target, file in targets.items():
                     file.add(rows.filter(of_rows == target))
-                rejections.add(source, heads.filter(outcomes == "rejected"))
-                tally.add(heads, outcomes)
+                tally.add(source, heads, outcomes)
                 bar.update(read_bytes)
                 if splitter.is_full and source.names <= source.with_eval:
                     break  # no source holds out some of its rows
         bar.close()
         metrics = tally.figures()
-        limits.require_rows(parameters, metrics, rejections.reasons, rejections.first)
+        limits.require_rows(parameters, metrics, tally.reasons, tally.first)
         if parameters.mix:
             drawn = mixture.draw(splits["train"], parameters.seed, parameters.max_rows)
             metrics |= {"mix": drawn}
@@ -75,7 +73,7 @@ def prepare(
         metrics |= {"template": parameters.template}
         if parameters.system:
             metrics |= {"system_merged": encoder.merges_system}
-        limits.require_splits(metrics, splitter, rejections.first)
+        limits.require_splits(metrics, splitter, tally.first)
         if model is not None:
             longest = max(file.longest for file in splits.values())
             limits.require_fit(model, parameters, longest, max(f.last_id for f in splits.values()))

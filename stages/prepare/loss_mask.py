@@ -106,9 +106,8 @@ class ExampleEncoder:
         """Indices of the replies to supervise."""
         replies = _replies(conversation.messages)
         selected = replies[-1:] if self._train_on == "last" else replies
-        weights = (conversation.messages[i].get("weight", 1) for i in selected)
-        pairs = zip(selected, weights, strict=True)
-        return [i for i, weight in pairs if weight and i >= conversation.shared]
+        selected = [i for i in selected if conversation.messages[i].get("weight", 1)]
+        return [i for i in selected if i >= conversation.shared]
 
     def _too_long(self) -> TooLong:
         return TooLong(f"no supervised token within prepare.max_length = {self._max_length}")

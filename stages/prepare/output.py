@@ -186,15 +186,18 @@ class Mixture(RowGroups):
 
 @dataclass
 class Tally:
-    """Counts over the conversations of both splits."""
+    """Counts over the conversations of both splits, and rejected.jsonl."""
 
+    file: TextIO
+    reasons: Counter[str] = field(default_factory=Counter)  # of rejections
+    first: dict[str, str] = field(default_factory=dict)  # place of the first, by reason
     outcomes: Counter[str] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
     forms: Counter[str] = field(default_factory=Counter)
     unknown: Counter[str] = field(default_factory=Counter)
 
-    def add(self, heads: pa.Table, outcomes: np.ndarray) -> None:
-        """Count conversations by their first rows, and unread fields."""
+    def add(self, source: Source, heads: pa.Table, outcomes: np.ndarray) -> None:
+        """Count conversations by their first rows, and unread fields; list the rejected ones."""
         self.outcomes.update(outcomes.tolist())
         kept = heads.select(["form", *_FLAGS]).filter(np.isin(outcomes, SPLITS))
         for name in _FLAGS:
@@ -202,6 +205,15 @@ class Tally:
         self.forms.update(kept["form"].to_pylist())
         for name in pc.list_flatten(heads["unknown"]).to_pylist():
             _add(self.unknown, name)
+        for row in heads.select(["line", "reason"]).filter(outcomes == "rejected").to_pylist():
+            reason = row["reason"]
+            name, unit, number = source.place(row["line"])
+            entry = {"file": name, unit: number, "reason": reason}
+            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            _add(self.reasons, reason)
+            if reason in self.reasons:
+                at = f"{name}:{number}" if unit == "line" else f"{name}, row {number}"
+                self.first.setdefault(reason, at)
 
     def tell_unknown(self) -> None:
         """Name the fields that are not read, if any, on stderr."""
@@ -221,26 +233,6 @@ class Tally:
             "unknown_fields": _most_common(self.unknown),
             "forms": _most_common(self.forms),
         }
-
-
-@dataclass
-class Rejections:
-    """Rejected rows: rejected.jsonl, and counts by reason."""
-
-    file: TextIO
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, source: Source, rows: pa.Table) -> None:
-        """Append rows that have a `line` and a `reason`."""
-        for line, reason in zip(rows["line"].to_pylist(), rows["reason"].to_pylist(), strict=True):
-            name, unit, number = source.place(line)
-            entry = {"file": name, unit: number, "reason": reason}
-            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            _add(self.reasons, reason)
-            if reason in self.reasons:
-                at = f"{name}:{number}" if unit == "line" else f"{name}, row {number}"
-                self.first.setdefault(reason, at)
 
 
 def _add(counter: Counter[str], name: str) -> None:

@@ -257,7 +257,7 @@ def test_one_of_several_chat_templates_is_named() -> None:
     assert named.chat_template == KEPT
     with pytest.raises(UserError, match="chat templates are default, tool_use"):
         templates.make("tokenizer", tokenizer, "rag")
-    with pytest.raises(UserError, match="has one chat template"):
+    with pytest.raises(UserError, match="are one without a name"):
         templates.make("tokenizer", chat_templates.tokenizer(KEPT), "rag")
     with pytest.raises(UserError, match="'chatml', which has no names"):
         templates.make("chatml", tokenizer, "tool_use")

@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Collection
 
-from stages.shared.chat.conversation import Conversation, Message, RejectedRow, Role
+from stages.shared.chat.conversation import Conversation, Message, RejectedRow, Role, ToolCall
 from stages.shared.chat.rendered import Rendered
 from stages.shared.chat.tokenizer import pattern_of
 from stages.shared.chat.turns import Apply, TurnRenderer
@@ -19,27 +19,17 @@ def placeholders(*roles: Role) -> Conversation:
 
 WITH_SYSTEM = placeholders("system", "user", "assistant", "user", "assistant")
 _EXCHANGES = placeholders("user", "assistant", "user", "assistant")
+_SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
+_TOOL = {"name": "f", "description": "two", "parameters": _SCHEMA}
+_CALLS: list[ToolCall] = [{"id": "abcdefghi", "name": "f", "arguments": {"x": 7}}]
 _CALL = Conversation(
     [
         {"role": "user", "content": "two"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "abcdefghi", "name": "f", "arguments": {"x": 7}}],
-        },
+        {"role": "assistant", "content": "", "tool_calls": _CALLS},
         {"role": "tool", "content": "four", "tool_call_id": "abcdefghi", "name": "f"},
         {"role": "assistant", "content": "four", "reasoning": "two"},
     ],
-    tools=[
-        {
-            "type": "function",
-            "function": {
-                "name": "f",
-                "description": "two",
-                "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}},
-            },
-        }
-    ],
+    tools=[{"type": "function", "function": _TOOL}],
 )
 
 

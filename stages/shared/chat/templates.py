@@ -280,21 +280,16 @@ def make(
 def _own_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
     """The model's own chat template, of several the one of this name or the default."""
     known = tokenizer.chat_template or {}
-    if isinstance(known, str):
-        if name is not None:
-            raise UserError(
-                f"params.yaml: prepare.template_name is {name!r}, but the model has one chat "
-                "template, without a name. Set it to null."
-            )
-        return known
-    if (name or "default") not in known:
-        if known:
-            raise UserError(
-                f"params.yaml: prepare.template_name is {name!r}, but the model's chat templates "
-                f"are {', '.join(sorted(known))}. Set it to one of these."
-            )
+    named = {None: known} if isinstance(known, str) else {None: known.get("default"), **known}
+    if chat_template := named.get(name):
+        return str(chat_template)
+    names = ", ".join(sorted(filter(None, named)))
+    if not known:
         raise _unfit("tokenizer", "the model has no chat template")
-    return str(known[name or "default"])
+    raise UserError(
+        f"params.yaml: prepare.template_name is {name!r}, but the model's chat templates are "
+        f"{names or 'one without a name'}. Set it to {'one of these' if names else 'null'}."
+    )
 
 
 def _unfit(name: str, reason: str) -> UserError:

@@ -39,18 +39,18 @@ class TurnRenderer:
     def render(self, conversation: Conversation, count: int, *, prompt: bool = False) -> Rendered:
         """Render the first messages, as `apply_chat_template` does."""
         marks = Marks(self.unsafe, active=True)
-        chat, tools, kwargs = self._arguments(marks, conversation, count)
+        chat, tools, kwargs = self.arguments(conversation, count, marks)
         marked = marks.read(self._apply(chat, prompt, tools, kwargs))
         chat, tools, kwargs = self.arguments(conversation, count)
         if marked.text != self._apply(chat, prompt, tools, kwargs):
             raise RejectedRow("the chat template reads the text of a message, and changes by it")
         return marked
 
-    def arguments(self, conversation: Conversation, count: int) -> Arguments:
+    def arguments(
+        self, conversation: Conversation, count: int, marks: Marks | None = None
+    ) -> Arguments:
         """Of the template: the first messages, tools, and its own."""
-        return self._arguments(Marks(self.unsafe, active=False), conversation, count)
-
-    def _arguments(self, marks: Marks, conversation: Conversation, count: int) -> Arguments:
+        marks = marks or Marks(self.unsafe, active=False)
         chat = [self._message(marks, *one) for one in enumerate(conversation.messages[:count])]
         tools = [marks.wrap_tool(tool) for tool in conversation.tools or ()] or None
         return chat, tools, marks.wrap_value(conversation.template_kwargs, CONTEXT)
