@@ -79,7 +79,12 @@ def test_base_is_released_as_it_is_read(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[int] = []
-    monkeypatch.setattr(heap, "resident_bytes", lambda: len(seen.append(mapped(base)) or ()))
+
+    def observe() -> int:
+        seen.append(mapped(base))
+        return 0
+
+    monkeypatch.setattr(heap, "resident_bytes", observe)
     convert.convert(base, tmp_path, tiny.quantization("nf4"), CPU)
     assert len(seen) == len(sizes(base)) + 1  # one before
     largest = max(sizes(base).values())

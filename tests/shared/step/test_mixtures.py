@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from stages.quantize.convert import convert
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import read_examples
 from stages.shared.parallel import launcher
 from stages.shared.parallel.group import Group
+from stages.shared.parallel.shards import Shards
 from stages.shared.step import adapter, gradient, targets
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss, weight_of
@@ -61,6 +63,7 @@ def step(
     weight: float = 0.0,
     fused: bool = True,
     group: Group | None = None,
+    sharded: bool = False,
 ) -> tuple[float, Gradients]:
     """A step of the project's, shared by a group; returns the router's loss and the gradients."""
     group = group or Group()
@@ -69,11 +72,13 @@ def step(
         model.activation_checkpointing_enable({"use_reentrant": False})
     if fused:
         fuse(model)
+    if sharded:
+        Shards(model, group, CPU)
     examples = [read_examples(folders["data"] / "train.parquet")[row] for row in ROWS]
     router = RouterLoss(model, weight)
     gradient.accumulate(
         model,
-        packing.partition(examples, tokens, group.size)[group.rank],
+        packing.even_passes(packing.partition(examples, tokens, group.size), True)[group.rank],
         sum(example.supervised_tokens for example in examples),
         dtype=torch.float32,
         fused=fused,
@@ -109,20 +114,30 @@ def test_gradient_of_a_mixture_is_that_of_each_conversation(
     assert (losses[0] > 1) == (weight > 0)
 
 
-def on_each(group: Group, _: torch.device, folders: Folders) -> list[tuple[float, Gradients]]:
-    return [step(folders, kind, 70, weight=0.5, group=group) for kind in KINDS]
+def on_each(group: Group, _: torch.device, folders: Folders) -> list[Any]:
+    """A step of each mixture with whole weights, and with sharded ones."""
+    return [
+        [step(folders, kind, 70, weight=0.5, group=group, sharded=way) for way in (False, True)]
+        for kind in sorted(folders.keys() - {"data"})
+    ]
 
 
-def test_gradient_of_a_mixture_is_the_same_on_two_devices(folders: Folders) -> None:
-    shared = launcher.launch(2, CPU, on_each, folders)
-    for kind, (loss, gradients) in zip(KINDS, shared, strict=True):
-        alone = step(folders, kind, 70, weight=0.5)
-        assert loss == pytest.approx(alone[0], rel=1e-6)
-        zero = [name for name, g in alone[1].items() if not g.any()]
-        assert all(
-            not gradients.pop(name).any() and alone[1].pop(name) is not None for name in zero
-        )
-        assert distance(gradients, alone[1]) < 1e-5
+def test_gradient_of_a_mixture_is_the_same_on_two_devices(folders: Folders, tmp_path: Path) -> None:
+    """Of sharded weights, nf4 among them, the bits are those of whole ones."""
+    every = dict(folders)
+    for kind in KINDS:
+        every[f"{kind} nf4"] = tmp_path / kind
+        convert(folders[kind], tmp_path / kind, tiny.quantization("nf4"), CPU)
+    shared = launcher.launch(2, CPU, on_each, every)
+    for kind, (whole, sharded) in zip(sorted(every.keys() - {"data"}), shared, strict=True):
+        assert sharded[0] == whole[0]
+        assert all(torch.equal(sharded[1][name], one) for name, one in whole[1].items()), kind
+        if kind in KINDS:
+            loss, expected = step(folders, kind, 70, weight=0.5)
+            assert whole[0] == pytest.approx(loss, rel=1e-6)
+            hit = [name for name, one in expected.items() if one.any()]
+            assert all(name in hit or not one.any() for name, one in whole[1].items())
+            assert distance(*({n: g[n] for n in hit} for g in (whole[1], expected))) < 1e-5
 
 
 @pytest.mark.parametrize("rank", [0, 1])
