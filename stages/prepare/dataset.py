@@ -1,8 +1,8 @@
-"""Train and eval Parquet files of raw rows: encoded chunk by chunk, split, written."""
+"""Train and eval Parquet files of raw rows: encoded batch by batch, split, written."""
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ def prepare(
         bar = stack.enter_context(display.bar(total=size, desc="prepare", unit="B"))
         for split in sorted(sources):  # eval first: it decides what leaks
             source = sources[split]
-            chunks = _read(source, processes, str(tokenizer), parameters)
-            for rows, has_own_eval, read_bytes in chunks:
+            batches = _read(source, processes, str(tokenizer), parameters)
+            for rows, has_own_eval, read_bytes in stack.enter_context(closing(batches)):
                 is_first = rows["is_first"].to_numpy()
                 heads = rows if is_first.all() else rows.filter(rows["is_first"])
                 outcomes = _assign(splitter, heads, split, has_own_eval[is_first])
@@ -87,19 +87,20 @@ def prepare(
 
 def _read(
     source: Source, processes: int, tokenizer: str, parameters: Prepare
-) -> Iterator[tuple[pa.Table, np.ndarray, int]]:
+) -> Generator[tuple[pa.Table, np.ndarray, int], None, None]:
     """Encode a file: rows with their `source`, whether it holds out rows itself, bytes read."""
     names = [part.source for part in source.parts]
     with_eval = np.array([name in source.with_eval for name in names], bool)
     has_turns = dict[int, bool]()  # whether the first row of a part has
-    for encoded, size in encode_file(source.path, processes, tokenizer, parameters):
-        parts = source.parts_of(encoded["line"].to_numpy())
-        column = pa.array(names, pa.string()).take(pa.array(parts))
-        rows = _replace(encoded, "source", column)
-        if parameters.format == "auto":
-            stray = _stray_text(rows, parts, has_turns)
-            rows = _replace(rows, "reason", pc.if_else(stray, _STRAY, rows["reason"]))
-        yield rows, with_eval[parts], size
+    with closing(encode_file(source.path, processes, tokenizer, parameters)) as batches:
+        for encoded, size in batches:
+            parts = source.parts_of(encoded["line"].to_numpy())
+            column = pa.array(names, pa.string()).take(pa.array(parts))
+            rows = _replace(encoded, "source", column)
+            if parameters.format == "auto":
+                stray = _stray_text(rows, parts, has_turns)
+                rows = _replace(rows, "reason", pc.if_else(stray, _STRAY, rows["reason"]))
+            yield rows, with_eval[parts], size
 
 
 def _replace(rows: pa.Table, name: str, column: pa.Array) -> pa.Table:

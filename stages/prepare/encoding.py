@@ -1,11 +1,15 @@
-"""Encoded rows of raw lines, by `datasets`; they do not depend on the number of processes."""
+"""Encoded rows of raw lines, in batches that do not depend on the number of processes."""
 
 import ctypes
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from stages.prepare.config import Prepare
 from stages.prepare.forms import parse
 from stages.prepare.loss_mask import Example, ExampleEncoder
 from stages.prepare.output import FIGURES, SCHEMA
-from stages.prepare.rows import parse_line, read_chunks
+from stages.prepare.rows import Line, parse_line, read_batches
 from stages.prepare.splitting import digest_of, is_held_out
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import (
@@ -43,88 +47,81 @@ ENCODED = pa.schema(
         "form": pa.string(),
     }
 )
-CHUNK_BYTES = 8 << 20
-BYTES_PER_PROCESS = 1 << 20  # at least
-BATCH_ROWS = 1000
+BATCH_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _prctl = ctypes.CDLL(None).prctl
-_deferring = False
 
 
 def encode_file(
     path: Path, processes: int, tokenizer: str, parameters: Prepare
-) -> Iterator[tuple[pa.Table, int]]:
-    """Encode a file chunk by chunk: a table of `ENCODED` and the bytes read for it, each time."""
-    # Imported late: the tokenizer's module must switch the hub off first.
-    from datasets import Dataset, Features, disable_progress_bars  # noqa: PLC0415
+) -> Generator[tuple[pa.Table, int], None, None]:
+    """Encode a file batch by batch: a table of `ENCODED` and the bytes read for it, each time."""
+    batches = read_batches(path, BATCH_BYTES)
+    workers = min(processes, path.stat().st_size // BATCH_BYTES)
+    if workers < 2:
+        for lines, size in batches:
+            yield encode_rows(lines, tokenizer, parameters), size
+        return
+    pending = deque[tuple[Future[pa.Table], int]]()
+    with _forked(workers) as pool:
+        for lines, size in batches:
+            pending.append((pool.submit(encode_rows, lines, tokenizer, parameters), size))
+            if len(pending) > 2 * workers:
+                yield _result(*pending.popleft())
+        for one in pending:
+            yield _result(*one)
 
-    disable_progress_bars()
-    for lines, size in read_chunks(path, CHUNK_BYTES):
-        workers = min(processes, size // BYTES_PER_PROCESS)
-        numbers, texts = zip(*lines, strict=True)
-        with _signals_deferred() if workers > 1 else nullcontext():
-            encoded = Dataset.from_dict({"number": numbers, "line": texts}).map(
-                encode_rows,
-                input_columns=["number", "line"],
-                batched=True,
-                batch_size=BATCH_ROWS,
-                features=Features.from_arrow_schema(ENCODED),
-                remove_columns=["number", "line"],
-                fn_kwargs={"tokenizer": tokenizer, "parameters": parameters},
-                num_proc=workers if workers > 1 else None,
-                keep_in_memory=True,  # pages of a mapped cache file would count as this process's
-                new_fingerprint="encoded",  # no hash of the function and its arguments
-            )
-        yield encoded.with_format("arrow")[:], size
+
+def _result(encoded: Future[pa.Table], size: int) -> tuple[pa.Table, int]:
+    return encoded.result(), size
 
 
 @contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Defer signals while `datasets` forks and joins: an exception amid these leaves orphans."""
-    global _deferring  # noqa: PLW0603  (a fork has no other way to know)
-    caught = list[int]()
-    heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-    before = [signal.signal(number, lambda got, _: caught.append(got)) for number in heard]
-    _deferring = True
+def _forked(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Pool of forks, which hear no Ctrl-C and end with this process.
+
+    The standard library's: that of `datasets.map` waits for ever for a process that was killed.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the forks are as many as the cores
+    pool, caught = ProcessPoolExecutor(workers, get_context("fork"), _begin_fork), list[int]()
+    # Deferred by handlers: an exception amid forks leaves orphans, and threads have other masks.
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, lambda got, _: caught.append(got))
     try:
-        yield
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):
-            raise
+        pool.submit(os.getpid)  # forks all
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    try:
+        if caught:
+            signal.raise_signal(caught[0])
+        yield pool
+    except BrokenProcessPool:
         raise UserError(
             "prepare: one of its processes was killed, mostly for want of memory. Free memory, "
             "and run it again."
         ) from None
     finally:
-        _deferring = False
-        for number, handler in zip(heard, before, strict=True):
-            signal.signal(number, handler)
-        if caught:
-            signal.raise_signal(caught[0])
+        pool.shutdown(cancel_futures=True)
 
 
-def _end_with_the_parent() -> None:
-    """Let a fork of `datasets` hear no Ctrl-C, and end with this process."""
-    if _deferring:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+def _begin_fork() -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
-os.register_at_fork(after_in_child=_end_with_the_parent)
-
-
-def encode_rows(
-    numbers: Sequence[int], lines: Sequence[bytes], tokenizer: str, parameters: Prepare
-) -> pa.Table:
+def encode_rows(lines: list[Line], tokenizer: str, parameters: Prepare) -> pa.Table:
     """Parse, render and encode lines: rows of `ENCODED` for each that is not blank."""
     encoder = make_encoder(tokenizer, parameters)
-    numbered = [pair for pair in zip(numbers, lines, strict=True) if pair[1].strip()]
-    parsed = [_parse(line, parameters) for _, line in numbered]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    parsed = [_parse(line, parameters) for _, line in lines]
     conversations = [one for one in parsed if isinstance(one, Conversation)]
     encoded = iter(encoder.encode_conversations(conversations))
     rows: list[dict[str, Any]] = []
-    for (number, line), one in zip(numbered, parsed, strict=True):
+    for (number, line), one in zip(lines, parsed, strict=True):
         columns: dict[str, Any] = {"line": number, "is_first": True, "bytes": len(line)}
         result = one if isinstance(one, RejectedRow) else next(encoded)
         if isinstance(one, Conversation):

@@ -74,8 +74,8 @@ def find_sources(folder: Path) -> dict[Split, Source]:
     }
 
 
-def read_chunks(path: Path, max_bytes: int) -> Iterator[tuple[list[Line], int]]:
-    """Read a file's lines, in chunks that end with the first past `max_bytes`, and their bytes."""
+def read_batches(path: Path, max_bytes: int) -> Iterator[tuple[list[Line], int]]:
+    """Read a file's lines, in batches that end with the first past `max_bytes`, and their bytes."""
     lines, size = list[Line](), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -72,15 +72,14 @@ def test_the_format_has_all_end_tokens_of_the_model(stage: Stage, tmp_path: Path
 
 
 @pytest.mark.parametrize("max_rows", [None, 5])
-def test_processes_and_chunks_change_no_byte(
+def test_processes_and_batches_change_no_byte(
     stage: Stage, max_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "GROUP_ROWS", 3)
     rows = [*ROWS, row("plus " * 99 + "two"), *ROWS[:3], {"text": "### Human: two", "id": 1}]
     found = []
-    monkeypatch.setattr(encoding, "BYTES_PER_PROCESS", 1)
-    for processes, chunk in ((1, 1 << 20), (1, 1), (2, 900), (3, 1 << 20)):
-        monkeypatch.setattr(encoding, "CHUNK_BYTES", chunk)
+    for processes, batch in ((1, 1 << 20), (1, 1), (2, 150), (3, 400)):
+        monkeypatch.setattr(encoding, "BATCH_BYTES", batch)
         stage.processes = processes
         figures = stage.prepare(rows, max_rows=max_rows, max_rejected=0.5)
         found.append((figures, {name: (stage.out / name).read_bytes() for name in OUTS}))
@@ -88,8 +87,8 @@ def test_processes_and_chunks_change_no_byte(
     assert found[0][0]["rejected"] == 2
 
 
-def test_memory_is_that_of_a_chunk(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "CHUNK_BYTES", 40_000)
+def test_memory_is_that_of_a_batch(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 40_000)
     live, add = list[int](), Tally.add
 
     def measure(tally: Tally, *rows: Any) -> None:
@@ -207,7 +206,7 @@ def test_max_rows_counts_conversations_that_are_accepted(stage: Stage) -> None:
 def test_max_rows_stops_reading_where_there_is_an_eval_split(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 1)
     figures = stage.prepare(ROWS[4:], ROWS[:4], max_rows=3)
     assert figures["rows_in"] == 7
     assert figures["train"]["conversations"] == 3

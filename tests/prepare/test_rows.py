@@ -48,15 +48,15 @@ def test_a_line_is_rejected_with_its_fault(line: bytes, reason: str) -> None:
 
 
 @pytest.mark.parametrize(("max_bytes", "lengths"), [(1000, [4]), (5, [2, 1, 1]), (1, [1] * 4)])
-def test_chunks_hold_all_lines_with_their_numbers(
+def test_batches_hold_all_lines_with_their_numbers(
     tmp_path: Path, max_bytes: int, lengths: list[int]
 ) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"one\n\nthree\nfour")
-    chunks = [*rows.read_chunks(path, max_bytes)]
-    assert [len(lines) for lines, _ in chunks] == lengths
-    assert sum(size for _, size in chunks) == path.stat().st_size
-    read = [line for lines, _ in chunks for line in lines]
+    batches = [*rows.read_batches(path, max_bytes)]
+    assert [len(lines) for lines, _ in batches] == lengths
+    assert sum(size for _, size in batches) == path.stat().st_size
+    read = [line for lines, _ in batches for line in lines]
     assert read == [(1, b"one\n"), (2, b"\n"), (3, b"three\n"), (4, b"four")]
 
 

@@ -144,9 +144,8 @@ def test_tokens_are_what_the_row_says(tmp_path: Path, name: str) -> None:
         source = Rows(f"{name} {template} {train_on} {max_length}")
         rows = [source.row() for _ in range(25)]
         settings = {"template": template, "train_on": train_on, "max_length": max_length}
-        lines = [json.dumps(row).encode() for row, _ in rows]
-        parameters = Prepare(**(DEFAULTS | settings))
-        encoded = encode_rows(range(len(lines)), lines, str(tmp_path), parameters)
+        lines = [(at, json.dumps(row).encode()) for at, (row, _) in enumerate(rows)]
+        encoded = encode_rows(lines, str(tmp_path), Prepare(**(DEFAULTS | settings)))
         form = templates.make(template, tokenizer).format()
         for (row, turns), columns in zip(rows, encoded.to_pylist(), strict=True):
             count["rejected"] += bool(columns["reason"])
