@@ -67,7 +67,7 @@ def test_each_stage_has_a_line() -> None:
 
 
 def test_repro_says_at_once_what_runs_and_ends_as_dvc_does(space: workspace.Workspace) -> None:
-    Path("dvc.yaml").write_text("stages:\n  slow:\n    cmd: sleep 60\n")
+    Path("dvc.yaml").write_text("stages:\n  slow:\n    cmd: echo begun && sleep 60\n")
     with subprocess.Popen(
         [sys.executable, "-m", "stages.tools.repro"],
         cwd=space.root,
@@ -79,6 +79,8 @@ def test_repro_says_at_once_what_runs_and_ends_as_dvc_does(space: workspace.Work
     ) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "[1/1] slow (not run before)\n"
+        while running.stdout.readline() != "begun\n":
+            assert running.poll() is None  # amid its fork the command would not hear it
         os.killpg(running.pid, signal.SIGINT)
         running.communicate(timeout=30)
     assert running.returncode > 0

@@ -70,7 +70,7 @@ from pathlib import Path
 def work(group, device, checkpoints):
     if group.is_main:
         checkpoints.hold()
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # whole, beside the other's
     time.sleep(60)
 if __name__ == "__main__":
     import holds
