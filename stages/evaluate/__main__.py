@@ -13,30 +13,21 @@ Run:    python -m stages.evaluate base | quantized | adapter | merged
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
 
-from ruamel.yaml import YAML
-
+from stages.evaluate.adapters import ADAPTER, FORMAT, QUANTIZED, fetch
 from stages.evaluate.config import Params
 from stages.shared.core import files, params
 from stages.shared.core.command import quick_imports, run
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import device
 
-if TYPE_CHECKING:
-    from stages.shared.chat.templates import Format
-
 PREPARED = Path("data/prepared")
-FORMAT, HELD_OUT = PREPARED / "format.json", PREPARED / "eval.parquet"
 TOKENIZER = Path("models/tokenizer")
-LOCK = Path("dvc.lock")
-WORKSPACE = "workspace"  # DVC's name of what lies here
-QUANTIZED = Path("models/quantized")  # base of the adapter
 MODELS = {
     "base": Path("models/base"),
     "quantized": QUANTIZED,
-    "adapter": Path("models/adapter"),
+    "adapter": ADAPTER,
     "merged": Path("models/merged"),
 }
 METRICS = Path("reports/evaluate")
@@ -101,65 +92,6 @@ def print_adapters(experiments: list[str]) -> None:
         for name, metrics in rows:
             shown = ("–" if metrics[key] is None else f"{metrics[key]:.5g}" for key in KEYS)
             print(f"{name:20}" + "".join(f"{text:>15}" for text in shown), flush=True)
-
-
-def fetch(
-    experiment: str, folder: Path, *, whole: bool = False, scored: bool = False
-) -> tuple[Path, "Format"]:
-    """Bring an experiment's adapter into `folder`; returns its path and its chat format.
-
-    Raises:
-        UserError: there is no such experiment, its adapter was trained on another base than the
-            one that lies here or is not in the cache, or it is a whole model, left by full
-            fine-tuning, and `whole` is false. Or it will be `scored`, and held out other rows than
-            those that lie here, which may be among those that it was trained on.
-    """
-    from dvc.api import DVCFileSystem  # noqa: PLC0415  (a second)
-    from dvc.exceptions import DvcException  # noqa: PLC0415
-
-    from stages.shared.chat.templates import Format, read_format  # noqa: PLC0415
-
-    adapter = MODELS["adapter"]
-    if experiment == WORKSPACE:
-        target, form = adapter, read_format(FORMAT)
-    else:
-        try:
-            there = DVCFileSystem(rev=experiment)
-            lock = there.read_text(LOCK.as_posix(), encoding="utf-8")
-        except (DvcException, FileNotFoundError):
-            raise UserError(
-                f"{experiment}: no experiment, branch or commit with a run of the pipeline. "
-                "`dvc exp show` lists them."
-            ) from None
-        here = LOCK.read_text(encoding="utf-8")
-        for path, fault in ((QUANTIZED, "was trained on another"), (HELD_OUT, "may know rows of")):
-            if (scored or path == QUANTIZED) and _locked(lock, path) != _locked(here, path):
-                raise UserError(
-                    f"{experiment}: its adapter {fault} {path}. `dvc exp apply {experiment}` "
-                    "brings its own."
-                )
-        target = Path(mkdtemp(dir=folder)) / adapter.name
-        try:
-            there.get(adapter.as_posix(), str(target), recursive=True)
-            text = there.read_text(FORMAT.as_posix(), encoding="utf-8")
-        except (DvcException, FileNotFoundError):
-            raise UserError(
-                f"{experiment}: its adapter is not in the cache. `dvc exp pull` brings it."
-            ) from None
-        form = Format.model_validate_json(text)
-    if not whole and not (target / "adapter_config.json").is_file():
-        raise UserError(
-            f"{experiment}: is fully fine-tuned and has no adapter. `dvc exp apply {experiment}` "
-            "brings its model."
-        )
-    return target, form
-
-
-def _locked(lock: str, path: Path) -> Any:
-    """MD5 of an out in a dvc.lock."""
-    stages = (YAML(typ="safe").load(lock) or {}).get("stages", {})
-    outs = [out for stage in stages.values() for out in stage.get("outs", [])]
-    return next((out.get("md5") for out in outs if out["path"] == path.as_posix()), None)
 
 
 if __name__ == "__main__":

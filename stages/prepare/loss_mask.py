@@ -196,14 +196,14 @@ class ExampleEncoder:
         else:
             spans = [*replies.items()][-1 if self._train_on == "last" else 0 :]
         spans = [(owner, span) for owner, span in spans if owner >= shared]
-        found: dict[float, list[Span]] = {}
+        by_weight: dict[float, list[Span]] = {}
         if self._train_on == "all":  # with the template's text, from the first row that has it
             end = len(rendered.text)
             begin = min((start for _, (start, _) in spans), default=end) if shared else 0
-            found[1.0] = [(begin, end)]
+            by_weight[1.0] = [(begin, end)]
         for owner, span in spans:
-            found.setdefault(messages[owner].get("weight", 1.0), []).append(span)
-        return sorted(found.items(), reverse=True)
+            by_weight.setdefault(messages[owner].get("weight", 1.0), []).append(span)
+        return sorted(by_weight.items(), reverse=True)
 
     def _example(
         self,

@@ -16,7 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER, fetch
+from stages.evaluate.__main__ import MODELS, PREPARED, TOKENIZER
+from stages.evaluate.adapters import QUANTIZED, fetch
 from stages.shared.core.command import quick_imports, run
 from stages.shared.core.errors import UserError
 

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.evaluate.__main__ import MODELS, PREPARED, QUANTIZED, TOKENIZER, fetch
+from stages.evaluate.__main__ import MODELS, PREPARED, TOKENIZER
+from stages.evaluate.adapters import QUANTIZED, fetch
 from stages.shared.core import files, machine
 from stages.shared.core.command import quick_imports, run
 from stages.shared.core.errors import UserError

@@ -30,7 +30,6 @@ from stages.shared.core.errors import UserError
 UPLOAD = Path("upload")
 SAMPLE = "data/sample"  # the project's own conversations
 WHAT = ["merged", "adapter", *(name for name in get_args(Kind) if not name.endswith("-lora"))]
-# Notices that licences require of derived models, by the hub's identifier of the licence.
 NOTICES = yaml.safe_load((page.TEMPLATES / "notices.yaml").read_text(encoding="utf-8"))
 
 

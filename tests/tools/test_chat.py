@@ -10,7 +10,7 @@ import pytest
 import torch
 from dvc.repo import Repo
 
-from stages.evaluate.__main__ import fetch
+from stages.evaluate.adapters import fetch
 from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate, evaluate_adapters
 from stages.shared.core import files

@@ -12,7 +12,7 @@ import pytest
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 
-from stages.evaluate.__main__ import fetch
+from stages.evaluate.adapters import fetch
 from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate, evaluate_adapters
 from stages.quantize.convert import convert
