@@ -133,13 +133,18 @@ def reasons(
     for stage, entries in status.items():
         before = locked.get(stage, {}).get("params", {}).get(file, {})
         parts = [entry for entry in entries if isinstance(entry, str)]  # "changed command"
+        missing: list[str] = []  # outs, or else dependencies, which another stage will write
         for what, changed in (item for e in entries if isinstance(e, dict) for item in e.items()):
-            names = dict(changed)
+            kind, names = what.removeprefix("changed "), dict(changed)
             if isinstance(changed.get(file), dict):  # the report depends on the file itself
                 sections = names.pop(file)
                 keys = [key for name in sections for key in _keys(name, before, values)]
                 parts.append(_listed("params", keys))
-            parts += [_listed(what.removeprefix("changed "), list(names))] if names else []
+            if deleted := [name for name, state in names.items() if state == "deleted"]:
+                missing = deleted if kind == "outs" else missing or deleted
+            if kept := [name for name in names if name not in deleted]:
+                parts.append(_listed(kind, kept))
+        parts += [_listed("missing", missing)] if missing else []
         why[stage] = "; ".join(parts) if stage in locked else "not run before"
     return why
 

@@ -33,13 +33,18 @@ def test_reason_names_the_keys_and_files_that_changed() -> None:
         "report": [{"changed deps": {"params.yaml": "new"}}],
         "report whole": [{"changed deps": {"params.yaml": "modified"}}],
         "merge": ["changed command", {"changed outs": {"models/merged": "deleted"}}],
+        "fresh": [
+            {"changed deps": {"data/raw": "deleted", "a": "modified"}},
+            {"changed outs": {"b": "deleted"}},
+        ],
         "plan": [{"changed deps": {"params.yaml": {"new.key": "new"}, **dict.fromkeys("abcde")}}],
     }
-    locked: dict[str, Any] = {"merge": {}, "plan": {}, "report whole": {}}
+    locked: dict[str, Any] = {"merge": {}, "fresh": {}, "plan": {}, "report whole": {}}
     locked |= {"train": {"params": {"params.yaml": {"lora": {"r": 16, "alpha": 32}}}}}
     assert reasons(status, locked, {"lora": {"r": 8, "alpha": 32}}) == {
         "train": "params lora.r; deps stages/train",
-        "merge": "changed command; outs models/merged",
+        "merge": "changed command; missing models/merged",
+        "fresh": "deps a; missing b",
         "plan": "params new.key; deps a, b, c and 2 more",
         "report": "not run before",
         "report whole": "deps params.yaml",
