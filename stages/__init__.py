@@ -12,14 +12,14 @@ if _here != "Linux x86_64" or not (3, 11) <= sys.version_info < (3, 14):
     )
 
 
-def _tell(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """Tell in one line what ends a command before `errors.run` can: a package or memory lacks."""
+def _report(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Report in one line an error before `command.run`: a missing package, or lack of memory."""
     reason = " ".join(f"{kind.__name__}: {error}".split())
     advice = "Activate the environment (. .venv/bin/activate), or free memory."
     print(f"error: the command cannot start ({reason:.200}). {advice}", file=sys.stderr)
 
 
 if sys.argv[:1] == ["-m"]:  # Python is locating the command, and has imported nothing else
-    sys.excepthook = _tell
-    # `errors.run` lets them in. Half imported, a library would say that it lacks a module.
+    sys.excepthook = _report
+    # `command.run` unblocks them. A library interrupted amid its import reports a missing module.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))

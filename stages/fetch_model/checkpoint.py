@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from stages.shared.core import display, files
-from stages.shared.core.bounds import panics_untold
+from stages.shared.core.bounds import without_panic_output
 from stages.shared.core.errors import UserError, reading
 
 if TYPE_CHECKING:
@@ -197,7 +197,10 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
             shutil.copytree(named, Path(folder, NAMED_TEMPLATES))
         files.write_json(Path(folder, CONFIG), checkpoint.config)
         original = _load_tokenizer(Path(folder), name)
-    with panics_untold(), reading(f"{name}/{TOKENIZER_CONFIG}", "Repair it, or choose another."):
+    with (
+        without_panic_output(),
+        reading(f"{name}/{TOKENIZER_CONFIG}", "Repair it, or choose another."),
+    ):
         if original.eos_token_id is None:
             what = "its tokenizer has no eos_token, and a reply could not end"
             raise UserError(f"{name}: {what}. Name it in {TOKENIZER_CONFIG}.")
@@ -230,7 +233,7 @@ def _load_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds)
 
     advice = f"Check tokenizer.json and {TOKENIZER_CONFIG}, or choose another model."
-    with panics_untold(), reading(f"{name}: its tokenizer", advice):
+    with without_panic_output(), reading(f"{name}: its tokenizer", advice):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from stages.fetch_model.checkpoint import NAMED_TEMPLATES, Checkpoint, gather, install
 from stages.fetch_model.config import Model
 from stages.shared.core import files
-from stages.shared.core.bounds import panics_untold
+from stages.shared.core.bounds import without_panic_output
 from stages.shared.core.errors import UserError, reading
 from stages.shared.hub.repository import download, download_folder, pin, require_inside
 
@@ -156,7 +156,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    with panics_untold():
+    with without_panic_output():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     metadata, _ = read_gguf_metadata(gguf)
     if metadata.get("tokenizer.ggml.pre") in _LONE_DIGITS:

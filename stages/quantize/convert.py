@@ -153,7 +153,7 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
     model.generation_config = GenerationConfig.from_model_config(model.config)
     try:
         model.save_pretrained(target, max_shard_size=SHARD_BYTES)
-    except SafetensorError as error:  # for a full disk, `errors.run` expects an OSError
+    except SafetensorError as error:  # for a full disk, `errors.report` expects an OSError
         if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
         code = int(number[1])

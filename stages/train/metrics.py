@@ -59,10 +59,6 @@ class History:
         """Whether this step has been evaluated."""
         return "eval_loss" in self.rows.get(step, {})
 
-    def train_loss(self, until: int, last: int) -> float | None:
-        """The mean loss of the `last` steps up to and including step `until`; None if none."""
-        return self.mean("loss", until, last)
-
     def mean(self, column: str, until: int, last: int) -> float | None:
         """The mean of a column over the `last` steps up to `until`; None if it has no value."""
         steps = range(max(1, until - last + 1), until + 1)
@@ -113,7 +109,7 @@ class TokenCounts:
 def metrics_of(training: "Recipe") -> dict[str, Any]:
     """Metrics of `reports/train.json` and `reports/details/train.json`."""
     history, plan, counts = training.history, training.plan, training.counts
-    loss = history.train_loss(history.best_step, training.schedule.per_epoch)
+    loss = history.mean("loss", history.best_step, training.schedule.per_epoch)
     # Weights act on the training loss alone.
     weighted = any(example.weights is not None for example in training.data.train)
     path = f"stock: {plan.unfused_because}"

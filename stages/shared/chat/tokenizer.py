@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tokenizer is local
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.shared.core import files
-from stages.shared.core.bounds import panics_untold
+from stages.shared.core.bounds import without_panic_output
 from stages.shared.core.errors import UserError, reading
 
 
@@ -18,7 +18,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer; a slow one, without character offsets, is a `UserError`."""
     (folder / "tokenizer_config.json").open().close()  # transformers would ask the hub
     files.require_json(folder)
-    with reading(folder), panics_untold():
+    with reading(folder), without_panic_output():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(

@@ -54,8 +54,8 @@ def limited(seconds: float | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def panics_untold() -> Iterator[None]:
-    """Drop what native code writes to stderr where it raises: a panic of Rust tells of itself."""
+def without_panic_output() -> Iterator[None]:
+    """Hold back stderr, and drop it where the block raises: Rust prints its panics itself."""
     try:
         stderr = os.dup(2)
     except OSError:  # closed

@@ -1,7 +1,7 @@
 """Command: how a stage or a tool begins, imports and ends.
 
-A fork watches it: a command that SIGKILL or a crash ends says nothing, and one whose child was
-stopped (SIGSTOP) would wait for it without end.
+A fork watches it: SIGKILL or a crash leaves no message, and a stopped child (SIGSTOP) would be
+waited for without end.
 """
 
 import gc
@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from stages.shared.core import display, files
-from stages.shared.core.errors import SIGNALS, UserError, raise_signal, tell, tell_of_asides
+from stages.shared.core.errors import SIGNALS, UserError, raise_signal, report, report_unraisable
 
 INTERVAL = 1.0  # seconds between two looks at the children
 PATIENCE = 10  # looks at which a child is stopped, and its parent is not: then it is killed
@@ -43,10 +43,10 @@ def run(
     command = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else module.__name__
     heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup does
     try:
-        _on(heard, raise_signal)
+        _handle(heard, raise_signal)
         display.guard()
-        tell_of_asides(command)
-        sys.excepthook = lambda _, error, trace: tell(error, command)
+        report_unraisable(command)
+        sys.excepthook = lambda _, error, trace: report(error, command)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by `stages`
         options = _parse(module, command, add_options)
         with _watched(command):
@@ -56,13 +56,13 @@ def run(
     except SystemExit:  # of --help
         raise
     except BaseException as error:  # a panic of Rust is no `Exception`
-        _on(heard, signal.SIG_IGN)  # a second one comes too late
-        sys.exit(tell(error, command))
+        _handle(heard, signal.SIG_IGN)  # a second one comes too late
+        sys.exit(report(error, command))
     finally:
-        _on(heard, signal.SIG_IGN)  # all is over; Python's own end would print a traceback
+        _handle(heard, signal.SIG_IGN)  # all is over; Python's own end would print a traceback
 
 
-def _on(signals: list[signal.Signals], handler: "signal._HANDLER") -> None:
+def _handle(signals: list[signal.Signals], handler: "signal._HANDLER") -> None:
     for number in signals:
         signal.signal(number, handler)
 
@@ -122,7 +122,7 @@ def _watched(command: str) -> Iterator[None]:
     reader, writer = os.pipe()
     parent = os.getpid()
     if (child := os.fork()) == 0:
-        _on([*SIGNALS], signal.SIG_IGN)
+        _handle([*SIGNALS], signal.SIG_IGN)
         os.close(writer)
         _watch(parent, reader, command)
         os._exit(0)
@@ -139,7 +139,7 @@ def _watched(command: str) -> Iterator[None]:
 
 
 def dismiss() -> None:
-    """Send the watchers home: this process has said why it ends, and does so at once."""
+    """Dismiss the watchers of a process that has reported its error and ends at once."""
     for pipe in _pipes:
         with suppress(OSError):  # one may have been killed itself
             os.writev(pipe, [b"."])
@@ -164,7 +164,7 @@ def _watch(parent: int, reader: int, command: str) -> None:
     elif limit != resource.RLIM_INFINITY:
         why = f"SIGKILL or a crash; `ulimit -v` allows it {limit / 2**30:.1f} GiB"
     line = f"\nerror: {command}: ended without a word ({why}). Free memory, and run it again."
-    print(line, file=sys.stderr, flush=True)  # a progress bar may stand in the line before
+    print(line, file=sys.stderr, flush=True)  # it may follow a progress bar
 
 
 def _descendants(process: int) -> Iterator[int]:

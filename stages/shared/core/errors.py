@@ -63,7 +63,7 @@ def require_regular(path: Path) -> Path:
 def reading(path: Path | str, remedy: str = REMEDY) -> Iterator[None]:
     """Turn any error of a library that reads `path` (or its name) into a `UserError` with its name.
 
-    A missing file, a fault of the disk and a lack of memory are no damage: `tell` explains them.
+    A missing file, a fault of the disk and a lack of memory are no damage: `report` explains them.
     """
     if isinstance(path, Path) and not path.is_dir():
         require_regular(path).open("rb").close()  # not every library says which file is missing
@@ -78,8 +78,8 @@ def reading(path: Path | str, remedy: str = REMEDY) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({_describe(error)}). {remedy}") from error
 
 
-def tell(error: BaseException, command: str) -> int:
-    """Print the line of what ended a command; returns its exit code, of a signal a shell's."""
+def report(error: BaseException, command: str) -> int:
+    """Print one line for what ended a command; returns the exit code, 128 + n for a signal."""
     match error:
         case UserError():
             line, code = f"error: {error}", 1
@@ -167,14 +167,14 @@ def _reader_is_gone(stream: TextIO | None) -> bool:
         return False
 
 
-def tell_of_asides(command: str) -> None:
-    """Tell in one line of an error of a `__del__` or a thread, which Python prints whole.
+def report_unraisable(command: str) -> None:
+    """Report exceptions of destructors and threads in one line instead of a traceback.
 
-    A signal that was raised there is sent once more, unless whoever heard it has noted it.
+    A signal that was raised in one is sent again, unless its handler has recorded it.
     """
 
-    def pass_over(aside: Any) -> None:
-        match error := aside.exc_value:
+    def hook(raised: Any) -> None:
+        match error := raised.exc_value:
             case KeyboardInterrupt() | Signalled(signal=int()):
                 number = getattr(error, "signal", signal.SIGINT)
                 threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
@@ -182,4 +182,4 @@ def tell_of_asides(command: str) -> None:
                 told = f"passed over {_describe(error)}, {_log(error, command)}"
                 print(one_line(f"warning: {command}: {told}"), file=sys.stderr)
 
-    sys.unraisablehook = threading.excepthook = pass_over
+    sys.unraisablehook = threading.excepthook = hook

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from stages.shared.core import files
-from stages.shared.core.bounds import panics_untold
+from stages.shared.core.bounds import without_panic_output
 from stages.shared.core.errors import reading
 from stages.shared.model import attention, expert_adapters
 
@@ -192,7 +192,7 @@ def save_tokenizer(
     """
     (source / "tokenizer_config.json").open().close()  # transformers would ask the hub
     files.require_json(source)
-    with reading(source), panics_untold():
+    with reading(source), without_panic_output():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.chat_template, tokenizer.eos_token = form["chat_template"], form["eos_token"]
     silenced = add_no_special_tokens(tokenizer)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.shared.core import display
-from stages.shared.core.errors import SIGNALS, Stopped, UserError, tell_of_asides
+from stages.shared.core.errors import SIGNALS, Stopped, UserError, report_unraisable
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
@@ -22,7 +22,7 @@ def main() -> None:
     """Do the job of the folder; its answer, or an error, is left there, pickled."""
     folder, launcher = Path(sys.argv[1]), int(sys.argv[2])
     display.guard()
-    tell_of_asides("stages.train")
+    report_unraisable("stages.train")
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:  # it had gone before
         os._exit(1)

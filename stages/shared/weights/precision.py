@@ -33,7 +33,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     """Autocast, none in fp32; with and without it an adapter agrees in 98 % of top-1 tokens."""
     if dtype == torch.float32:
         return nullcontext()
-    return torch.autocast(device.type, dtype, cache_enabled=False)  # of all weights, to its end
+    # Its cache would keep a cast copy of every weight until the context ends.
+    return torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 def has_bf16_matmuls(device_type: str) -> bool:

@@ -29,8 +29,6 @@ from stages.shared.weights import precision
 from stages.shared.weights.bnb import Params4bit
 
 CODEBOOK, NESTED_CODEBOOK = 16, 256 + 1  # fp32 values; with double quantization, its mean too
-ADAM_8BIT_BLOCK = 256  # elements of an 8-bit state that share a constant
-ADAM_8BIT_MINIMUM = 4096  # a tensor with fewer elements keeps its states in fp32
 PAGED_MINIMUM = 100_000  # a tensor with fewer elements keeps its states on the device
 
 
@@ -47,8 +45,8 @@ def optimizer_bytes(optimizer: str, sizes: Iterable[int]) -> int:
     constants a block of 256 (bitsandbytes 0.50.2, `Optimizer2State.init_state`).
     """
     return sum(
-        2 * size + 8 * -(-size // ADAM_8BIT_BLOCK)
-        if optimizer == "adamw_8bit" and size >= ADAM_8BIT_MINIMUM
+        2 * size + 8 * -(-size // units.BLOCK)
+        if optimizer == "adamw_8bit" and size >= units.SMALLEST
         else 8 * size
         for size in sizes
     )
