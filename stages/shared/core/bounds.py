@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -24,13 +24,12 @@ class Exceeded(Exception):  # noqa: N818  (the message completes a sentence)
 
 
 @contextmanager
-def limited(seconds: float | None = None) -> Iterator[None]:
-    """Raise `Exceeded` where the block takes more CPU seconds, or more bytes on top of today's.
+def limited(seconds: float = SECONDS) -> Iterator[None]:
+    """Raise `Exceeded` where the block takes more CPU seconds, or `MEMORY` more than before.
 
-    By the process's timer and its RLIMIT_DATA, so that a regular expression, a template and a
-    decoder in C are bounded alike. Only a main thread hears signals: in others nothing is bounded.
+    The process's timer and RLIMIT_DATA bound a regular expression and a decoder in C too. Only a
+    main thread hears signals: in others nothing is bounded.
     """
-    seconds = seconds or SECONDS
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -41,26 +40,23 @@ def limited(seconds: float | None = None) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     limits = [limit for limit in (held + MEMORY, soft) if limit != resource.RLIM_INFINITY]
-    with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGPROF, signal.signal(signal.SIGPROF, stop))
-        stack.callback(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
+    handler = signal.signal(signal.SIGPROF, stop)
+    try:
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
-        stack.callback(signal.setitimer, signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_PROF, seconds, 1)  # again, where a library passed over it
-        try:
-            yield
-        except MemoryError:
-            raise Exceeded(f"takes more than {MEMORY / 1e9:.1f} GB of memory") from None
+        signal.setitimer(signal.ITIMER_PROF, seconds, 1)  # again, where a library swallowed it
+        yield
+    except MemoryError:
+        raise Exceeded(f"takes more than {MEMORY / 1e9:.1f} GB of memory") from None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        signal.signal(signal.SIGPROF, handler)
 
 
 @contextmanager
 def without_panic_output() -> Iterator[None]:
     """Hold back stderr, and drop it where the block raises: Rust prints its panics itself."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
+    stderr = os.dup(2)
     with TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:

@@ -1,13 +1,8 @@
-"""Command: how a stage or a tool begins, imports and ends.
-
-A fork watches it: SIGKILL or a crash leaves no message, and a stopped child (SIGSTOP) would be
-waited for without end.
-"""
+"""Command: how a stage or a tool begins, imports and ends."""
 
 import gc
 import os
 import re
-import resource
 import select
 import signal
 import sys
@@ -24,7 +19,7 @@ from stages.shared.core import display, files
 from stages.shared.core.errors import SIGNALS, UserError, raise_signal, report, report_unraisable
 
 INTERVAL = 1.0  # seconds between two looks at the children
-PATIENCE = 10  # looks at which a child is stopped, and its parent is not: then it is killed
+PATIENCE = 10  # looks, then a child that is stopped, and its parent is not, is killed
 
 _pipes: list[int] = []  # to the watchers of this process
 
@@ -34,10 +29,8 @@ def run(
 ) -> None:
     """Run the `main()` of a stage or a tool, with its options where it has any.
 
-    `--help` prints its module's docstring and sections of params.yaml; unknown arguments are
-    refused. Whatever ends it is one line on stderr and an exit code: 1, or 128 and the number of a
-    signal, which ends it as Ctrl-C does: what is half written is removed. Of an error that nobody
-    foresaw, the traceback is kept in `.logs/`.
+    `--help` prints its module's docstring and sections of params.yaml. Whatever ends it is one line
+    on stderr and an exit code: 1, or 128 and the number of a signal, which ends it as Ctrl-C does.
     """
     module = sys.modules[main.__module__]
     command = module.__spec__.name.removesuffix(".__main__") if module.__spec__ else module.__name__
@@ -71,9 +64,8 @@ def _handle(signals: list[signal.Signals], handler: "signal._HANDLER") -> None:
 def quick_imports() -> Iterator[None]:
     """Import large libraries: without garbage collection, and without a signal in the middle.
 
-    The hundred thousands of objects that torch and transformers define are there to stay; looking
-    for garbage among them takes 1.2 of 4 seconds. Half imported, a library reports a signal as a
-    module that it lacks: one that comes meanwhile is delivered after the block.
+    Collection among the objects of torch and transformers, which stay, takes 1.2 of 4 seconds. Half
+    imported, a library reports a signal as a missing module; it is delivered after the block.
     """
     gc.disable()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -108,7 +100,7 @@ def _parse(
 
 
 def _section(name: str) -> str:
-    """A section of params.yaml as it stands there, its comments included."""
+    """Text of a section of params.yaml, with its comments."""
     path = Path("params.yaml")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     _, _, body = f"\n{text}".partition(f"\n{name}:")
@@ -118,7 +110,10 @@ def _section(name: str) -> str:
 
 @contextmanager
 def _watched(command: str) -> Iterator[None]:
-    """Watch this process while the block runs, whose end is a byte in a pipe."""
+    """Watch this process by a fork while the block runs, whose end is a byte in a pipe.
+
+    SIGKILL and a crash leave no message; a stopped child (SIGSTOP) would be waited for for ever.
+    """
     reader, writer = os.pipe()
     parent = os.getpid()
     if (child := os.fork()) == 0:
@@ -139,7 +134,7 @@ def _watched(command: str) -> Iterator[None]:
 
 
 def dismiss() -> None:
-    """Dismiss the watchers of a process that has reported its error and ends at once."""
+    """Dismiss the watchers: this process has reported its error, and may end in any way."""
     for pipe in _pipes:
         with suppress(OSError):  # one may have been killed itself
             os.writev(pipe, [b"."])
@@ -149,20 +144,16 @@ def _watch(parent: int, reader: int, command: str) -> None:
     kills, stopped = _out_of_memory_kills(), Counter[int]()
     while not select.select([reader], [], [], INTERVAL)[0]:
         paused = _state(parent) == "T"  # Ctrl-Z stops all of them
-        found = [p for p in _descendants(parent) if _state(p) == "T" and not paused]
-        stopped = Counter({process: stopped[process] + 1 for process in found})
+        halted = [p for p in _descendants(parent) if _state(p) == "T" and not paused]
+        stopped = Counter({process: stopped[process] + 1 for process in halted})
         for process, looks in stopped.items():
             if looks >= PATIENCE:
                 with suppress(OSError):
                     os.kill(process, signal.SIGKILL)
     if os.read(reader, 1):
         return
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    why = "SIGKILL or a crash, mostly for want of memory"
-    if _out_of_memory_kills() > kills:
-        why = "the kernel ran out of memory"
-    elif limit != resource.RLIM_INFINITY:
-        why = f"SIGKILL or a crash; `ulimit -v` allows it {limit / 2**30:.1f} GiB"
+    killed = _out_of_memory_kills() > kills
+    why = "the kernel ran out of memory" if killed else "a crash or SIGKILL, as for want of memory"
     line = f"\nerror: {command}: ended without a word ({why}). Free memory, and run it again."
     print(line, file=sys.stderr, flush=True)  # it may follow a progress bar
 
@@ -176,13 +167,13 @@ def _descendants(process: int) -> Iterator[int]:
 
 
 def _state(process: int) -> str:
-    """R(unning), S(leeping), T (stopped) and others; "" once it has ended."""
+    """State of a process, T where it is stopped; "" once it has ended."""
     with suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     return ""
 
 
 def _out_of_memory_kills() -> int:
-    """Processes that the kernel has killed for want of memory, since it booted."""
-    found = re.findall(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
-    return sum(map(int, found))
+    """Number of processes that the kernel has killed for want of memory, since it booted."""
+    counts = re.findall(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    return sum(map(int, counts))

@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Iterable
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +13,7 @@ from tqdm import tqdm
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# Of an address, also where a path made one slash of two.
+# In a URL, also where pathlib made one slash of two.
 _PASSWORD = re.compile(r"(?<=[a-z]:)(/{1,2})[^/\s'\"<>]*@", re.IGNORECASE)
 LONGEST = 600  # characters of a line
 
@@ -53,18 +52,17 @@ class _Visible:
 
 def guard() -> None:
     """Make all that this process prints visible, of a progress bar, a warning or a library too."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 ends no stage
-        if isinstance(stream, TextIOWrapper):
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a closed stream; the next file that is opened would get what is printed
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.dup(descriptor), "w")
+        if isinstance(stream, TextIOWrapper):  # a terminal that is not UTF-8 ends no stage
             stream.reconfigure(errors="replace")
-    closed = Path(os.devnull).open("w") if None in (sys.stdout, sys.stderr) else None  # noqa: SIM115
-    sys.stdout, sys.stderr = (_Visible(stream or closed) for stream in (sys.stdout, sys.stderr))
+        setattr(sys, name, _Visible(stream))
 
 
 def bar(*, total: int | None, desc: str, unit: str, initial: int = 0) -> "tqdm[Any]":
-    """Make a bar to advance by hand from `initial`, in a `with` block.
-
-    A terminal is redrawn ten times a second; a log file gets a line every ten seconds.
-    """
+    """Make a progress bar to advance by hand; a log file gets a line every ten seconds."""
     watched = sys.stderr.isatty()
     return tqdm(
         total=total,

@@ -24,7 +24,6 @@ MEMORY_WORDS = (
     "(can't|cannot) allocate memory|out of memory|failed to map segment"
     "|could not create a primitive"  # oneDNN's
 )
-MEMORY = "Free some, raise its limit, or lower QLORA_MICRO_BATCH_TOKENS."
 
 
 class UserError(Exception):
@@ -33,7 +32,7 @@ class UserError(Exception):
 
 @dataclass(eq=False)
 class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
-    """A signal ended the work; what was done is kept, and the message says how to go on."""
+    """End of the work by a signal; what was done is kept, and the message says how to go on."""
 
     message: str
     signal: int
@@ -41,9 +40,9 @@ class Stopped(Exception):  # noqa: N818  (it is asked for, and no error)
 
 @dataclass(eq=False)
 class Signalled(BaseException):
-    """A signal came; no `Exception`, which a library might catch."""
+    """Arrival of a signal; no `Exception`, which a library might catch."""
 
-    signal: int | None = None  # where whoever heard it has noted it
+    signal: int | None = None  # None where its handler has recorded it
 
 
 def raise_signal(number: int, frame: FrameType | None) -> None:
@@ -61,7 +60,7 @@ def require_regular(path: Path) -> Path:
 
 @contextmanager
 def reading(path: Path | str, remedy: str = REMEDY) -> Iterator[None]:
-    """Turn any error of a library that reads `path` (or its name) into a `UserError` with its name.
+    """Errors of a library that reads `path` (or its name) as a `UserError`.
 
     A missing file, a fault of the disk and a lack of memory are no damage: `report` explains them.
     """
@@ -100,13 +99,13 @@ def report(error: BaseException, command: str) -> int:
 
 
 def _explain(error: BaseException, command: str) -> str:
-    """One line: the place, the fault, the remedy."""
     name = isinstance(error, OSError) and (error.filename2 or error.filename)
     if _is_of_a_full_disk(error):
         place = name or "the disk"
         return f"{place}: no room on the disk; free some space and run `dvc repro` again"
     if lacks_memory(error):
-        return f"{command}: out of memory ({_describe(error)}). {MEMORY}"
+        advice = "Free some, raise its limit, or lower QLORA_MICRO_BATCH_TOKENS."
+        return f"{command}: out of memory ({_describe(error)}). {advice}"
     if getattr(error, "errno", None) == errno.EMFILE:
         return f"{command}: too many open files. Raise their limit, `ulimit -n`."
     if name and isinstance(error, FileNotFoundError):
@@ -117,34 +116,33 @@ def _explain(error: BaseException, command: str) -> str:
 
 
 def _log(error: BaseException, command: str) -> str:
-    """Keep the traceback; returns where the error was raised, and where its traceback is."""
+    """Write the traceback to a log; returns where the error was raised, and the log's path."""
     root = Path(os.environ.get("DVC_ROOT", "."))  # a temporary workspace of DVC is removed
     path = root / ".logs" / f"{command.removeprefix('stages.')}.log"
     frames = traceback.extract_tb(error.__traceback__)
     *_, frame = [f for f in frames if "/stages/" in f.filename] or frames
-    told = f"in stages{frame.filename.rpartition('/stages')[2]}:{frame.lineno}. It is a bug, or a"
+    line = f"in stages{frame.filename.rpartition('/stages')[2]}:{frame.lineno}. It is a bug, or a"
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(traceback.format_exception(error)), errors="replace")
-        return f"{told} damaged input; {path} holds the traceback."
-    return f"{told} damaged input."
+        return f"{line} damaged input; {path} holds the traceback."
+    return f"{line} damaged input."
 
 
 def _describe(error: BaseException) -> str:
-    """An error's type and the beginning of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that it was raised for."""
+    """The chain of an error: itself, and those that it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _is_of_a_full_disk(error: BaseException) -> bool:
-    told = f"(os error {errno.ENOSPC})"  # by libraries in Rust
-    return any(getattr(e, "errno", None) in FULL or told in str(e) for e in causes(error))
+    in_rust = f"(os error {errno.ENOSPC})"
+    return any(getattr(e, "errno", None) in FULL or in_rust in str(e) for e in causes(error))
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -179,7 +177,7 @@ def report_unraisable(command: str) -> None:
                 number = getattr(error, "signal", signal.SIGINT)
                 threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
             case Exception():
-                told = f"passed over {_describe(error)}, {_log(error, command)}"
-                print(one_line(f"warning: {command}: {told}"), file=sys.stderr)
+                line = f"warning: {command}: passed over {_describe(error)}, {_log(error, command)}"
+                print(one_line(line), file=sys.stderr)
 
     sys.unraisablehook = threading.excepthook = hook

@@ -1,16 +1,10 @@
-"""Files: whole or not there at all, their hashes, and what a stage reads held against DVC's.
-
-A file that rots keeps its time, and DVC trusts the time. DVC's database has each file's hash by
-inode, modification time and size: dependencies are held against it. Outs are entered, so that it
-covers stages run by hand.
-"""
+"""Files: written whole or not at all, hashed, and compared with the hashes that DVC recorded."""
 
 import hashlib
 import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +15,14 @@ from stages.shared.core.machine import machine
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
+    from dvc.stage import Stage
 
 _outs: list[str] = []  # of the stage that this process runs
 
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path, `<target>.partial`, that becomes `target` when the block ends without an error."""
+    """Path, `<target>.partial`, that becomes `target` when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     _remove(partial)
@@ -40,10 +35,9 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """The same for a folder. Its files get the mode of the umask, which the folder has.
+    """The same for a folder, whose files get the mode of the umask.
 
-    Libraries write weights by temporary files, mode 0600. A file that is read-only may be a link
-    into DVC's cache.
+    Libraries write weights with mode 0600. A read-only file may be a link into DVC's cache.
     """
     with whole_file(target) as partial:
         partial.mkdir()
@@ -116,13 +110,13 @@ def require_json(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, 64 hex digits."""
+    """SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_sha256(folder: Path) -> str:
-    """One SHA-256 over the names and contents of all files below `folder`, in order of name."""
+    """SHA-256 over the names and contents of all files below `folder`, in order of name."""
     digest = hashlib.sha256()
     for path in _below(folder):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
@@ -130,14 +124,14 @@ def folder_sha256(folder: Path) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """The size of all files below `folder`, in bytes."""
+    """Size of all files below `folder`, in bytes."""
     return sum(path.stat().st_size for path in _below(folder))
 
 
 def _below(path: Path) -> list[Path]:
-    """A file itself, or all files below a folder; a pipe would be waited for, and is refused."""
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [require_regular(file) for file in found if file.exists() and not file.is_dir()]
+    """A file itself, or all files below a folder; a pipe, which has no end, is refused."""
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [require_regular(file) for file in paths if file.exists() and not file.is_dir()]
 
 
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
@@ -164,28 +158,21 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def verify_dependencies(stage: str) -> None:
+def verify_dependencies(repo: "Repo", stage: "Stage") -> None:
     """Raise a UserError for a dependency that changed under its old modification time.
 
-    Hashes are compared once for each inode, size, and time of modification and of change, or each
-    time with `QLORA_VERIFY=true`. A file with another inode or time than DVC knows was written
-    since, and is not judged; without DVC, one that differs from dvc.lock is told of.
+    A file that rots keeps its time, which DVC trusts. DVC's database has hashes by inode, time of
+    modification and size; a file that it does not have so was written since, and passes. A hash is
+    compared once for each time of change, or each time with `QLORA_VERIFY=true`.
     """
-    from dvc.repo import Repo  # noqa: PLC0415  (imported by `params.load` by then)
-
-    with Repo() as repo:
-        loaded = repo.stage.load_one(name=stage)
-        _outs[:] = [out.fs_path for out in loaded.outs]
-        dependencies = [dep.fs_path for dep in loaded.deps]
-        for path in dependencies:
-            for file in _below(Path(os.path.relpath(path))):
-                _verify(repo, str(file.absolute()))
-        if "DVC_STAGE" not in os.environ:  # DVC has looked itself
-            _warn_of_changes(repo, dependencies)
+    _outs[:] = [out.fs_path for out in stage.outs]
+    for dependency in stage.deps:
+        for file in _below(Path(os.path.relpath(dependency.fs_path))):
+            _verify(repo, str(file.absolute()))
 
 
 def record_outs() -> None:
-    """Enter the outs of the stage whose dependencies were verified; DVC need not hash them."""
+    """Enter the outs of the stage into DVC's database, so that it covers stages run by hand."""
     if not _outs:
         return
     from dvc.repo import Repo  # noqa: PLC0415
@@ -207,8 +194,7 @@ def _verify(repo: "Repo", path: str) -> None:
     if written is None:
         return
     if info["size"] == size:
-        # A hash that was compared is noted under a name that no file has, by the time of change:
-        # bytes written under an old modification time are compared again.
+        # A compared hash is noted under a name that no file has, by the time of change (ctime).
         note, changed = f"{path}//verified", info | {"mtime": info["created"]}
         if repo.state.get(note, localfs, changed)[1] == written and not machine().verify:
             return
@@ -222,11 +208,3 @@ def _verify(repo: "Repo", path: str) -> None:
         rotten = shlex.join([shown, os.path.relpath(copy)] if linked else [shown])
         advice = f"Let DVC write it again: rm -f {rotten} && dvc repro"
     raise UserError(f"{shown}: changed on the disk under its old time. {advice}")
-
-
-def _warn_of_changes(repo: "Repo", dependencies: list[str]) -> None:
-    for out in repo.index.outs:
-        used = any(Path(path).is_relative_to(out.fs_path) for path in dependencies)
-        if used and out.hash_info and out.exists and out.changed_checksum():
-            what = "is not as dvc.lock has it; `dvc repro` decides"
-            print(f"warning: {out}: {what}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Settings of the machine, `QLORA_*`: how a result is computed, and never the result.
+"""Settings of the machine, `QLORA_*`, from the environment or a git-ignored `.env` at the root.
 
-From the environment or a git-ignored `.env` at the repository's root; no stage reruns for them.
+They say how a result is computed, and no stage reruns for them.
 """
 
 import os

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import reprlib
+from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -15,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from stages.shared.core import bounds, files
 from stages.shared.core.command import quick_imports
-from stages.shared.core.errors import UserError, lacks_memory, require_regular
+from stages.shared.core.errors import UserError, reading, require_regular
 from stages.shared.core.machine import machine
 
 FILE = Path("params.yaml")
@@ -39,36 +40,28 @@ P = TypeVar("P", bound=BaseModel)
 
 
 def load(schema: type[P], stage: str) -> P:
-    """Read the sections that dvc.yaml declares for `stage` (`train`, `evaluate@base`).
+    """Read the parameters that dvc.yaml declares for `stage` (`train`, `evaluate@base`).
 
     Through DVC, so that a stage cannot depend on a parameter that DVC does not know of. The other
-    stages' sections are checked too: a mistake in one is told before the training, not after it.
-    So are the files that the stage depends on. What is wrong is a UserError.
+    stages' sections, the machine's settings and the stage's dependencies are checked too: a mistake
+    is told before a training, not after it. Raises a UserError.
     """
     with quick_imports():  # half a second that the unit tests of a schema need not pay
-        import dvc.api  # noqa: PLC0415
+        from dvc.repo import Repo  # noqa: PLC0415
 
     check(read_file(), stage)
-    machine()  # a wrong setting is told at the start, by stages that read none too
-    try:
-        values = dvc.api.params_show(stages=stage)
-        mine = validate(schema, values, stage)
-        files.verify_dependencies(stage)
-    except UserError:
-        raise
-    except Exception as error:  # DVC's, and of the libraries that it reads by
-        if lacks_memory(error) or (isinstance(error, OSError) and error.errno):
-            raise  # of the disk or a limit: `command.run` tells of it
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{stage}: DVC cannot read its stage here ({reason:.120}). Restore dvc.yaml or "
-            "dvc.lock by git; a stage runs at the root of a clone."
-        ) from None
-    return mine
+    machine()
+    advice = "Restore dvc.yaml or dvc.lock by git, and run it at the root of a clone."
+    with reading(f"stage {stage} of dvc.yaml", advice), Repo() as repo:
+        declared = repo.stage.load_one(name=stage)
+        values = [dep.read_params(flatten=False) for dep in declared.params]
+        parameters = validate(schema, dict(ChainMap(*values)), stage)
+        files.verify_dependencies(repo, declared)
+    return parameters
 
 
 def read_file() -> dict[str, Any]:
-    """All of params.yaml; a UserError where it is more than JSON can hold: a date, a loop."""
+    """Content of params.yaml; a UserError where JSON could not hold it: a date, a loop."""
     if not require_regular(FILE).exists():
         raise UserError(f"{FILE}: not there. Run this at the root of a clone of the repository.")
     try:
@@ -94,7 +87,7 @@ def _refuse(value: object) -> NoReturn:
 
 
 def check(whole: dict[str, Any], stage: str | None = None) -> None:
-    """Check the sections of all stages, `stage` about to run; the first mistake is a UserError."""
+    """Check the sections of all stages, `stage` about to run; raises a UserError."""
     schemas = list(_schemas())
     known = dict.fromkeys(name for schema in schemas for name in schema.model_fields)
     for name in whole.keys() - known.keys():
@@ -106,14 +99,14 @@ def check(whole: dict[str, Any], stage: str | None = None) -> None:
 
 
 def _schemas() -> Iterator[type[BaseModel]]:
-    """The schemas of all stages, in `config.py` or, of a few keys, in `__main__.py`."""
+    """Schemas of all stages, in `config.py` or, of a few keys, in `__main__.py`."""
     for main in sorted(Path(__file__).parents[2].glob("*/__main__.py")):
         name = "config" if main.with_name("config.py").exists() else "__main__"
         yield importlib.import_module(f"stages.{main.parent.name}.{name}").Params
 
 
 def validate(schema: type[P], values: dict[str, Any], stage: str | None = None) -> P:
-    """Check plain values against a schema, whose context is `stage`; a mistake is a UserError."""
+    """Check plain values against a schema, whose context is `stage`; raises a UserError."""
     try:
         return schema.model_validate(values, context=stage)
     except ValidationError as error:
@@ -121,7 +114,7 @@ def validate(schema: type[P], values: dict[str, Any], stage: str | None = None) 
 
 
 def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
-    """One line: which key, its value, what was expected, what to do."""
+    """One line: the key, its value, the expected one, the remedy."""
     path = [str(part) for part in error["loc"]]
     key, found = f"{FILE}: {'.'.join(path[:2])}", error["input"]
     if error["type"] == "extra_forbidden":

@@ -38,6 +38,11 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repo]:
         yield repo
 
 
+def verify(stage: str) -> None:
+    with Repo() as repo:
+        files.verify_dependencies(repo, repo.stage.load_one(name=stage))
+
+
 def flip(path: Path) -> None:
     content = path.read_bytes()
     overwrite(path, bytes([content[0] ^ 1]) + content[1:])
@@ -66,16 +71,16 @@ def test_rot_of_an_out_is_named_and_the_advice_mends_it(
         shutil.rmtree("models/base")
         repo.checkout(["models/base"])
         assert MODEL.stat().st_nlink == 2
-    files.verify_dependencies("quantize")
+    verify("quantize")
     damage(MODEL)
     with pytest.raises(UserError, match=rf"^{MODEL}: changed on the disk under its old time") as e:
-        files.verify_dependencies("quantize")
+        verify("quantize")
     command = str(e.value).partition("write it again: ")[2]
     subprocess.run(command.replace("dvc repro", "true"), shell=True, check=True)
     ran = repo.reproduce("fetch_model")
     assert MODEL.read_bytes() == before
     assert ran
-    files.verify_dependencies("quantize")
+    verify("quantize")
 
 
 def test_rot_in_the_cache_is_found_once_restored(repo: Repo) -> None:
@@ -85,15 +90,15 @@ def test_rot_in_the_cache_is_found_once_restored(repo: Repo) -> None:
     flip(copy)
     repo.checkout(["models/base"])
     with pytest.raises(UserError, match=rf"rm -f '{MODEL}' {copy} && dvc repro"):
-        files.verify_dependencies("quantize")
+        verify("quantize")
 
 
 def test_rot_of_the_users_file_deletes_nothing(repo: Repo) -> None:
     flip(RAW)
     with pytest.raises(UserError, match=rf"^{RAW}: .* Restore it; or, if it is right, `touch` it"):
-        files.verify_dependencies("quantize")
+        verify("quantize")
     RAW.touch()
-    files.verify_dependencies("quantize")
+    verify("quantize")
 
 
 def test_files_written_since_are_not_judged(repo: Repo) -> None:
@@ -101,12 +106,12 @@ def test_files_written_since_are_not_judged(repo: Repo) -> None:
     MODEL.parent.mkdir()
     MODEL.write_bytes(b"other")
     RAW.write_bytes(b"WEIGHTS " * 100)
-    files.verify_dependencies("quantize")
-    files.verify_dependencies("fetch_model")
+    verify("quantize")
+    verify("fetch_model")
     files.record_outs()
     flip(MODEL)
     with pytest.raises(UserError, match=str(MODEL)):
-        files.verify_dependencies("quantize")
+        verify("quantize")
 
 
 def test_each_file_is_hashed_once_unless_asked(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +124,12 @@ def test_each_file_is_hashed_once_unless_asked(repo: Repo, monkeypatch: pytest.M
         return real(path, *args, **options)
 
     monkeypatch.setattr("dvc_data.hashfile.hash.file_md5", file_md5)
-    files.verify_dependencies("quantize")
+    verify("quantize")
     assert {Path(path).name for path in hashed} == {MODEL.name, RAW.name}
-    files.verify_dependencies("quantize")
+    verify("quantize")
     assert len(hashed) == 2
     monkeypatch.setenv("QLORA_VERIFY", "true")
     machine.cache_clear()
-    files.verify_dependencies("quantize")
+    verify("quantize")
     machine.cache_clear()
     assert len(hashed) == 4

@@ -20,6 +20,7 @@ from tests import workspace
 from tests.workspace import Workspace
 
 ECHO = {"prompt": "text", "completion": "text"}
+CANNOT = "stage plan of dvc.yaml: cannot be read"
 DEFAULTS = yaml.safe_load((workspace.ROOT / "params.yaml").read_text())
 
 
@@ -106,10 +107,10 @@ def test_any_content_of_the_file_is_one_line(space: Workspace, content: str, tol
 @pytest.mark.parametrize(
     ("path", "content", "told"),
     [
-        (".dvc", None, "plan: DVC cannot read its stage here (unknown Git revision"),
-        ("dvc.yaml", "stages: {plan: [", "plan: DVC cannot read its stage here (unable"),
-        ("dvc.yaml", "stages: {}", "plan: DVC cannot read its stage here (Stage 'plan' not found"),
-        ("dvc.lock", "schema: '2.0'\nstages: 5", "plan: DVC cannot read its stage here ('"),
+        (".dvc", None, f"{CANNOT} (NotDvcRepoError: you are not"),
+        ("dvc.yaml", "stages: {plan: [", f"{CANNOT} (YAMLSyntaxError: unable"),
+        ("dvc.yaml", "stages: {}", f"{CANNOT} (StageNotFound: Stage 'plan' not found"),
+        ("dvc.lock", "schema: '2.0'\nstages: 5", f"{CANNOT} (YAMLValidationError: '"),
         ("params.yaml", None, "params.yaml: not there. Run this at the root of a clone"),
     ],
 )
