@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from stages.shared.core import display, files
-from stages.shared.core.bounds import without_panic_output
+from stages.shared.core.bounds import require_consistent, without_panic_output
 from stages.shared.core.errors import UserError, reading
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     with reading(f"{name}/{CONFIG}", "Correct it, or fetch it again."):
         # Else the tokenizer would be blamed, which is loaded beside it.
         read = AutoConfig.for_model(**config)
+        require_consistent(read)
     encoder = model_type in {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *_BIDIRECTIONAL}
     if encoder and not (getattr(read, "is_decoder", False) or read.is_encoder_decoder):
         what = f"{model_type} is an encoder, which sees the tokens that it would have to predict"

@@ -123,6 +123,12 @@ PANIC = r"tokenizer.*cannot be read \(PanicException"
         (CONFIG, {"model_type": "vit"}, "model_type is 'vit'; expected a causal"),
         (CONFIG, {"model_type": ["llama"]}, r"model_type is \['llama'\]; expected a causal"),
         (CONFIG, {"dtype": "auto"}, r"mine/config\.json: cannot be read"),
+        (
+            CONFIG,
+            {"model_type": "mixtral", "num_experts_per_tok": 9},
+            "is 9, more than num_local_e",
+        ),
+        (CONFIG, {"num_key_value_heads": 3}, "is 3, no divisor of num_attention_heads, 4"),
         (CONFIG, {"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
         ("tokenizer_config.json", {"eos_token": None}, "has no eos_token"),
         # No `Exception`, and it writes to the terminal before it is raised.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 # `kernels`, where installed, fetches code from the hub and runs it: transformers asks it unless
 # this is set, bitsandbytes always on a CPU with AVX512-BF16. With None an import of it fails.
@@ -17,6 +18,10 @@ sys.modules["kernels"] = None  # type: ignore[assignment]
 
 SECONDS = 10.0  # of CPU: another busy process makes no difference
 MEMORY = 1 << 30  # bytes
+# Sizes of a model's config that transformers does not compare, the smaller or the divisor first.
+AT_MOST = [("num_experts_per_tok", f"{kind}_experts") for kind in ("n_routed", "num_local", "num")]
+AT_MOST += [("top_k_experts", "num_experts"), ("topk_group", "n_group")]
+DIVISORS = [("num_key_value_heads", "num_attention_heads"), ("n_group", "n_routed_experts")]
 
 
 class Exceeded(Exception):  # noqa: N818  (the message completes a sentence)
@@ -51,6 +56,21 @@ def limited(seconds: float = SECONDS) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         signal.signal(signal.SIGPROF, handler)
+
+
+def require_consistent(config: Any) -> None:
+    """Raise ValueError where sizes of a `PretrainedConfig` contradict each other.
+
+    Otherwise a forward pass would fail, stages later. One expert means none (Jamba).
+    """
+    text = config.get_text_config()
+    for pairs, relation in ((AT_MOST, "more than"), (DIVISORS, "no divisor of")):
+        for name, other in pairs:
+            size, whole = getattr(text, name, None), getattr(text, other, None)
+            if not isinstance(size, int) or not isinstance(whole, int) or whole <= 1:
+                continue
+            if size > whole if pairs is AT_MOST else size < 1 or whole % size:
+                raise ValueError(f"{name} is {size}, {relation} {other}, {whole}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from stages.shared.core import bounds
 from stages.shared.core.errors import UserError
 from stages.shared.model.loading import blocks_of
 from stages.shared.step.memory.fake_model import model_on_meta, quantizable
@@ -58,6 +59,7 @@ def read_config(path: Path) -> PretrainedConfig:
             size = getattr(text, name, None)
             if isinstance(size, int) and not 0 < size <= largest:
                 raise ValueError(f"{name} is {size}")
+        bounds.require_consistent(config)
         rope = getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type") == "dynamic":  # reads positions; its tensors are the default's
             text.rope_parameters = {**rope, "rope_type": "default"}

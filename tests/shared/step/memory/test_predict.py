@@ -165,6 +165,10 @@ def test_answers_are_kept_by_config_setup_and_code(
             {"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4},
             r"\(65\) is not a multiple",
         ),
+        (
+            {"model_type": "mixtral", "num_experts_per_tok": 9},
+            "is 9, more than num_local_experts, 8",
+        ),
         ("[" * 10**5, "recursion depth"),
     ],
     ids=lambda one: str(one)[:40],
