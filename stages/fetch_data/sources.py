@@ -1,7 +1,4 @@
-"""Files of the training and held-out splits, on the user's disk or in a data set on the hub.
-
-`datasets` finds configurations, splits and shards from file names and the README, for both.
-"""
+"""Files of the training and held-out splits, on the user's disk or in a data set on the hub."""
 
 import os
 import re
@@ -42,39 +39,36 @@ class Part:
 def find(path: Path, config: str | None) -> list[Part]:
     """Local files: one file, a folder of one data set, or a folder of several sources.
 
-    The sources that hold nothing out come first, so that `prepare` knows all that is held out when
-    it reads the training rows of the others.
+    Sources without a held-out split come first: `prepare` then knows all that is held out when it
+    reads the training rows of the others.
     """
-    if path.is_dir():
-        for link in path.rglob("*"):
-            if link.is_symlink() and link.is_dir():
-                fault = "is a link to a folder, in which DVC sees no change"
-                raise UserError(f"{link}: {fault}. Put the folder there, or set data.path to it.")
-        sources = {} if config else _sources(path)
-        parts = [
-            replace(part, source=name)
-            for name, paths in sources.items()
-            for part in (_find_in(paths[0], None) if paths[0].is_dir() else _shards(paths))
-        ]
-        with_eval = {part.source for part in parts if part.split == "eval"}
-        parts.sort(key=lambda part: part.source in with_eval)
-        return parts or _find_in(path, config)
-    if not path.is_file():
-        raise UserError(
-            f"data.path: {str(path)!r} is no file or folder. Correct it (`dvc exp run --temp` and "
-            "`--queue` need an absolute path)."
-        )
-    return _shards([path])
+    if path.is_file():
+        return _shards([path])
+    if not path.is_dir():
+        advice = "Correct it (`dvc exp run --temp` and `--queue` need an absolute path)."
+        raise UserError(f"data.path: {str(path)!r} is no file or folder. {advice}")
+    for link in path.rglob("*"):
+        if link.is_symlink() and link.is_dir():
+            fault = "is a link to a folder, in which DVC sees no change"
+            raise UserError(f"{link}: {fault}. Put the folder there, or set data.path to it.")
+    parts = [
+        replace(part, source=name)
+        for name, paths in ({} if config else _sources(path)).items()
+        for part in (_find_in(paths[0], None) if paths[0].is_dir() else _shards(paths))
+    ]
+    with_eval = {part.source for part in parts if part.split == "eval"}
+    parts.sort(key=lambda part: part.source in with_eval)
+    return parts or _find_in(path, config)
 
 
 def _find_in(folder: Path, config: str | None) -> list[Part]:
     """Files of a folder with train.* and eval.*, or of one laid out as on the hub."""
-    found = (f for f in folder.rglob("*") if not f.is_dir() and f.exists())
-    regular = (f for f in map(require_regular, found) if f.name not in _METADATA)
+    present = (f for f in folder.rglob("*") if not f.is_dir() and f.exists())
+    regular = (f for f in map(require_regular, present) if f.name not in _METADATA)
     names = [f.relative_to(folder).as_posix() for f in regular]
-    chosen = _by_stem(names, folder) or choose(names, folder / _CARD, config, str(folder))
-    paths = [(split, folder / name) for split, names in chosen.items() for name in names]
-    return [Part(split, file, str(file)) for split, file in paths]
+    splits = _by_stem(names, folder) or choose(names, folder / _CARD, config, str(folder))
+    paths = [(split, folder / name) for split, names in splits.items() for name in names]
+    return [Part(split, path, str(path)) for split, path in paths]
 
 
 def _shards(paths: list[Path]) -> list[Part]:
@@ -85,17 +79,14 @@ def _shards(paths: list[Path]) -> list[Part]:
 
 
 def _sources(folder: Path) -> dict[str, list[Path]]:
-    """Files or folder of each source: the folder's entries, shards joined, unless it is one source.
+    """Files or folder of each source; nothing if the folder is one data set.
 
     It is if an entry is named for a split, its README lists data files, or there is one entry.
     """
-    entries = [
-        entry
-        for entry in sorted(folder.iterdir())
-        if entry.name not in _METADATA and not _IGNORED.match(entry.name)
-    ]
     sources: dict[str, list[Path]] = {}
-    for entry in entries:
+    for entry in sorted(folder.iterdir()):
+        if entry.name in _METADATA or _IGNORED.match(entry.name):
+            continue
         stem = entry.name if entry.is_dir() else entry.name.partition(".")[0]
         if _words(stem) & {*_TRAIN, *_EVAL}:
             return {}
@@ -142,10 +133,7 @@ def fetch(repository: Repository, config: str | None, folder: Path) -> list[Part
 def choose(
     names: Iterable[str], card: Path, config: str | None, where: str
 ) -> dict[Split, list[str]]:
-    """Shards of the training split and of the held-out split, which may have none.
-
-    `names` are the data set's files, `card` its README.md, which may be missing.
-    """
+    """Shards of the training and the held-out split, of a data set's files and its README.md."""
     splits = _splits(names, card, config, where)
     held_out = next((split for name in _EVAL if (split := _find_split(splits, [name]))), "")
     train = _find_split(splits, _TRAIN)
@@ -179,8 +167,7 @@ def _splits(
 ) -> dict[str, list[str]]:
     """Split → files of one configuration, by the rules of `datasets`.
 
-    `datasets` sees a folder of empty files with the same names: it reads no data, and a local
-    folder `owner/name` cannot shadow the one on the hub.
+    It sees empty files of the same names: a local folder `owner/name` cannot shadow the hub's.
     """
     import datasets  # noqa: PLC0415  (takes a second)
 

@@ -1,7 +1,6 @@
 """Checkpoints as transformers saves them: validate, normalize and install.
 
-Weights keep their bytes. The configs, the index of shards and the tokenizer are written anew,
-without settings of the machine that they came from.
+Weights keep their bytes; config, index and tokenizer lose settings of the machine they come from.
 """
 
 import re
@@ -61,10 +60,7 @@ class Checkpoint:
 def gather(
     files_present: Collection[str], name: str, copy: Callable[[Sequence[str]], Path]
 ) -> Checkpoint:
-    """Copy and validate the small files, then copy the weights.
-
-    `copy` makes the files with these names readable and returns their folder.
-    """
+    """Copy and validate the small files, then the weights; `copy` returns the copies' folder."""
     named = re.compile(rf"{NAMED_TEMPLATES}/[\w-]+\.jinja")
     small = [file for file in SMALL_FILES if file in files_present]
     small += sorted(file for file in files_present if named.fullmatch(file))
@@ -109,7 +105,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{name}: has no {CONFIG}. Choose a model that transformers saved.")
     config = _read(folder / CONFIG, name)
     quantization = config.get("quantization_config")
-    # MXFP4 files of gpt-oss are all there is; `stages.shared.weights` dequantizes them as it reads.
+    # gpt-oss exists in MXFP4 alone; `stages.shared.weights` dequantizes it while reading.
     mxfp4 = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
     if quantization and not (mxfp4 and config.get("model_type") == "gpt_oss"):
         what = "the weights are quantized already (quantization_config)"
@@ -142,11 +138,7 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_index(folder: Path, files_present: Collection[str], name: str) -> list[str]:
-    """Names of the files with weights.
-
-    transformers would follow `../outside.safetensors` out of the folder, so shards are looked up
-    among the files next to the index.
-    """
+    """Names of the weights' files, all beside the index: transformers follows `../a`."""
     if WEIGHTS in files_present:
         return [WEIGHTS]
     if INDEX not in files_present:
@@ -166,7 +158,7 @@ def _read_index(folder: Path, files_present: Collection[str], name: str) -> list
 
 
 def _make_index(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Index of shards, read from the shards."""
+    """Index of the shards, from their headers."""
     from safetensors import safe_open  # noqa: PLC0415
 
     weight_map: dict[str, str] = {}

