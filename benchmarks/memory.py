@@ -39,7 +39,7 @@ from transformers import (
 from benchmarks import processes
 from benchmarks.common import BASE, MEMORY_PAGE, machine, publish
 from stages.plan.config import CONFIGS
-from stages.quantize.config import Quantize
+from stages.quantize.__main__ import Quantize
 from stages.quantize.convert import convert
 from stages.shared.core import display
 from stages.shared.core.command import run

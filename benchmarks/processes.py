@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.common import BASE, MEMORY_PAGE, ROOT, machine, publish, workspace
-from stages.quantize.config import Quantize
+from stages.quantize.__main__ import Quantize
 from stages.quantize.convert import convert
 from stages.shared.core import files
 

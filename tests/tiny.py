@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from stages.quantize.config import Quantize
+from stages.quantize.__main__ import Quantize
 
 CORPUS = [
     "### Human: What is two plus two?### Assistant: Two plus two is four.\n4",

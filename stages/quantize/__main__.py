@@ -7,12 +7,11 @@ Run:    python -m stages.quantize
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from stages.quantize.config import Params, Quantize
 from stages.shared.core import files, machine
 from stages.shared.core.command import quick_imports, run
-from stages.shared.core.params import load
+from stages.shared.core.params import Section, load
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +24,33 @@ COMPARED = {"parameters", "bytes", "bits_per_parameter", "relative_error"}
 CHART = Path("reports/quantize.svg")
 
 
+class Quantize(Section):
+    """Precision of linear layers; embedding, head and norms stay dense."""
+
+    precision: Literal["fp32", "bf16", "fp16", "int8", "fp4", "nf4"]
+    double_quant: bool  # of the block constants of fp4 and nf4
+    compute_dtype: Literal["bf16", "fp16", "fp32"]  # with int8, fp4 and nf4, and of dense weights
+
+    @property
+    def is_four_bit(self) -> bool:
+        """Whether weights are stored in fp4 or nf4."""
+        return self.precision in ("fp4", "nf4")
+
+    @property
+    def dense_dtype(self) -> str:
+        """Dtype of everything that is not quantized."""
+        quantized = self.is_four_bit or self.precision == "int8"
+        return self.compute_dtype if quantized else self.precision
+
+
+class Params(Section):
+    """The sections that dvc.yaml declares for the stage."""
+
+    quantize: Quantize
+
+
 def quantize(
-    base: Path, target: Path, chart_file: Path, settings: Quantize, device: "torch.device"
+    base: Path, target: Path, chart: Path, settings: Quantize, device: "torch.device"
 ) -> dict[str, Any]:
     """Write the model and the chart of its codebooks; returns metrics of the written files."""
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
@@ -40,23 +64,21 @@ def quantize(
         layout = convert.convert(base, folder, settings, device)
         written = Weights(folder)
         matrices = convert.linear_matrices(written.parameters, layout.embeddings)
+        parameters = sum(m.parameters for m in matrices)
         convert.require_expected_bits(matrices, settings)
         original = quantization_error.Base(Weights(base), layout, device)
-        measured = quantization_error.measure(original, written, matrices, device)
+        errors = quantization_error.measure(original, written, matrices, device)
         middle = matrices[len(matrices) // 2].name
-        quantization_error.draw(chart_file, middle, original.matrix(middle), measured)
+        quantization_error.draw(chart, middle, original.matrix(middle), errors)
         return {
             "precision": settings.precision,
-            "double_quant": settings.quantizes_twice,
+            "double_quant": settings.double_quant and settings.is_four_bit,
             "parameters": sum(p.parameters for p in written.parameters),
-            "linear_parameters": sum(m.parameters for m in matrices),
-            "quantized_parameters": convert.quantized_parameters(matrices),
+            "linear_parameters": parameters,
+            "quantized_parameters": sum(m.parameters for m in matrices if m.parts),
             "bytes": written.bytes,
-            "bits_per_parameter": round(convert.bits_per_parameter(matrices), 4),
-            "relative_error": measured.relative_error,
-            "errors": measured.errors,
-            "linear4_clip": measured.clip,
-            "compared_parameters": measured.compared_parameters,
+            "bits_per_parameter": round(8 * sum(m.bytes for m in matrices) / parameters, 4),
+            **errors,
         }
 
 

@@ -5,15 +5,13 @@ experts of a mixture into 3-D parameters, which bitsandbytes leaves in bf16 with
 """
 
 import gc
-import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,13 +24,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import set_tqdm_hook
 
-from stages.quantize.config import FOUR_BIT, Quantize
 from stages.quantize.quantization_error import Layout
 from stages.shared.core import files
 from stages.shared.core.errors import UserError, lacks_memory, reading
 from stages.shared.weights import heap
 from stages.shared.weights.checkpoint import Stored, Weights, load_strictly, without_mxfp4
 from stages.shared.weights.precision import DTYPES, stored_bytes
+
+if TYPE_CHECKING:
+    from stages.quantize.__main__ import Quantize
 
 SHARD_BYTES = 5_000_000_000
 FP16_MAX = torch.finfo(torch.float16).max
@@ -42,12 +42,11 @@ NESTED_TABLE_BYTES = 256 * 4  # codebook of the constants
 TOLERANCE = 0.01
 
 
-def convert(base: Path, target: Path, settings: Quantize, device: torch.device) -> Layout:
+def convert(base: Path, target: Path, settings: "Quantize", device: torch.device) -> Layout:
     """Write the base in the chosen precision into an existing folder."""
     weights = Weights(base)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if problem := device_problem(settings, capability):
-        raise UserError(problem)
+    if device.type == "cuda":
+        require_capability(torch.cuda.get_device_capability(device), settings)
     if settings.dense_dtype == "fp16" or settings.precision == "int8":
         require_fp16_range(weights, settings)
     model = load(weights, settings, device)
@@ -61,25 +60,23 @@ def convert(base: Path, target: Path, settings: Quantize, device: torch.device) 
     return described
 
 
-def device_problem(settings: Quantize, capability: tuple[int, int] | None) -> str | None:
-    """Reason why a CUDA device cannot compute in the precision, or None; a CPU (None) can."""
-    if capability is None:
-        return None
+def require_capability(capability: tuple[int, int], settings: "Quantize") -> None:
+    """Raise a UserError if a CUDA device cannot compute in the precision."""
     if settings.precision == "int8" and capability < (7, 5):
         key, needed, alternative = "precision", "7.5", "nf4"
     elif settings.dense_dtype == "bf16" and capability < (8, 0):
         key = "precision" if settings.precision == "bf16" else "compute_dtype"
         needed, alternative = "8.0", "fp16"
     else:
-        return None
-    return (
+        return
+    raise UserError(
         f"quantize.{key} is {getattr(settings, key)}, which needs compute capability {needed}, but "
         f"this CUDA device has {capability[0]}.{capability[1]}. "
         f"Set quantize.{key}={alternative}, or QLORA_DEVICE=cpu."
     )
 
 
-def require_fp16_range(base: Weights, settings: Quantize) -> None:
+def require_fp16_range(base: Weights, settings: "Quantize") -> None:
     """Raise a UserError for a weight that overflows fp16, through which int8 is quantized too."""
     for stored in heap.each(base.parameters, "range of fp16", "tensor"):
         tensor = base.tensor(stored.name)
@@ -87,7 +84,7 @@ def require_fp16_range(base: Weights, settings: Quantize) -> None:
         weight = tensor.is_floating_point() and tensor.ndim and tensor.numel()
         largest = float(tensor.float().abs().max()) if weight else 0.0
         if largest > FP16_MAX:
-            key = "compute_dtype" if settings.precision in FOUR_BIT else "precision"
+            key = "compute_dtype" if settings.is_four_bit else "precision"
             raise UserError(
                 f"quantize.{key} is {getattr(settings, key)}; {base.folder}: {stored.name} "
                 f"holds {largest:g}, fp16 (which int8 goes through) ends at {FP16_MAX:g}. "
@@ -95,7 +92,7 @@ def require_fp16_range(base: Weights, settings: Quantize) -> None:
             )
 
 
-def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrainedModel:
+def load(weights: Weights, settings: "Quantize", device: torch.device) -> PreTrainedModel:
     """Load and quantize tensor by tensor, so that memory holds little but the result.
 
     `load_model` would save this machine's settings; `from_pretrained(folder)` releases what it has
@@ -125,9 +122,9 @@ def load(weights: Weights, settings: Quantize, device: torch.device) -> PreTrain
         )
 
 
-def quantization_config(settings: Quantize) -> BitsAndBytesConfig | None:
+def quantization_config(settings: "Quantize") -> BitsAndBytesConfig | None:
     """Bitsandbytes' configuration; None for a dense precision."""
-    if settings.precision in FOUR_BIT:
+    if settings.is_four_bit:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=settings.precision,
@@ -151,13 +148,7 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
     """Write config and weights, and copy the base's generation config."""
     # transformers refuses to save some that it loads, well-known models' included.
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    try:
-        model.save_pretrained(target, max_shard_size=SHARD_BYTES)
-    except SafetensorError as error:  # for a full disk, `errors.report` expects an OSError
-        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(target)) from None
+    model.save_pretrained(target, max_shard_size=SHARD_BYTES)
     generation = base / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, target / generation.name)
@@ -182,17 +173,7 @@ def linear_matrices(parameters: Iterable[Stored], embeddings: frozenset[str]) ->
     return [p for p in parameters if len(p.shape) > 1 and p.name not in embeddings]
 
 
-def bits_per_parameter(matrices: Sequence[Stored]) -> float:
-    """Stored bits per parameter, with all constants."""
-    return 8 * sum(m.bytes for m in matrices) / sum(m.parameters for m in matrices)
-
-
-def quantized_parameters(matrices: Iterable[Stored]) -> int:
-    """Number of parameters in int8, fp4 or nf4."""
-    return sum(m.parameters for m in matrices if m.parts)
-
-
-def require_expected_bits(matrices: Sequence[Stored], settings: Quantize) -> None:
+def require_expected_bits(matrices: Sequence[Stored], settings: "Quantize") -> None:
     """Raise a UserError that names the worst matrix, unless the files have the expected size."""
 
     def expected(matrix: Stored) -> int:
@@ -200,7 +181,7 @@ def require_expected_bits(matrices: Sequence[Stored], settings: Quantize) -> Non
 
     tables = TABLE_BYTES + NESTED_TABLE_BYTES * settings.double_quant
     nominal, written = sum(map(expected, matrices)), sum(m.bytes for m in matrices)
-    allowed = tables * len(matrices) * (settings.precision in FOUR_BIT) + TOLERANCE * nominal
+    allowed = tables * len(matrices) * settings.is_four_bit + TOLERANCE * nominal
     if abs(written - nominal) <= allowed:
         return
     worst = max(matrices, key=lambda m: abs(m.bytes - expected(m)))

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from stages.quantize.config import DENSE
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.weights import bnb, checkpoint, heap
@@ -26,8 +26,8 @@ COMPARED_PARAMETERS = 1_000_000_000  # of larger models, every nth matrix
 PART_PARAMETERS = 1_000_000  # compared at a time
 BLOCKS_FOR_ALPHA = 256  # of each matrix
 BINS = 120  # of the chart's histogram
-LABELS = {"nf4": "nf4", "linear4_clipped": "linear, clipped", "linear4_absmax": "linear"}
-LABELS |= {"fp4": "fp4"}
+LABELS = {"nf4": "nf4", "linear4_clipped": "linear, clipped"}
+LABELS |= {"linear4_absmax": "linear", "fp4": "fp4"}
 
 
 @dataclass(frozen=True)
@@ -40,49 +40,44 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class QuantizationError:
-    """Relative errors, as fractions."""
-
-    relative_error: float  # of the written weights, over all matrices
-    errors: dict[str, float]  # of each codebook, over the compared matrices
-    clip: float  # the model's α of clipped linear 4-bit
-    compared_parameters: int
-
-
 class Base:
     """Matrices before quantization."""
 
-    def __init__(self, weights: Weights, layout: Layout, device: torch.device) -> None:
-        self._weights, self._layout, self._device = weights, layout, device
+    weights: Weights
+    layout: Layout
+    device: torch.device
 
     def matrix(self, name: str) -> torch.Tensor:
         """A finite matrix, fp32 [out, in]; raises a UserError otherwise."""
-        stored = self._weights.find(name, self._layout.prefix)
+        stored = self.weights.find(name, self.layout.prefix)
         if stored is None:
             raise UserError(
-                f"{self._weights.folder}: {name} is not in the files, so its error cannot be "
+                f"{self.weights.folder}: {name} is not in the files, so its error cannot be "
                 "measured. Load and save the model with this version of transformers."
             )
-        weight = self._weights.tensor(stored).to(self._device).float()
-        checkpoint.require_finite({stored: weight}, self._weights)
+        weight = self.weights.tensor(stored).to(self.device).float()
+        checkpoint.require_finite({stored: weight}, self.weights)
         return self.as_out_in(name, weight)
 
     def as_out_in(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A dense weight as [out, in]."""
-        return weight.T.contiguous() if name in self._layout.transposed else weight
+        return weight.T.contiguous() if name in self.layout.transposed else weight
 
 
 def measure(
     base: Base, written: Weights, matrices: Sequence[Stored], device: torch.device
-) -> QuantizationError:
-    """Errors of the written weights and of each codebook."""
+) -> dict[str, Any]:
+    """Metrics: relative errors of the written weights and of each codebook, as fractions.
+
+    `linear4_clip` is the model's α of clipped linear 4-bit.
+    """
     compared = {m.name: m.parameters for m in every_nth(matrices, COMPARED_PARAMETERS)}
     alpha = best_alpha(sample_blocks(base, sorted(compared)))
     written_error = norm = compared_norm = 0.0
     errors: dict[str, float] = {}
     for matrix in heap.each(matrices, "errors of the precisions", "matrix"):
         weight, values = base.matrix(matrix.name), written.values(matrix, device)
-        if matrix.kind in DENSE:
+        if not matrix.parts:
             values = base.as_out_in(matrix.name, values)
         written_error += squared(weight - values)
         norm += squared(weight)
@@ -91,12 +86,12 @@ def measure(
             for rows in split_rows(weight):
                 for name, error in squared_errors(rows, alpha).items():
                     errors[name] = errors.get(name, 0.0) + error
-    return QuantizationError(
-        relative_error=relative(written_error, norm),
-        errors={name: relative(error, compared_norm) for name, error in errors.items()},
-        clip=alpha,
-        compared_parameters=sum(compared.values()),
-    )
+    return {
+        "relative_error": relative(written_error, norm),
+        "errors": {name: relative(error, compared_norm) for name, error in errors.items()},
+        "linear4_clip": alpha,
+        "compared_parameters": sum(compared.values()),
+    }
 
 
 def every_nth(matrices: Sequence[Stored], budget: int) -> Sequence[Stored]:
@@ -136,18 +131,13 @@ def blocks(weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
 
 
-def normalize(weight_blocks: torch.Tensor) -> torch.Tensor:
-    """Blocks divided by their largest magnitude."""
-    return weight_blocks / _absmax(weight_blocks)
-
-
 def linear4(weight_blocks: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
     """Blocks rounded to 15 evenly spaced levels, up to α times their largest magnitude."""
-    step = _absmax(weight_blocks) * (alpha / STEPS)
+    step = absmax(weight_blocks) * (alpha / STEPS)
     return (weight_blocks / step).round_().clamp_(-STEPS, STEPS).mul_(step)
 
 
-def _absmax(weight_blocks: torch.Tensor) -> torch.Tensor:
+def absmax(weight_blocks: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each block, never zero: [blocks, 1]."""
     return weight_blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
 
@@ -190,11 +180,12 @@ def codebooks(alpha: float) -> dict[str, list[float]]:
     return {"linear4_absmax": linear, "linear4_clipped": clipped, "fp4": fp4, "nf4": nf4}
 
 
-def draw(path: Path, name: str, weight: torch.Tensor, measured: QuantizationError) -> None:
+def draw(path: Path, name: str, weight: torch.Tensor, measured: dict[str, Any]) -> None:
     """Draw the histogram of a weight, fp32 [out, in], over the 4-bit codebooks, the best first."""
-    fractions = normalize(blocks(weight)).flatten()
+    in_blocks, errors = blocks(weight), measured["errors"]
+    fractions = (in_blocks / absmax(in_blocks)).flatten()
     density = torch.histc(fractions.cpu(), bins=BINS, min=-1, max=1) / len(fractions) * BINS / 2
-    figure, levels = Figure(figsize=(9.0, 4.8)), codebooks(measured.clip)
+    figure, levels = Figure(figsize=(9.0, 4.8)), codebooks(measured["linear4_clip"])
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     top.stairs(
         density.numpy(), torch.linspace(-1, 1, BINS + 1).numpy(), fill=True, color="C5", alpha=0.45
@@ -203,9 +194,9 @@ def draw(path: Path, name: str, weight: torch.Tensor, measured: QuantizationErro
     top.set_ylabel("density of its weights")
     below.set_ylabel("levels")
     top.tick_params(labelbottom=False)
-    ranked = sorted(LABELS, key=lambda kind: measured.errors[kind])
+    ranked = sorted(LABELS, key=errors.__getitem__)
     for row, kind in enumerate(ranked):
-        label = f"{LABELS[kind]}: {measured.errors[kind]:.2%}"
+        label = f"{LABELS[kind]}: {errors[kind]:.2%}"
         style = {"linelengths": 0.6, "linewidths": 2, "color": f"C{[*LABELS].index(kind)}"}
         below.eventplot(levels[kind], lineoffsets=-row, label=label, **style)
     below.set_yticks([-row for row in range(len(ranked))], [LABELS[kind] for kind in ranked])

@@ -11,7 +11,7 @@ from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate
 from stages.merge import verify
 from stages.merge.merge import merge
-from stages.quantize.config import Quantize
+from stages.quantize.__main__ import Quantize
 from stages.quantize.convert import convert
 from stages.shared.core.errors import UserError
 from stages.shared.step.adapter import load_for_lora
@@ -86,6 +86,7 @@ def test_merge_refuses_an_expert_that_no_conversation_reaches() -> None:
     outputs = [torch.randn(4, 2, 8)]
     wrong = [outputs[0].clone()]
     wrong[0][3] = wrong[0][2]
-    verify.require_experts(verify.largest_expert_error(outputs, outputs))
+    exact = verify.Agreement(0.0, 1.0, 100)
+    verify.require(exact, torch.float16, verify.largest_error(outputs, outputs))
     with pytest.raises(UserError, match="an expert's output differs"):
-        verify.require_experts(verify.largest_expert_error(outputs, wrong))
+        verify.require(exact, torch.float16, verify.largest_error(outputs, wrong))

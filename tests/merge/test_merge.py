@@ -149,10 +149,10 @@ def test_merge_and_unload_would_not_pass(nf4: Path, tmp_path: Path) -> None:
     del requantized._weight_conversions
     requantized.save_pretrained(tmp_path)
     examples = read_examples(nf4 / "prepared/eval.parquet")
-    model = loading.load_model(tmp_path, CPU, torch.float32)
+    trained = verify.load_trained(nf4 / "adapter", nf4 / "quantized", CPU)
+    models = (trained, loading.load_model(tmp_path, CPU, torch.float32))
     agreement = verify.compare(
-        verify.trained_exactly(nf4 / "adapter", nf4 / "quantized", examples, CPU)[0],
-        verify.log_probabilities(model, examples, CPU, torch.float32, "merged"),
+        *(verify.log_probabilities(m, examples, CPU, torch.float32, "test") for m in models)
     )
     with pytest.raises(UserError, match="nothing was written"):
         verify.require(agreement, torch.bfloat16)

@@ -35,8 +35,6 @@ def test_expected_bits_allow_for_tables():
     size = stored_bytes(SHAPE, "nf4", True) + 64 + 1024 + 190
     matrices = [matrix("a", "nf4", size), matrix("b", "nf4", size)]
     convert.require_expected_bits(matrices, quantization("nf4"))
-    assert convert.bits_per_parameter(matrices) == 8 * size / 16_384
-    assert convert.quantized_parameters(matrices) == 2 * 16_384
 
 
 def test_one_dense_matrix_among_many_is_refused():

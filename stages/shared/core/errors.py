@@ -141,8 +141,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_a_full_disk(error: BaseException) -> bool:
-    in_rust = f"(os error {errno.ENOSPC})"
-    return any(getattr(e, "errno", None) in FULL or in_rust in str(e) for e in causes(error))
+    in_rust = rf"\(os error ({'|'.join(map(str, FULL))})\)"
+    return any(getattr(e, "errno", 0) in FULL or re.search(in_rust, str(e)) for e in causes(error))
 
 
 def lacks_memory(error: BaseException) -> bool:
