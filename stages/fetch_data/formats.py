@@ -10,7 +10,7 @@ import gzip
 import re
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path, PurePath
 from tempfile import TemporaryFile
 from typing import IO, Literal
@@ -108,21 +108,19 @@ def _expands(name: str, most: int) -> UserError:
 
 def _require_utf8(file: IO[bytes], name: str, path: Path | None) -> None:
     """Refuse a file if most of its non-ASCII bytes are not UTF-8; single bad lines pass."""
-    high = undecoded = offset = 0
-    line, decoder = 1, codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    for block in chain(iter(partial(file.read, BLOCK), b""), [b""]):
-        wide = not offset and b"\0" in block[:64]  # UTF-16 or UTF-32, whose ASCII is valid UTF-8
-        text = decoder.decode(block, final=not block)
-        bad = ["\0"] if wide else _UNDECODED.findall(text)
+    wide = b"\0" in file.read(64)  # UTF-16 or UTF-32, whose ASCII is valid UTF-8
+    file.seek(0)
+    blocks = iter(partial(file.read, BLOCK), b"")
+    high, undecoded, line, offset, place = 0, int(wide), 1, 0, (1, 0)
+    for text in () if wide else codecs.iterdecode(blocks, *_ESCAPED):
+        bad, block = _UNDECODED.findall(text), text.encode(*_ESCAPED)
         if bad and not undecoded:
             valid = text.partition(bad[0])[0]
-            where, first = line + valid.count("\n"), offset + len(valid.encode(*_ESCAPED))
+            place = line + valid.count("\n"), offset + len(valid.encode())
         undecoded += len(bad)
-        if wide:
-            break
         high += len(block) - len(block.translate(None, _HIGH))
         line += text.count("\n")
         offset += len(block)
     if 2 * undecoded > high:
-        advice = encoding_advice(path, first) if path else "Unpack it and save it as UTF-8."
-        raise UserError(f"{name}:{where}: is not UTF-8. {advice}")
+        advice = encoding_advice(path, place[1]) if path else "Unpack it and save it as UTF-8."
+        raise UserError(f"{name}:{place[0]}: is not UTF-8. {advice}")

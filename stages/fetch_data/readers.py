@@ -29,11 +29,10 @@ _SCHEMALESS = {"tool_calls", "function_call", "tools", "functions", "chat_templa
 
 def dump(value: Any) -> bytes:
     """JSON of a value as a line; bytes as UTF-8 or base64, dates and decimals as strings."""
-    return encode(json.dumps(value, ensure_ascii=False, default=_to_string))
+    return _encode(json.dumps(value, ensure_ascii=False, default=_to_string))
 
 
-def encode(line: str) -> bytes:
-    """UTF-8 and a line end; bytes that were no UTF-8 stay."""
+def _encode(line: str) -> bytes:
     return line.encode("utf-8", "surrogateescape") + b"\n"
 
 
@@ -50,7 +49,7 @@ def parse(line: bytes) -> Any:
     """Value of a line of JSON, or its error."""
     try:
         return json.loads(line.decode("utf-8-sig", "replace"))
-    except (ValueError, RecursionError) as error:  # ValueError: also an int of over 4,300 digits
+    except (ValueError, RecursionError) as error:
         return error
 
 
@@ -112,6 +111,9 @@ def read_items(file: IO[bytes], name: str, limit: int) -> Iterator[bytes]:
         text, at = text[at:] + more, 0
         return True
 
+    def place() -> str:
+        return f"{name}:{line + text.count(chr(10), 0, at)}"
+
     def next_character() -> str:
         nonlocal at
         while (at := _SPACE.match(text, at).end()) == len(text) and read_on():  # type: ignore[union-attr]
@@ -120,21 +122,15 @@ def read_items(file: IO[bytes], name: str, limit: int) -> Iterator[bytes]:
 
     def next_item() -> str:
         nonlocal at
-        while True:
-            fault: Exception | None = None
-            try:
-                _, end = json.JSONDecoder().raw_decode(text, at)
-            except (ValueError, RecursionError) as error:
-                fault, end = error, len(text)
-            if end < len(text) and not fault:
-                break
-            if end - at > limit and (fault is None or _ends_early(fault)):
+        while len(text) - at <= limit and read_on():
+            pass
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, at)
+        except JSONDecodeError as error:
+            if len(text) - at > limit and _ends_early(error):
                 what = f"item {number} is longer than prepare.max_row_bytes, {limit:,}"
-                raise UserError(f"{name}:{line + text.count(chr(10), 0, at)}: {what}. Raise it.")
-            if end - at > limit or not read_on():
-                if fault:
-                    raise fault
-                break
+                raise UserError(f"{place()}: {what}. Raise it.") from None
+            raise
         begin, at = at, end
         return text[begin:end]
 
@@ -145,19 +141,19 @@ def read_items(file: IO[bytes], name: str, limit: int) -> Iterator[bytes]:
             at, number = at + 1, number + 1
             if next_character() == "]" and number == 1:
                 raise empty(name)
-            yield encode(re.sub(r"[ \t]*[\r\n][ \t\r\n]*", " ", next_item()))
+            yield _encode(re.sub(r"[ \t]*[\r\n][ \t\r\n]*", " ", next_item()))
         if text[at : at + 1] != "]":
             raise JSONDecodeError("Expecting a comma or ]", text, at)
         at += 1
         if next_character():
             raise JSONDecodeError("Extra data", text, at)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an int of over 4,300 digits
         at = getattr(error, "pos", at)
         reason = f"{getattr(error, 'msg', error)} at {text[at : at + 20]!r}, item {number}"
         what = f"cannot be read ({reason}). Correct it."
         if _ends_early(error):
             what = f"ends inside item {number}. {TRUNCATED}"
-        raise UserError(f"{name}:{line + text.count(chr(10), 0, at)}: {what}") from None
+        raise UserError(f"{place()}: {what}") from None
 
 
 def read_csv(file: IO[bytes], name: str, limit: int) -> Iterator[bytes]:

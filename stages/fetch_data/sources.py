@@ -8,12 +8,21 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from stages.fetch_data.formats import SUPPORTED, is_readable
-from stages.shared.core import bounds
+from stages.fetch_data.formats import SUPPORTED, is_readable, read
+from stages.shared.core import bounds, files
 from stages.shared.core.errors import UserError, require_regular
-from stages.shared.hub.repository import Repository, download, require_inside
+from stages.shared.hub.repository import (
+    Repository,
+    download,
+    download_folder,
+    pin,
+    require_inside,
+)
+
+if TYPE_CHECKING:
+    from stages.fetch_data.__main__ import Data
 
 Split = Literal["train", "eval"]
 
@@ -36,7 +45,55 @@ class Part:
     source: str | None = None  # one of several in a folder
 
 
-def find(path: Path, config: str | None) -> list[Part]:
+def fetch(data: "Data", raw: Path, limit: int) -> None:
+    """Write `raw/<split>.jsonl`, rows of at most `limit` bytes, and `raw/source.json`."""
+    source: dict[str, Any] = {"source": data.source}
+    if data.source == "hub":
+        repository = pin("dataset", data.repo, data.revision)
+        source |= {"repo": data.repo, "revision": data.revision, "config": data.config}
+        with download_folder(repository) as folder:
+            source["files"] = write(_download(repository, data.config, folder), raw, limit)
+    else:
+        with TemporaryDirectory(dir=raw) as scratch:
+            parts = _find(Path(data.path), data.config)
+            source["files"] = write(parts, raw, limit, Path(scratch, "copy"))
+    files.write_json(raw / "source.json", source)
+
+
+def write(parts: list[Part], raw: Path, limit: int, copy: Path | None = None) -> list[Any]:
+    """Write all rows; returns the entries of `source.json`.
+
+    A local file may change meanwhile, so it is hashed and read from `copy`.
+    """
+    files.require_space(raw, sum(part.path.stat().st_size for part in parts), "data/raw")
+    entries, lines = [], Counter[str]()
+    last = {part.split: part for part in parts}
+    for part in parts:
+        path = shutil.copyfile(part.path, copy) if copy else part.path
+        unit, rows = read(part.path, part.name, path, limit)
+        entry: dict[str, Any] = {"split": part.split, "name": part.name}
+        entry |= {} if part.source is None else {"source": part.source}
+        entry |= {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+        entries.append({**entry, "first_line": lines[part.split] + 1, "counted_in": unit})
+        with (raw / f"{part.split}.jsonl").open("ab") as out:
+            for row in rows:
+                lines[part.split] += 1
+                ended = row.endswith(b"\n") or part is last[part.split]
+                out.write(row if ended else row + b"\n")
+    return entries
+
+
+def _download(repository: Repository, config: str | None, folder: Path) -> list[Part]:
+    """Splits of a data set on the hub, downloaded unless the user's cache has them."""
+    card = [_CARD] if _CARD in repository.paths else []
+    root = download(repository, card, folder)
+    splits = choose(repository.paths, root / _CARD, config, repository.url)
+    names = [(split, name) for split, names in splits.items() for name in names]
+    root = download(repository, [name for _, name in names], folder)
+    return [Part(split, root / name, name) for split, name in names]
+
+
+def _find(path: Path, config: str | None) -> list[Part]:
     """Local files: one file, a folder of one data set, or a folder of several sources.
 
     Sources without a held-out split come first: `prepare` then knows all that is held out when it
@@ -119,15 +176,6 @@ def _by_stem(names: Collection[str], folder: Path) -> dict[Split, list[str]]:
         if len(same) > 1:
             raise UserError(f"{folder}: {same[0]} and {same[1]} could be one split. Remove one.")
     return {"train": train, "eval": held_out}
-
-
-def fetch(repository: Repository, config: str | None, folder: Path) -> list[Part]:
-    """Download a hub data set's splits, unless the user's cache has them."""
-    card = [_CARD] if _CARD in repository.paths else []
-    root = download(repository, card, folder)
-    splits = choose(repository.paths, root / _CARD, config, repository.url)
-    root = download(repository, [name for names in splits.values() for name in names], folder)
-    return [Part(split, root / name, name) for split, names in splits.items() for name in names]
 
 
 def choose(

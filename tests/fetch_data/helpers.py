@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.fetch_data.__main__ import Data, fetch
+from stages.fetch_data.__main__ import Data
+from stages.fetch_data.sources import fetch
 from stages.shared.core import files
 from tests import hub as hubs
 

@@ -10,7 +10,6 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -21,12 +20,12 @@ from stages.shared.core.errors import SIGNALS, UserError, raise_signal, report, 
 INTERVAL = 1.0  # seconds between two looks at the children
 PATIENCE = 10  # looks, then a child that is stopped, and its parent is not, is killed
 
+AddOptions = Callable[[ArgumentParser], object]
+
 _pipes: list[int] = []  # to the watchers of this process
 
 
-def run(
-    main: Callable[..., None], add_options: Callable[[ArgumentParser], object] | None = None
-) -> None:
+def run(main: Callable[..., None], add_options: AddOptions | None = None) -> None:
     """Run the `main()` of a stage or a tool, with its options where it has any.
 
     `--help` prints its module's docstring and sections of params.yaml. Whatever ends it is one line
@@ -82,11 +81,11 @@ class _Parser(ArgumentParser):
         raise UserError(f"{self.prog}: {message}. `{self.prog} --help` says what it takes.")
 
 
-def _parse(
-    module: ModuleType, command: str, add_options: Callable[[ArgumentParser], object] | None
-) -> Namespace:
-    schema = getattr(module, "Params", None)
-    sections = [_section(name) for name in schema.model_fields] if schema else []
+def _parse(module: ModuleType, command: str, add_options: AddOptions | None) -> Namespace:
+    schema, path = getattr(module, "Params", None), Path("params.yaml")
+    text = path.read_text("utf-8", "replace") if schema and path.is_file() else ""
+    names = "|".join(getattr(schema, "model_fields", ()))
+    sections = [m[0] for m in re.finditer(rf"^({names}):.*(\n .*)*", text, re.MULTILINE)]
     parser = _Parser(
         prog=f"python -m {command}",
         description=(module.__doc__ or "").strip(),
@@ -97,15 +96,6 @@ def _parse(
     if add_options:
         add_options(parser)
     return parser.parse_args()
-
-
-def _section(name: str) -> str:
-    """Text of a section of params.yaml, with its comments."""
-    path = Path("params.yaml")
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    _, _, body = f"\n{text}".partition(f"\n{name}:")
-    first, *rest = f"{name}:{body}".splitlines()
-    return "\n".join([first, *takewhile(lambda line: line.startswith(" "), rest)])
 
 
 @contextmanager

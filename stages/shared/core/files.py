@@ -177,29 +177,29 @@ def record_outs() -> None:
         return
     from dvc.repo import Repo  # noqa: PLC0415
     from dvc_data.hashfile.hash import hash_file  # noqa: PLC0415
-    from dvc_objects.fs import localfs  # noqa: PLC0415
 
     with Repo() as repo:
-        for file in (file for out in _outs for file in _below(Path(out))):
-            hash_file(str(file), localfs, "md5", state=repo.state)
+        for out in _outs:
+            for file in _below(Path(out)):
+                hash_file(str(file), repo.fs, "md5", state=repo.state)
 
 
 def _verify(repo: "Repo", path: str) -> None:
     from dvc_data.hashfile.hash import hash_file  # noqa: PLC0415
-    from dvc_objects.fs import localfs  # noqa: PLC0415
 
-    entry, info = repo.state.hashes.get(path), localfs.info(path)
+    state, disk = repo.state, repo.fs
+    entry, info = state.hashes.get(path), disk.info(path)
     size = json.loads(entry)["size"] if entry else 0
-    _, written = repo.state.get(path, localfs, info | {"size": size})
+    _, written = state.get(path, disk, info | {"size": size})
     if written is None:
         return
     if info["size"] == size:
         # A compared hash is noted under a name that no file has, by the time of change (ctime).
         note, changed = f"{path}//verified", info | {"mtime": info["created"]}
-        if repo.state.get(note, localfs, changed)[1] == written and not machine().verify:
+        if state.get(note, disk, changed)[1] == written and not machine().verify:
             return
-        if hash_file(path, localfs, written.name)[1] == written:
-            repo.state.save(note, localfs, written, changed)
+        if hash_file(path, disk, written.name)[1] == written:
+            state.save(note, disk, written, changed)
             return
     shown, copy = os.path.relpath(path), Path(repo.cache.local.oid_to_path(written.value))
     advice = "Restore it; or, if it is right, `touch` it."
