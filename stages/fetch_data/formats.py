@@ -15,23 +15,11 @@ from pathlib import Path, PurePath
 from tempfile import TemporaryFile
 from typing import IO, Literal
 
-from stages.fetch_data.readers import (
-    BLOCK,
-    bounded_lines,
-    empty,
-    parse,
-    read_csv,
-    read_items,
-    read_lines,
-    read_table,
-    too_long,
-)
+from stages.fetch_data import readers
 from stages.shared.core.errors import UserError, reading
 from stages.shared.data.encoding import encoding_advice
 
 SUPPORTED = ".jsonl .json .csv .parquet .arrow, also as .gz or .zst"
-_READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".json": read_items}
-_READERS |= {".csv": read_csv, ".tsv": read_csv, ".parquet": read_table, ".arrow": read_table}
 # A file may become so many times its size, and in any case so many bytes.
 _EXPANSION, _SMALL = 200, 1 << 28
 _ESCAPED = ("utf-8", "surrogateescape")
@@ -41,7 +29,7 @@ _UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, by surro
 
 def is_readable(name: str) -> bool:
     """Whether the extension is one of `SUPPORTED`."""
-    return _extension(name)[0] in _READERS
+    return _extension(name)[0] in readers.READERS
 
 
 def read(
@@ -53,20 +41,20 @@ def read(
     that converts its encoding. Errors are raised here or while iterating.
     """
     extension, compression = _extension(name)
-    reader, size = _READERS[extension], copy.stat().st_size
-    most = max(_SMALL, _EXPANSION * size)
-    advice = "Fetch or export it again."
+    reader, advice = readers.READERS[extension], "Fetch or export it again."
+    most = max(_SMALL, _EXPANSION * copy.stat().st_size)
     with reading(name, advice):
         file = _unpack(copy, name, compression, most) if compression else copy.open("rb")
-        if reader is not read_table:
+        if reader is not readers.read_table:
             _require_utf8(file, name, None if compression else path)
             file.seek(0)
-            head = list(islice(filter(bytes.strip, bounded_lines(file, limit)), 2))
+            lines = filter(bytes.strip, readers.bounded_lines(file, limit))
+            head = [readers.parse(line) for line in islice(lines, 2)]
             file.seek(0)
             if not head:
-                raise empty(name)
-            if reader is read_items and len(head) == 2 and isinstance(parse(head[0]), dict):
-                reader = read_lines  # many .json files on the hub are JSON Lines
+                raise readers.empty(name)
+            if reader is readers.read_items and len(head) == 2 and isinstance(head[0], dict):
+                reader = readers.read_lines  # many .json files on the hub are JSON Lines
 
     def rows() -> Iterator[bytes]:
         size = 0
@@ -75,9 +63,9 @@ def read(
                 size += len(row)
                 if size > most:
                     raise _expands(name, most)
-                yield row if len(row) <= limit else too_long(limit)
+                yield row if len(row) <= limit else readers.too_long(limit)
 
-    return ("line" if reader is read_lines else "row"), rows()
+    return ("line" if reader is readers.read_lines else "row"), rows()
 
 
 def _extension(name: str) -> tuple[str, str]:
@@ -93,7 +81,7 @@ def _unpack(path: Path, name: str, compression: str, most: int) -> IO[bytes]:
     zst = compression == ".zst"
     file = TemporaryFile(dir=path.parent)  # noqa: SIM115  (the caller closes it)
     with pa.input_stream(str(path), compression="zstd") if zst else gzip.open(path) as packed:
-        while block := packed.read(BLOCK):
+        while block := packed.read(readers.BLOCK):
             if file.tell() + len(block) > most:
                 raise _expands(name, most)
             file.write(block)
@@ -110,7 +98,7 @@ def _require_utf8(file: IO[bytes], name: str, path: Path | None) -> None:
     """Refuse a file if most of its non-ASCII bytes are not UTF-8; single bad lines pass."""
     wide = b"\0" in file.read(64)  # UTF-16 or UTF-32, whose ASCII is valid UTF-8
     file.seek(0)
-    blocks = iter(partial(file.read, BLOCK), b"")
+    blocks = iter(partial(file.read, readers.BLOCK), b"")
     high, undecoded, line, offset, place = 0, int(wide), 1, 0, (1, 0)
     for text in () if wide else codecs.iterdecode(blocks, *_ESCAPED):
         bad, block = _UNDECODED.findall(text), text.encode(*_ESCAPED)

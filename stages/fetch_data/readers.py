@@ -280,3 +280,7 @@ def _without_nulls(value: Any, inside: bool = False) -> Any:
         pairs = ((k, _without_nulls(v, inside or k in _SCHEMALESS)) for k, v in value.items())
         return {k: v for k, v in pairs if not (inside and v is None)}
     return [_without_nulls(one, inside) for one in value] if isinstance(value, list) else value
+
+
+READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".json": read_items}
+READERS |= {".csv": read_csv, ".tsv": read_csv, ".parquet": read_table, ".arrow": read_table}

@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stages.fetch_data.formats import SUPPORTED, is_readable, read
 from stages.shared.core import bounds, files
 from stages.shared.core.errors import UserError, require_regular
-from stages.shared.hub.repository import (
-    Repository,
-    download,
-    download_folder,
-    pin,
-    require_inside,
-)
+from stages.shared.hub.repository import Repository, download, download_folder, pin, require_inside
 
 if TYPE_CHECKING:
     from stages.fetch_data.__main__ import Data

@@ -119,10 +119,10 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     config = _portable(config)
     with reading(f"{name}/{CONFIG}", "Correct it, or fetch it again."):
         # Else the tokenizer would be blamed, which is loaded beside it.
-        read = AutoConfig.for_model(**config)
-        require_consistent(read)
+        parsed = AutoConfig.for_model(**config)
+        require_consistent(parsed)
     encoder = model_type in {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *_BIDIRECTIONAL}
-    if encoder and not (getattr(read, "is_decoder", False) or read.is_encoder_decoder):
+    if encoder and not (getattr(parsed, "is_decoder", False) or parsed.is_encoder_decoder):
         what = f"{model_type} is an encoder, which sees the tokens that it would have to predict"
         raise UserError(f"{name}/{CONFIG}: {what}. Choose a decoder, such as a Llama or a GPT.")
     return config

@@ -43,8 +43,8 @@ def limited(seconds: float = SECONDS) -> Iterator[None]:
         raise Exceeded(f"takes more than {seconds:g} seconds of CPU time")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    limits = [limit for limit in (held + MEMORY, soft) if limit != resource.RLIM_INFINITY]
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    limits = [limit for limit in (used + MEMORY, soft) if limit != resource.RLIM_INFINITY]
     handler = signal.signal(signal.SIGPROF, stop)
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
@@ -77,13 +77,13 @@ def require_consistent(config: Any) -> None:
 def without_panic_output() -> Iterator[None]:
     """Hold back stderr, and drop it where the block raises: Rust prints its panics itself."""
     stderr = os.dup(2)
-    with TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    with TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
-        held.seek(0)
-        print(held.read().decode(errors="replace"), end="", file=sys.stderr)
+        output.seek(0)
+        print(output.read().decode(errors="replace"), end="", file=sys.stderr)

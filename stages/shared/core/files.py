@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,27 +72,27 @@ def write_report(
     metrics: Path, details: Path, values: dict[str, Any], compared: Collection[str]
 ) -> None:
     """Write what DVC compares (dotted keys, `train.tokens`) to `metrics`, the rest to `details`."""
-    kept, rest = split(values, compared)
+    chosen, rest = split(values, compared)
     write_json(details, rest)
-    write_json(metrics, kept)
+    write_json(metrics, chosen)
 
 
 def split(
     values: dict[str, Any], compared: Collection[str], prefix: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split nested values: those of the dotted keys, and all others."""
-    kept: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if name in compared:
-            kept[key] = value
+            chosen[key] = value
         elif any(other.startswith(f"{name}.") for other in compared):
-            kept[key], others = split(value, compared, f"{name}.")
-            rest |= {key: others} if others else {}
+            chosen[key], remainder = split(value, compared, f"{name}.")
+            rest |= {key: remainder} if remainder else {}
         else:
             rest[key] = value
-    return kept, rest
+    return chosen, rest
 
 
 def read_json(path: Path, shown: str = "", remedy: str = REMEDY) -> dict[str, Any]:
@@ -163,12 +164,19 @@ def verify_dependencies(repo: "Repo", stage: "Stage") -> None:
 
     A file that rots keeps its time, which DVC trusts. DVC's database has hashes by inode, time of
     modification and size; a file that it does not have so was written since, and passes. A hash is
-    compared once for each time of change, or each time with `QLORA_VERIFY=true`.
+    compared once for each time of change, or each time with `QLORA_VERIFY=true`. Without DVC, a
+    dependency that differs from dvc.lock is a warning.
     """
     _outs[:] = [out.fs_path for out in stage.outs]
-    for dependency in stage.deps:
-        for file in _below(Path(os.path.relpath(dependency.fs_path))):
+    dependencies = [Path(dependency.fs_path) for dependency in stage.deps]
+    for path in dependencies:
+        for file in _below(Path(os.path.relpath(path))):
             _verify(repo, str(file.absolute()))
+    for out in repo.index.outs if "DVC_STAGE" not in os.environ else ():
+        used = any(path.is_relative_to(out.fs_path) for path in dependencies)
+        if used and out.hash_info and out.exists and out.changed_checksum():
+            what = "is not as dvc.lock has it; `dvc repro` decides"
+            print(f"warning: {out}: {what}", file=sys.stderr)
 
 
 def record_outs() -> None:

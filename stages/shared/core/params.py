@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import reprlib
 from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,35 +65,35 @@ def read_file() -> dict[str, Any]:
         raise UserError(f"{FILE}: not there. Run this at the root of a clone of the repository.")
     try:
         with bounds.limited(2):
-            whole = YAML(typ="safe").load(FILE)
-            length = len(json.dumps(whole, default=_refuse))
+            content = YAML(typ="safe").load(FILE)
+            if len(json.dumps(content, default=_refuse)) > LONGEST:
+                raise RecursionError
+    except (bounds.Exceeded, RecursionError):
+        what = "is nested or expands without end. Look for an anchor (&, *)."
+        raise UserError(f"{FILE}: {what}") from None
     except (YAMLError, ValueError, TypeError) as error:
         mark, problem = (getattr(error, f"problem{end}", None) for end in ("_mark", ""))
         place = f"{FILE}:{mark.line + 1}" if mark else FILE
         reason = " ".join(str(problem or error).split())
         raise UserError(f"{place}: is no plain YAML ({reason:.80}). Correct it.") from None
-    except (bounds.Exceeded, RecursionError):
-        length = LONGEST + 1
-    if length > LONGEST:
-        raise UserError(f"{FILE}: is nested or expands without end. Look for an anchor (&, *).")
-    if not isinstance(whole, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{FILE}: has no sections. Restore it: git checkout {FILE}")
-    return whole
+    return content
 
 
 def _refuse(value: object) -> NoReturn:
     raise UserError(f"{FILE}: {value} is a {type(value).__name__}. Quote it, if it is a text.")
 
 
-def check(whole: dict[str, Any], stage: str | None = None) -> None:
+def check(content: dict[str, Any], stage: str | None = None) -> None:
     """Check the sections of all stages, `stage` about to run; raises a UserError."""
     schemas = list(_schemas())
     known = dict.fromkeys(name for schema in schemas for name in schema.model_fields)
-    for name in whole.keys() - known.keys():
+    for name in content.keys() - known.keys():
         what = f"is not a section; expected one of {', '.join(known)}"
         raise UserError(f"{FILE}: {name} {what}. Rename or remove it.")
     for schema in schemas:
-        values = {name: whole[name] for name in schema.model_fields if name in whole}
+        values = {name: content[name] for name in schema.model_fields if name in content}
         validate(schema, values, stage)
 
 
@@ -116,7 +115,7 @@ def validate(schema: type[P], values: dict[str, Any], stage: str | None = None) 
 def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
     """One line: the key, its value, the expected one, the remedy."""
     path = [str(part) for part in error["loc"]]
-    key, found = f"{FILE}: {'.'.join(path[:2])}", error["input"]
+    key, value = f"{FILE}: {'.'.join(path[:2])}", error["input"]
     if error["type"] == "extra_forbidden":
         section = schema.model_fields[path[0]].annotation if len(path) > 1 else schema
         known = ", ".join(getattr(section, "model_fields", ())) or "none at all"
@@ -126,11 +125,7 @@ def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
     expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error["type"] == "model_type":
         expected = "a section with its keys"
-    if isinstance(found, str) and expected in NUMBERS and re.fullmatch(r"[-+.\de]+", found):
+    if isinstance(value, str) and expected in NUMBERS and re.fullmatch(r"[-+.\de]+", value):
         expected += "; write it without quotes"
-    text = "the text " if isinstance(found, str) else ""
-    return f"{key} is {text}{_SHORT.repr(found)}; expected {expected}"
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
+    text = "the text " if isinstance(value, str) else ""
+    return f"{key} is {text}{value!r:.80}; expected {expected}"

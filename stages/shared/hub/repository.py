@@ -18,13 +18,7 @@ from typing import Any, Literal
 
 import httpx2
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import get_session, logging
 from huggingface_hub.utils.sha import git_hash
@@ -70,7 +64,7 @@ class Repository:
         try:
             tree = get_cached_repo_tree(self.name, repo_type=self.kind, revision=self.commit)
             paths = [file.path for file in tree]
-        except CachedRepoTreeNotFoundError:
+        except errors.CachedRepoTreeNotFoundError:
             paths = list(self.files)
         for path in paths:
             require_inside(path, self.url)
@@ -131,7 +125,7 @@ def download(repository: Repository, names: Sequence[str], folder: Path) -> Path
     only = [glob.escape(name) for name in names]
     pinned = {"repo_type": repository.kind, "revision": repository.commit, "allow_patterns": only}
     snapshot = partial(snapshot_download, repository.name, **pinned)
-    with suppress(LocalEntryNotFoundError):
+    with suppress(errors.LocalEntryNotFoundError):
         cached = Path(snapshot(local_files_only=True))
         blobs = [(cached / name).resolve() for name in names]
         if all(blob.is_file() for blob in blobs):
@@ -207,7 +201,7 @@ def _message(error: BaseException, repository: Repository) -> str | None:
     """Message of a network or hub error; None for any other."""
     name, commit, hub = repository.name, repository.commit, repository.endpoint
     name_key, revision_key = repository.keys
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         lacks = f"your cache lacks files of {name} at {commit:.7}"
         return f"{name_key}: HF_HUB_OFFLINE is set, and {lacks}. Unset it, or use a local source."
     if isinstance(error, httpx2.InvalidURL | httpx2.RequestError):
@@ -215,7 +209,7 @@ def _message(error: BaseException, repository: Repository) -> str | None:
             f"{hub}: cannot be reached for {name} ({error or type(error)}). Check the network, "
             "your proxy and HF_ENDPOINT, or use a local source."
         )
-    if not isinstance(error, HfHubHTTPError):
+    if not isinstance(error, errors.HfHubHTTPError):
         return None
     status, code = error.response.status_code, error.response.headers.get("X-Error-Code")
     if status in (401, 403):

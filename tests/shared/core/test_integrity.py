@@ -101,12 +101,13 @@ def test_rot_of_the_users_file_deletes_nothing(repo: Repo) -> None:
     verify("quantize")
 
 
-def test_files_written_since_are_not_judged(repo: Repo) -> None:
+def test_files_written_since_are_a_warning(repo: Repo, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree("models/base")  # a stage run by hand
     MODEL.parent.mkdir()
     MODEL.write_bytes(b"other")
     RAW.write_bytes(b"WEIGHTS " * 100)
     verify("quantize")
+    assert "warning: models/base: is not as dvc.lock has it" in capsys.readouterr().err
     verify("fetch_model")
     files.record_outs()
     flip(MODEL)
