@@ -241,7 +241,7 @@ def _table_batches(file: IO[bytes], name: str) -> Iterator[list[bytes]]:
             file.seek(0)
             reader = batches = pa.ipc.open_stream(file)
         schema = reader.schema
-    _require_distinct(_field_names(schema), name)
+    _require_distinct(schema.names, name)
     for batch in batches:
         rows = _rows_at_once(batch.num_rows, batch.nbytes)
         for start in range(0, batch.num_rows, rows):
@@ -251,14 +251,6 @@ def _table_batches(file: IO[bytes], name: str) -> Iterator[list[bytes]]:
 def _rows_at_once(rows: int, size: int) -> int:
     """Rows of a batch, of which all have `size` bytes."""
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, size)))
-
-
-def _field_names(fields: Iterable["pa.Field"], parent: str = "") -> Iterator[str]:
-    """Dotted names of all fields, nested ones included."""
-    for field in fields:
-        yield parent + field.name
-        nested = [field.type.field(i) for i in range(field.type.num_fields)]
-        yield from _field_names(nested, f"{parent}{field.name}.")
 
 
 def _batch_rows(batch: "pa.RecordBatch") -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from stages.shared.core import files, params
-from stages.shared.core.command import run
+from stages.shared.core.command import quick_imports, run
 from stages.shared.core.params import Section
 
 BASE = Path("models/base")
@@ -40,9 +40,10 @@ class Params(Section):
 
 def main() -> None:
     """Read parameters, fetch."""
-    from stages.fetch_model.sources import fetch  # noqa: PLC0415  (all stages read `Params`)
-
     model = params.load(Params, "fetch_model").model
+    with quick_imports():
+        from stages.fetch_model.sources import fetch  # noqa: PLC0415  (seconds)
+
     with files.whole_folder(BASE) as base, files.whole_folder(TOKENIZER) as tokenizer:
         fetch(model, base, tokenizer)
     files.write_json(SOURCE, model.model_dump(include={"source", *PUBLIC[model.source]}))

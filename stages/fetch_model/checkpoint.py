@@ -9,14 +9,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
 
 from stages.shared.core import display, files
 from stages.shared.core.bounds import require_consistent, without_panic_output
 from stages.shared.core.errors import UserError, reading
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -98,9 +99,6 @@ def _end_ids(config: dict[str, Any]) -> list[int]:
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    from transformers import AutoConfig  # noqa: PLC0415  (takes seconds)
-    from transformers.models.auto import modeling_auto  # noqa: PLC0415
-
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name}: has no {CONFIG}. Choose a model that transformers saved.")
     config = _read(folder / CONFIG, name)
@@ -159,8 +157,6 @@ def _read_index(folder: Path, files_present: Collection[str], name: str) -> list
 
 def _make_index(checkpoint: Checkpoint) -> dict[str, Any]:
     """Index of the shards, from their headers."""
-    from safetensors import safe_open  # noqa: PLC0415
-
     weight_map: dict[str, str] = {}
     size = 0  # bytes of all tensors
     for file in checkpoint.weights:
@@ -210,7 +206,7 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
         raise UserError(f"{name}: {what}. Choose another model.")
 
 
-def _require_embedded(tokenizer: "PreTrainedTokenizerBase", checkpoint: Checkpoint) -> None:
+def _require_embedded(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> None:
     """Refuse ids far beyond the embedding: arrays are as long as the largest."""
     text_config = checkpoint.config.get("text_config")
     config = text_config if isinstance(text_config, dict) else checkpoint.config
@@ -222,15 +218,13 @@ def _require_embedded(tokenizer: "PreTrainedTokenizerBase", checkpoint: Checkpoi
         raise UserError(f"{checkpoint.name}: {what}. Fetch the tokenizer of this model.")
 
 
-def _load_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds)
-
+def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     advice = f"Check tokenizer.json and {TOKENIZER_CONFIG}, or choose another model."
     with without_panic_output(), reading(f"{name}: its tokenizer", advice):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> tuple[object, ...]:
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
     return (
         tokenizer.encode(_PROBE),
         tokenizer.encode(_PROBE, split_special_tokens=True),

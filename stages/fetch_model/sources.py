@@ -12,6 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
+import gguf
+import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.integrations.gguf import read_gguf_metadata
+from transformers.utils import logging
+
 from stages.fetch_model.checkpoint import NAMED_TEMPLATES, Checkpoint, gather, install
 from stages.shared.core import files
 from stages.shared.core.bounds import without_panic_output
@@ -136,14 +144,7 @@ def to_safetensors(file: Path, folder: Path) -> Checkpoint:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    import gguf  # noqa: PLC0415  (seconds that a wrong parameter need not wait for)
-    import torch  # noqa: PLC0415
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
-    from transformers.integrations.gguf import read_gguf_metadata  # noqa: PLC0415
-    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
-
-    transformers_logging.disable_progress_bar()
+    logging.disable_progress_bar()
     source = {"gguf_file": file.name, "local_files_only": True}
     # Without `dequantize`, transformers keeps the weights packed and cannot save them.
     options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
@@ -157,7 +158,7 @@ def _convert(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(file.parent, **options, **source)
     metadata, _ = read_gguf_metadata(file)
     if metadata.get("tokenizer.ggml.pre") in _LONE_DIGITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
     tokenizer.save_pretrained(folder)
