@@ -137,9 +137,11 @@ class Export:
     def _loss(self, predictions: list[torch.Tensor]) -> float:
         """Mean negative log-likelihood of the supervised tokens in nats."""
         batches = packing.bins(self.examples, scoring.SCORING_TOKENS)
+        targets = torch.cat([packing.pack(batch, CPU).targets for batch in batches])
+        parts = targets[:, None].split([len(logp) for logp in predictions])
         nats = [
-            -logp.gather(1, packing.pack(batch, CPU).targets[:, None]).double().sum().item()
-            for batch, logp in zip(batches, predictions, strict=True)
+            -logp.gather(1, part).double().sum().item()
+            for logp, part in zip(predictions, parts, strict=True)
         ]
         return sum(nats) / sum(map(len, predictions))
 

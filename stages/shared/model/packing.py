@@ -9,7 +9,7 @@ each conversation and closed between them (`find_packed_sequence_indices` in
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,12 @@ class Example:
 
     @cached_property
     def loss_weight(self) -> float:
-        """Sum of the weights of supervised tokens; without weights their number, an int."""
-        if self.weights is None:
-            return self.supervised_tokens
+        """Sum of the weights of supervised tokens."""
         return float(self.supervised_weights.sum(dtype=np.float64))
 
     @cached_property
     def input_tokens(self) -> int:
-        """Number of tokens up to the last predictor, as the loss needs no others; or of all."""
+        """Tokens up to the last predictor, as the loss needs no others; all without a predictor."""
         return int(self.predictors[-1]) + 1 if len(self.predictors) else len(self)
 
 
@@ -120,9 +118,9 @@ class Packed:
     position_ids: torch.Tensor  # [1, tokens], from 0 in each conversation
     predictors: torch.Tensor  # [supervised], positions whose logits predict a supervised token
     targets: torch.Tensor  # [supervised], the tokens they should predict
+    weights: torch.Tensor  # [supervised], of the loss, fp32
     rows: torch.Tensor  # [supervised], of their conversations; on the host, where losses are summed
     lengths: tuple[int, ...]  # tokens of each conversation
-    weights: torch.Tensor | None = None  # of the loss, fp32 [supervised]; None: all are 1
 
 
 def pack(examples: Sequence[Example], device: torch.device) -> Packed:
@@ -134,16 +132,15 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
     predictors = np.concatenate([s + e.predictors for s, e in zip(starts, examples, strict=True)])
     targets = np.concatenate([e.input_ids[1:][e.predictors] for e in examples])
     rows = np.repeat([e.row for e in examples], [e.supervised_tokens for e in examples])
-    weighted = any(e.weights is not None for e in examples)
-    weights = np.concatenate([e.supervised_weights for e in examples]) if weighted else None
+    weights = np.concatenate([e.supervised_weights for e in examples])
     return Packed(
         input_ids=to_device(ids, device)[None],
         position_ids=to_device(positions, device)[None],
         predictors=to_device(predictors, device),
         targets=to_device(targets, device),
+        weights=to_device(weights, device),
         rows=torch.from_numpy(rows),
         lengths=tuple(lengths),
-        weights=None if weights is None else to_device(weights, device),
     )
 
 
@@ -155,19 +152,10 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def unpack(batch: Packed) -> Iterator[Packed]:
-    """Split a packed row into one row per conversation, in order."""
-    for start, end in pairwise(accumulate(batch.lengths, initial=0)):
-        own = (batch.predictors >= start) & (batch.predictors < end)
-        yield Packed(
-            input_ids=batch.input_ids[:, start:end],
-            position_ids=batch.position_ids[:, start:end],
-            predictors=batch.predictors[own] - start,
-            targets=batch.targets[own],
-            rows=batch.rows[own.cpu()],
-            lengths=(end - start,),
-            weights=None if batch.weights is None else batch.weights[own],
-        )
+def packed_rows(config: Any, examples: Sequence[Example], device: torch.device) -> Iterator[Packed]:
+    """A micro-batch in one row; in a row for each conversation where the model cannot pack."""
+    for row in [examples] if may_pack(config) else [[one] for one in examples]:
+        yield pack(row, device)
 
 
 def may_pack(config: Any) -> bool:

@@ -3,8 +3,8 @@
 Training, `evaluate` and merge verification call it with the same batching, so their numbers agree.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -24,29 +24,17 @@ from stages.shared.weights.precision import autocast
 SCORING_TOKENS = 1024
 
 
-def supervised_logits(model: nn.Module, batch: Packed) -> torch.Tensor:
+def supervised_logits(model: Any, batch: Packed) -> torch.Tensor:
     """Logits that predict the supervised tokens: compute dtype [supervised, vocabulary].
 
     The head sees no other position: logits are the largest tensor of a step.
     """
-    if not packing.may_pack(model.config):
-        return torch.cat([_unpacked_logits(model, one) for one in packing.unpack(batch)])
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.predictors,
-        use_cache=False,
-        conversation_lengths=batch.lengths,
-    )
-    return output.logits[0]
-
-
-def _unpacked_logits(model: Any, batch: Packed) -> torch.Tensor:
-    """Logits of one conversation, by arguments that every causal model takes."""
-    if "logits_to_keep" not in inspect.signature(without_adapter(model).forward).parameters:
-        return model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.predictors]
-    keep = {"logits_to_keep": batch.predictors, "use_cache": False}
-    return model(input_ids=batch.input_ids, **keep).logits[0]
+    options: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if packing.may_pack(model.config):
+        options |= {"position_ids": batch.position_ids, "conversation_lengths": batch.lengths}
+    if "logits_to_keep" not in signature(without_adapter(model).forward).parameters:
+        return model(**options).logits[0, batch.predictors]
+    return model(**options, logits_to_keep=batch.predictors).logits[0]
 
 
 def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
@@ -56,7 +44,7 @@ def negative_log_likelihoods(model: nn.Module, batch: Packed) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def computed(
+def forward_batches(
     compute: Callable[[nn.Module, Packed], torch.Tensor],
     model: nn.Module,
     examples: Sequence[Example],
@@ -65,7 +53,7 @@ def computed(
     desc: str,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Packed, torch.Tensor]]:
-    """The scorer's micro-batches, and what `compute` gives for each.
+    """Packed rows of the scorer's micro-batches, each with the result of `compute`.
 
     Of a `share` (rank, size) those of one process; all make as many forward passes.
     """
@@ -74,12 +62,12 @@ def computed(
     own = packing.even_passes([every[r::size] for r in range(size)], packs)[rank]
     with display.bar(total=sum(map(len, own)), desc=desc, unit="row") as bar:
         for micro_batch in own:
-            batch = packing.pack(micro_batch, device)
-            if not len(batch.predictors):  # idle, as are all that follow
-                experts.stop_counting(model)
-            with autocast(device, dtype):
-                result = compute(model, batch)
-            yield batch, result
+            for batch in packing.packed_rows(model.config, micro_batch, device):
+                if not len(batch.predictors):  # idle, as are all that follow
+                    experts.stop_counting(model)
+                with autocast(device, dtype):
+                    result = compute(model, batch)
+                yield batch, result
             bar.update(len(micro_batch))
 
 
@@ -103,7 +91,7 @@ def score(
     model.eval()
     try:
         inputs = (model, examples, device, dtype, desc, share)
-        for batch, of_tokens in computed(negative_log_likelihoods, *inputs):
+        for batch, of_tokens in forward_batches(negative_log_likelihoods, *inputs):
             losses, rows = of_tokens.cpu().numpy(), batch.rows.numpy()
             np.add.at(sums, rows, losses.astype(np.float64))
             if by_token is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from stages.shared.model import packing, scoring
 from stages.shared.model.packing import Example, Packed
 from stages.shared.step.fused import patch
-from stages.shared.step.fused.lora import step_cache
+from stages.shared.step.fused.lora import dequantization_buffer
 from stages.shared.step.router_loss import RouterLoss
 from stages.shared.weights.precision import autocast
 
@@ -53,9 +54,9 @@ def accumulate(
     loss = torch.zeros(1, dtype=torch.float64, device=device)
     if router is not None:
         router.total.zero_()
-    with step_cache():
-        for micro_batch in micro_batches:
-            batch = packing.pack(micro_batch, device)
+    with dequantization_buffer():
+        rows = (packing.packed_rows(model.config, one, device) for one in micro_batches)
+        for batch in chain.from_iterable(rows):
             loss += _backward(model, batch, loss_weight, dtype, fused, scaler, router)
     gradients = _gradients(p for p in model.parameters() if p not in scattered)
     if all_reduce is not None:
@@ -80,9 +81,7 @@ def _backward(
     with router.watch(batch) if router else nullcontext():
         with autocast(batch.input_ids.device, dtype):
             losses = (patch if fused else scoring).negative_log_likelihoods(model, batch)
-        if batch.weights is not None:
-            losses = losses * batch.weights
-        loss = losses.sum() / loss_weight
+        loss = (losses * batch.weights).sum() / loss_weight
         balanced = loss + router.loss(batch, loss_weight) if router else loss
         scaler.scale(balanced).backward()
     return loss.detach()

@@ -14,51 +14,13 @@ from transformers import get_scheduler
 from stages.shared.step.config import Train
 from stages.shared.weights import bnb
 
-
-class _SynchronizedOnce(bnb.Optimizer8bit):
-    """A paged optimizer that waits for the device once a step, not for each of 448 matrices (8B).
-
-    Pages move in the order of the device's work, and the host reads states only after the step.
-
-    Source: bitsandbytes 0.50.2, `Optimizer8bit.step`.
-    """
-
-    initialized: bool
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient."""
-        if not self.initialized:
-            self.check_overrides()
-            self.to_gpu()
-            self.initialized = True
-        for group_index, group in enumerate(self.param_groups):
-            for index, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                if not self.state[parameter]:
-                    self.init_state(group, parameter, group_index, index)
-                self.prefetch_state(parameter)
-                self.update_step(group, parameter, group_index, index)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-
-class PagedAdamW32bit(_SynchronizedOnce, bnb.PagedAdamW32bit):
-    """AdamW with states in fp32."""
-
-
-class PagedAdamW8bit(_SynchronizedOnce, bnb.PagedAdamW8bit):
-    """AdamW with states in 8 bits."""
-
-
 # By `train.optimizer` and device type. Paged: the same arithmetic, and states may leave a full GPU.
 # On a CPU torch's one kernel, four times as fast as a call for each operation on each tensor.
 OPTIMIZERS: dict[tuple[str, str], Callable[..., Optimizer]] = {
     ("adamw", "cpu"): partial(AdamW, fused=True),
-    ("adamw", "cuda"): PagedAdamW32bit,
+    ("adamw", "cuda"): bnb.PagedAdamW32bit,
     ("adamw_8bit", "cpu"): bnb.AdamW8bit,
-    ("adamw_8bit", "cuda"): PagedAdamW8bit,
+    ("adamw_8bit", "cuda"): bnb.PagedAdamW8bit,
 }
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2.1}  # a trainable parameter; small tensors stay in fp32
 

@@ -58,8 +58,7 @@ class RouterLoss:
         probabilities = output[0].softmax(-1, dtype=torch.float32)
         chosen = probabilities.detach().topk(self._top_k).indices
         hits = torch.zeros_like(probabilities, requires_grad=False).scatter_(1, chosen, 1.0)
-        own = lengths if len(hits) == sum(lengths) else (len(hits),)  # one of unpacked ones
-        pairs = zip(hits.split(own), probabilities.split(own), strict=True)
+        pairs = zip(hits.split(lengths), probabilities.split(lengths), strict=True)
         sums = [torch.stack([each.sum(0) for each in pair]) for pair in pairs]
         if self._sums:  # else a block is computed again, whose graph this would keep
             self._sums[layer] += sums
@@ -72,9 +71,7 @@ class RouterLoss:
         lengths = torch.tensor(batch.lengths, device=layers.device)
         each = hits.shape[1] * (hits * probabilities).sum(1) / (lengths * len(layers)) ** 2
         conversation = torch.bucketize(batch.predictors, lengths.cumsum(0), right=True)
-        weights = torch.ones(len(conversation), device=conversation.device)
-        weights = weights if batch.weights is None else batch.weights
-        own = torch.zeros(len(each), device=each.device).index_add_(0, conversation, weights)
+        own = torch.zeros(len(each), device=each.device).index_add_(0, conversation, batch.weights)
         loss = (each * own).sum() / loss_weight
         self.total += loss.detach()
         return self.weight * loss

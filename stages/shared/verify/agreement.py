@@ -34,9 +34,9 @@ def first_positions(examples: Sequence[Example], positions: int) -> list[Example
 def log_probabilities(*inputs: Any) -> list[torch.Tensor]:
     """Log-probabilities at supervised positions, fp32 [supervised, vocabulary] per batch.
 
-    `inputs` as of `scoring.computed`, from the model on.
+    `inputs` as of `scoring.forward_batches`, from the model on.
     """
-    return [result for _, result in scoring.computed(_log_probabilities, *inputs)]
+    return [result for _, result in scoring.forward_batches(_log_probabilities, *inputs)]
 
 
 def _log_probabilities(model: nn.Module, batch: Packed) -> torch.Tensor:

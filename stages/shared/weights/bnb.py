@@ -54,12 +54,15 @@ def dequantize_4bit_into(
     Source: bitsandbytes 0.50.2, bitsandbytes/backends/cpu/ops.py, `dequantize_4bit`.
     """
     name = f"cdequantize_blockwise_cpu_{state.quant_type}_{_C_DTYPES[state.dtype]}"
-    covered = not state.nested and state.absmax.dtype == torch.float32
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    covered = absmax.dtype == torch.float32
     covered &= state.blocksize <= _LARGEST_BLOCK and state.shape[-1] % 2 == 0
     if not covered or not hasattr(lib, name):
         return dequantize_4bit(codes, state)
     out = buffer(state.shape, state.dtype)
-    pointers = (ctypes.c_void_p(x.data_ptr()) for x in (codes, state.absmax, out))
+    pointers = (ctypes.c_void_p(x.data_ptr()) for x in (codes, absmax, out))
     getattr(lib, name)(*pointers, *map(ctypes.c_longlong, (state.blocksize, *out.shape)))
     return out
 

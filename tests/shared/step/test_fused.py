@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora.layer import Linear
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -27,7 +26,7 @@ from stages.quantize.convert import convert
 from stages.shared.core import machine
 from stages.shared.model import attention, packing, scoring
 from stages.shared.model.packing import Example
-from stages.shared.step.fused import gpu, lora, patch
+from stages.shared.step.fused import lora, patch
 from stages.shared.weights import bnb, precision
 from stages.shared.weights.precision import autocast
 from tests import tiny
@@ -79,13 +78,12 @@ def quantized(base: Path, precision: Any, compute_dtype: Any) -> Path:
     return folder
 
 
-def batch(seed: int = 0) -> packing.Packed:
+def conversations(seed: int = 0) -> list[Example]:
     random = np.random.default_rng(seed)
-    examples = [
+    return [
         Example(random.integers(3, 384, n), random.random(n) < 0.6, i)
         for i, n in enumerate(LENGTHS)
     ]
-    return packing.pack(examples, DEVICE)
 
 
 def step(
@@ -93,9 +91,10 @@ def step(
 ) -> tuple[torch.Tensor, Gradients]:
     """Losses and gradients, by the fused step (`patch`) or the modules (`scoring`)."""
     model.zero_grad()
-    with lora.step_cache():
+    with lora.dequantization_buffer():
+        rows = packing.packed_rows(model.config, conversations(seed), DEVICE)
         with autocast(DEVICE, dtype):
-            losses = module.negative_log_likelihoods(model, batch(seed))
+            losses = torch.cat([module.negative_log_likelihoods(model, row) for row in rows])
         losses.mean().backward()
     return losses.detach(), gradients_of(model)
 
@@ -166,26 +165,31 @@ def test_attention_mask_is_made_only_beyond_the_window(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison above has a conversation of 40 tokens, and Mistral's window here is 32."""
-    model = moved(quantized(bases["mistral"], "fp32", "fp32"), DEVICE)
-    causal = model.get_base_model()
-    assert patch._attention_mask(causal, batch()) is None
+    causal: Any = moved(quantized(bases["mistral"], "fp32", "fp32"), DEVICE).get_base_model()
+    weight = causal.lm_head.weight
+
+    def needs_mask() -> bool:
+        return attention.needs_mask(causal.config, LENGTHS, weight)
+
+    assert needs_mask()
     with monkeypatch.context() as kernel:
         kernel.setattr(attention, "has_kernel", lambda *_: True)
-        assert patch._attention_mask(causal, batch()) is not None
+        assert not needs_mask()
         kernel.setattr(causal.config, "attention_dropout", 0.1)  # which the kernel lacks
-        assert patch._attention_mask(causal, batch()) is None
+        assert needs_mask()
     causal.config.sliding_window = 40
-    assert patch._attention_mask(causal, batch()) is not None
-    model.set_attn_implementation("sdpa")
-    assert patch._attention_mask(causal, batch()) is None
+    assert not needs_mask()
+    causal.set_attn_implementation("sdpa")
+    assert needs_mask()
 
 
 def test_scoring_does_not_use_the_fused_step(bases: dict[str, Path]) -> None:
     model = moved(quantized(bases["llama"], "nf4", "bf16"), DEVICE)
+    batch = packing.pack(conversations(), DEVICE)
     with torch.no_grad(), autocast(DEVICE, torch.bfloat16):
-        before = scoring.supervised_logits(model, batch())
+        before = scoring.supervised_logits(model, batch)
         patch.fuse(model)
-        after = scoring.supervised_logits(model, batch())
+        after = scoring.supervised_logits(model, batch)
     assert torch.equal(before, after)
 
 
@@ -200,7 +204,7 @@ def test_dequantized_weight_reuses_a_buffer_within_a_step(kind: str, dtype: torc
     )
     expected = bnb.dequantize_4bit(codes, state)
     assert torch.equal(dequantize(), expected)
-    with lora.step_cache():
+    with lora.dequantization_buffer():
         first = dequantize()
         assert torch.equal(first, expected)
         assert dequantize().data_ptr() == first.data_ptr()
@@ -215,29 +219,9 @@ def test_weight_beyond_the_buffer_is_dequantized_too(
     codes, state = bnb.quantize_4bit(
         torch.randn(shape), blocksize=block, quant_type="nf4", compress_statistics=double_quant
     )
-    with lora.step_cache():
+    with lora.dequantization_buffer():
         result = bnb.dequantize_4bit_into(codes, state, lora._buffer)
     assert torch.equal(result, bnb.dequantize_4bit(codes, state))
-
-
-@pytest.mark.parametrize("on_gpu", [True, False])
-def test_cast_weights_are_cached_for_a_step_on_a_gpu(
-    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "on_gpu", lambda device: on_gpu)
-    layer = Linear(torch.nn.Linear(3, 4), lora.ADAPTER, LoraConfig(), r=2)
-
-    def cast() -> torch.Tensor:
-        return lora.LoraLinears([layer], lora.lora_weights(layer), torch.bfloat16).a
-
-    with lora.step_cache():
-        first = cast()
-        assert (cast() is first) == on_gpu
-    with pytest.raises(KeyError), lora.step_cache():
-        second = cast()
-        assert second is not first
-        raise KeyError
-    assert cast() is not second
 
 
 @pytest.fixture(scope="module")

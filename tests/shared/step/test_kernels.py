@@ -5,6 +5,7 @@ liger-kernel is an extra (`gpu`); its three kernels are tested where it is insta
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, silu
 
-from stages.shared.step.fused import gpu, mlp, qkv, rms_norm
+from stages.shared.step.fused import block, gpu, rms_norm
 from stages.shared.weights.bnb import dequantize_4bit, quantize_4bit
 
 pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
@@ -99,21 +100,22 @@ def norm_and_gradient(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     x, dy, weight = (
         random(*s, dtype=dtype, seed=i) for i, s in enumerate([(21, 96)] * 2 + [(96,)])
     )
-    y, rstd = rms_norm.rms_norm_forward(x, weight, 1e-5)
-    again = rms_norm.recompute_rms_norm(x, rstd, weight, 1e-5)
-    return y, rstd, again, rms_norm.rms_norm_backward(dy, x, rstd, weight)
+    norm = SimpleNamespace(weight=weight, variance_epsilon=1e-5)
+    y, rstd = rms_norm.rms_norm_forward(norm, x)
+    again = rms_norm.recompute_rms_norm(norm, x, rstd)
+    return y, rstd, again, rms_norm.rms_norm_backward(norm, dy, x, rstd)
 
 
 def rope_and_back(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     query, key = random(21, 96, dtype=dtype), random(21, 32, dtype=dtype, seed=1)
     angles = random(21, 8, dtype=torch.float32, seed=2).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    rotated = qkv.apply_rope_qk(query, key, cos, sin)
-    return query, *rotated, *qkv.apply_rope_qk(*rotated, cos, -sin)
+    rotated = block.apply_rope_qk(query, key, cos, sin)
+    return query, *rotated, *block.apply_rope_qk(*rotated, cos, -sin)
 
 
 def swiglu(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    return (mlp.swiglu(*(random(21, 96, dtype=dtype, seed=seed) for seed in range(2))),)
+    return (block.swiglu(*(random(21, 96, dtype=dtype, seed=seed) for seed in range(2))),)
 
 
 @DTYPES

@@ -1,15 +1,14 @@
-"""Optimizers: restored, they continue bit for bit; paged, they wait once."""
+"""Optimizers, restored, continue bit for bit."""
 
 import io
 from typing import Any
 
-import bitsandbytes.optim
 import pytest
 import torch
 from torch import nn
 
 from stages.shared.step import optim
-from stages.shared.step.optim import PagedAdamW8bit, PagedAdamW32bit
+from stages.shared.weights import bnb
 from tests.train.running import settings
 
 CPU = torch.device("cpu")
@@ -51,7 +50,7 @@ def test_restored_optimizer_continues_bit_for_bit(name: str) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", [bitsandbytes.optim.AdamW8bit, PagedAdamW8bit, PagedAdamW32bit])
+@pytest.mark.parametrize("kind", [bnb.AdamW8bit, bnb.PagedAdamW8bit, bnb.PagedAdamW32bit])
 def test_restored_states_keep_dtype_and_pages(kind: Any) -> None:
     """Each in a buffer that the optimizer itself allocates: a page, where it pages."""
     buffers: list[torch.Tensor] = []
@@ -99,25 +98,3 @@ def test_schedule_reaches_the_learning_rate(scheduler: str, count: int) -> None:
         optimizer.step()
         schedule.step()
     assert max(rates) == 1e-3
-
-
-@pytest.mark.parametrize("ours", [PagedAdamW8bit, PagedAdamW32bit])
-def test_paged_optimizer_equals_that_of_bitsandbytes(ours: Any) -> None:
-    """On a GPU if there is one: only there are pages moved, and does the host wait."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    one, other = model().to(device), model().to(device)
-    for trained, kind in ((one, ours), (other, getattr(bitsandbytes.optim, ours.__name__))):
-        optimizer = kind(trained.parameters(), lr=1e-2, weight_decay=0.1)
-        for number in range(4):
-            torch.manual_seed(number)
-            for parameter in trained.parameters():
-                parameter.grad = torch.randn(parameter.shape).to(device)
-            trained[0].weight.grad = None  # stays as it is
-            optimizer.step()
-    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-    changed = [
-        not torch.equal(now.cpu(), then)
-        for now, then in zip(one.parameters(), model().parameters(), strict=True)
-    ]
-    assert changed == [False, True, True, True]

@@ -1,21 +1,28 @@
 """QLoRA matmul with its backward pass: a frozen 4-bit weight W and a LoRA adapter s·B·A.
 
-    y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ                  x [tokens, in], W [out, in], A [r, in], B [out, r]
+Forward, for the tokens x of a micro-batch:
 
-Backward, from ∂y, the gradient of the loss L in y (W is frozen and has none):
+    y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ
+
+    x [tokens, in], y [tokens, out]    in the compute dtype (bf16 or fp16; fp32 on a CPU without)
+    W [out, in]                        frozen; stored in 4 bits, dequantized to the compute dtype
+    A [r, in], B [out, r]              trained; stored in fp32, cast to the compute dtype
+    s                                  a number: α/r, or α/√r with rank-stabilized LoRA
+
+Backward, from ∂y, the gradient of the loss L in y:
 
     ∂x = ∂y·W + s·(∂y·B)·A            ∂A = s·(∂y·B)ᵀ·x            ∂B = s·∂yᵀ·(x·Aᵀ)
 
-Each term of y is a product, so a factor's gradient is ∂y times the transposes of the others: for A,
-dL = ⟨∂y, s·x·dAᵀ·Bᵀ⟩ = ⟨s·(∂y·B)ᵀ·x, dA⟩.
+All three follow from dL = ⟨∂y, dy⟩, where ⟨U, V⟩ is the sum of the elements of U∘V. If A changes by
+dA, then dy = s·x·dAᵀ·Bᵀ and dL = ⟨∂y, s·x·dAᵀ·Bᵀ⟩ = ⟨s·(∂y·B)ᵀ·x, dA⟩: the factor of dA is ∂A.
 
-Saved for it are x and x·Aᵀ (`x_a`, r numbers a token); ∂y·B (`dy_b`) serves ∂x and ∂A. W is
-dequantized for one matmul at a time, in both passes, and never saved. The adapter's small product
-comes first, and the large matmul accumulates onto it: the sum is rounded once, and y is written in
-one pass.
+Only r numbers a token connect the two halves of the adapter: x·Aᵀ (`x_a` in the code) is saved with
+x for the backward pass, and ∂y·B (`dy_b`) serves ∂x and ∂A. W is never saved: both passes
+dequantize it for the one matmul that reads it. That matmul accumulates onto the adapter's product,
+which comes first, so that the sum is rounded once and y is written in one pass.
 
 Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6; Hu et al. 2021, LoRA,
-arXiv:2106.09685, equation 3.
+arXiv:2106.09685, equation 3; for s, Kalajdzievski 2023, rsLoRA, arXiv:2312.03732.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,40 +31,12 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
 
+from stages.shared.model.loading import ADAPTER
 from stages.shared.step.fused import gpu
-from stages.shared.weights.bnb import (
-    Linear4bit,
-    Params4bit,
-    dequantize_4bit_into,
-    dequantize_blockwise,
-)
+from stages.shared.weights.bnb import Linear4bit, Params4bit, dequantize_4bit_into
 
-ADAPTER = "default"  # peft's name of the only adapter
 Gradients = tuple[torch.Tensor | None, ...]  # of a function's arguments; None without one
-CastWeights = tuple[torch.Tensor, list[torch.Tensor]]
-
-_cast_cache: dict[Any, CastWeights] | None = None  # None outside of a step
-_buffers: dict[torch.dtype, torch.Tensor] = {}
-
-
-@contextmanager
-def step_cache() -> Iterator[None]:
-    """Per-step cache: LoRA weights cast to the compute dtype on a GPU, on a CPU one buffer.
-
-    The weights are read in both passes of every micro-batch, and must not change in the block; a
-    CPU reads a cached copy no faster than it casts again. The buffer is for the dequantized weight
-    of the moment: in fresh pages, a matmul takes 2.6 ms for 2.4 (1536 × 576 and 512 tokens), or 37
-    for 22 (4096 × 4096 and 256 tokens).
-    """
-    global _cast_cache  # noqa: PLW0603
-    _cast_cache = {}
-    try:
-        yield
-    finally:
-        _cast_cache = None
-        _buffers.clear()
 
 
 def lora_weights(*layers: LoraLayer) -> list[torch.Tensor]:
@@ -78,45 +57,50 @@ class LoraLinears:
     def __init__(
         self, layers: Sequence[LoraLayer], weights: Sequence[torch.Tensor], dtype: torch.dtype
     ) -> None:
-        """`weights` from `lora_weights`, cast to the compute dtype `dtype`."""
+        """Cast `weights`, which are `lora_weights(*layers)`, to the compute dtype."""
         self._layers, self._dtype = layers, dtype
-        self.a, self.b = _cast(layers[0], weights, dtype)
+        self.a = torch.cat([a.detach().to(dtype) for a in weights[0::2]])
+        self.b = [b.detach().to(dtype) for b in weights[1::2]]
         self.scale = layers[0].scaling[ADAPTER]
 
     def matmul_lora(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Y [tokens, out] of each layer, to which `residual` is added; and x_a [tokens, sum of r].
+        """Y [tokens, out] of each layer, plus `residual` [tokens, out]; and x_a [tokens, sum of r].
 
-        x is [tokens, in], in the compute dtype.
+        x is [tokens, in], in the compute dtype; y has the layer's bias too.
         """
         x_a = x @ self.a.t()
         ys = []
         for layer, x_a_part, b in zip(self._layers, self._by_layer(x_a), self.b, strict=True):
-            addend = _addend(layer, residual, self._dtype)
-            y = (
-                x.new_empty(len(x), len(b)).addmm_(x_a_part, b.t(), beta=0, alpha=self.scale)
-                if addend is None
-                else torch.addmm(addend, x_a_part, b.t(), alpha=self.scale)
-            )
+            bias: Any = layer.get_base_layer().bias
+            addend = residual
+            if bias is not None:
+                bias = bias.detach().to(self._dtype)
+                addend = bias if residual is None else residual + bias
+            if addend is None:
+                y = x.new_empty(len(x), len(b)).addmm_(x_a_part, b.t(), beta=0, alpha=self.scale)
+            else:
+                y = torch.addmm(addend, x_a_part, b.t(), alpha=self.scale)
             ys.append(y.addmm_(x, dequantize(layer, self._dtype).t()))
         return ys, x_a
 
     def dy_b(self, dys: Sequence[torch.Tensor]) -> torch.Tensor:
         """∂y·B of all layers, [tokens, sum of r]."""
-        parts = [dy @ b for dy, b in zip(dys, self.b, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return torch.cat([dy @ b for dy, b in zip(dys, self.b, strict=True)], 1)
 
     def lora_gradients(
         self, dys: Sequence[torch.Tensor], x: torch.Tensor, x_a: torch.Tensor, dy_b: torch.Tensor
     ) -> list[torch.Tensor]:
-        """∂A and ∂B of each layer in turn, in fp32."""
-        da = (dy_b.t() @ x).float().mul_(self.scale).split([b.shape[1] for b in self.b])
-        pairs = zip(self._by_layer(x_a), dys, strict=True)
-        transposed = [(x_a_part.t() @ dy).t() for x_a_part, dy in pairs]
-        fp32, contiguous = torch.float32, torch.contiguous_format  # as B: autograd would copy it
-        db = [x.to(fp32, memory_format=contiguous).mul_(self.scale) for x in transposed]
-        return [gradient for pair in zip(da, db, strict=True) for gradient in pair]
+        """∂A [r, in] and ∂B [out, r] of each layer in turn, in fp32."""
+        das = (dy_b.t() @ x).float().mul_(self.scale).split([b.shape[1] for b in self.b])
+        gradients = []
+        for da, x_a_part, dy in zip(das, self._by_layer(x_a), dys, strict=True):
+            db = (x_a_part.t() @ dy).t()
+            # Contiguous as B is: autograd would copy it.
+            db = db.to(torch.float32, memory_format=torch.contiguous_format)
+            gradients += [da, db.mul_(self.scale)]
+        return gradients
 
     def input_gradient(self, dys: Sequence[torch.Tensor], dy_b: torch.Tensor) -> torch.Tensor:
         """∂x [tokens, in], summed over the layers."""
@@ -131,7 +115,7 @@ class LoraLinears:
 
 
 def dequantize(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
-    """The frozen weight [out, in] below an adapter; on a CPU the next call overwrites it."""
+    """The frozen weight W [out, in] below an adapter; on a CPU the next call overwrites it."""
     base = layer.get_base_layer()
     weight = base.weight
     if isinstance(base, Linear4bit):
@@ -142,46 +126,27 @@ def dequantize(layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor:
     return cast(torch.Tensor, weight).detach().to(dtype)
 
 
-def dequantize_absmax(model: nn.Module) -> None:
-    """Undo double quantization on a CPU: each block's absmax becomes fp32 again, once and for all.
+_buffers: dict[torch.dtype, torch.Tensor] | None = None  # None outside of a step
 
-    A byte a block becomes four, 0.4 bits a parameter; with a few hundred tokens a micro-batch a
-    step is 4 % faster. The dequantized weights are the same.
+
+@contextmanager
+def dequantization_buffer() -> Iterator[None]:
+    """Context of a step, in which a CPU dequantizes every weight into one buffer.
+
+    The system clears fresh pages each time: a matmul with its weight takes 2.6 ms instead of 2.4
+    (1536 × 576 and 512 tokens), or 37 instead of 22 (4096 × 4096 and 256 tokens).
     """
-    for module in model.modules():
-        if isinstance(module, Linear4bit) and module.weight.device.type == "cpu":
-            state = cast(Params4bit, module.weight).quant_state
-            if state.nested:
-                state.absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
-                state.nested, state.state2, state.offset = False, None, None
-
-
-def _cast(first: LoraLayer, weights: Sequence[torch.Tensor], dtype: torch.dtype) -> CastWeights:
-    """`a` and `b` of `LoraLinears`; a layer comes first in one call alone, so it is the key."""
-    key = first, dtype
-    if _cast_cache and key in _cast_cache:
-        return _cast_cache[key]
-    a, b = ([w.detach().to(dtype) for w in weights[start::2]] for start in (0, 1))
-    cast_weights = torch.cat(a) if len(a) > 1 else a[0], b
-    if _cast_cache is not None and gpu.on_gpu(weights[0].device):
-        _cast_cache[key] = cast_weights
-    return cast_weights
+    global _buffers  # noqa: PLW0603
+    _buffers = {}
+    try:
+        yield
+    finally:
+        _buffers = None
 
 
 def _buffer(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    if _cast_cache is None:
+    if _buffers is None:
         return torch.empty(shape, dtype=dtype)
     if dtype not in _buffers or len(_buffers[dtype]) < shape.numel():
         _buffers[dtype] = torch.empty(shape.numel(), dtype=dtype)
     return _buffers[dtype][: shape.numel()].view(shape)
-
-
-def _addend(
-    layer: LoraLayer, residual: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """Bias and residual together; None without either."""
-    bias: Any = layer.get_base_layer().bias
-    if bias is None:
-        return residual
-    bias = bias.detach().to(dtype)
-    return bias if residual is None else residual + bias

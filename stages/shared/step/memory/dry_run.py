@@ -58,9 +58,8 @@ def answer(
     few = architecture.first_blocks(whole, pattern.run)
     if batch is None:
         model = prepare(few, training)
-        reason = unfused_because(training, model)
-        held = persistent_bytes(training, model, pattern, fused=reason is None)
-        return {**held, "unfused_because": reason}
+        held = persistent_bytes(training, model, pattern)
+        return {**held, "unfused_because": unfused_because(training, model)}
     micro_batch = MicroBatch(tuple(batch["lengths"]), batch["supervised"])
     live, before = run(few, training, micro_batch, scoring_only=kind == "scoring")
     return live_bytes.extend(live, before, pattern)
@@ -146,7 +145,7 @@ def run(
         model = prepare(config, setup)
         fused = unfused_because(setup, model) is None
     examples = _examples(batch)
-    with MODE, CPU, fake_model.without_values(setup, dtype, examples):
+    with MODE, CPU, fake_model.without_values(setup, dtype):
         fake_model.to_fake(model)
         if fused:
             fused_patch.fuse(model)
@@ -166,7 +165,8 @@ def run(
         live_bytes.name_phases(live, loading.blocks_of(model))
         if scoring_only:
             with live, torch.no_grad(), precision.autocast(CPU, dtype):
-                scoring.negative_log_likelihoods(model.eval(), packing.pack(examples, CPU))
+                for row in packing.packed_rows(model.config, examples, CPU):
+                    scoring.negative_log_likelihoods(model.eval(), row)
             return live, before
 
         def scale(loss: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ parameter takes their place whose class has their name, which peft asks for, and
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.shared.model import attention, packing
-from stages.shared.model.packing import Example
 from stages.shared.step.fused import cross_entropy, gpu, lora
-from stages.shared.step.fused import patch as fused_patch
 from stages.shared.step.memory.setup import TrainingSetup
 from stages.shared.weights import bnb, experts
 from stages.shared.weights.bnb import Int8Params, Linear4bit, Linear8bitLt, Params4bit
@@ -127,9 +125,7 @@ def state_tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 @contextmanager
-def without_values(
-    setup: TrainingSetup, dtype: torch.dtype, examples: Sequence[Example]
-) -> Iterator[None]:
+def without_values(setup: TrainingSetup, dtype: torch.dtype) -> Iterator[None]:
     """Replace readers of values or addresses, and for CUDA the functions that differ on a CPU."""
     grouped_mm = torch._meta_registrations._meta_grouped_mm_common
 
@@ -143,7 +139,6 @@ def without_values(
 
     changes: list[tuple[Any, str, Any]] = [
         (torch._meta_registrations, "_meta_grouped_mm_common", any_grouped_mm),
-        (packing, "unpack", lambda _: [packing.pack([one], CPU) for one in examples]),
         (packing, "to_device", to_device),
         (experts, "tokens_by_expert", _tokens_of_few_experts),
         (experts, "padded_size", lambda n: n + (n // 8 if setup.device == "cpu" else 0)),  # 9 %
@@ -164,7 +159,6 @@ def without_values(
             (gpu, "uses_liger", lambda _: False),
             (attention, "has_kernel", lambda *_: dtype != torch.float32),
             (attention, "to_device", to_device),
-            (fused_patch, "dequantize_absmax", lambda _: None),
             (nn.functional, "dropout", _cuda_dropout),
         ]
     with ExitStack() as stack:

@@ -58,14 +58,12 @@ def pageable_bytes(optimizer: str, sizes: Iterable[int]) -> int:
 
 
 def persistent_bytes(
-    setup: TrainingSetup, model: Any, pattern: Pattern | None = None, *, fused: bool
+    setup: TrainingSetup, model: Any, pattern: Pattern | None = None
 ) -> dict[str, int]:
     """Bytes by part that a training holds from step to step, and of them those that may be paged.
 
-    `model`, from `dry_run.prepare`, has all blocks, or those that `pattern` runs. On a CPU the
-    fused step dequantizes the constants of double quantization for good.
+    `model`, from `dry_run.prepare`, has all blocks, or those that `pattern` runs.
     """
-    nested = setup.double_quant and not (fused and setup.device == "cpu")
     blocks = loading.blocks_of(model)
     pattern = pattern or all_blocks(len(blocks))
     repeated = [blocks[i] for i in pattern.repeated]
@@ -76,7 +74,7 @@ def persistent_bytes(
     for p in model.parameters():
         n, one = times.get(p, 1), p.nbytes
         if isinstance(p, Params4bit):
-            one = four_bit_bytes(p.quant_state.shape.numel(), nested)
+            one = four_bit_bytes(p.quant_state.shape.numel(), setup.double_quant)
         elif setup.precision == "int8" and p.dtype == torch.int8:
             one = precision.stored_bytes(p.shape, "int8", False)
         count += n
@@ -97,18 +95,13 @@ def persistent_bytes(
         "pageable": pageable_bytes(setup.optimizer, sizes),
         "trainable": sum(sizes),
         "tensors": count + 4 * len(sizes),
-        **_divisible_bytes(setup, model, pattern, nested=nested),
+        **_divisible_bytes(setup, model, pattern),
     }
 
 
-def _divisible_bytes(
-    setup: TrainingSetup, model: Any, pattern: Pattern, *, nested: bool
-) -> dict[str, int]:
+def _divisible_bytes(setup: TrainingSetup, model: Any, pattern: Pattern) -> dict[str, int]:
     """Bytes that processes may divide, by what is gathered at once; in full fine-tuning of all."""
     plain: Any = loading.without_adapter(model)
-    for p in plain.parameters():
-        if isinstance(p, Params4bit) and not nested:
-            p.quant_state.absmax = p.quant_state.absmax.float()
     full = setup.lora is None
     sizes = [units.unit_bytes(block, full) for block in loading.blocks_of(plain)]
     embedding = units.unit_bytes(plain.get_input_embeddings(), full)

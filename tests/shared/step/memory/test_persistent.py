@@ -57,16 +57,14 @@ def test_adapter_has_the_parameters_that_peft_trains(changes: dict) -> None:
     lora = LORA | {"r": 4} | changes
     setup = TrainingSetup("nf4", lora)
     model = dry_run.prepare(tiny.model().config, setup)
-    found = persistent.persistent_bytes(setup, model, fused=False)["adapter"]
+    found = persistent.persistent_bytes(setup, model)["adapter"]
     assert found == 4 * model.get_nb_trainable_parameters()[0]
 
 
 def test_everything_trained_is_fp32_and_counts_once() -> None:
     lora = LORA | {"modules_to_save": ["lm_head", "embed_tokens"], "init": "pissa"}
     setup = TrainingSetup("bf16", lora)
-    found = persistent.persistent_bytes(
-        setup, dry_run.prepare(tiny.model().config, setup), fused=False
-    )
+    found = persistent.persistent_bytes(setup, dry_run.prepare(tiny.model().config, setup))
     assert found["gradients"] == 4 * found["trainable"]
     frozen_starts = found["adapter"] - 4 * found["trainable"]
     copies = 384 * 64  # both ends of a tie are one matrix
