@@ -1,4 +1,4 @@
-"""Common parts of the benchmarks: workspaces, measured processes, published tables."""
+"""Workspaces, measured processes and published tables of the benchmarks."""
 
 import importlib.metadata
 import json
@@ -24,19 +24,17 @@ from stages.shared.core import files
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/benchmarks.md"
 MEMORY_PAGE = ROOT / "docs/memory.md"
+CLUSTERS_PAGE = ROOT / "docs/clusters.md"
 BASE = ROOT / "models/base"
-LINKED = ("stages", "benchmarks", "dvc.yaml", "matplotlibrc")
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Resource usage of a finished process."""
+    """Resources of a finished process; its children's CPU seconds are included."""
 
     seconds: float
-    cpu_seconds: float  # children included
-    peak_bytes: int  # resident; the largest single process
-    output: str
+    cpu_seconds: float
+    peak_bytes: int  # resident, of the largest single process
 
 
 class Workspace:
@@ -45,8 +43,8 @@ class Workspace:
     def __init__(self, root: Path, params: Mapping[str, Any]) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        for name in LINKED:
-            (root / name).symlink_to(ROOT / name)
+        for name in ("stages", "benchmarks", "dvc.yaml", "matplotlibrc"):
+            self.link(name, ROOT / name)
         shutil.copytree(ROOT / ".dvc", root / ".dvc", ignore=lambda *_: ["tmp", "cache"])
         subprocess.run(["git", "init", "--quiet", root], check=True)  # noqa: S603, S607
         self.params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -64,62 +62,35 @@ class Workspace:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         (self.root / name).symlink_to(target.absolute())
 
-    def run(self, *arguments: str, env: Mapping[str, str] | None = None) -> Usage:
-        """Run `python -m <arguments>`; on failure, SystemExit with the end of its stderr."""
+    def run(self, *arguments: str, **variables: object) -> Usage:
+        """Run `python -m <arguments>`; on failure, SystemExit with the end of its output."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PATH": path}
         command = [sys.executable, "-m", *arguments]
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        env = os.environ | offline | {name: str(value) for name, value in variables.items()}
+        with tempfile.TemporaryFile() as log:
             started = time.perf_counter()
-            variables = {**os.environ, **offline, **(env or {})}
-            streams: Any = {"stdout": out, "stderr": err, "env": variables}
-            process = subprocess.Popen(command, cwd=self.root, **streams)  # noqa: S603
+            process = subprocess.Popen(command, cwd=self.root, env=env, stdout=log, stderr=log)  # noqa: S603
             _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
             seconds = time.perf_counter() - started
-            texts = []
-            for file in (out, err):
-                file.seek(0)
-                texts.append(file.read().decode(errors="replace"))
-        if process.returncode:
-            sys.exit(
-                f"{texts[1][-3000:]}\nerror: {' '.join(command)} ended with {process.returncode}"
-            )
-        return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, texts[0])
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                log.seek(0)
+                end = log.read().decode(errors="replace")[-3000:]
+                sys.exit(f"{end}\nerror: {' '.join(command)}: exit code {process.returncode}")
+        return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
-    def run_peer(self, name: str, **job: Any) -> tuple[dict, Usage]:
-        """Run a job of `benchmarks.peers`: its metrics and resource usage."""
-        usage = self.run("benchmarks.peers", name, json.dumps(job))
-        return json.loads(usage.output.splitlines()[-1]), usage
+    def train(self, **variables: object) -> dict[str, Any]:
+        """Metrics of `stages.train`."""
+        self.run("stages.train", **variables)
+        names = ("reports/details/train.json", "reports/train.json")
+        details, metrics = (files.read_json(self.root / name) for name in names)
+        return details | metrics
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Read a metrics file of a stage."""
-        content: dict[str, Any] = files.read_json(self.root / name)
-        return content
-
-    def train(self, device: str, **variables: object) -> dict[str, Any]:
-        """Metrics of `stages.train` on one device, with `QLORA_<name>` from `variables`."""
-        env = {"QLORA_DEVICE": device}
-        env |= {f"QLORA_{name.upper()}": str(value) for name, value in variables.items()}
-        # For the tokenizer beside the adapter, where no stage has written them.
-        made = {"chat_template": "", "eos_token": "<end>"}
-        for name, content in {
-            "models/source.json": {"source": "path"},
-            "data/prepared/format.json": made,
-        }.items():
-            if not (self.root / name).exists():
-                (self.root / name).write_text(json.dumps(content))
-        self.run("stages.train", env=env)
-        return self.read_json("reports/details/train.json") | self.read_json("reports/train.json")
-
-    def train_peer(self, name: str, **job: Any) -> dict[str, Any]:
-        """Metrics of the same training by a peer."""
-        paths = {"data": "data/prepared/train.parquet", "model": "models/quantized"}
-        job |= {key: str(self.root / path) for key, path in paths.items()}
-        job |= {"tokenizer": str(self.root / "models/tokenizer")}
-        job |= {"lora": self.params["lora"], "train": self.params["train"]}
-        metrics, _ = self.run_peer(name, **job)
-        return metrics | {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
+    def run_peer(self, name: str, **job: Any) -> tuple[dict[str, Any], Usage]:
+        """Metrics of a job of `benchmarks.peers`, and its resources."""
+        usage = self.run("benchmarks.peers", name, json.dumps(job | {"params": self.params}))
+        return files.read_json(self.root / "peer.json"), usage
 
 
 @contextmanager
@@ -136,22 +107,17 @@ def machine(device: str = "") -> str:
     flags = ", ".join(flag for flag in ("avx2", "avx512f", "avx512_bf16") if flag in info)
     processor = f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores ({flags})"
     versions = [f"Python {platform.python_version()}"]
-    for name in LIBRARIES:
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl"):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
     return f"{device or processor}; {', '.join(versions)}."
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Markdown table with text left-aligned and numbers right-aligned."""
-    numeric = [bool(re.match(r"[-+]?\d", str(table[name].iloc[0]))) for name in table]
-    lines = [list(table), ["--:" if right else "---" for right in numeric], *table.values.tolist()]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def publish(name: str, table: pd.DataFrame, where: str, page: Path = PAGE) -> None:
-    """Print a table and write it between `<!-- name -->` and `<!-- end of name -->`."""
-    text = f"{where}\n\n{markdown(table)}"
+    """Print a table and write it as Markdown between `<!-- name -->` and `<!-- end of name -->`."""
+    numeric = [bool(re.match(r"[-+]?\d", str(table[column].iloc[0]))) for column in table]
+    lines = [list(table), ["--:" if right else "---" for right in numeric], *table.values.tolist()]
+    text = "\n".join([where, "", *(f"| {' | '.join(map(str, line))} |" for line in lines)])
     print(text)
     marks = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
     new, count = marks.subn(lambda m: m[1] + text + m[2], page.read_text(encoding="utf-8"))

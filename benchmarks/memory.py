@@ -1,11 +1,10 @@
 """Predicted memory against measurements.
 
-Reads:  models/base (for the default's rows and processes); all other models are random
+Reads:  models/base (for the default's rows); all other models are random
 Writes: the tables of docs/memory.md
 Run:    python -m benchmarks.memory steps        78 real steps on this CPU and their counts
         python -m benchmarks.memory gpu          counts of GPU steps
         python -m benchmarks.memory mixtures     counts of steps of mixtures of experts
-        python -m benchmarks.memory processes    eight different trainings on this CPU
 
 Measured is the peak of live bytes (`stages/shared/step/memory/live_bytes.py`) in the second of two
 steps. The count runs in its own process, so the measurement does not include it.
@@ -36,7 +35,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from benchmarks import processes
 from benchmarks.common import BASE, MEMORY_PAGE, machine, publish
 from stages.plan.config import CONFIGS
 from stages.quantize.__main__ import Quantize
@@ -362,7 +360,6 @@ BENCHMARKS = {
     "steps": measure_steps,
     "gpu": count_gpu,
     "mixtures": count_mixtures,
-    "processes": processes.measure,
 }
 
 

@@ -14,12 +14,12 @@ import json
 import random
 import re
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-import pyarrow.parquet as pq
 
-from benchmarks.common import ROOT, Usage, Workspace, machine, publish, workspace
+from benchmarks.common import ROOT, Workspace, machine, publish, workspace
 from stages.shared.core.command import run
 from stages.shared.core.errors import UserError
 
@@ -50,60 +50,52 @@ def write_conversations(path: Path, rows: int) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def measure(work: Workspace, rows: int, tokenizer: Path) -> dict[str, Usage]:
-    """Resource usage of each for so many rows; their tokens and masks must be equal."""
+def measure(work: Workspace, rows: int) -> pd.DataFrame:
+    """Resources of each for so many rows; their tokens and masks must be equal."""
     raw = work.root / "conversations.jsonl"
     write_conversations(raw, rows)
     work.run("stages.fetch_data")
     used = {"prepare": work.run("stages.prepare")}
     written = [work.root / f"data/prepared/{split}.parquet" for split in ("train", "eval")]
-    for index, (name, processes) in enumerate(PEERS.items()):
-        out = work.root / f"peer{index}"
-        job = {"data": str(raw), "tokenizer": str(tokenizer.absolute()), "out": str(out)}
-        used[name] = work.run_peer("prepare", **job, processes=processes)[1]
+    for name, processes in PEERS.items():
+        out = work.root / name
+        _, used[name] = work.run_peer("prepare", data=str(raw), out=str(out), processes=processes)
         if encoded(*written) != encoded(out / "train.parquet"):
             raise UserError(f"{name}: its tokens or masks are not those of prepare")
-    return used
+    return pd.DataFrame({name: asdict(usage) for name, usage in used.items()}).T
 
 
 def encoded(*paths: Path) -> set[tuple[bytes, bytes]]:
     """Distinct conversations as (token, mask) bytes."""
-    tables = [pq.read_table(path, columns=["input_ids", "loss_mask"]).to_pandas() for path in paths]
-    table = pd.concat(tables)
-    ids, masks = (table[name].map(lambda row: row.astype("int32").tobytes()) for name in table)
-    return set(zip(ids, masks, strict=True))
+    tables = [pd.read_parquet(path, columns=["input_ids", "loss_mask"]) for path in paths]
+    table = pd.concat(tables).map(lambda values: values.astype("int32").tobytes())
+    return set(table.itertuples(index=False, name=None))
 
 
 def add_options(parser: ArgumentParser) -> None:
     """Arguments of the command line."""
     parser.add_argument("--rows", type=int, nargs=2, default=[10_000, 100_000])
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / "models/tokenizer")
 
 
 def main(options: Namespace) -> None:
     """Measure at two sizes, publish."""
-    if not options.tokenizer.exists():
-        raise UserError(f"{options.tokenizer}: not found. Run `dvc repro fetch_model` first.")
     used = []
     for rows in options.rows:
         with workspace({"data.path": "conversations.jsonl"}) as work:
             for name in ("tokenizer", "base"):
-                work.link(f"models/{name}", options.tokenizer.with_name(name))
-            used.append(measure(work, rows, options.tokenizer))
+                work.link(f"models/{name}", ROOT / "models" / name)
+            used.append(measure(work, rows))
     few, many = used
+    seconds = many["seconds"] - few["seconds"]
     added = options.rows[1] - options.rows[0]
-    ours = many["prepare"].seconds - few["prepare"].seconds
-    table = [
-        {
-            "": name,
-            "rows/s": f"{added / (many[name].seconds - few[name].seconds):,.0f}",
-            "CPU s": f"{many[name].cpu_seconds:.1f}",
-            "peak, MB": f"{many[name].peak_bytes / 1e6:,.0f}",
-            f"peak of {options.rows[0]:,} rows": f"{few[name].peak_bytes / 1e6:,.0f}",
-            "time : ours": f"{(many[name].seconds - few[name].seconds) / ours:.2f}",
-        }
-        for name in many
-    ]
+    table = {
+        "": many.index,
+        "rows/s": (added / seconds).map("{:,.0f}".format),
+        "CPU s": many["cpu_seconds"].map("{:.1f}".format),
+        "peak, MB": (many["peak_bytes"] / 1e6).map("{:,.0f}".format),
+        f"peak of {options.rows[0]:,} rows": (few["peak_bytes"] / 1e6).map("{:,.0f}".format),
+        "time : ours": (seconds / seconds["prepare"]).map("{:.2f}".format),
+    }
     publish("prepare", pd.DataFrame(table), machine() + f" {options.rows[1]:,} rows.")
 
 

@@ -1,28 +1,28 @@
-"""Memory that a training's process holds, in short trainings of different kinds on this CPU.
+"""Short trainings of the default's model on this CPU: memory held, and one process against two.
 
-Called by `python -m benchmarks.memory processes`. Memory does not depend on the load: as many run
-at once as there are cores, a thread each.
+Memory does not depend on the load, so as many of its trainings run at once as there are cores, a
+thread each; for speed nothing else should run on the machine.
+
+Reads:  models and data/prepared of `dvc repro`
+Writes: a table in docs/memory.md, or in docs/clusters.md
+Run:    python -m benchmarks.processes memory      eight kinds of training
+        python -m benchmarks.processes devices     whole weights and sharded ones
 """
 
 import os
-import tempfile
+from argparse import ArgumentParser, Namespace
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
-import torch
 
-from benchmarks.common import BASE, MEMORY_PAGE, ROOT, machine, publish, workspace
-from stages.quantize.__main__ import Quantize
-from stages.quantize.convert import convert
-from stages.shared.core import files
+from benchmarks.common import CLUSTERS_PAGE, MEMORY_PAGE, ROOT, machine, publish, workspace
+from stages.shared.core.command import run
 
-STEPS = 24  # lengths differ from step to step, and so the heap grows for some
-
-PROCESSES: dict[str, dict[str, Any]] = {
+MODELS = ("models/base", "models/tokenizer", "models/source.json")
+# Parameters and variables of each training.
+KINDS: dict[str, dict[str, Any]] = {
     "default": {},
     "checkpointed": {"QLORA_GRADIENT_CHECKPOINTING": "true"},
     "rank 128": {"lora.r": 128},
@@ -36,37 +36,62 @@ PROCESSES: dict[str, dict[str, Any]] = {
         "train.optimizer": "adamw_8bit",
     },
 }
+DEVICES: dict[str, dict[str, Any]] = {
+    "one process": {"QLORA_DEVICES": 1},
+    "two processes": {"QLORA_DEVICES": 2, "QLORA_SHARD": "false"},
+    "two processes, sharded": {"QLORA_DEVICES": 2, "QLORA_SHARD": "true"},
+}
 
 
-def measure() -> None:
-    """Train in each way; publish the predicted and the measured peak."""
-    default = {"precision": "nf4", "double_quant": True, "compute_dtype": "bf16"}
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for kind in {changes.get("quantize.precision", "nf4") for changes in PROCESSES.values()}:
-            (folder := Path(work, kind)).mkdir()
-            settings = Quantize.model_validate(default | {"precision": kind})
-            convert(BASE, folder, settings, torch.device("cpu"))
-        rows = list(pool.map(partial(row_of, Path(work)), PROCESSES))
-    columns = ["training", "micro-batch", "predicted, GB", "held, GB", "error"]
-    publish("processes", pd.DataFrame(rows, columns=columns), machine(), MEMORY_PAGE)
-
-
-def row_of(models: Path, name: str) -> tuple[str, ...]:
-    """Train on the first conversations of the default's data; a row of the table."""
-    changes = PROCESSES[name]
-    environment = {key: value for key, value in changes.items() if key.startswith("QLORA_")}
-    params = {key: value for key, value in changes.items() if not key.startswith("QLORA_")}
-    with workspace(params | {"train.max_steps": STEPS, "train.eval_steps": STEPS}) as space:
-        for path in (".counts", "models/base", "models/tokenizer", "data/prepared/format.json"):
+def train(name: str, changes: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Metrics of a training on the first conversations of the default's data."""
+    variables = {key: value for key, value in changes.items() if key.isupper()}
+    params = {key: value for key, value in changes.items() if key not in variables}
+    with workspace(params | {"train.max_steps": steps, "train.eval_steps": steps}) as space:
+        for path in (*MODELS, "data/prepared/format.json", ".counts"):
             space.link(path, ROOT / path)
-        space.link("models/quantized", models / params.get("quantize.precision", "nf4"))
-        files.write_json(space.root / "models/source.json", {"source": "path"})
-        for split, count in (("train", 8 * STEPS), ("eval", 40)):
+        for split, count in (("train", 8 * steps), ("eval", 40)):
             path = f"data/prepared/{split}.parquet"
             pq.write_table(pq.read_table(ROOT / path).slice(0, count), space.root / path)
-        space.run("stages.train", env={"OMP_NUM_THREADS": "1", **environment})
-        metrics = space.read_json("reports/train.json")
-    predicted, held = metrics["predicted_memory_bytes"], metrics["peak_memory_bytes"]
-    sizes = f"{predicted / 1e9:.2f}", f"{held / 1e9:.2f}", f"{predicted / held - 1:+.1%}"
-    print(row := (name, str(metrics["micro_batch_tokens"]), *sizes), flush=True)
+        if "quantize.precision" in params:
+            space.run("stages.quantize", **variables)
+        else:
+            space.link("models/quantized", ROOT / "models/quantized")
+        metrics = space.train(QLORA_DEVICE="cpu", **variables)
+    predicted, held = (metrics[f"{key}_memory_bytes"] for key in ("predicted", "peak"))
+    row = {
+        "training": name,
+        "micro-batch": metrics["micro_batch_tokens"],
+        "tokens/s": f"{metrics['tokens_per_second']:.0f}",
+        "predicted, GB": f"{predicted / 1e9:.2f}",
+        "held, GB": f"{held / 1e9:.2f}",
+        "error": f"{predicted / held - 1:+.1%}",
+        **{key: f"{metrics[key]:.5f}" for key in ("loss", "eval_loss")},
+    }
+    print(row, flush=True)
     return row
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Arguments of the command line."""
+    parser.add_argument("question", choices=("memory", "devices"))
+    # Lengths differ from step to step, and so the heap grows for some.
+    parser.add_argument("--steps", type=int, default=24, help="of each training")
+
+
+def main(options: Namespace) -> None:
+    """Measure, publish."""
+    if options.question == "devices":
+        rows = [train(name, changes, options.steps) for name, changes in DEVICES.items()]
+        table = pd.DataFrame(rows).drop(columns=["micro-batch", "error"])
+        publish("devices", table, machine(), CLUSTERS_PAGE)
+    else:
+        kinds = [(name, changes | {"OMP_NUM_THREADS": 1}) for name, changes in KINDS.items()]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rows = list(pool.map(lambda kind: train(*kind, options.steps), kinds))
+        table = pd.DataFrame(rows).drop(columns=["tokens/s", "loss", "eval_loss"])
+        publish("processes", table, machine(), MEMORY_PAGE)
+
+
+if __name__ == "__main__":
+    run(main, add_options)
