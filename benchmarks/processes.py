@@ -86,9 +86,9 @@ def main(options: Namespace) -> None:
         table = pd.DataFrame(rows).drop(columns=["micro-batch", "error"])
         publish("devices", table, machine(), CLUSTERS_PAGE)
     else:
-        kinds = [(name, changes | {"OMP_NUM_THREADS": 1}) for name, changes in KINDS.items()]
+        thread = {"OMP_NUM_THREADS": 1}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rows = list(pool.map(lambda kind: train(*kind, options.steps), kinds))
+            rows = [*pool.map(lambda kind: train(kind, KINDS[kind] | thread, options.steps), KINDS)]
         table = pd.DataFrame(rows).drop(columns=["tokens/s", "loss", "eval_loss"])
         publish("processes", table, machine(), MEMORY_PAGE)
 
