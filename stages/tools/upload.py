@@ -22,7 +22,7 @@ from markupsafe import Markup
 from stages.evaluate.__main__ import MODELS
 from stages.export.__main__ import EXPORTED
 from stages.export.config import Kind
-from stages.report import metrics, page, sources
+from stages.report import comparison, page, sources
 from stages.shared.core import files
 from stages.shared.core.command import run
 from stages.shared.core.errors import UserError
@@ -119,7 +119,7 @@ def card(source: sources.Sources, what: str, library: str, repo: str, licence: s
                 metric_name=name.replace("_", " "),
                 **described,
             )
-            for name in metrics.METRICS
+            for name in comparison.METRICS
             if measured.get(name) is not None
         ],
     )

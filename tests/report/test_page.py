@@ -162,10 +162,12 @@ def test_missing_answers_and_keys_are_dashes(tmp_path):
 def test_missing_or_broken_file_is_named(tmp_path):
     made.write(tmp_path)
     (tmp_path / "reports/merge.json").write_text("[]")
-    with pytest.raises(UserError, match=r"merge\.json: cannot be read \(a list where"):
+    with pytest.raises(
+        UserError, match=r"merge\.json: cannot be read \(.*list instead of an object"
+    ):
         sources.read(tmp_path)
     (tmp_path / "reports/merge.json").unlink()
-    with pytest.raises(UserError, match=r"merge\.json: not found\. Run `dvc repro`"):
+    with pytest.raises(FileNotFoundError, match=r"merge\.json"):
         sources.read(tmp_path)
 
 

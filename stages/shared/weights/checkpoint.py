@@ -22,6 +22,7 @@ from stages.shared.weights import bnb  # before transformers and peft import bit
 # isort: split
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, core_model_loading
 from transformers.core_model_loading import dot_natural_key
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -37,10 +38,9 @@ transformers_logging.disable_progress_bar()
 
 DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _STATE = "quant_state.bitsandbytes__"
-_PART_OF_4BIT = re.compile(
-    rf"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{_STATE}(?:nf4|fp4))"
+_CONSTANT = re.compile(
+    rf"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{_STATE}(?:nf4|fp4)|SCB|weight_format)"
 )
-_PART_OF_INT8 = re.compile(r"(.+)\.(SCB|weight_format)")
 # Causal masks in old checkpoints, and the scalar they mask with.
 _MASKS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
 REMEDY = "Write the folder again (dvc repro), or repair the model it came from."
@@ -110,7 +110,8 @@ class Weights:
         safetensors' own views keep a file's pages in memory until the last view is released.
         """
         if piece := self.pieces.get(name):
-            return piece.take(self._of_expert(piece.source, piece.expert))
+            fused = self._of_expert(piece.source, piece.expert)
+            return piece.split(fused)[piece.name].contiguous()
         header = self._headers.get(name) or self._fused[name]
         dtype = str_to_torch_dtype[header.dtype]
         if not header.bytes:
@@ -179,11 +180,10 @@ class Weights:
             sizes = {"absmax": blocks, "quant_map": 16}
             if nested:
                 sizes |= {"nested_absmax": ceil(blocks / nested), "nested_quant_map": 256}
-            right = stored.bytes == ceil(prod(shape) / 2)
+            if stored.bytes != ceil(prod(shape) / 2):
+                raise self.error(name, f"has the wrong shape for 4-bit {shape}")
         except (ValueError, KeyError, TypeError, ArithmeticError):
             raise self.error(parts[key], "is damaged") from None
-        if not right:
-            raise self.error(name, f"has the wrong shape for 4-bit {shape}")
         return key.removeprefix(_STATE), shape, sizes
 
     def error(self, name: str, fault: str) -> UserError:
@@ -295,28 +295,22 @@ def require_finite(tensors: Mapping[str, torch.Tensor], weights: Weights) -> Non
 
 
 def read_header(path: Path) -> dict[str, Header]:
-    """Header of a file by tensor; a truncated file raises a UserError.
+    """Header of a file by tensor; a damaged file raises a UserError.
 
     The header's length (8 bytes, little-endian), the header (JSON), the data:
     https://huggingface.co/docs/safetensors#format.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, path.stat().st_size))
     try:
-        tensors, end, complete = {}, 0, True
-        header = {name: one for name, one in json.loads(text).items() if name != "__metadata__"}
-        for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (begin, stop), dtype, shape = one["data_offsets"], one["dtype"], tuple(one["shape"])
-            complete &= begin == end and stop - begin == _size(shape, dtype)
-            tensors[name] = Header(path, dtype, shape, 8 + length + begin, stop - begin)
-            end = stop
-        complete &= path.stat().st_size == 8 + length + end
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        complete = False
-    if not complete:
-        raise UserError(f"{path}: is no whole safetensors file. {REMEDY}")
-    return tensors
+        with safe_open(path, "np"), path.open("rb") as file:  # the tensors fill the whole file
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+        tensors = {}
+        for name in sorted(header.keys() - {"__metadata__"}):
+            dtype, shape, (begin, _) = map(header[name].get, ("dtype", "shape", "data_offsets"))
+            tensors[name] = Header(path, dtype, tuple(shape), start + begin, _size(shape, dtype))
+        return tensors
+    except (SafetensorError, KeyError):  # or a dtype that torch lacks
+        raise UserError(f"{path}: is no whole safetensors file. {REMEDY}") from None
 
 
 def _size(shape: Sequence[int], dtype: str) -> int:
@@ -325,17 +319,14 @@ def _size(shape: Sequence[int], dtype: str) -> int:
 
 def _model_type(folder: Path) -> str:
     """Architecture of the text model; empty without a config, which loading reports."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        return str((config.get("text_config") or config).get("model_type"))
-    except (FileNotFoundError, ValueError, AttributeError):
-        return ""
+    path = folder / "config.json"
+    config = files.read_json(path) if path.exists() else {}
+    text = config.get("text_config")
+    return str((text if isinstance(text, dict) else config).get("model_type"))
 
 
 def _owner(name: str) -> tuple[str, str | None]:
     """Parameter of a tensor, and which constant it is, as in `q_proj.weight.absmax`."""
-    if match := _PART_OF_4BIT.fullmatch(name):
-        return match[1], match[2]
-    if match := _PART_OF_INT8.fullmatch(name):
-        return f"{match[1]}.weight", match[2]
+    if match := _CONSTANT.fullmatch(name):
+        return f"{match[1].removesuffix('.weight')}.weight", match[2]
     return name, None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -96,15 +97,14 @@ class Piece(NamedTuple):
     source: str
     expert: int
     shape: tuple[int, ...]
-    take: Callable[[torch.Tensor], torch.Tensor]  # from the expert's part
+    split: Callable[[torch.Tensor], dict[str, torch.Tensor]]  # of the expert's part
+    name: str  # in the result
 
 
 def pieces(model_type: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Piece]:
     """Tensors of single experts by name, of those that files hold fused, from all `shapes`."""
-    family, found = FAMILIES.get(model_type), dict[str, Piece]()
-    if family is None:
-        return found
-    for name, shape in shapes.items():
+    family, parts = FAMILIES.get(model_type), dict[str, Piece]()
+    for name, shape in shapes.items() if family else ():
         if match := _IN_FILES.fullmatch(name):
             prefix, kind, bias, packed = match.groups()
         elif match := _GRANITE.fullmatch(name):
@@ -116,29 +116,11 @@ def pieces(model_type: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Pi
         # MXFP4 is [rows, blocks, 16 bytes of two codes].
         each = torch.empty([shape[2] * 32, shape[1]] if packed else shape[1:], device="meta")
         for part, example in family.split(kind, each).items():
-            own = f"{part}.{'bias' if bias else 'weight'}"
-            take = partial(_take, family, kind, part)
+            own, split = f"{part}.{'bias' if bias else 'weight'}", partial(family.split, kind)
             for expert in range(shape[0]):
-                piece = Piece(name, expert, tuple(example.shape), take)
-                found[f"{prefix}.{expert}.{own}"] = piece
-    return found
-
-
-def _take(family: Family, kind: str, part: str, fused: torch.Tensor) -> torch.Tensor:
-    return family.split(kind, fused)[part].contiguous()
-
-
-class Clamped(nn.Module):
-    """Gated activation of gpt-oss: (up + 1)·gate·σ(α·gate), both clamped."""
-
-    def __init__(self, alpha: float, limit: float) -> None:
-        super().__init__()
-        self.alpha, self.limit = alpha, limit
-
-    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Hidden activations [tokens, width]."""
-        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+                piece = Piece(name, expert, tuple(example.shape), split, part)
+                parts[f"{prefix}.{expert}.{own}"] = piece
+    return parts
 
 
 class Expert(nn.Module):
@@ -148,8 +130,10 @@ class Expert(nn.Module):
         """Copies one expert of a fused module."""
         super().__init__()
         self.names = family.names
-        self.act_fn = Clamped(fused.alpha, fused.limit) if family.interleaved else fused.act_fn
-        self.gated = not family.interleaved  # act_fn takes the gate alone
+        self.act_fn = getattr(fused, "act_fn", None)
+        if family.interleaved:  # the library's function for gate and up, with what it reads
+            sizes = SimpleNamespace(alpha=fused.alpha, limit=fused.limit)
+            self.apply_gate = partial(type(fused)._apply_gate, sizes)
         for kind in ("gate_up", "down"):
             matrices = family.split(kind, getattr(fused, f"{kind}_proj").detach()[number])
             biases = getattr(fused, f"{kind}_proj_bias", None)
@@ -160,7 +144,10 @@ class Expert(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Output [tokens, hidden] of x [tokens, hidden]."""
         gate, up, down = (getattr(self, name) for name in self.names)
-        hidden = self.act_fn(gate(x)) * up(x) if self.gated else self.act_fn(gate(x), up(x))
+        if self.act_fn is None:
+            hidden = self.apply_gate(torch.stack((gate(x), up(x)), -1).flatten(-2))
+        else:
+            hidden = self.act_fn(gate(x)) * up(x)
         output: torch.Tensor = down(hidden)
         return output
 

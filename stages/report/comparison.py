@@ -1,104 +1,16 @@
-"""Metrics of the four variants: how they are written, their tables, changes and answers."""
+"""Comparison of the four variants: their metrics, what changed between them, and their answers."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jinja2 import Undefined
 
-MISSING = "–"
-NO_BREAK = "\N{NO-BREAK SPACE}"
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}
+from stages.report.formats import number, percent, points, signed
 
 
-def is_missing(item: Any) -> bool:
-    """Whether it is None, NaN or a key that its file lacks."""
-    return item is None or isinstance(item, Undefined) or (np.isscalar(item) and pd.isna(item))
-
-
-def number(item: Any, digits: int = 4, sign: str = "-", unit: str = "") -> str:
-    """`1,234.5678`; a dash if missing; zero has no sign."""
-    if is_missing(item):
-        return MISSING
-    zero = round(item, digits) == 0
-    text = f"{0.0 if zero else item:{'-' if zero else sign},.{digits}f}"
-    return text.replace("-", "−") + unit
-
-
-def signed(item: Any, digits: int = 4) -> str:
-    """`+0.1234`."""
-    return number(item, digits, sign="+")
-
-
-def percent(fraction: Any, digits: int = 1) -> str:
-    """A fraction as `62.5 %`."""
-    return MISSING if is_missing(fraction) else number(100 * fraction, digits, unit=f"{NO_BREAK}%")
-
-
-def points(change: Any) -> str:
-    """Change of a fraction in percentage points, `+12.5`."""
-    return MISSING if is_missing(change) else signed(100 * change, 1)
-
-
-def size(count: Any) -> str:
-    """Bytes in decimal units, `98.4 MB`."""
-    if is_missing(count):
-        return MISSING
-    unit = next(unit for unit, scale in UNITS.items() if count >= scale or unit == "B")
-    return number(count / UNITS[unit], {"GB": 2, "B": 0}.get(unit, 1), unit=NO_BREAK + unit)
-
-
-def value(item: Any, key: str = "") -> str:
-    """A scalar or list by its type; a size if the key ends in `bytes`."""
-    if is_missing(item):
-        return MISSING
-    if isinstance(item, bool):
-        return "yes" if item else "no"
-    if isinstance(item, int | float) and key.endswith("bytes"):
-        return size(item)
-    if isinstance(item, float) and 0 < abs(item) < 1e-3:
-        return scientific(item)
-    if isinstance(item, int | float):
-        return f"{item:,}" if isinstance(item, int) else f"{item:,.6g}".replace("-", "−")
-    return ", ".join(map(value, item)) if isinstance(item, list) else str(item)
-
-
-def words(key: str) -> str:
-    """`RTX_4090_24GiB` as `RTX 4090 24 GiB`."""
-    return key.replace("_", " ").replace("GiB", f"{NO_BREAK}GiB")
-
-
-def scientific(item: Any) -> str:
-    """`1.2 × 10⁻⁵`; a dash if missing; zero is `0`."""
-    if is_missing(item) or not item:
-        return MISSING if is_missing(item) else "0"
-    mantissa, exponent = f"{item:.1e}".split("e")
-    raised = str(int(exponent)).translate(RAISED)
-    return f"{mantissa.replace('-', '−')}{NO_BREAK}×{NO_BREAK}10{raised}"
-
-
-def yaml_value(item: Any) -> str:
-    """A parameter as params.yaml spells it, approximately."""
-    if isinstance(item, list):
-        return ", ".join(map(yaml_value, item))
-    return json.dumps(item) if item is None or isinstance(item, bool) else str(item)
-
-
-def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key → scalar or list, in the order of the file."""
-    if not isinstance(nested, dict):
-        return {prefix: nested}
-    parts = [flat(item, f"{prefix}.{key}".lstrip(".")) for key, item in nested.items()]
-    return {key: item for part in parts for key, item in part.items()}
-
-
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """A column of the comparison."""
 
     label: str
@@ -194,12 +106,12 @@ def join_answers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dic
     return list(joined.values())
 
 
-def is_wrong(prompt: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether the merged model's answer is wrong."""
-    return prompt.get("merged", {}).get("correct") is False
-
-
 def select(prompts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """First `count` prompts that the merged model answers wrongly, then the first of all."""
-    wrong = [prompt for prompt in prompts if is_wrong(prompt)][:count]
+    wrong = [prompt for prompt in prompts if merged_is_correct(prompt) is False][:count]
     return wrong + [prompt for prompt in prompts[:count] if prompt not in wrong]
+
+
+def merged_is_correct(prompt: Mapping[str, Mapping[str, Any]]) -> bool | None:
+    """Whether the merged model's answer is right; None if the right one is unknown."""
+    return prompt.get("merged", {}).get("correct")
