@@ -61,13 +61,12 @@ def quantize(
         from stages.quantize import convert, quantization_error  # noqa: PLC0415
 
     with files.whole_folder(target) as folder:
-        layout = convert.convert(base, folder, settings, device)
+        original = convert.convert(base, folder, settings, device)
         written = Weights(folder)
-        matrices = convert.linear_matrices(written.parameters, layout.embeddings)
+        matrices = convert.linear_matrices(written.parameters, original.embeddings)
         parameters = sum(m.parameters for m in matrices)
         convert.require_expected_bits(matrices, settings)
-        original = quantization_error.Base(Weights(base), layout, device)
-        errors = quantization_error.measure(original, written, matrices, device)
+        errors = quantization_error.measure(original, written, matrices)
         middle = matrices[len(matrices) // 2].name
         quantization_error.draw(chart, middle, original.matrix(middle), errors)
         return {

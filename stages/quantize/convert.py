@@ -24,9 +24,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import set_tqdm_hook
 
-from stages.quantize.quantization_error import Layout
+from stages.quantize.quantization_error import Base
 from stages.shared.core import files
-from stages.shared.core.errors import UserError, lacks_memory, reading
+from stages.shared.core.errors import UserError, reading
 from stages.shared.weights import heap
 from stages.shared.weights.checkpoint import Stored, Weights, load_strictly, without_mxfp4
 from stages.shared.weights.precision import DTYPES, stored_bytes
@@ -42,8 +42,8 @@ NESTED_TABLE_BYTES = 256 * 4  # codebook of the constants
 TOLERANCE = 0.01
 
 
-def convert(base: Path, target: Path, settings: "Quantize", device: torch.device) -> Layout:
-    """Write the base in the chosen precision into an existing folder."""
+def convert(base: Path, target: Path, settings: "Quantize", device: torch.device) -> Base:
+    """Write the base in the chosen precision into an existing folder; returns its weights."""
     weights = Weights(base)
     if device.type == "cuda":
         require_capability(torch.cuda.get_device_capability(device), settings)
@@ -54,7 +54,7 @@ def convert(base: Path, target: Path, settings: "Quantize", device: torch.device
     needed = sum(t.numel() * t.element_size() for t in tensors)
     files.require_space(target, needed, "the quantized model")
     save(model, base, target)
-    described = layout(model)
+    described = describe(model, weights, device)
     del model
     gc.collect()  # modules refer to each other
     return described
@@ -99,17 +99,10 @@ def load(weights: Weights, settings: "Quantize", device: torch.device) -> PreTra
     read only at the end.
     """
     base = weights.folder
-    try:
+    with reading(base / "config.json", "Repair it, or choose another model."):
         config = without_mxfp4(AutoConfig.from_pretrained(base, trust_remote_code=False))
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # of any type, for values of odd types
-        if lacks_memory(error):
-            raise
-        raise UserError(
-            f"{base}/config.json: transformers cannot build a causal language model from it "
-            f"({error!r:.200}). Repair it, or choose another model."
-        ) from None
     with loading_bar(f"into {settings.precision}"), reading(base):
         return load_strictly(
             weights,
@@ -154,8 +147,8 @@ def save(model: PreTrainedModel, base: Path, target: Path) -> None:
         shutil.copyfile(generation, target / generation.name)
 
 
-def layout(model: PreTrainedModel) -> Layout:
-    """Layout of a loaded model."""
+def describe(model: PreTrainedModel, weights: Weights, device: torch.device) -> Base:
+    """Base weights, with the names that a loaded model gives them."""
     head = model.get_output_embeddings()
     embeddings, transposed = {}, set()
     for name, module in model.named_modules():
@@ -164,8 +157,8 @@ def layout(model: PreTrainedModel) -> Layout:
         if Conv1D in (type(module), getattr(module, "source_cls", None)):
             transposed.add(f"{name}.weight")
     # By their saved names: GPT-NeoX saves its head under another name.
-    as_saved = revert_weight_conversion(model, embeddings)
-    return Layout(frozenset(as_saved), frozenset(transposed), model.base_model_prefix)
+    as_saved = frozenset(revert_weight_conversion(model, embeddings))
+    return Base(weights, device, as_saved, frozenset(transposed), model.base_model_prefix)
 
 
 def linear_matrices(parameters: Iterable[Stored], embeddings: frozenset[str]) -> list[Stored]:

@@ -31,25 +31,18 @@ LABELS |= {"linear4_absmax": "linear", "fp4": "fp4"}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Parameter names by the modules that they belong to."""
-
-    embeddings: frozenset[str]  # embeddings and head; never quantized
-    transposed: frozenset[str]  # stored [in, out], as in GPT-2
-    prefix: str  # of all but the head
-
-
-@dataclass(frozen=True)
 class Base:
-    """Matrices before quantization."""
+    """Weights before quantization, and their names by the modules that they belong to."""
 
     weights: Weights
-    layout: Layout
     device: torch.device
+    embeddings: frozenset[str] = frozenset()  # and head; never quantized
+    transposed: frozenset[str] = frozenset()  # stored [in, out], as in GPT-2
+    prefix: str = "model"  # of all but the head
 
     def matrix(self, name: str) -> torch.Tensor:
         """A finite matrix, fp32 [out, in]; raises a UserError otherwise."""
-        stored = self.weights.find(name, self.layout.prefix)
+        stored = self.weights.find(name, self.prefix)
         if stored is None:
             raise UserError(
                 f"{self.weights.folder}: {name} is not in the files, so its error cannot be "
@@ -61,22 +54,17 @@ class Base:
 
     def as_out_in(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A dense weight as [out, in]."""
-        return weight.T.contiguous() if name in self.layout.transposed else weight
+        return weight.T.contiguous() if name in self.transposed else weight
 
 
-def measure(
-    base: Base, written: Weights, matrices: Sequence[Stored], device: torch.device
-) -> dict[str, Any]:
-    """Metrics: relative errors of the written weights and of each codebook, as fractions.
-
-    `linear4_clip` is the model's α of clipped linear 4-bit.
-    """
+def measure(base: Base, written: Weights, matrices: Sequence[Stored]) -> dict[str, Any]:
+    """Metrics: relative errors of the written weights and of each codebook, as fractions."""
     compared = {m.name: m.parameters for m in every_nth(matrices, COMPARED_PARAMETERS)}
     alpha = best_alpha(sample_blocks(base, sorted(compared)))
     written_error = norm = compared_norm = 0.0
     errors: dict[str, float] = {}
     for matrix in heap.each(matrices, "errors of the precisions", "matrix"):
-        weight, values = base.matrix(matrix.name), written.values(matrix, device)
+        weight, values = base.matrix(matrix.name), written.values(matrix, base.device)
         if not matrix.parts:
             values = base.as_out_in(matrix.name, values)
         written_error += squared(weight - values)
@@ -89,7 +77,7 @@ def measure(
     return {
         "relative_error": relative(written_error, norm),
         "errors": {name: relative(error, compared_norm) for name, error in errors.items()},
-        "linear4_clip": alpha,
+        "linear4_clip": alpha,  # of clipped linear 4-bit
         "compared_parameters": sum(compared.values()),
     }
 

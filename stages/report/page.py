@@ -16,8 +16,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 # Section → key of reports/<section>.json → label, or [label, explanation].
 LABELS = yaml.safe_load((TEMPLATES / "labels.yaml").read_text(encoding="utf-8"))
 # The peak and its parts in plan.json, `<part>_bytes`; those that no technique has are left out.
-PARTS = ["peak", "weights", "adapter", "gradients", "optimizer"]
-PARTS += ["activations", "logits", "workspace"]
+PARTS = "peak weights adapter gradients optimizer activations logits workspace".split()  # noqa: SIM905
 FILTERS = "number signed percent points size value words scientific yaml_value flat markdown"
 
 
@@ -92,7 +91,7 @@ def memory_table(techniques: dict[str, Any]) -> pd.DataFrame:
     """Peak, its parts and the smallest card, by technique; in GB from 10 GB on, else MB."""
     plan = pd.DataFrame.from_dict(techniques, orient="index")
     sizes = plan.reindex(columns=[f"{part}_bytes" for part in PARTS]).astype(float)
-    sizes = sizes.dropna(axis=1, how="all").rename(columns=lambda name: name[: -len("_bytes")])
+    sizes = sizes.dropna(axis=1, how="all").rename(columns=lambda name: name.removesuffix("_bytes"))
     unit = "GB" if sizes.max().max() >= 1e10 else "MB"
     table = sizes / formats.UNITS[unit]
     for name, technique in techniques.items():
@@ -128,18 +127,16 @@ def trained_on(sources: Sources) -> str | None:
 def html(sources: Sources) -> str:
     """Self-contained HTML page."""
     history = charts.training_history(sources.history, sources.train.get("best_step"))
-    svgs = (
-        ("train", history, "Loss, learning rate and gradient norm by step"),
-        ("quantize", sources.quantize_chart, "4-bit codebooks against a layer's weights"),
-        ("plan", sources.plan_chart, "Peak memory of each technique, by part"),
-    )
-    inlined = {name: charts.inline(svg, name, description) for name, svg, description in svgs}
-    if sources.expert_use:
-        heatmaps = charts.expert_use(sources.expert_use)
-        inlined["experts"] = charts.inline(heatmaps, "experts", "Tokens by layer and expert")
-    template = environment().get_template("page.html.j2")
+    svgs = {
+        "train": (history, "Loss, learning rate and gradient norm by step"),
+        "quantize": (sources.quantize_chart, "4-bit codebooks against a layer's weights"),
+        "plan": (sources.plan_chart, "Peak memory of each technique, by part"),
+    }
+    if use := sources.expert_use:
+        svgs["experts"] = charts.expert_use(use), "Tokens by layer and expert"
+    inlined = {name: charts.inline(svg, name, text) for name, (svg, text) in svgs.items()}
     rows = provenance(sources.environment)
-    return template.render(context(sources), charts=inlined, provenance=rows)
+    return _render("page.html.j2", sources, charts=inlined, provenance=rows)
 
 
 def model_card(sources: Sources, artifact: str = "merged", **upload: str) -> str:
@@ -147,10 +144,13 @@ def model_card(sources: Sources, artifact: str = "merged", **upload: str) -> str
 
     `upload` has more for the hub: `metadata` in YAML, the `repo` and the licence's `notice`.
     """
-    template = environment().get_template("model_card.md.j2")
-    return template.render(context(sources), artifact=artifact, **upload)
+    return _render("model_card.md.j2", sources, artifact=artifact, **upload)
 
 
 def summary(sources: Sources) -> str:
     """Summary for the terminal: the files and the gain."""
-    return environment().get_template("summary.txt.j2").render(context(sources))
+    return _render("summary.txt.j2", sources)
+
+
+def _render(template: str, sources: Sources, **variables: Any) -> str:
+    return environment().get_template(template).render(context(sources), **variables)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.quantize import convert
 from stages.quantize.__main__ import Params, Quantize, quantize
-from stages.quantize.convert import layout, require_capability, require_fp16_range
+from stages.quantize.convert import describe, require_capability, require_fp16_range
 from stages.shared.core import files
 from stages.shared.core.errors import UserError, report
 from stages.shared.core.params import validate
@@ -158,7 +158,8 @@ def test_generation_config_is_kept_as_it_is(base: Path, tmp_path: Path) -> None:
 def test_head_counts_as_embedding_under_its_saved_name(tmp_path: Path) -> None:
     """The head of a GPT-NeoX, a quarter of a small one, was counted among the matrices."""
     base = saved(tmp_path / "base", "gpt_neox", {})
-    embeddings = layout(AutoModelForCausalLM.from_pretrained(base)).embeddings
+    model = AutoModelForCausalLM.from_pretrained(base)
+    embeddings = describe(model, Weights(base), CPU).embeddings
     assert embeddings < load_file(base / "model.safetensors").keys()
     assert len(embeddings) == 2
 

@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from stages.quantize import quantization_error
-from stages.quantize.quantization_error import Base, Layout, blocks, linear4
+from stages.quantize.quantization_error import Base, blocks, linear4
 from stages.shared.core.errors import UserError
 from stages.shared.weights.checkpoint import Stored, Weights
 
 CPU = torch.device("cpu")
-LAYOUT = Layout(frozenset(), frozenset(), "model")
 
 
 def block(*values: float) -> torch.Tensor:
@@ -87,8 +86,8 @@ def test_relative_error_by_hand(tmp_path: Path) -> None:
         tmp_path / "written", a=torch.tensor([[3.0, 0.3]]), b=torch.tensor([[3.6, 0.0]])
     )
     # ‖W − Ŵ‖ = √(0.3² + 0.4²) = 0.5 and ‖W‖ = √(3² + 4²) = 5.
-    original = Base(base, LAYOUT, CPU)
-    measured = quantization_error.measure(original, written, written.parameters, CPU)
+    original = Base(base, CPU)
+    measured = quantization_error.measure(original, written, written.parameters)
     assert measured["relative_error"] == pytest.approx(0.1, abs=1e-6)
     assert measured["compared_parameters"] == 4
 
@@ -101,7 +100,7 @@ def test_large_models_are_sampled() -> None:
 
 
 def test_base_matrix_must_be_there_and_finite(tmp_path: Path) -> None:
-    base = Base(weights(tmp_path / "base", a=torch.tensor([[1.0, torch.nan]])), LAYOUT, CPU)
+    base = Base(weights(tmp_path / "base", a=torch.tensor([[1.0, torch.nan]])), CPU)
     with pytest.raises(UserError, match="a holds NaN"):
         base.matrix("a")
     with pytest.raises(UserError, match="b is not in the files"):
@@ -111,10 +110,10 @@ def test_base_matrix_must_be_there_and_finite(tmp_path: Path) -> None:
 def test_parts_of_a_matrix_have_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     base = weights(tmp_path / "base", a=torch.randn(150, 50))
-    original = Base(base, LAYOUT, CPU)
-    whole = quantization_error.measure(original, base, base.parameters, CPU)
+    original = Base(base, CPU)
+    whole = quantization_error.measure(original, base, base.parameters)
     monkeypatch.setattr(quantization_error, "PART_PARAMETERS", 1)
     parts = quantization_error.split_rows(original.matrix("a"))
     assert [len(part) for part in parts] == [64, 64, 22]
-    again = quantization_error.measure(original, base, base.parameters, CPU)
+    again = quantization_error.measure(original, base, base.parameters)
     assert again["errors"] == pytest.approx(whole["errors"], rel=1e-5)

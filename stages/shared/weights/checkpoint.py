@@ -151,25 +151,24 @@ class Weights:
     def _stored(self, name: str, parts: dict[str, str]) -> Stored:
         if name not in self._headers:
             raise self.error(name, "is missing, but its constants are there")
-        header = self._headers[name]
+        header, sizes = self._headers[name], dict[str, int]()  # elements of each constant
         kind, shape = DTYPE_NAMES.get(header.dtype, header.dtype), header.shape
-        if parts:
-            kind, shape, sizes = self._quantized(name, parts)
-            for part, size in sizes.items():
-                if part not in parts:
-                    raise self.error(name, f"lacks its {part}")
-                if prod(self._headers[parts[part]].shape) != size:
-                    raise self.error(parts[part], f"has the wrong shape, not {size} elements")
+        if "SCB" in parts or "weight_format" in parts:
+            kind, sizes = "int8", {"SCB": prod(shape[:-1]), "weight_format": 1}
+        elif parts:
+            kind, shape, sizes = self._four_bit(name, parts)
+        for part, size in sizes.items():
+            if part not in parts:
+                raise self.error(name, f"lacks its {part}")
+            if prod(self._headers[parts[part]].shape) != size:
+                raise self.error(parts[part], f"has the wrong shape, not {size} elements")
         size = sum(self._headers[tensor].bytes for tensor in [name, *parts.values()])
         return Stored(name, shape, kind, size, parts)
 
-    def _quantized(
+    def _four_bit(
         self, name: str, parts: Mapping[str, str]
     ) -> tuple[str, tuple[int, ...], dict[str, int]]:
-        """Kind and shape of a quantized matrix, and the size of each constant."""
-        stored = self._headers[name]
-        if "SCB" in parts or "weight_format" in parts:
-            return "int8", stored.shape, {"SCB": prod(stored.shape[:-1]), "weight_format": 1}
+        """Type and shape of a 4-bit matrix, and the size of each constant, by its state in JSON."""
         key = next((part for part in parts if part.startswith(_STATE)), None)
         if key is None:
             raise self.error(name, "lacks its quant_state")
@@ -180,7 +179,7 @@ class Weights:
             sizes = {"absmax": blocks, "quant_map": 16}
             if nested:
                 sizes |= {"nested_absmax": ceil(blocks / nested), "nested_quant_map": 256}
-            if stored.bytes != ceil(prod(shape) / 2):
+            if self._headers[name].bytes != ceil(prod(shape) / 2):
                 raise self.error(name, f"has the wrong shape for 4-bit {shape}")
         except (ValueError, KeyError, TypeError, ArithmeticError):
             raise self.error(parts[key], "is damaged") from None

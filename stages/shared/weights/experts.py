@@ -30,9 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from stages.shared.weights import precision
 
-Names = tuple[str, str, str]  # of gate, up and down
-
-GATED: Names = ("gate_proj", "up_proj", "down_proj")
+Names = tuple[str, ...]
 EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of an expert's tensor or module
 # Fused parameters in files: experts' prefix, gate_up or down, bias, MXFP4's codes or scales.
 _IN_FILES = re.compile(r"(.+\.experts)\.(gate_up|down)_proj(_bias)?(_blocks|_scales)?")
@@ -51,29 +49,25 @@ class Family:
         interleaved: rows gate 0, up 0, gate 1, …, not all of gate first; with biases, and clamped.
     """
 
-    names: Names = GATED
+    names: Names = ("gate_proj", "up_proj", "down_proj")
     fused_files: bool = False
     transposed: bool = False
     interleaved: bool = False
 
+    def matrices(self, kind: str) -> Names:
+        """Names of the matrices that are fused in gate_up, or in down."""
+        return self.names[2:] if kind == "down" else self.names[:2]
+
     def split(self, kind: str, fused: torch.Tensor) -> dict[str, torch.Tensor]:
         """An expert's matrices [out, in] or biases by name, from its part of gate_up or down."""
-        rows = fused.T if self.transposed and fused.ndim > 1 else fused
-        gate, up, down = self.names
-        if kind == "down":
-            return {down: rows}
-        halves = (rows[0::2], rows[1::2]) if self.interleaved else rows.chunk(2)
-        return dict(zip((gate, up), halves, strict=True))
+        rows, names = fused.T if self.transposed and fused.ndim > 1 else fused, self.matrices(kind)
+        every = len(names)
+        parts = [rows[i::every] for i in range(every)] if self.interleaved else rows.chunk(every)
+        return dict(zip(names, parts, strict=True))
 
-    def fuse(self, kind: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def fuse(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Inverse of `split`."""
-        gate, up, down = self.names
-        if kind == "down":
-            rows = parts[down]
-        elif self.interleaved:
-            rows = torch.stack((parts[gate], parts[up]), 1).flatten(0, 1)
-        else:
-            rows = torch.cat((parts[gate], parts[up]))
+        rows = torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
         return rows.T.contiguous() if self.transposed and rows.ndim > 1 else rows
 
 
@@ -135,11 +129,18 @@ class Expert(nn.Module):
             sizes = SimpleNamespace(alpha=fused.alpha, limit=fused.limit)
             self.apply_gate = partial(type(fused)._apply_gate, sizes)
         for kind in ("gate_up", "down"):
-            matrices = family.split(kind, getattr(fused, f"{kind}_proj").detach()[number])
-            biases = getattr(fused, f"{kind}_proj_bias", None)
-            split = {} if biases is None else family.split(kind, biases.detach()[number])
-            for name, matrix in matrices.items():
-                self.add_module(name, _linear(matrix, split.get(name)))
+            stored = {"weight": f"{kind}_proj", "bias": f"{kind}_proj_bias"}
+            split = {
+                name: family.split(kind, values.detach()[number])
+                for name, attribute in stored.items()
+                if (values := getattr(fused, attribute, None)) is not None
+            }
+            for matrix in family.matrices(kind):  # copies: views could not be saved
+                state = {name: parts[matrix].clone() for name, parts in split.items()}
+                rows, columns = state["weight"].shape
+                layer = nn.Linear(columns, rows, bias="bias" in state, device="meta")
+                layer.load_state_dict(state, assign=True)
+                self.add_module(matrix, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Output [tokens, hidden] of x [tokens, hidden]."""
@@ -214,27 +215,21 @@ def save(
     """
     state = model.state_dict(keep_vars=True)
     state = {name: (gathered or {}).get(p, p.detach()) for name, p in state.items()}
-    if any(layer.family.fused_files for layer in layers(model)):
-        vars(model).pop("_weight_conversions", None)  # of loading, which had nothing to fuse
-        for prefix, layer in model.named_modules():
-            if isinstance(layer, Experts):
-                for kind, bias in product(("gate_up", "down"), (False, True)):
-                    _fuse(state, prefix, layer, kind, "bias" if bias else "weight")
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, Experts) and layer.family.fused_files:
+            vars(model).pop("_weight_conversions", None)  # of loading, which had nothing to fuse
+            _fuse(state, prefix, layer)
     model.save_pretrained(folder, state_dict=state)
 
 
-def _fuse(
-    state: dict[str, torch.Tensor], prefix: str, layer: Experts, kind: str, which: str
-) -> None:
-    """Replace the experts' tensors of a kind by the fused one; nothing where there are none."""
-    names = layer.family.names[:2] if kind == "gate_up" else layer.family.names[2:]
-    if f"{prefix}.0.{names[0]}.{which}" in state:
-        each = [
-            {name: state.pop(f"{prefix}.{number}.{name}.{which}") for name in names}
-            for number in range(len(layer))
-        ]
-        fused = torch.stack([layer.family.fuse(kind, parts) for parts in each])
-        state[f"{prefix}.{kind}_proj{'_bias' if which == 'bias' else ''}"] = fused
+def _fuse(state: dict[str, torch.Tensor], prefix: str, layer: Experts) -> None:
+    """Replace the tensors of a layer's experts by fused ones."""
+    for kind, which in product(("gate_up", "down"), ("weight", "bias")):
+        names = [f"{name}.{which}" for name in layer.family.matrices(kind)]
+        if f"{prefix}.0.{names[0]}" in state:
+            parts = [[state.pop(f"{prefix}.{i}.{n}") for n in names] for i in range(len(layer))]
+            name = f"{prefix}.{kind}_proj{'_bias' if which == 'bias' else ''}"
+            state[name] = torch.stack([*map(layer.family.fuse, parts)])
 
 
 def layers(model: nn.Module) -> list[Experts]:
@@ -300,17 +295,8 @@ def stop_counting(model: nn.Module) -> None:
 def _is_fused(module: nn.Module, family: Family) -> bool:
     """Whether a module holds gate, up and down as its family's fused parameters."""
     clamped = family.interleaved
-    layout = {"has_gate": True, "is_concatenated": not clamped, "has_bias": clamped}
-    layout["is_transposed"] = family.transposed
+    layout = {"is_concatenated": not clamped, "has_bias": clamped}
+    layout |= {"has_gate": True, "is_transposed": family.transposed}
     gate = getattr(type(module), "_apply_gate", None)
     plain = hasattr(module, "limit") if clamped else gate is _default_apply_gate
     return plain and all(getattr(module, key, None) is value for key, value in layout.items())
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A layer with copies of these values: views could not be saved."""
-    rows, columns = weight.shape
-    layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    values = {"weight": weight} | ({} if bias is None else {"bias": bias})
-    layer.load_state_dict({name: value.clone() for name, value in values.items()}, assign=True)
-    return layer
