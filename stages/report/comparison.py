@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ import pandas as pd
 from stages.report.formats import number, percent, points, signed
 
 
-class Metric(NamedTuple):
+@dataclass(frozen=True)
+class Metric:
     """A column of the comparison."""
 
     label: str

