@@ -21,12 +21,12 @@ from tests.faults.pipeline import STAGES, Ended, Pipeline, hashes, make_pipeline
 
 ENDINGS = ("error: ", "stopped: ")
 IMPORTED = (
-    *("datasets", "dvc.api", "dvc.repo", "matplotlib.figure", "multiprocess.pool", "pandas"),
+    *("datasets", "dvc.repo", "matplotlib.figure", "multiprocess.pool", "pandas"),
     *("stages.shared.model.loading", "stages.evaluate.evaluate", "stages.merge.merge"),
     *("gguf.gguf_writer", "stages.export.export"),
     *("stages.plan.this_machine", "stages.prepare.dataset", "stages.quantize.convert"),
     *("stages.quantize.quantization_error", "stages.report.page", "stages.train.recipe"),
-    *("stages.fetch_model.sources", "stages.fetch_data.formats", "transformers.models.llama"),
+    *("stages.fetch_model.sources", "stages.fetch_data.sources", "transformers.models.llama"),
     *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
 )
 

@@ -280,18 +280,7 @@ def odd_params(pipeline: Pipeline, root: Path, stage: str, draw: random.Random) 
     keys = [*values.get(section, ())]
     key = draw.choice([f"{section}.{key}" for key in keys] or [f"{section}.x"])
     date = yaml.safe_load("2024-01-01")
-    oddities: tuple[Any, ...] = (
-        [["a"]],
-        {"b": {"c": 1}},
-        "",
-        [None],
-        {},
-        [],
-        "\x1b[31m",
-        {1: 2},
-        date,
-    )
-    odd: Any = draw.choice(oddities)
+    odd: Any = draw.choice([[["a"]], {"b": {"c": 1}}, "", [None], {}, [], "\x1b[31m", {1: 2}, date])
     if key in ("lora.target_modules", "lora.modules_to_save"):
         odd = {"a": 1}
     if odd == "" or isinstance(odd, str):

@@ -1,7 +1,4 @@
-"""Settings of the machine, `QLORA_*`, from the environment or a git-ignored `.env` at the root.
-
-They say how a result is computed, and no stage reruns for them.
-"""
+"""Settings of the machine, `QLORA_*`, from the environment or `.env`; no stage reruns for them."""
 
 import os
 import re

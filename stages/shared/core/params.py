@@ -113,7 +113,6 @@ def validate(schema: type[P], values: dict[str, Any], stage: str | None = None) 
 
 
 def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
-    """One line: the key, its value, the expected one, the remedy."""
     path = [str(part) for part in error["loc"]]
     key, value = f"{FILE}: {'.'.join(path[:2])}", error["input"]
     if error["type"] == "extra_forbidden":

@@ -1,7 +1,4 @@
-"""Hugging Face hub repositories, pinned to a commit: list, download and verify files.
-
-`huggingface_hub` handles token, proxy, cache, `HF_HUB_OFFLINE` and `HF_ENDPOINT`.
-"""
+"""Hugging Face hub repositories, pinned to a commit: list, download and verify files."""
 
 import glob
 import os
