@@ -6,7 +6,6 @@ line; an unreadable row, or one that is too long, becomes a JSON string with the
 """
 
 import codecs
-import gzip
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -75,12 +74,12 @@ def _extension(name: str) -> tuple[str, str]:
 
 
 def _unpack(path: Path, name: str, compression: str, most: int) -> IO[bytes]:
-    """Unpack into a file beside it without a name, which goes when it is closed."""
+    """Unpack into a file without a name, on the project's disk, which goes when it is closed."""
     import pyarrow as pa  # noqa: PLC0415  (takes a second)
 
-    zst = compression == ".zst"
-    file = TemporaryFile(dir=path.parent)  # noqa: SIM115  (the caller closes it)
-    with pa.input_stream(str(path), compression="zstd") if zst else gzip.open(path) as packed:
+    codec = {".gz": "gzip", ".zst": "zstd"}[compression]
+    file = TemporaryFile(dir=".")  # noqa: SIM115  (the caller closes it)
+    with pa.input_stream(str(path), compression=codec) as packed:
         while block := packed.read(readers.BLOCK):
             if file.tell() + len(block) > most:
                 raise _expands(name, most)
