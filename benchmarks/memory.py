@@ -44,7 +44,7 @@ from stages.shared.core.command import run
 from stages.shared.model import loading, packing
 from stages.shared.model.packing import Example
 from stages.shared.parallel.group import Group
-from stages.shared.parallel.limits import GIB
+from stages.shared.parallel.placement import GIB
 from stages.shared.parallel.shards import Shards
 from stages.shared.step import adapter, gradient, optim
 from stages.shared.step.config import Lora

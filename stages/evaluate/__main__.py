@@ -55,14 +55,15 @@ def main(options: Namespace) -> None:
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with quick_imports():
         from stages.evaluate.evaluate import evaluate_on  # noqa: PLC0415
-        from stages.shared.parallel import placement  # noqa: PLC0415
-        from stages.shared.parallel.member import joined  # noqa: PLC0415
+        from stages.shared.parallel.group import joined  # noqa: PLC0415
+        from stages.shared.parallel.launcher import compute  # noqa: PLC0415
+        from stages.shared.parallel.placement import shards_for  # noqa: PLC0415
 
     model, target = MODELS[variant], device()
     inputs = (variant, model, QUANTIZED, TOKENIZER, PREPARED, settings.evaluate)
     with joined(target) as member:
-        shards = placement.shards_for(QUANTIZED if variant == "adapter" else model, target, member)
-        found = placement.compute(member, target, shards, evaluate_on, inputs)
+        shards = shards_for(QUANTIZED if variant == "adapter" else model, target, member)
+        found = compute(member, target, shards, evaluate_on, inputs)
         if member and not member[0].is_main:
             return
     metrics, answers = found

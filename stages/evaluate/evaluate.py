@@ -34,7 +34,7 @@ Inputs = tuple[str, Path, Path, Path, Path, Evaluate]  # as `evaluate` takes the
 def evaluate_on(
     group: Group, device: torch.device, sharded: bool, inputs: Inputs
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`evaluate` as one of the processes of `placement.compute`."""
+    """`evaluate` as one of the processes of `launcher.compute`."""
     placement.require_same(group, *inputs[1:5])
     return evaluate(*inputs, group=group, device=device, sharded=sharded)
 

@@ -44,7 +44,7 @@ def main() -> None:
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with quick_imports():
         from stages.merge.merge import follow, merge  # noqa: PLC0415
-        from stages.shared.parallel.member import joined  # noqa: PLC0415
+        from stages.shared.parallel.group import joined  # noqa: PLC0415
 
     with joined(device()) as member:
         if member and not member[0].is_main:

@@ -20,7 +20,7 @@ from stages.shared.chat.templates import Format, read_format
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError, reading
 from stages.shared.model.packing import Example, read_examples
-from stages.shared.parallel.placement import Member
+from stages.shared.parallel.group import Member
 from stages.shared.verify.agreement import first_positions
 from stages.shared.weights import experts
 from stages.shared.weights.precision import DTYPES

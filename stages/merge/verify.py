@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from stages.shared.core.errors import UserError
 from stages.shared.model.packing import Example
-from stages.shared.parallel import placement
-from stages.shared.parallel.group import Group
-from stages.shared.parallel.placement import Member
+from stages.shared.parallel import launcher, placement
+from stages.shared.parallel.group import Group, Member
 from stages.shared.parallel.shards import Shards
 from stages.shared.verify.agreement import Agreement, compare, log_probabilities, mean
 from stages.shared.weights import experts
@@ -42,7 +41,7 @@ def verify(
     """Metrics of the merged against the trained model; a UserError where they must agree.
 
     In fp32 in this process on the CPU, one model after the other, and in the device's compute dtype
-    wherever `placement` puts them; `member` where torchrun or Slurm has started the devices.
+    on as many as `placement.shards_for` says; `member` where torchrun or Slurm has started them.
     """
     merged, adapter, quantized = models
     model: nn.Module = load_trained(adapter, quantized, device)
@@ -100,7 +99,7 @@ def agreement_as_run(
     models = member[0].broadcast(models) if member else models
     shards = placement.shards_for(models[0], device, member)
     inputs = (models, examples, merged if shards == 1 and not member else None)
-    result: Agreement = placement.compute(member, device, shards, _share_of_agreement, *inputs)
+    result: Agreement = launcher.compute(member, device, shards, _share_of_agreement, *inputs)
     return result
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from stages.plan.figures import CARDS_GIB, LENGTHS
 from stages.plan.tables import smallest_card, unit_of
 from stages.shared.core import files
-from stages.shared.parallel.limits import GIB
+from stages.shared.parallel.placement import GIB
 
 PARTS = {
     "weights": ("weights_bytes",),

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.plan.config import Data, Params
 from stages.shared.core.errors import UserError
-from stages.shared.parallel.limits import GIB
+from stages.shared.parallel.placement import GIB
 from stages.shared.step.memory import fit
 from stages.shared.step.memory.fit import Choice, Request
 from stages.shared.step.memory.predict import PARTS, Prediction, StepCounter

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from stages.plan.figures import BYTES_ALONE, CARDS_GIB
-from stages.shared.parallel.limits import GIB
+from stages.shared.parallel.placement import GIB
 
 ON_DISK = ("base", "quantized", "adapter", "merged", "resume_state", "cache")
 

@@ -14,7 +14,7 @@ from stages.plan import figures, tables
 from stages.plan.config import CONFIGS, Data, Params
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import device, machine
-from stages.shared.parallel.limits import GIB, total_memory_bytes
+from stages.shared.parallel.placement import GIB, total_memory_bytes
 from stages.shared.step.memory import fit
 from stages.shared.step.memory.fit import Request
 from stages.shared.step.memory.predict import StepCounter

@@ -48,10 +48,11 @@ def main() -> None:
         import stages.shared.model.loading  # noqa: F401, PLC0415  (before peft)
 
         # isort: split
-        from stages.shared.parallel.member import joined  # noqa: PLC0415
+        from stages.shared.parallel.group import joined  # noqa: PLC0415
         from stages.train.checkpoints import claim, fingerprint, identity  # noqa: PLC0415
-        from stages.train.devices import follow, train  # noqa: PLC0415
+        from stages.train.devices import train, train_on  # noqa: PLC0415
         from stages.train.handover import hand_over  # noqa: PLC0415
+        from stages.train.recipe import Data  # noqa: PLC0415
 
     loftq = settings.train.method == "lora" and settings.lora.init == "loftq"
     read = [path for role, path in INPUTS.items() if role != "original" or loftq]
@@ -60,7 +61,7 @@ def main() -> None:
         path.stat()  # not there: told before hours of training
     with joined(device()) as member:
         if member and not member[0].is_main:
-            follow(settings, INPUTS, same, member)
+            train_on(*member, settings, INPUTS, Data.read(INPUTS), same)  # the first one writes
             return
         with claim(root(), fingerprint(same), machine().keep_checkpoints) as checkpoints:
             result = train(settings, INPUTS, checkpoints, same, member)
@@ -68,8 +69,7 @@ def main() -> None:
                 files.link_folder(checkpoints.best, partial)
                 hand_over(partial, HANDED_OVER)
             result.history.write(CURVE)
-            report = result.metrics | {"environment": result.environment}
-            files.write_report(METRICS, DETAILS, report, COMPARED)
+            files.write_report(METRICS, DETAILS, result.metrics, COMPARED)
             checkpoints.clear()
 
 

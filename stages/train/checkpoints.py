@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,24 +41,25 @@ from stages.train.config import Params
 FOLDER = ".checkpoints"
 STATE, BEST, MANIFEST, LOCK = "state.pt", "best", "manifest.json", ".lock"
 # Libraries that compute or draw; another version may round or draw otherwise.
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")
-WHERE_INSTALLED = ("liger-kernel",)
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "liger-kernel")
 Tensors = dict[str, dict[str, Any]]  # of some parameters, by name: `weight`, and optimizer states
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that shape a result."""
-    found = [name for name in WHERE_INSTALLED if find_spec(name.replace("-", "_"))]
-    libraries = {name: metadata.version(name) for name in (*LIBRARIES, *found)}
-    return {"python": platform.python_version()} | libraries
+    """Versions of Python and of the libraries that shape a result, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def code_sha256() -> str:
     """Hash of the code that dvc.yaml declares for `train`: all that it imports."""
     declared = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]["train"]["deps"]
-    code = [Path(name) for name in declared if name.startswith("stages/")]
-    sources = {p for path in code for p in (path.rglob("*.py") if path.is_dir() else [path])}
-    named = [(path.as_posix(), files.sha256(path)) for path in sorted(sources)]
+    folders = (Path(name) for name in declared if name.startswith("stages/"))
+    sources = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    named = [(path.as_posix(), files.sha256(path)) for path in sources]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
@@ -162,20 +162,16 @@ class Checkpoints:
 
         `plan` is read before any weight; `tensors` are a file each, one in memory at a time.
         """
-        target = self.folder / f"step-{step:06d}"
-        with files.whole_folder(target) as partial:
+        with files.whole_folder(self.folder / f"step-{step:06d}") as partial:
             numbered = ((f"tensors-{number:04d}.pt", some) for number, some in enumerate(tensors))
             for name, values in chain([(STATE, state)], numbered):
                 with (partial / name).open("wb") as file:  # a path's own faults have no errno
                     torch.save(values, file)
-            if self.best.exists():  # else nothing has been evaluated yet
-                files.link_folder(self.best, partial / BEST)
-            contents = {p.relative_to(partial).as_posix(): p for p in _files(partial)}
-            for path in contents.values():
+            files.link_folder(self.best, partial / BEST)
+            manifest = {"step": step, "plan": plan, "files": _hashes(partial)}
+            files.write_json(partial / MANIFEST, manifest)
+            for path in partial.rglob("*"):
                 _flush(path)
-            hashes = {name: files.sha256(path) for name, path in contents.items()}
-            files.write_json(partial / MANIFEST, {"step": step, "plan": plan, "files": hashes})
-            _flush(partial / MANIFEST)
         _flush(self.folder)
         for old in self._written()[: -self.keep]:
             shutil.rmtree(old)
@@ -192,12 +188,10 @@ class Checkpoints:
         for folder in reversed(self._written()):
             fault = _fault(folder)
             if fault is None:
-                shutil.rmtree(self.best, ignore_errors=True)
-                if (folder / BEST).exists():
-                    with files.whole_folder(self.best) as partial:
-                        files.link_folder(folder / BEST, partial)
+                with files.whole_folder(self.best) as partial:
+                    files.link_folder(folder / BEST, partial)
                 return Checkpoint(folder)
-            print(f"warning: {folder}: {fault}; passed over", file=sys.stderr)
+            print(f"warning: {folder}: {fault}; skipped", file=sys.stderr)
             shutil.rmtree(folder)
         self.clear()
         return None
@@ -213,9 +207,9 @@ class Checkpoints:
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer, shards: Shards | None) -> Iterator[Tensors]:
-    """Trained weights and optimizer states; divided ones are gathered, a block's at a time."""
+    """Trained weights and optimizer states; of sharded matrices gathered, a block's at a time."""
     names = {p: name for name, p in model.named_parameters()}
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = chain(*(group["params"] for group in optimizer.param_groups))
     states = optimizer.state
     yield {names[p]: {"weight": p.detach(), **states.get(p, {})} for p in trained if p in names}
     for some in shards.gather(lambda part: states.get(part, {})) if shards else ():
@@ -229,26 +223,24 @@ def load_tensors(
     shards: Shards | None,
     tensors: Iterable[Tensors],
 ) -> None:
-    """Restore weights and optimizer states, `groups` its options; of divided ones, this part."""
-    named, divided = dict(model.named_parameters()), shards.matrices if shards else {}
-    kept: dict[nn.Parameter, dict[str, Any]] = {}
-    for some in tensors:
-        for name, values in some.items():
-            if named[name] in divided and shards:
-                shards.keep(named[name], values, kept)
-            else:
-                kept[named[name]] = values
-    own = optimizer.state_dict()["param_groups"]
+    """Restore weights and optimizer states, `groups` its options; of sharded ones, this part."""
+    named = dict(model.named_parameters())
+    restored: dict[nn.Parameter, dict[str, Any]] = {}
+    for name, values in chain.from_iterable(some.items() for some in tensors):
+        if shards and named[name] in shards.matrices:
+            shards.keep(named[name], values, restored)
+        else:
+            restored[named[name]] = values
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     for p in trained:
-        for key, value in kept[p].items():
+        for key, value in restored[p].items():
             if key not in OF_ALL and value.numel() == p.numel():
-                kept[p][key] = value.view(p.shape)
-        p.data.copy_(kept[p].pop("weight"))
+                restored[p][key] = value.view(p.shape)
+        p.data.copy_(restored[p].pop("weight"))
+    own = optimizer.state_dict()["param_groups"]
     groups = [saved | {"params": new["params"]} for saved, new in zip(groups, own, strict=True)]
-    optim.restore(
-        optimizer, {"state": dict(enumerate(kept[p] for p in trained)), "param_groups": groups}
-    )
+    state = dict(enumerate(restored[p] for p in trained))
+    optim.restore(optimizer, {"state": state, "param_groups": groups})
 
 
 def _fault(folder: Path) -> str | None:
@@ -257,18 +249,19 @@ def _fault(folder: Path) -> str | None:
         expected = dict(Checkpoint(folder).manifest["files"])
     except (OSError, UserError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} cannot be read"
-    found = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
-    found.pop(MANIFEST)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
+    hashes = _hashes(folder)
+    for name in sorted(expected.keys() | hashes.keys()):
+        if name not in hashes:
             return f"{name} is missing"
-        if expected.get(name) != files.sha256(found[name]):
+        if hashes[name] != expected.get(name):
             return f"{name} is not what was written"
     return None
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files but the manifest, by name."""
+    paths = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {p.relative_to(folder).as_posix(): files.sha256(p) for p in sorted(paths)}
 
 
 def _flush(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training on its devices: who takes part, where they begin, and when they begin again."""
+"""Training on its devices: which processes take part, and where they begin, or begin again."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -7,28 +7,24 @@ from typing import Any
 import torch
 
 from stages.shared.core.machine import machine
-from stages.shared.model.packing import read_examples
-from stages.shared.parallel import launcher, member
-from stages.shared.parallel.group import Group
+from stages.shared.parallel import launcher
+from stages.shared.parallel.group import Group, Member, local_size
 from stages.shared.parallel.interruption import Interrupted, Interruption
 from stages.shared.step import optim, targets
 from stages.train import execution
 from stages.train.checkpoints import Checkpoint, Checkpoints
 from stages.train.config import Params
 from stages.train.execution import ExecutionPlan
-from stages.train.metrics import History, environment, metrics_of
+from stages.train.metrics import History, metrics_of
 from stages.train.recipe import Data, Inputs, Recipe, load_model
-
-SET_UP = "while it was set up; `dvc repro` begins where it began"
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Metrics, `reports/train/loss.csv`, and the machine."""
+    """Metrics, and the history for `reports/train/loss.csv`."""
 
     metrics: dict[str, Any]
     history: History
-    environment: dict[str, Any]
 
 
 def train(
@@ -36,25 +32,28 @@ def train(
     inputs: Inputs,
     checkpoints: Checkpoints,
     identity: dict[str, Any] | None = None,
-    joined: tuple[Group, torch.device] | None = None,
+    joined: Member | None = None,
 ) -> TrainResult:
     """Train to the end, from the newest checkpoint if there is one; keep `checkpoints.best`.
 
     A group of one host that loses a process begins again there, `QLORA_RESTARTS` times. Other
-    processes are compared by `identity`; `joined` as of `member.joined`.
+    processes are compared by `identity`; `joined` as of `group.joined`.
 
     Raises:
         Stopped: by a signal; a checkpoint holds all that was done.
         UserError: a parameter does not fit the model or the machine, or training diverged.
     """
-    data = read_data(inputs)
+    data = Data.read(inputs)
     restarts = machine().restarts if machine().nodes == 1 else 0
     while True:
         checkpoint = checkpoints.latest()
-        before = checkpoint.manifest["plan"] if checkpoint else None
-        local = member.local_size() if joined else None
         plan = execution.make_plan(
-            settings, inputs["model"], data.train, data.held_out, before, local
+            settings,
+            inputs["model"],
+            data.train,
+            data.held_out,
+            checkpoint.manifest["plan"] if checkpoint else None,
+            local_size() if joined else None,
         )
         if checkpoint is not None:
             print(f"going on from {checkpoint.folder}", file=sys.stderr)
@@ -67,19 +66,7 @@ def train(
             if restarts == 0:
                 raise
             restarts -= 1
-            print(f"warning: {lost.what}; its group starts again", file=sys.stderr)
-
-
-def follow(
-    settings: Params, inputs: Inputs, identity: dict[str, Any], joined: tuple[Group, torch.device]
-) -> None:
-    """Train as one of the processes that write nothing; the first one tells plan and state."""
-    train_on(*joined, settings, inputs, read_data(inputs), identity)
-
-
-def read_data(inputs: Inputs) -> Data:
-    """Read both splits."""
-    return Data(read_examples(inputs["train"]), read_examples(inputs["eval"]))
+            print(f"warning: {lost.args[0]}; its group starts again", file=sys.stderr)
 
 
 def train_on(
@@ -93,7 +80,11 @@ def train_on(
     checkpoints: Checkpoints | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> TrainResult:
-    """The training as one device runs it; `group` has all of them. The first has all arguments."""
+    """The training as one process of `group` runs it.
+
+    Plan, checkpoints and the checkpoint to resume from are the first one's, which sends them to the
+    others; they write nothing.
+    """
     with Interruption() as stop:
         try:
             with stop.at_once():
@@ -115,7 +106,8 @@ def train_on(
                     state_bytes = optim.STATE_BYTES[settings.train.optimizer]
                     checkpoints.require_space(recipe.trainable_parameters, state_bytes)
         except Interrupted:
-            raise stop.stopped("training", SET_UP) from None
+            when = "while it was set up; `dvc repro` begins where it began"
+            raise stop.stopped("training", when) from None
         group.wait()  # a signal ends the setup of each process, and what follows for all of them
         recipe.run(stop)
-        return TrainResult(metrics_of(recipe), recipe.history, environment(device))
+        return TrainResult(metrics_of(recipe), recipe.history)

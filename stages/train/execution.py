@@ -1,6 +1,5 @@
 """Execution plan: how a step is computed on this machine, which changes no result."""
 
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from stages.shared.core.machine import Machine, device, machine
 from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import Example, require_vocabulary
 from stages.shared.parallel import placement
-from stages.shared.parallel.limits import total_memory_bytes
 from stages.shared.step.memory import fit
 from stages.shared.step.memory.predict import StepCounter
 from stages.shared.step.memory.setup import (
@@ -25,10 +23,12 @@ from stages.shared.step.memory.setup import (
     setup_of,
     stored_as,
 )
-from stages.shared.weights import precision
-from stages.train.config import Params
-from stages.train.schedule import Schedule
+from stages.shared.weights import heap, precision
+from stages.train.config import Params, Schedule
 
+# The heap is trimmed above this share of the predicted memory. At 1, the default's was before each
+# step: 7,000 page faults a second instead of 130.
+TRIM_ABOVE = 1.25
 MOST_STEPS = 10_000  # that are looked at; the longest conversations stand for more
 SAVED = ["micro_batch_tokens", "gradient_checkpointing", "processes", "unfused_because", "sharded"]
 
@@ -56,6 +56,12 @@ class ExecutionPlan:
     def saved(self) -> dict[str, Any]:
         """Settings that a checkpoint holds, for a resumed training to keep to."""
         return {name: getattr(self, name) for name in SAVED}
+
+    def trim_heap(self) -> None:
+        """Return freed pages where a CPU's process has outgrown its share of the prediction."""
+        if self.device.type == "cpu" and self.predicted_bytes:
+            share = self.predicted_bytes / (self.processes // machine().nodes or 1)
+            heap.trim_above(round(TRIM_ABOVE * share))
 
 
 def make_plan(
@@ -94,7 +100,7 @@ def make_plan(
             counter,
             setup,
             Workload(_steps(settings, train)),
-            total_memory_bytes(device_type),
+            placement.total_memory_bytes(device_type),
             requested.micro_batch_tokens,
             requested.gradient_checkpointing,
             scored=frozenset(map(micro_batch_of, packing.bins(held_out, scoring.SCORING_TOKENS))),
@@ -120,9 +126,9 @@ def make_plan(
 
 
 def _steps(settings: Params, train: Sequence[Example]) -> list[list[Example]]:
-    schedule = Schedule.of(settings.train, len(train))
+    schedule = Schedule(settings.train, len(train))
     if schedule.total > MOST_STEPS:
-        return [sorted(train, key=len)[-schedule.batch_size :]]
+        return [sorted(train, key=len)[-settings.train.batch_size :]]
     return [[train[row] for row in schedule.rows(step)] for step in range(schedule.total)]
 
 
@@ -136,10 +142,3 @@ def _requested(saved: Mapping[str, Any] | None) -> Machine:
     before["fused"] = saved["unfused_because"] != SWITCHED_OFF
     unset = before.keys() - requested.model_fields_set
     return requested.model_copy(update={name: before[name] for name in unset})
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was held: by torch's allocator on a GPU, by the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -3,8 +3,10 @@
 import csv
 import os
 import platform
+import resource
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,6 @@ from stages.shared.model.packing import Example
 from stages.shared.step import targets
 from stages.shared.step.fused import gpu
 from stages.shared.weights import experts
-from stages.train import execution
 from stages.train.checkpoints import versions
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class History:
     def record_evaluation(
         self, step: int, epoch: float, eval_loss: float, expert_use: list[list[int]]
     ) -> None:
-        """Add an evaluation, and note whether it is the best so far."""
+        """Add an evaluation, which may be the best so far."""
         self.record(step, epoch=epoch, eval_loss=eval_loss)
         if expert_use:
             self.expert_use.setdefault("before", expert_use)
@@ -77,33 +78,19 @@ class History:
                 writer.writerow({k: v if k == "learning_rate" else round(v, 6) for k, v in row})
 
 
-@dataclass(frozen=True)
-class TokenCounts:
-    """Tokens of some steps, over all processes."""
-
-    tokens: int = 0
-    input_tokens: int = 0  # up to the last that predicts a supervised one
-    supervised_tokens: int = 0
-    computed_tokens: int = 0  # that went through the model, padding included
-    capacity_tokens: int = 0  # that the micro-batches could have held
-
-    @classmethod
-    def of(
-        cls, examples: Sequence[Example], micro_batches: Sequence[Sequence[Example]], limit: int
-    ) -> "TokenCounts":
-        """Counts of one step, in micro-batches of at most `limit` tokens."""
-        computed = list(map(packing.input_tokens, micro_batches))
-        return cls(
-            tokens=sum(map(len, examples)),
-            input_tokens=packing.input_tokens(examples),
-            supervised_tokens=sum(e.supervised_tokens for e in examples),
-            computed_tokens=sum(computed),
-            capacity_tokens=sum(max(limit, tokens) for tokens in computed),
-        )
-
-    def __add__(self, other: "TokenCounts") -> "TokenCounts":
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return TokenCounts(*(one + another for one, another in pairs))
+def token_counts(
+    examples: Sequence[Example], micro_batches: Sequence[Sequence[Example]], limit: int
+) -> Counter[str]:
+    """Tokens of one step over all processes, in micro-batches of at most `limit`."""
+    computed = list(map(packing.input_tokens, micro_batches))
+    return Counter(
+        tokens=sum(map(len, examples)),
+        # Up to the last one that predicts a supervised one; computed ones are with padding.
+        input_tokens=packing.input_tokens(examples),
+        supervised_tokens=sum(e.supervised_tokens for e in examples),
+        computed_tokens=sum(computed),
+        capacity_tokens=sum(max(limit, tokens) for tokens in computed),
+    )
 
 
 def metrics_of(training: "Recipe") -> dict[str, Any]:
@@ -127,10 +114,10 @@ def metrics_of(training: "Recipe") -> dict[str, Any]:
         "stopped_early": training.step < training.schedule.total,
         "peak_memory_bytes": _peak_memory_bytes(training),
         "predicted_memory_bytes": plan.predicted_bytes,
-        "tokens_per_second": round(counts.tokens / training.seconds, 1),
-        "supervised_tokens_per_second": round(counts.supervised_tokens / training.seconds, 1),
-        "padding_fraction": 1 - counts.input_tokens / counts.computed_tokens,
-        "packing_efficiency": round(counts.input_tokens / counts.capacity_tokens, 4),
+        "tokens_per_second": round(counts["tokens"] / training.seconds, 1),
+        "supervised_tokens_per_second": round(counts["supervised_tokens"] / training.seconds, 1),
+        "padding_fraction": 1 - counts["input_tokens"] / counts["computed_tokens"],
+        "packing_efficiency": round(counts["input_tokens"] / counts["capacity_tokens"], 4),
         "device": plan.device.type,
         "devices": plan.processes,
         "optimizer": type(training.optimizer).__name__,
@@ -139,15 +126,17 @@ def metrics_of(training: "Recipe") -> dict[str, Any]:
         "path": path,
         "checkpoint_bytes": training.checkpoints.newest_bytes(),
         "resumed_from_step": training.resumed_from,
+        "environment": _environment(plan.device),
     }
 
 
 def _peak_memory_bytes(training: "Recipe") -> int:
-    """Of the first device; of a CPU, which they share, the sum of all processes."""
+    """Of the first GPU, by torch's allocator; of a CPU, resident in all processes together."""
     device = training.plan.device
-    peak = torch.tensor(execution.peak_memory_bytes(device), device=device)
-    if device.type == "cpu":
-        training.group.all_reduce([peak])
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    training.group.all_reduce([peak])
     return int(peak)
 
 
@@ -155,23 +144,17 @@ def _mixture(training: "Recipe") -> dict[str, Any]:
     """Metrics of a mixture: trained kinds, load-balancing loss, use of experts."""
     if not experts.layers(training.model):
         return {}
-    history = training.history
+    history, router = training.history, training.router
     loss = history.mean("router_aux_loss", history.best_step, training.schedule.per_epoch)
     return {
         "trainable_by_kind": targets.trainable_by_kind(training.model),
-        "router_aux_loss": {
-            "weight": training.router.weight if training.router else 0.0,
-            "loss": loss,
-        },
-        "expert_use": {when: expert_use(use) for when, use in history.expert_use.items()},
+        "router_aux_loss": {"weight": router.weight if router else 0.0, "loss": loss},
+        "expert_use": {when: _expert_use(use) for when, use in history.expert_use.items()},
     }
 
 
-def expert_use(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Shares of the tokens that went to each expert of a layer.
-
-    `idle` experts got none; `largest` is the largest share, in even shares.
-    """
+def _expert_use(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Shares of a layer's tokens by expert; `largest` is relative to an even share."""
     shares = [[round(n / sum(layer), 5) for n in layer] for layer in tokens]
     return {
         "idle": sum(n == 0 for layer in tokens for n in layer),
@@ -180,26 +163,17 @@ def expert_use(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and threads.
-
-    With the same of all these, and the same resolved settings, a training repeats byte for byte.
-    """
+def _environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads; with the same, and the same plan, training is repeatable."""
     on_gpu = device.type == "cuda"
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    processors = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else next(processors, "unknown"),
         "threads": torch.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0)),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda if on_gpu else None,
     }
-
-
-def _cpu() -> str:
-    """The processor's name, as Linux has it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"

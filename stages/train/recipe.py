@@ -1,21 +1,21 @@
 """QLoRA training, top to bottom: set up, loop, step, evaluate, checkpoint, save.
 
-A frozen base model in 4 bits, a LoRA adapter in fp32 on its linear layers, and AdamW on the adapter
-alone. A step takes `train.batch_size` conversations, packed end to end into micro-batches.
-Its loss is the mean over the supervised tokens of all of them (by weight, where the data has
-weights), whichever micro-batch or process computed it. Held-out conversations are scored before the
-first step and when an evaluation is due; the weights of the best evaluation are kept. Everything
-random is a function of the seed and the step, so that a training resumed from a checkpoint ends
-with the same bytes.
+The base model is frozen, its linear layers quantized to 4 bits. Beside each lies a LoRA adapter,
+two small matrices in fp32, and AdamW updates these alone. A step takes `train.batch_size`
+conversations, packed end to end into micro-batches. Its loss is the mean over the supervised tokens
+of all of them (by weight, where the data has weights), whichever micro-batch or process computed
+it. Held-out conversations are scored before the first step and when an evaluation is due; the
+weights of the best evaluation are kept. All randomness is a function of the seed and the step, so
+that a training resumed from a checkpoint ends with the same bytes.
 
 Source: Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs.
 """
 
 import math
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -36,12 +36,11 @@ from stages.shared.step import adapter, gradient, optim, router_loss
 from stages.shared.step.config import Train
 from stages.shared.step.fused.patch import fuse
 from stages.shared.step.router_loss import RouterLoss
-from stages.shared.weights import experts, heap
+from stages.shared.weights import experts
 from stages.train.checkpoints import Checkpoints, Tensors, load_tensors, tensors_of
-from stages.train.config import Params
+from stages.train.config import Params, Schedule
 from stages.train.execution import ExecutionPlan
-from stages.train.metrics import History, TokenCounts
-from stages.train.schedule import Schedule
+from stages.train.metrics import History, token_counts
 
 if TYPE_CHECKING:  # at run time stages.shared.model is imported before these
     from peft import PeftModel
@@ -50,17 +49,18 @@ if TYPE_CHECKING:  # at run time stages.shared.model is imported before these
 # Paths of `train` and `eval` conversations, the `model`, and its `original` weights (for LoftQ).
 Inputs = Mapping[str, Path]
 
-# The heap is trimmed above this share of the predicted memory. At 1, the default's was before each
-# step: 7,000 page faults a second instead of 130.
-TRIM_ABOVE = 1.25
-
 
 @dataclass(frozen=True)
 class Data:
-    """Conversations of both splits."""
+    """Tokenized conversations of both splits."""
 
     train: list[Example]
     held_out: list[Example]
+
+    @classmethod
+    def read(cls, inputs: Inputs) -> "Data":
+        """Read both splits."""
+        return cls(packing.read_examples(inputs["train"]), packing.read_examples(inputs["eval"]))
 
 
 def load_model(
@@ -92,38 +92,39 @@ class Recipe:
         checkpoints: Checkpoints,
         group: Group,
     ) -> None:
-        """Set up fused modules, optimizer and schedule."""
+        """Set up fused modules, sharding, optimizer and schedule."""
         self.model, self.data, self.params, self.plan = model, data, params, plan
         self.checkpoints, self.group = checkpoints, group
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_parameters = sum(p.numel() for p in trainable)
-        on_gpu, full = plan.device.type == "cuda", params.method == "full"
-        divide = partial(Shards, model, group, plan.device, trained=full)
-        self.shards = divide() if plan.sharded and on_gpu else None
+
+        on_gpu = plan.device.type == "cuda"
+        shard = partial(Shards, model, group, plan.device, trained=params.method == "full")
+        self.shards = shard() if plan.sharded and on_gpu else None
         if plan.fused:
-            fuse(model)  # undoes double quantization, on a CPU alone
+            fuse(model)  # of weights on a CPU it undoes double quantization: a GPU's have moved
         if plan.sharded and not on_gpu:
-            self.shards = divide()
+            self.shards = shard()
         if plan.gradient_checkpointing:
             model.config.use_cache = False
             model.activation_checkpointing_enable({"use_reentrant": False})
-        # In full fine-tuning a process trains its part of each matrix that is divided.
-        self.divided = self.shards.matrices if self.shards else {}
+        # Sharded full fine-tuning trains this process's part of each matrix, and the rest whole.
+        self.sharded = self.shards.matrices if self.shards else {}
         self.parts = self.shards.trained if self.shards else []
-        self.trainable = [p for p in trainable if p not in self.divided]
-        weight = router_loss.weight_of(model.config, params.router_aux_loss)
-        self.router = RouterLoss(model, weight) if weight else None
+        self.whole = [p for p in trainable if p not in self.sharded]
 
-        self.schedule = Schedule.of(params, len(data.train))
-        self.optimizer = optim.make_optimizer([*self.trainable, *self.parts], params, plan.device)
-        self.scheduler = optim.make_scheduler(self.optimizer, self.params, self.schedule.total)
+        self.schedule = Schedule(params, len(data.train))
+        self.optimizer = optim.make_optimizer([*self.whole, *self.parts], params, plan.device)
+        self.scheduler = optim.make_scheduler(self.optimizer, params, self.schedule.total)
         # fp16 has too few exponents for small gradients: on a GPU the loss is scaled up.
-        fp16 = plan.device.type == "cuda" and plan.compute_dtype == torch.float16
+        fp16 = on_gpu and plan.compute_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=fp16)
+        weight = router_loss.weight_of(model.config, params.router_aux_loss)
+        self.router = RouterLoss(model, weight) if weight else None  # of a mixture of experts
 
         self.step = 0  # optimizer steps that are done
         self.history = History()
-        self.counts = TokenCounts()
+        self.counts = Counter[str]()  # tokens
         self.seconds = 0.0  # in steps; evaluations and checkpoints are left out
         self.resumed_from: int | None = None
         self.checkpointed: int | None = None
@@ -138,15 +139,13 @@ class Recipe:
                 try:
                     if self._evaluation_is_due():
                         self.evaluate(stop)
-                        self._write_history()
-                    if self.group.any(stop.heard is not None):
+                    if any(self.group.gather(stop.heard is not None)):
                         break
                     if self._checkpoint_is_due():
                         self.checkpoint()
                     if self._is_finished():
                         return
                     loss = self.take_step(stop)
-                    self._write_history()
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     bar.update()
                 except Interrupted:
@@ -172,16 +171,20 @@ class Recipe:
         out_of_patience = self.history.evaluations_since_best >= self.params.patience
         return self.step == self.schedule.total or out_of_patience
 
+    def _repeatable(self, stop: Interruption) -> AbstractContextManager[None]:
+        """Context of work that changes no weight: on one device a signal aborts it at once."""
+        return stop.at_once() if self.group.size == 1 else nullcontext()
+
     # ------------------------------------------------------------------------------------- step
 
     def take_step(self, stop: Interruption) -> float:
-        """Gradient, clipping, optimizer, schedule; returns the loss, nats a supervised token."""
+        """Gradient, clipping, AdamW, schedule; returns the loss, nats a supervised token."""
         started = time.perf_counter()
         with self._repeatable(stop):
             loss, counts = self.backward()
         self.scaler.unscale_(self.optimizer)
-        most, all_reduce = self.params.max_grad_norm, self.group.all_reduce
-        norm = gradient.clip(self.trainable, self.parts, most, all_reduce)
+        limit, all_reduce = self.params.max_grad_norm, self.group.all_reduce
+        norm = gradient.clip(self.whole, self.parts, limit, all_reduce)
         rate = self.optimizer.param_groups[0]["lr"]
         self._refuse_nonfinite(loss, norm, rate)
         self.scaler.step(self.optimizer)
@@ -190,30 +193,28 @@ class Recipe:
         self.optimizer.zero_grad(set_to_none=True)  # an evaluation needs the memory
 
         self.step += 1
+        self.counts.update(counts)
+        self.seconds += time.perf_counter() - started
         self.history.record(
             self.step,
-            epoch=self.schedule.epochs_after(self.step),
+            epoch=self.step / self.schedule.per_epoch,
             learning_rate=rate,
             loss=loss,
             gradient_norm=norm,
             **({"router_aux_loss": self.router.total.item()} if self.router else {}),
         )
-        self.counts += counts
-        self.seconds += time.perf_counter() - started
+        self._write_history()
         return loss
 
-    def backward(self) -> tuple[float, TokenCounts]:
+    def backward(self) -> tuple[float, Counter[str]]:
         """Gradient of the step's mean loss, summed over the group, in the parameters' `grad`."""
-        if self.plan.device.type == "cpu" and self.plan.predicted_bytes:
-            share = self.plan.predicted_bytes / (self.group.size // machine().nodes or 1)
-            heap.trim_above(round(TRIM_ABOVE * share))
+        self.plan.trim_heap()
         self.model.train()
-        self.schedule.seed(self.step, self.group.rank)
+        torch.manual_seed(self.schedule.seed(self.step, self.group.rank))  # of dropout
         examples = [self.data.train[row] for row in self.schedule.rows(self.step)]
         limit = self.plan.micro_batch_tokens
         packs = self.group.size == 1 or packing.may_pack(self.model.config)
         parts = packing.partition(examples, limit if packs else 1, self.group.size)
-        counts = TokenCounts.of(examples, list(chain(*parts)), limit)
         loss = gradient.accumulate(
             self.model,
             packing.even_passes(parts, packs)[self.group.rank],
@@ -223,9 +224,9 @@ class Recipe:
             scaler=self.scaler,
             all_reduce=self.group.all_reduce,
             router=self.router,
-            scattered=self.divided,
+            scattered=self.sharded,
         )
-        return loss.item(), counts
+        return loss.item(), token_counts(examples, list(chain(*parts)), limit)
 
     def _refuse_nonfinite(self, loss: float, norm: float, rate: float) -> None:
         """Stop before the optimizer has touched a weight."""
@@ -242,9 +243,14 @@ class Recipe:
     # --------------------------------------------------------------------------------- evaluate
 
     def evaluate(self, stop: Interruption) -> None:
-        """Score with the evaluator's scorer; keep the weights if they are the best so far."""
-        plan = self.plan
-        with self._as_saved():
+        """Score with the evaluator's scorer; keep the weights if they are the best so far.
+
+        Meanwhile the weights have the values that their file will hold.
+        """
+        plan, group = self.plan, self.group
+        dtypes = plan.storage_dtype, plan.compute_dtype
+        shards_as_saved = self.shards.as_saved(*dtypes) if self.shards else nullcontext()
+        with shards_as_saved, adapter.as_saved(self.model, *dtypes):
             with self._repeatable(stop), experts.counted(self.model) as use:
                 sums, tokens = scoring.score(
                     self.model,
@@ -252,10 +258,10 @@ class Recipe:
                     plan.device,
                     plan.compute_dtype,
                     "held-out loss",
-                    (self.group.rank, self.group.size),
+                    (group.rank, group.size),
                 )
             scored, use = torch.from_numpy(sums).to(plan.device), use.to(plan.device)
-            self.group.all_reduce([scored, *([use] if use.numel() else [])])
+            group.all_reduce([scored, *([use] if use.numel() else [])])
             loss = scoring.mean_loss(scored.cpu().numpy(), tokens)
             if not math.isfinite(loss):
                 raise UserError(
@@ -264,19 +270,52 @@ class Recipe:
                 )
             if loss < self.history.best_loss:
                 self._save_best()
-        epoch = self.schedule.epochs_after(self.step)
+        epoch = self.step / self.schedule.per_epoch
         self.history.record_evaluation(self.step, epoch, loss, use.tolist())
+        self._write_history()
 
-    @contextmanager
-    def _as_saved(self) -> Iterator[None]:
-        """Context with the weights as their file will hold them."""
-        dtypes = self.plan.storage_dtype, self.plan.compute_dtype
-        parts = self.shards.as_saved(*dtypes) if self.shards else nullcontext()
-        with parts, adapter.as_saved(self.model, *dtypes):
-            yield
+    def _write_history(self) -> None:
+        """Write the curve so far, for whoever watches."""
+        if self.group.is_main:
+            self.history.write(self.checkpoints.folder / "loss.csv")
+
+    # ------------------------------------------------------------------------------- checkpoint
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self.checkpointed != self.step:
+            tensors = tensors_of(self.model, self.optimizer, self.shards)
+            if self.group.is_main:
+                self.checkpoints.write(self.step, self._state(), self.plan.saved, tensors)
+            for _ in tensors:  # every process takes part in gathering them
+                pass
+        self.checkpointed = self.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "groups": self.optimizer.state_dict()["param_groups"],
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": asdict(self.history),
+            "counts": dict(self.counts),
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, state: dict[str, Any], tensors: Iterable[Tensors]) -> None:
+        """Restore the state of a checkpoint."""
+        load_tensors(self.model, self.optimizer, state["groups"], self.shards, tensors)
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = self.resumed_from = self.checkpointed = state["step"]
+        self.history = History(**state["history"])
+        self.counts = Counter(state["counts"])
+        self.seconds = state["seconds"]
+
+    # ------------------------------------------------------------------------------------- save
 
     def _save_best(self) -> None:
-        """Write the weights as `best`; the first process gathers those that are divided."""
+        """Write the weights as `best`; the first process gathers those that are sharded."""
         dtype, is_main = self.plan.storage_dtype, self.group.is_main
         gathered = {
             matrix: values["weight"].view(matrix.shape).to(dtype)
@@ -287,45 +326,3 @@ class Recipe:
         if is_main:
             with files.whole_folder(self.checkpoints.best) as folder:
                 adapter.save(self.model, folder, dtype, gathered)
-
-    def _repeatable(self, stop: Interruption) -> AbstractContextManager[None]:
-        """Context of work that a signal aborts on one device, as none of it is kept."""
-        return stop.at_once() if self.group.size == 1 else nullcontext()
-
-    # ------------------------------------------------------------------------------- checkpoint
-
-    def checkpoint(self) -> None:
-        """Write a checkpoint of this step, unless there is one."""
-        if self.checkpointed != self.step:
-            tensors = tensors_of(self.model, self.optimizer, self.shards)
-            if self.group.is_main:
-                self.checkpoints.write(self.step, self._state(), self.plan.saved, tensors)
-            deque(tensors, 0)  # gathered by all
-        self.checkpointed = self.step
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "groups": self.optimizer.state_dict()["param_groups"],
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "history": asdict(self.history),
-            "counts": asdict(self.counts),
-            "seconds": self.seconds,
-        }
-
-    def load_state(self, state: dict[str, Any], tensors: Iterable[Tensors]) -> None:
-        """Restore the state of a checkpoint."""
-        groups = state["groups"]
-        load_tensors(self.model, self.optimizer, groups, self.shards, tensors)
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step = self.resumed_from = self.checkpointed = state["step"]
-        self.history = History(**state["history"])
-        self.counts = TokenCounts(**state["counts"])
-        self.seconds = state["seconds"]
-
-    def _write_history(self) -> None:
-        """Write the curve so far, for whoever watches."""
-        if self.group.is_main:
-            self.history.write(self.checkpoints.folder / "loss.csv")

@@ -95,7 +95,7 @@ def with_a_stranger(folder: Path) -> None:
         (with_a_stranger, "best/other.bin is not what was written"),
     ],
 )
-def test_a_damaged_one_is_passed_over_with_a_warning(
+def test_a_damaged_one_is_skipped_with_a_warning(
     kept: Checkpoints,
     damage: Callable[[Path], None],
     told: str,
@@ -106,7 +106,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning(
     assert found is not None
     assert found.manifest["step"] == 10
     assert (kept.best / "adapter.bin").read_text() == "best at 10"
-    assert f"step-000015: {told}; passed over" in capsys.readouterr().err
+    assert f"step-000015: {told}; skipped" in capsys.readouterr().err
     damage(kept.folder / "step-000010")
     assert kept.latest() is None
     assert not kept.folder.exists()

@@ -11,7 +11,7 @@ from stages.shared.core.errors import UserError
 from stages.shared.model.packing import read_examples
 from stages.shared.step.memory import fit
 from stages.shared.weights import heap
-from stages.train import recipe
+from stages.train import execution
 from stages.train.execution import ExecutionPlan, make_plan
 from tests import tiny
 from tests.train.running import run, settings, train_on
@@ -100,4 +100,4 @@ def test_unset_settings_are_chosen_and_set_ones_kept(
     assert metrics["micro_batch_tokens"] == (tokens or fit.MICRO_BATCH_TOKENS["cpu"][0])
     assert metrics["gradient_checkpointing"] == bool(tokens)
     assert 0 < metrics["predicted_memory_bytes"] - fit.PROCESS_BYTES < 3e7
-    assert limits == [round(recipe.TRIM_ABOVE * metrics["predicted_memory_bytes"])] * 2
+    assert limits == [round(execution.TRIM_ABOVE * metrics["predicted_memory_bytes"])] * 2

@@ -230,7 +230,7 @@ def test_a_worker_that_is_stopped_ends_in_one_line(space: Workspace) -> None:
     assert "Traceback" not in printed
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     space: Workspace, uninterrupted: dict[str, str]
 ) -> None:
     kill_at(space, 20)
@@ -238,7 +238,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     with (newest / "state.pt").open("r+b") as file:
         file.seek(2000)
         file.write(b"\x00\xff")
-    assert f"{newest.name}: state.pt is not what was written; passed over" in finish(space)
+    assert f"{newest.name}: state.pt is not what was written; skipped" in finish(space)
     assert resumed_from(space) == int(older.name[5:])
     assert outcome(space) == uninterrupted
 

@@ -3,18 +3,18 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from stages.shared.core.errors import SIGNALS, Signalled, Stopped
 
 
 class Interrupted(Signalled):
-    """A signal came in a computation that can be repeated."""
+    """A signal came in work that can be repeated."""
 
 
 class Interruption:
-    """While entered, a first signal is noted in `heard`; a second Ctrl-C stops at once."""
+    """Context in which a first signal is recorded in `heard`; a second Ctrl-C stops at once."""
 
     heard: signal.Signals | None = None
     _repeatable = False
@@ -24,12 +24,7 @@ class Interruption:
         self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -48,7 +43,7 @@ class Interruption:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Around work that changes nothing that is kept: a signal ends it with `Interrupted`."""
+        """Context of work that can be repeated: a signal ends it with `Interrupted`."""
         self._repeatable = True
         try:
             if self.heard is not None:

@@ -1,7 +1,7 @@
 """Launcher: one process a device, which torch's elastic agent starts and watches.
 
-`launch` starts those of this host. Where torchrun or Slurm has started them, `member.joined` takes
-part. On several hosts the leader's are started by `launch`, and the others' by torchrun.
+`launch` starts those of this host; those of other hosts are started by torchrun. Where torchrun or
+Slurm has started all of them, `group.joined` takes part instead.
 """
 
 import logging
@@ -21,31 +21,40 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import (
-    RendezvousConnectionError,
-    RendezvousTimeoutError,
-)
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stages.shared.core.errors import SIGNALS, UserError
 from stages.shared.core.machine import machine
-from stages.shared.parallel import member, worker
-from stages.shared.parallel.group import Group
+from stages.shared.parallel import worker
+from stages.shared.parallel.group import GONE, LOST, Group, Member, own_address
 from stages.shared.parallel.interruption import Interruption
 
 AGENT_SECONDS = 5  # for the agent to notice that all of its processes have ended
 RUN_ID = "none"  # torchrun's, unless --rdzv-id is given
 
 
-class WorkerLost(UserError):  # noqa: N818  (what is told, not raised here)
-    """A process was killed, or ended without a word: the same may succeed another time."""
+class WorkerLost(UserError):  # noqa: N818  (the message is the whole error)
+    """A process was killed, or ended without an error: the same may succeed another time."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"{what}. If the machine ran out of memory, lower QLORA_MICRO_BATCH_TOKENS or "
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]}. If the machine ran out of memory, lower QLORA_MICRO_BATCH_TOKENS or "
             "QLORA_DEVICES; then run it again."
         )
-        self.what = what
+
+
+def compute(
+    member: Member | None, target: torch.device, shards: int, work: Callable[..., Any], *args: Any
+) -> Any:
+    """Call `work(group, device, sharded, *args)`; returns what the first process returns.
+
+    `member` as of `group.joined`, `shards` of `placement.shards_for`; `work` is one for `launch`
+    that makes the same passes in all processes.
+    """
+    if member:
+        return work(*member, shards > 1, *args)
+    return launch(shards, target, work, shards > 1, *args)
 
 
 def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any) -> Any:
@@ -62,7 +71,7 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
     """
     if size == 1:
         return work(Group(), device, *args)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_cause` reports
     nodes, endpoint = machine().nodes, machine().endpoint or "localhost:0"
     with TemporaryDirectory() as scratch, Interruption() as stop:
         folder = Path(scratch)
@@ -75,7 +84,7 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
             rdzv_backend="c10d",
             rdzv_endpoint=endpoint,
             rdzv_configs={"is_host": True},
-            local_addr=member.own_address(endpoint) if nodes > 1 else "localhost",
+            local_addr=own_address(endpoint) if nodes > 1 else "localhost",
             logs_specs=DefaultLogsSpecs(log_dir=f"{scratch}/logs"),
             max_restarts=0,
             monitor_interval=0.1,
@@ -86,17 +95,17 @@ def launch(size: int, device: torch.device, work: Callable[..., Any], *args: Any
         finally:
             for process in _running(folder):
                 os.kill(process, signal.SIGKILL)
-            # The earliest error: those of the others, who wait in vain, come after it.
+            # The earliest error is the cause of the others.
             errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-            left = [*errors, *folder.glob("answer")]
-            if not left:
+            results = [*errors, *folder.glob("result")]
+            if not results:
                 print(file=sys.stderr)  # ends the progress bar of one that was killed
-        answer: Any = _ended(agent.failure, size, stop)
-        if left:
-            answer = pickle.loads(left[0].read_bytes())  # noqa: S301  (our own)
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+        if not results:
+            raise _cause(agent.failure, size, stop)
+        result: Any = pickle.loads(results[0].read_bytes())  # noqa: S301  (our own)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 class _Agent(Thread):
@@ -118,29 +127,28 @@ class _Agent(Thread):
         command = ("-m", worker.__name__, str(self._folder), str(os.getpid()))
         try:
             elastic_launch(self._config, sys.executable)(*command)
-        except Exception as failure:  # told by `launch`
+        except Exception as failure:  # raised by `launch`
             self.failure = failure
 
     def watch(self, stop: Interruption) -> None:
         """Pass signals on until all workers have ended, whatever the agent waits for."""
-        told = set[int]()
+        signalled = set[int]()
         last = time.monotonic()
         signal.signal(signal.SIGTSTP, self._pause)
         while self.is_alive():
             self.join(0.2)
             running = _running(self._folder)
-            for process in running - told:
-                if stop.heard:
-                    with suppress(ProcessLookupError):
-                        os.kill(process, stop.heard)
-                    told.add(process)
+            for process in running - signalled if stop.heard else ():
+                with suppress(ProcessLookupError):
+                    os.kill(process, stop.heard)
+                signalled.add(process)
             if running or not any(self._folder.glob("*.started")):
                 last = time.monotonic()
             if time.monotonic() - last > AGENT_SECONDS:
                 return
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-Z and `fg`, which workers do not hear: their sessions are their own."""
+        """Pass on Ctrl-Z and `fg`, which do not reach the workers' own sessions."""
         for process in (*_running(self._folder), os.getpid()):
             os.kill(process, signal.SIGSTOP)
         for process in _running(self._folder):
@@ -149,19 +157,17 @@ class _Agent(Thread):
 
 def _running(folder: Path) -> set[int]:
     """Workers that have started, and have not ended."""
-
-    def ended(process: int) -> bool:
-        try:
-            return bool(os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT))
-        except ChildProcessError:  # the agent has seen its end
-            return True
-
-    started = (int(path.stem) for path in folder.glob("*.started"))
-    return {process for process in started if not ended(process)}
+    running = {int(path.stem) for path in folder.glob("*.started")}
+    for process in [*running]:
+        with suppress(ChildProcessError):  # the agent has seen its end
+            if not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                continue
+        running.remove(process)
+    return running
 
 
-def _ended(failure: Exception | None, size: int, stop: Interruption) -> Exception:
-    """Why no process has left an answer or an error."""
+def _cause(failure: Exception | None, size: int, stop: Interruption) -> Exception:
+    """The error where no process has left a result or an error of its own."""
     if stop.heard:
         return stop.stopped("the stage", "before its end; `dvc repro` starts it again")
     if isinstance(failure, RendezvousTimeoutError):
@@ -176,12 +182,11 @@ def _ended(failure: Exception | None, size: int, stop: Interruption) -> Exceptio
         )
     if failure and not isinstance(failure, ChildFailedError):
         return failure
-    # Those that the agent ended itself, or that lost another one, are not the cause.
-    consequences = (member.LOST, -signal.SIGTERM)
-    failures = failure.failures if isinstance(failure, ChildFailedError) else {}
-    causes = [f for f in failures.values() if f.exitcode not in consequences]
+    failures = failure.failures.values() if isinstance(failure, ChildFailedError) else ()
+    # The agent ends the others by SIGTERM, or they end as their peer is lost.
+    causes = [f for f in failures if f.exitcode not in (LOST, -signal.SIGTERM)]
     if not causes and machine().nodes > 1:
-        return UserError(member.GONE)
+        return UserError(GONE)
     who, how = f"one of {size} processes", "without a word"
     if causes:
         code = causes[0].exitcode

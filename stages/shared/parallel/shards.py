@@ -12,7 +12,7 @@ Every process must run the same passes in the same order (`packing.even_passes`)
 Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 5 (stage 3).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -24,7 +24,7 @@ from torch import distributed, nn
 
 from stages.shared.model.loading import blocks_of, without_adapter
 from stages.shared.parallel.group import Group, peers
-from stages.shared.parallel.units import BLOCK, Unit, as_bytes, is_tied, lay_out
+from stages.shared.parallel.units import BLOCK, Buffer, Unit, as_bytes, is_tied, lay_out
 from stages.shared.weights.bnb import Linear8bitLt
 
 OF_ALL = {"step", "qmap1", "qmap2"}  # states of an optimizer that belong to no weight
@@ -71,13 +71,11 @@ class Shards:
             p.data = p.data.float()  # masters of what is whole
 
         *self._blocks, embedding, head = of_all
-        self._ends = {end: self._buffer([end]) for end in (embedding, head)}
-        self._slots = [self._buffer(self._blocks) for _ in range(2)]
-        self._gradients = self._buffer(self.units if trained else [])
-        self.buffers = [*self._slots, *self._ends.values(), self._gradients]
-        self._held: list[int | None] = [None, None]  # the block in each slot
-        self._pending: list[Any] = [None, None]
-        self._open: Unit | None = None  # the end that is gathered
+        self._slots = [Buffer(self._blocks, device) for _ in range(2)]
+        self._ends = {end: Buffer([end], device) for end in (embedding, head)}
+        self._gathered = [*self._slots, *self._ends.values()]
+        self._gradients = Buffer(self.units if trained else [], device)
+        self.buffers = [buffer.bytes for buffer in (*self._gathered, self._gradients)]
         self._returning: Unit | None = None  # through which the backward pass goes
         self._assign(self._dtype)
         for index, block in enumerate(modules[:-2]):
@@ -88,21 +86,15 @@ class Shards:
         for module, unit in zip(modules[-2:], (embedding, head), strict=True):
             module.register_forward_hook(_before_backward(partial(self._return_through, unit)))
 
-    def _buffer(self, units: Sequence[Unit]) -> torch.Tensor:
-        """Bytes of the largest unit, without storage."""
-        size = max((len(unit.shard) for unit in units), default=0) * self._size
-        buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        _resize(buffer, 0)
-        return buffer
-
     def _assign(self, dtype: torch.dtype | None) -> None:
         """Make all matrices views of the buffers, which hold nothing yet; masters in `dtype`."""
         self._dtype = dtype
         for unit, buffer in self._ends.items():
-            unit.assign(_resize(buffer), dtype)
+            unit.assign(buffer.allocate(), dtype)
         for index, unit in enumerate(self._blocks):
-            unit.assign(_resize(self._slots[index % 2]), dtype)
-        self._release()  # views of a buffer stay what they are
+            unit.assign(self._slots[index % 2].allocate(), dtype)
+        for buffer in self._gathered:
+            buffer.release()
 
     # ---------------------------------------------------------------------------------- weights
 
@@ -122,51 +114,22 @@ class Shards:
 
     def _gather(self, index: int, step: int) -> None:
         """Have a block's weights in their buffer, and begin with those of the next."""
-        self._release_end()
-        self._start(index)
-        self._wait(index % 2)
-        if 0 <= index + step < len(self._blocks):
-            self._start(index + step)
-
-    def _start(self, index: int) -> None:
-        slot, unit = index % 2, self._blocks[index]
-        if self._held[slot] != index and unit.layout:
-            self._wait(slot)
-            self._pending[slot] = self._fill(self._slots[slot], unit)
-            self._held[slot] = index
-
-    def _fill(self, buffer: torch.Tensor, unit: Unit) -> Any:
-        """Begin to gather a unit; returns what can be waited for."""
-        whole = _resize(buffer)[: len(unit.shard) * self._size]
-        with peers():
-            return distributed.all_gather_single(whole, unit.shard, async_op=True)
-
-    def _wait(self, slot: int) -> None:
-        pending, self._pending[slot] = self._pending[slot], None
-        if pending:
-            with peers():
-                pending.wait()
+        for end in self._ends.values():
+            end.release()
+        slot, following = self._slots[index % 2], index + step
+        slot.gather(self._blocks[index])
+        slot.wait()
+        if 0 <= following < len(self._blocks):
+            self._slots[following % 2].gather(self._blocks[following])
 
     def _gather_end(self, unit: Unit) -> None:
         """Have the embedding or the head whole, and no block, until a block computes."""
-        if self._open is not unit and unit.layout:
-            self._release()
-            self._pending[0] = self._fill(self._ends[unit], unit)
-            self._wait(0)
-            self._open = unit
-
-    def _release(self) -> None:
-        """Free all that is gathered."""
-        self._release_end()
-        for slot, buffer in enumerate(self._slots):
-            self._wait(slot)
-            self._held[slot] = None
-            _resize(buffer, 0)
-
-    def _release_end(self) -> None:
-        for buffer in self._ends.values():
-            _resize(buffer, 0)
-        self._open = None
+        end = self._ends[unit]
+        if end.unit is not unit and unit.layout:
+            for buffer in self._gathered:
+                buffer.release()
+            end.gather(unit)
+            end.wait()
 
     # --------------------------------------------------------------------------------- training
 
@@ -178,7 +141,7 @@ class Shards:
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._scatter)  # of the last one, after the pass
         self._scatter()
-        whole = _resize(self._gradients, len(unit.shard) * self._size).zero_().view(torch.float32)
+        whole = self._gradients.allocate(unit.size).zero_().view(torch.float32)
         for view in unit.layout:
             gradient = whole[view.offset // 4 :][: view.shape.numel()].view(view.shape)
             if view.parameter.grad is not None:  # a router's loss comes first
@@ -193,8 +156,7 @@ class Shards:
             return
         for view in unit.layout:
             view.parameter.grad = None
-        size = len(unit.shard) * self._size
-        parts = self._gradients[:size].view(torch.float32).view(self._size, -1)
+        parts = self._gradients.bytes[: unit.size].view(torch.float32).view(self._size, -1)
         with peers():
             if self._device.type == "cpu":  # gloo's reduce-scatter is that of a copy
                 distributed.all_reduce(parts)
@@ -203,25 +165,28 @@ class Shards:
         if unit.trained.grad is None:
             unit.trained.grad = torch.zeros_like(unit.trained)
         unit.trained.grad[:, 0] += parts[self._rank]
-        _resize(self._gradients, 0)
+        self._gradients.release()
 
     @contextmanager
     def as_saved(self, storage_dtype: torch.dtype, compute_dtype: torch.dtype) -> Iterator[None]:
-        """As `masters.as_saved`, which passes over what needs no gradient meanwhile."""
-        masters = [unit.shard for unit in self.units if self.trained]
-        for unit, shard in zip(self.units, masters, strict=False):
+        """As `masters.as_saved`, which skips what needs no gradient meanwhile."""
+        if not self.trained:
+            yield
+            return
+        masters = [unit.shard for unit in self.units]
+        for unit, shard in zip(self.units, masters, strict=True):
             rounded = shard.view(torch.float32).to(storage_dtype).to(compute_dtype)
             unit.shard = rounded.view(torch.uint8)
-        for matrix in self.matrices if self.trained else ():
+        for matrix in self.matrices:
             matrix.requires_grad_(False)
-        self._assign(compute_dtype if self.trained else None)
+        self._assign(compute_dtype)
         try:
             yield
         finally:
-            for unit, shard in zip(self.units, masters, strict=False):
+            for unit, shard in zip(self.units, masters, strict=True):
                 unit.shard = shard
-            self._assign(torch.float32 if self.trained else None)
-            for matrix in self.matrices if self.trained else ():
+            self._assign(torch.float32)
+            for matrix in self.matrices:
                 matrix.requires_grad_(True)
 
     def gather(
@@ -234,22 +199,23 @@ class Shards:
         for unit in self.units if self.trained else ():
             assert unit.trained is not None and self._dtype
             whole = {"weight": unit.shard.view(self._dtype), **states(unit.trained)}
-            weights = unit.trained.numel() * self._size
-            for name in whole.keys() - OF_ALL:
+            for name in sorted(whole.keys() - OF_ALL):  # a set's order is each process's own
                 own = as_bytes(whole[name]).to(self._device)
                 every = own.new_empty(len(own) * self._size)
                 with peers():
                     distributed.all_gather_single(every, own)
                 whole[name] = every.cpu().view(whole[name].dtype)
-            found: dict[nn.Parameter, dict[str, Any]] = {}
+            weights = unit.trained.numel() * self._size
+            matrices: dict[nn.Parameter, dict[str, Any]] = {}
             for view in unit.layout:
-                values = found[view.parameter] = deepcopy(
-                    {n: whole[n] for n in whole if n in OF_ALL}
-                )
-                for name in whole.keys() - OF_ALL:
-                    at = view.positions(weights // len(whole[name]))
-                    values[name] = whole[name][at.start : at.stop].clone()
-            yield found
+                values = matrices[view.parameter] = {}
+                for name, value in whole.items():
+                    if name in OF_ALL:
+                        values[name] = deepcopy(value)
+                    else:
+                        at = view.positions(weights // len(value))
+                        values[name] = value[at.start : at.stop].clone()
+            yield matrices
 
     def keep(
         self, matrix: nn.Parameter, values: dict[str, Any], kept: dict[nn.Parameter, dict[str, Any]]
@@ -282,13 +248,3 @@ def _before_backward(act: Callable[[], None]) -> Callable[..., None]:
             first.register_hook(lambda _: act())
 
     return after_forward
-
-
-def _resize(buffer: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """Give a buffer's storage so many bytes, or its own; returns the part that has some."""
-    size = buffer.nbytes if size is None else size
-    storage = buffer.untyped_storage()
-    if storage.nbytes() != size:  # to the same size it would copy
-        storage.resize_(0)
-        storage.resize_(size)
-    return buffer[:size]

@@ -1,12 +1,13 @@
 """Units: matrices that are divided among processes and gathered together, as one run of bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
+from stages.shared.parallel.group import peers
 from stages.shared.weights.bnb import Int8Params, Linear8bitLt, Params4bit
 
 # An 8-bit optimizer keeps a constant for a block of weights, and fp32 states of small tensors: a
@@ -26,9 +27,9 @@ class View:
     shape: torch.Size
 
     @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.shape.numel() * self.dtype.itemsize
+    def end(self) -> int:
+        """Offset of the first byte after it."""
+        return self.offset + self.shape.numel() * self.dtype.itemsize
 
     @property
     def parameter(self) -> Any:
@@ -63,11 +64,13 @@ class Unit:
 
     Attributes:
         layout: views of all their bytes.
+        size: bytes of all parts, each as large as the others.
         shard: this process's part of the bytes, uint8.
         trained: of masters, the same as a parameter, fp32 [weights, 1].
     """
 
     layout: list[View]
+    size: int = 0
     shard: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     trained: nn.Parameter | None = None
 
@@ -77,9 +80,10 @@ class Unit:
             if isinstance(layer, Linear8bitLt) and layer.weight.CB is not None:
                 layer.init_8bit_state()
         share = _align(-(-_end(self.layout) // size), 4 * SMALLEST)
-        whole = torch.zeros(share * size, dtype=torch.uint8)
+        self.size = share * size
+        whole = torch.zeros(self.size, dtype=torch.uint8)
         for view in self.layout:
-            whole[view.offset :][: view.size] = as_bytes(view.read())
+            whole[view.offset : view.end] = as_bytes(view.read())
         self.shard = whole[share * rank :][:share].to(device, copy=True)
         for view in self.layout:
             view.assign(self.shard.new_empty(0).view(view.dtype))
@@ -87,10 +91,57 @@ class Unit:
     def assign(self, whole: torch.Tensor, dtype: torch.dtype | None) -> None:
         """Make the matrices views of gathered bytes; masters are in `dtype` there."""
         for view in self.layout:
-            kind = dtype or view.dtype
-            start = view.offset // view.dtype.itemsize * kind.itemsize
-            part = whole[start:][: view.shape.numel() * kind.itemsize]
-            view.assign(part.view(kind).view(view.shape))
+            stored = dtype or view.dtype
+            start = view.offset // view.dtype.itemsize * stored.itemsize
+            part = whole[start:][: view.shape.numel() * stored.itemsize]
+            view.assign(part.view(stored).view(view.shape))
+
+
+class Buffer:
+    """Bytes that one unit at a time is gathered into; their storage is empty while unused.
+
+    Attributes:
+        bytes: uint8, as many as the largest unit has.
+        unit: the one that is gathered, or begins to be.
+    """
+
+    def __init__(self, units: Iterable[Unit], device: torch.device) -> None:
+        size = max((unit.size for unit in units), default=0)
+        self.bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.unit: Unit | None = None
+        self._pending: Any = None
+        self.release()
+
+    def allocate(self, size: int | None = None) -> torch.Tensor:
+        """Give the storage so many bytes, or its own; returns those that it has."""
+        size = len(self.bytes) if size is None else size
+        storage = self.bytes.untyped_storage()
+        if storage.nbytes() != size:  # to the same size it would copy
+            storage.resize_(0)
+            storage.resize_(size)
+        return self.bytes[:size]
+
+    def gather(self, unit: Unit) -> None:
+        """Begin to gather a unit, unless it is here."""
+        if self.unit is not unit and unit.layout:
+            self.wait()
+            whole = self.allocate()[: unit.size]
+            with peers():
+                self._pending = distributed.all_gather_single(whole, unit.shard, async_op=True)
+            self.unit = unit
+
+    def wait(self) -> None:
+        """Until what was begun is gathered."""
+        pending, self._pending = self._pending, None
+        if pending:
+            with peers():
+                pending.wait()
+
+    def release(self) -> None:
+        """Free the storage; views of it stay what they are."""
+        self.wait()
+        self.unit = None
+        self.allocate(0)
 
 
 def lay_out(module: nn.Module, every: bool, dtype: torch.dtype | None = None) -> list[View]:
@@ -98,20 +149,18 @@ def lay_out(module: nn.Module, every: bool, dtype: torch.dtype | None = None) ->
 
     `every`: not the frozen ones alone; `dtype` of masters.
     """
-    return list(_views(module, every, dtype))
-
-
-def _views(module: nn.Module, every: bool, dtype: torch.dtype | None) -> Iterator[View]:
-    offset = 0
+    layout: list[View] = []
     for layer in module.modules():
         for name, p in layer.named_parameters(recurse=False):
             if p.ndim < 2 or p.numel() < SMALLEST or (p.requires_grad and not every):
                 continue
             parts = [p.data, *([p.quant_state.absmax] if isinstance(p, Params4bit) else [])]
             for index, part in enumerate(parts):
-                view = View(layer, name, bool(index), offset, dtype or part.dtype, part.shape)
-                yield view
-                offset += _align(view.size, 4 * BLOCK)
+                offset = _align(_end(layout), 4 * BLOCK)
+                layout.append(
+                    View(layer, name, bool(index), offset, dtype or part.dtype, part.shape)
+                )
+    return layout
 
 
 def unit_bytes(module: nn.Module, every: bool) -> int:
@@ -132,7 +181,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _end(layout: list[View]) -> int:
-    return layout[-1].offset + layout[-1].size if layout else 0
+    return layout[-1].end if layout else 0
 
 
 def _align(size: int, alignment: int) -> int:

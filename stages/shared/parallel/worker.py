@@ -19,31 +19,30 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def main() -> None:
-    """Do the job of the folder; its answer, or an error, is left there, pickled."""
+    """Run the folder's pickled job, and leave its pickled result or error there."""
     folder, launcher = Path(sys.argv[1]), int(sys.argv[2])
     display.guard()
     report_unraisable("stages.train")
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it had gone before
+    if os.getppid() != launcher:  # it has ended before
         os._exit(1)
-    # Blocked until here. A training hears them by itself; whatever has nothing to save just ends.
+    # Blocked until here. Training handles them; whatever has nothing to save just ends.
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     (folder / f"{os.getpid()}.started").touch()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    from stages.shared.parallel.group import PeerLost  # noqa: PLC0415  (torch takes seconds)
-    from stages.shared.parallel.member import LOST, member  # noqa: PLC0415
+    from stages.shared.parallel.group import LOST, PeerLost, member  # noqa: PLC0415  (torch: slow)
 
     try:
         device_type, work, args = pickle.loads((folder / "job").read_bytes())  # noqa: S301
         with member(device_type, launched=True) as (group, device):
-            answer = work(group, device, *args)
+            result = work(group, device, *args)
             if group.is_main:
-                _leave(folder, "answer", answer)
+                _leave(folder, "result", result)
     except Stopped as stopped:
-        _leave(folder, "answer", stopped)
+        _leave(folder, "result", stopped)
     except PeerLost:
         sys.exit(LOST)
     except Exception as error:

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def total(group: Group, device: torch.device, start: float) -> list[float]:
     sums = [torch.full((2,), start + group.rank), torch.tensor(1.0)]
     group.all_reduce(sums)
-    return [*sums[0].tolist(), sums[1].item(), float(group.any(group.rank == 1))]
+    return [*sums[0].tolist(), sums[1].item(), float(any(group.gather(group.rank == 1)))]
 
 
 def fails(group: Group, device: torch.device) -> None:

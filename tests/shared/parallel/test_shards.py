@@ -93,3 +93,24 @@ def test_sharded_evaluation_and_proof_equal_whole_ones(
     assert shared_proof.positions == proof.positions > 0
     assert shared_proof.top1_agreement == proof.top1_agreement
     assert shared_proof.kl_divergence == pytest.approx(proof.kl_divergence, rel=1e-6, abs=1e-9)
+
+
+class Name(str):
+    """With a hash of each process, as Python gives strings outside of tests, which fork."""
+
+    def __hash__(self) -> int:
+        return ord(self) * (1 - 2 * distributed.get_rank())
+
+
+def states_of_one_matrix(group: Group, base: Path) -> dict[str, float]:
+    shards = Shards(adapter.load_for_full(base, CPU, on_cpu=True), group, CPU, trained=True)
+    values = {Name("a"): 1.0, Name("b"): 2.0}
+    gathered = shards.gather(lambda p: {n: torch.full((p.numel(),), values[n]) for n in values})
+    *_, states = [states for unit in gathered for states in unit.values()]
+    return {str(name): states[name].mean().item() for name in values}
+
+
+def test_gather_has_one_order_in_all_processes(tmp_path: Path) -> None:
+    """Else each would send another of AdamW's states into the same sum."""
+    base = tiny.quantize(tmp_path / "base", "fp32")
+    assert devices.together(2, states_of_one_matrix, base) == {"a": 1.0, "b": 2.0}

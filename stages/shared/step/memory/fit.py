@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from stages.shared.parallel.limits import GIB
+from stages.shared.parallel.placement import GIB
 from stages.shared.step.memory.predict import TRANSIENT, Prediction, StepCounter, decisive
 from stages.shared.step.memory.setup import Device, MicroBatch, TrainingSetup, Workload
 

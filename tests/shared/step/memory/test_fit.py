@@ -11,8 +11,8 @@ import pytest
 
 from stages.plan.config import CONFIGS
 from stages.shared.model.packing import Example
-from stages.shared.parallel import limits
-from stages.shared.parallel.limits import GIB, cgroup_limits, total_memory_bytes
+from stages.shared.parallel import placement
+from stages.shared.parallel.placement import GIB, cgroup_limits, total_memory_bytes
 from stages.shared.step.memory import fit
 from stages.shared.step.memory.fit import Request
 from stages.shared.step.memory.predict import StepCounter
@@ -170,7 +170,7 @@ def test_budget_goes_before_the_memory_of_the_machine() -> None:
 
 def test_ulimit_bounds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     soft = {resource.RLIMIT_AS: 3 * GIB, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
-    monkeypatch.setattr(limits.resource, "getrlimit", lambda kind: (soft[kind], -1))
+    monkeypatch.setattr(placement.resource, "getrlimit", lambda kind: (soft[kind], -1))
     assert total_memory_bytes("cpu") == min(3 * GIB, total_memory_bytes("cpu", 1e6))
     assert total_memory_bytes("cpu", 2.0) == 2 * GIB
 

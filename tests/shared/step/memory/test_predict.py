@@ -12,7 +12,7 @@ from benchmarks import memory
 from benchmarks.memory import Setting
 from stages.plan.config import CONFIGS
 from stages.shared.core.errors import UserError
-from stages.shared.parallel.limits import GIB
+from stages.shared.parallel.placement import GIB
 from stages.shared.step.memory import architecture, dry_run, predict
 from stages.shared.step.memory.predict import StepCounter, decisive
 from stages.shared.step.memory.setup import MicroBatch, TrainingSetup
