@@ -1,4 +1,4 @@
-"""Adapter as it is handed over: with its tokenizer, the name of its base model, and a card."""
+"""Adapter as others load it: with its tokenizer, the name of its base model, and a card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +34,9 @@ _QUANTIZED = "`models/quantized` of the repository that trained it (`dvc repro q
 
 
 def hand_over(folder: Path, inputs: Mapping[str, Path]) -> None:
-    """Complete a folder of adapter or model files; those that are links stay as they are.
+    """Add tokenizer and card to a folder of adapter or model files; links stay as they are.
 
-    A base model of the hub is named by id and commit. Another one has no name elsewhere: the card
-    says that it loads from `models/quantized`.
+    A base model of the hub is named by id and commit; any other loads from `models/quantized`.
     """
     rows = AutoConfig.from_pretrained(inputs["model"]).get_text_config().vocab_size
     save_tokenizer(inputs["tokenizer"], folder, files.read_json(inputs["format"]), rows)
@@ -54,8 +53,6 @@ def hand_over(folder: Path, inputs: Mapping[str, Path]) -> None:
         note = f"The very weights that it was trained on are {_QUANTIZED}."
         base = {"base_model_name_or_path": name, "revision": revision}
         files.write_json(config, files.read_json(config) | base)
+    values = {"name": name, "arguments": arguments, "metadata": metadata, "note": note}
     precision = stored_as(inputs["model"] / "config.json").precision
-    card = _CARD.format(
-        name=name, arguments=arguments, metadata=metadata, note=note, precision=precision
-    )
-    files.write_text(folder / "README.md", card)
+    files.write_text(folder / "README.md", _CARD.format(**values, precision=precision))

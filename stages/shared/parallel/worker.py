@@ -3,7 +3,6 @@
 Run:    by torch's elastic agent, `python -m stages.shared.parallel.worker <folder> <launcher>`
 """
 
-import ctypes
 import os
 import pickle
 import signal
@@ -12,10 +11,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
+
 from stages.shared.core import display
 from stages.shared.core.errors import SIGNALS, Stopped, UserError, report_unraisable
-
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+from stages.shared.parallel.group import LOST, PeerLost, member
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     folder, launcher = Path(sys.argv[1]), int(sys.argv[2])
     display.guard()
     report_unraisable("stages.train")
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
     if os.getppid() != launcher:  # it has ended before
         os._exit(1)
     # Blocked until here. Training handles them; whatever has nothing to save just ends.
@@ -32,9 +32,6 @@ def main() -> None:
             signal.signal(number, signal.SIG_DFL)
     (folder / f"{os.getpid()}.started").touch()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-    from stages.shared.parallel.group import LOST, PeerLost, member  # noqa: PLC0415  (torch: slow)
-
     try:
         device_type, work, args = pickle.loads((folder / "job").read_bytes())  # noqa: S301
         with member(device_type, launched=True) as (group, device):
