@@ -64,10 +64,7 @@ def code_sha256() -> str:
 
 
 def identity(settings: Params, device: str, inputs: list[Path]) -> dict[str, Any]:
-    """What shapes a training, by the names that users know.
-
-    The `device` too, `cpu` or `cuda`: their optimizers keep different states.
-    """
+    """All that shapes a training, by the names that users know; `device` is `cpu` or `cuda`."""
     hashes = {str(p): files.folder_sha256(p) if p.is_dir() else files.sha256(p) for p in inputs}
     libraries = {f"version of {name}": version for name, version in versions().items()}
     shape = {"params.yaml": settings.model_dump(), "QLORA_DEVICE": device, "stages": code_sha256()}
@@ -75,16 +72,13 @@ def identity(settings: Params, device: str, inputs: list[Path]) -> dict[str, Any
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Name a training by 16 hex digits."""
+    """Name of a training, 16 hex digits."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def claim(root: Path, fingerprint: str, keep: int) -> Iterator["Checkpoints"]:
-    """The checkpoints of one training, `keep` of them; UserError while another process has them.
-
-    `root`: the repository; of DVC's temporary workspaces, the one that they were made from.
-    """
+    """The checkpoints of one training, `keep` of them; UserError while another process has them."""
     folder = root / FOLDER / fingerprint
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(LOCK).open("w") as lock:
@@ -105,21 +99,21 @@ def claim(root: Path, fingerprint: str, keep: int) -> Iterator["Checkpoints"]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole."""
+    """A whole checkpoint."""
 
     folder: Path
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """`step`, `plan` and the hashes of `files`."""
+        """`step`, `plan` and the SHA-256 of `files`."""
         return files.read_json(self.folder / MANIFEST)
 
     def state(self) -> dict[str, Any]:
-        """The state that was written."""
+        """The recipe's state, without tensors."""
         return torch.load(self.folder / STATE, weights_only=True)
 
     def tensors(self) -> Iterator[Tensors]:
-        """The tensors that were written, of a parameter at a time, on the CPU, read when used."""
+        """Tensors of a parameter at a time, on the CPU, read when used."""
         for path in sorted(self.folder.glob("tensors-*")):
             some = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             yield from ({name: values} for name, values in some.items())
@@ -132,7 +126,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def hold(self) -> None:
-        """Keep the lock of the process that claimed them, until this one ends as well."""
+        """Share the lock of the process that claimed them, until this one ends."""
         self._lock = self.folder.with_suffix(LOCK).open("rb")
         fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
@@ -142,7 +136,7 @@ class Checkpoints:
         return self.folder / BEST
 
     def require_space(self, trainable: int, state_bytes: float) -> None:
-        """Refuse what would not fit on the disk; `state_bytes` of the optimizer, a parameter."""
+        """Refuse too full a disk; `state_bytes` of the optimizer for each trainable parameter."""
         one, best = int(trainable * (4 + state_bytes)), 4 * trainable
         files.require_space(
             self.folder,
@@ -181,10 +175,7 @@ class Checkpoints:
         return sum(map(files.folder_bytes, self._written()[-1:]))
 
     def latest(self) -> Checkpoint | None:
-        """The newest one that is whole, its best weights restored; None to begin anew.
-
-        A damaged one is removed with a warning.
-        """
+        """The newest whole one, its `best` restored, or None; damaged ones are removed."""
         for folder in reversed(self._written()):
             fault = _fault(folder)
             if fault is None:
@@ -244,7 +235,7 @@ def load_tensors(
 
 
 def _fault(folder: Path) -> str | None:
-    """The first damage of a checkpoint, if any."""
+    """The first fault of a checkpoint, if any."""
     try:
         expected = dict(Checkpoint(folder).manifest["files"])
     except (OSError, UserError, ValueError, KeyError, TypeError):

@@ -46,10 +46,7 @@ class Schedule:
         return [int(row) for row in order[start : start + self.train.batch_size]]
 
     def seed(self, step: int, rank: int) -> int:
-        """Seed of all that is random (dropout) in one step of one process.
-
-        A function of the step, it needs no checkpoint: a resumed training drops the same.
-        """
+        """Seed of dropout in one step of one process; a resumed training drops the same."""
         sequence = np.random.SeedSequence([self.train.seed, step, rank])
         return int(sequence.generate_state(1, np.uint64)[0])
 

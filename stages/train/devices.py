@@ -36,8 +36,8 @@ def train(
 ) -> TrainResult:
     """Train to the end, from the newest checkpoint if there is one; keep `checkpoints.best`.
 
-    A group of one host that loses a process begins again there, `QLORA_RESTARTS` times. Other
-    processes are compared by `identity`; `joined` as of `group.joined`.
+    A group of one host that loses a process resumes from there, `QLORA_RESTARTS` times. Processes
+    are compared by `identity`; `joined` as of `group.joined`.
 
     Raises:
         Stopped: by a signal; a checkpoint holds all that was done.

@@ -74,12 +74,11 @@ def make_plan(
 ) -> ExecutionPlan:
     """Resolve each setting: `QLORA_*`, else the saved plan, else the fastest predicted to fit.
 
-    Of `model_folder` the config alone is read; `saved` is the plan of the checkpoint that training
-    resumes from; `processes` were started on this host by torchrun or Slurm.
+    `saved` is the plan of the checkpoint that training resumes from; `processes` were started on
+    this host by torchrun or Slurm. Reads no weights.
 
     Raises:
-        UserError: it does not fit this machine's memory, more devices are requested than there
-            are, or `lora.target_modules` match nothing.
+        UserError: too little memory, too few devices, or `lora.target_modules` match nothing.
     """
     target, requested = device(), _requested(saved)
     device_type: Device = "cuda" if target.type == "cuda" else "cpu"

@@ -138,10 +138,11 @@ class _Agent(Thread):
         while self.is_alive():
             self.join(0.2)
             running = _running(self._folder)
-            for process in running - signalled if stop.heard else ():
-                with suppress(ProcessLookupError):
-                    os.kill(process, stop.heard)
-                signalled.add(process)
+            if stop.heard:
+                for process in running - signalled:
+                    with suppress(ProcessLookupError):
+                        os.kill(process, stop.heard)
+                signalled |= running
             if running or not any(self._folder.glob("*.started")):
                 last = time.monotonic()
             if time.monotonic() - last > AGENT_SECONDS:

@@ -1,4 +1,4 @@
-"""Shards: of a model's matrices a process keeps its part; all are gathered for a pass.
+"""Sharded weights: each process keeps a part of all matrices, which are gathered for a pass.
 
 Frozen weights need neither gradient nor optimizer: bytes are divided, whatever they mean. In full
 fine-tuning the parts are trained: fp32 masters, whose gradients are summed and scattered after each
@@ -34,8 +34,8 @@ class Shards:
     """The matrices of a model, divided among the processes of a group.
 
     Attributes:
-        units: what is gathered together.
-        matrices: parameters of the model that are divided.
+        units: blocks, embedding and head.
+        matrices: the divided parameters, each with its unit and its view there.
         trained: this process's parts of them in full fine-tuning, fp32 [weights, 1].
         buffers: of gathered weights and gradients; their storage is empty while unused.
     """
@@ -43,10 +43,10 @@ class Shards:
     def __init__(
         self, model: nn.Module, group: Group, device: torch.device, *, trained: bool = False
     ) -> None:
-        """Keep this process's part, on `device`; what is whole moves there too.
+        """Keep this process's part, on `device`, in full fine-tuning (`trained`) as fp32 masters.
 
-        At the most, its part and one block are in memory at once: a model that was loaded on the
-        CPU lies in its files until then. `trained`: in full fine-tuning, as fp32 masters.
+        What is whole moves there too. A model on the CPU lies memory-mapped in its files until
+        then: its part and one block are in memory at once.
         """
         plain: Any = without_adapter(model)
         self._rank, self._size, self._device = group.rank, group.size, device
@@ -113,7 +113,7 @@ class Shards:
         block.register_full_backward_pre_hook(before_backward)
 
     def _gather(self, index: int, step: int) -> None:
-        """Have a block's weights in their buffer, and begin with those of the next."""
+        """Gather a block's weights, and begin with those of the next."""
         for end in self._ends.values():
             end.release()
         slot, following = self._slots[index % 2], index + step
@@ -123,7 +123,7 @@ class Shards:
             self._slots[following % 2].gather(self._blocks[following])
 
     def _gather_end(self, unit: Unit) -> None:
-        """Have the embedding or the head whole, and no block, until a block computes."""
+        """Gather the embedding or the head, in place of the blocks."""
         end = self._ends[unit]
         if end.unit is not unit and unit.layout:
             for buffer in self._gathered:
@@ -134,7 +134,7 @@ class Shards:
     # --------------------------------------------------------------------------------- training
 
     def _return_through(self, unit: Unit, *_: Any) -> None:
-        """Have the gradients of a unit's masters in one buffer; those of the last are scattered."""
+        """Collect the gradients of a unit's masters in one buffer; scatter those of the last."""
         if unit.trained is None or self._returning is unit:
             return
         if self._returning is None:
@@ -169,7 +169,7 @@ class Shards:
 
     @contextmanager
     def as_saved(self, storage_dtype: torch.dtype, compute_dtype: torch.dtype) -> Iterator[None]:
-        """As `masters.as_saved`, which skips what needs no gradient meanwhile."""
+        """As `masters.as_saved`, which skips divided masters: they need no gradient meanwhile."""
         if not self.trained:
             yield
             return
@@ -192,9 +192,9 @@ class Shards:
     def gather(
         self, states: Callable[[nn.Parameter], dict[str, Any]] = lambda _: {}
     ) -> Iterator[dict[nn.Parameter, dict[str, Any]]]:
-        """The `weight` of trained matrices, whole on the CPU, for those of a unit at a time.
+        """Whole `weight` and `states` of trained matrices on the CPU, flat, a unit at a time.
 
-        And `states` of its part: `OF_ALL`, or a value for each weight or block of 256; flat.
+        `states` of a part: `OF_ALL`, or a value for each weight or block of 256.
         """
         for unit in self.units if self.trained else ():
             assert unit.trained is not None and self._dtype
@@ -220,7 +220,7 @@ class Shards:
     def keep(
         self, matrix: nn.Parameter, values: dict[str, Any], kept: dict[nn.Parameter, dict[str, Any]]
     ) -> None:
-        """Copy what this process keeps of a matrix's tensors, as of `gather`, to its part's."""
+        """Copy this process's part of a matrix's tensors, as `gather` yields them, to `kept`."""
         unit, view = self.matrices[matrix]
         assert unit.trained is not None
         own = kept.setdefault(unit.trained, {})

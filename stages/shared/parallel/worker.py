@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from stages.shared.core import display
 from stages.shared.core.errors import SIGNALS, Stopped, UserError, report_unraisable
