@@ -98,17 +98,19 @@ class Recipe:
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_parameters = sum(p.numel() for p in trainable)
 
+        # Fusing undoes double quantization of weights on a CPU: those for a GPU are moved there
+        # first, and those that stay are divided afterwards.
         on_gpu = plan.device.type == "cuda"
         shard = partial(Shards, model, group, plan.device, trained=params.method == "full")
         self.shards = shard() if plan.sharded and on_gpu else None
         if plan.fused:
-            fuse(model)  # of weights on a CPU it undoes double quantization: a GPU's have moved
+            fuse(model)
         if plan.sharded and not on_gpu:
             self.shards = shard()
         if plan.gradient_checkpointing:
             model.config.use_cache = False
             model.activation_checkpointing_enable({"use_reentrant": False})
-        # Sharded full fine-tuning trains this process's part of each matrix, and the rest whole.
+        # Sharded full fine-tuning trains this process's part of each matrix, and vectors whole.
         self.sharded = self.shards.matrices if self.shards else {}
         self.parts = self.shards.trained if self.shards else []
         self.whole = [p for p in trainable if p not in self.sharded]
