@@ -8,7 +8,7 @@ import torch
 
 from stages.shared.core.machine import machine
 from stages.shared.parallel import launcher
-from stages.shared.parallel.group import Group, Member, local_size
+from stages.shared.parallel.group import Group, Member
 from stages.shared.parallel.interruption import Interrupted, Interruption
 from stages.shared.step import optim, targets
 from stages.train import execution
@@ -47,14 +47,8 @@ def train(
     restarts = machine().restarts if machine().nodes == 1 else 0
     while True:
         checkpoint = checkpoints.latest()
-        plan = execution.make_plan(
-            settings,
-            inputs["model"],
-            data.train,
-            data.held_out,
-            checkpoint.manifest["plan"] if checkpoint else None,
-            local_size() if joined else None,
-        )
+        saved = checkpoint.manifest["plan"] if checkpoint else None
+        plan = execution.make_plan(settings, inputs["model"], data.train, data.held_out, saved)
         if checkpoint is not None:
             print(f"going on from {checkpoint.folder}", file=sys.stderr)
         arguments: Any = (settings, inputs, data, identity or {}, plan, checkpoints, checkpoint)

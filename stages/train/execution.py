@@ -70,19 +70,17 @@ def make_plan(
     train: Sequence[Example],
     held_out: Sequence[Example],
     saved: Mapping[str, Any] | None = None,
-    processes: int | None = None,
 ) -> ExecutionPlan:
     """Resolve each setting: `QLORA_*`, else the saved plan, else the fastest predicted to fit.
 
-    `saved` is the plan of the checkpoint that training resumes from; `processes` were started on
-    this host by torchrun or Slurm. Reads no weights.
+    `saved` is the plan of the checkpoint that training resumes from. Reads no weights.
 
     Raises:
         UserError: too little memory, too few devices, or `lora.target_modules` match nothing.
     """
     target, requested = device(), _requested(saved)
     device_type: Device = "cuda" if target.type == "cuda" else "cpu"
-    processes = processes or placement.device_count(target, requested.devices)
+    processes = placement.device_count(target, requested.devices)
     config = model_folder / "config.json"
     setup = setup_of(
         stored_as(config),

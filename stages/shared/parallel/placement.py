@@ -15,7 +15,7 @@ import torch
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import machine
-from stages.shared.parallel.group import Group, Member
+from stages.shared.parallel.group import Group, Member, is_started, local_size
 
 GIB = 2**30
 # Memory of a model that computes, in sizes of its files: activations, logits and the cache of keys
@@ -68,7 +68,9 @@ def cgroup_limits(proc: Path = PROC, mount: Path = MOUNT) -> Iterator[int]:
 
 
 def device_count(target: torch.device, requested: int | None) -> int:
-    """Process count of a host: requested, else one per GPU."""
+    """Process count of this host: torchrun's or Slurm's, else requested, else one per GPU."""
+    if is_started():
+        return local_size()
     if target.type == "cpu":
         return requested or 1
     present = torch.cuda.device_count()
