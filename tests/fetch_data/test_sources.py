@@ -11,10 +11,8 @@ from stages.fetch_data.sources import choose
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from tests import hub as hubs
-from tests import workspace
 from tests.fetch_data.helpers import CSV, JSONL, ROWS, from_file, from_hub, parquet, rows
 
-REAL = Path("../shared/data/conversations")
 CARD = b"""---
 configs:
 - {config_name: a, data_files: [{split: train, path: a/*.json}, {split: test, path: t/*}]}
@@ -203,26 +201,3 @@ def test_unclear_data_sets_are_refused(name: str, card: str, reason: str, tmp_pa
     with pytest.raises(UserError, match=reason) as caught:
         choose([name], tmp_path / "README.md", None, "here")
     assert "\n" not in str(caught.value)
-
-
-def test_failed_stage_leaves_the_last_data_alone(tmp_path: Path) -> None:
-    space = workspace.make(tmp_path / "space", {"data.path": "mine.jsonl"})
-    (space.root / "mine.jsonl").write_bytes(JSONL)
-    assert space.stage("fetch_data").returncode == 0
-    space.set_params({"data.source": "hub", "data.revision": hubs.COMMIT})
-    with hubs.serve() as hub:
-        hub.status = 500
-        failed = space.stage("fetch_data", env=hub.env)
-    assert failed.returncode == 1
-    assert failed.stderr.startswith(f"error: {hub.url}: answered 500 Internal Server Error")
-    assert failed.stderr.count("\n") == 1
-    assert (space.root / "data/raw/train.jsonl").read_bytes() == JSONL
-    assert [p.name for p in (space.root / "data").iterdir()] == ["raw"]
-
-
-def test_real_conversations_are_read(tmp_path: Path) -> None:
-    if not REAL.is_dir():
-        pytest.skip(f"{REAL} is not there: real conversations are not part of the project")
-    source = from_file(REAL, tmp_path / "raw")
-    sizes = [(f["split"], f["bytes"]) for f in source["files"]]
-    assert sizes == [("train", 7160609), ("eval", 530546)]
