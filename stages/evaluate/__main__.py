@@ -15,27 +15,16 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from stages.evaluate.adapters import ADAPTER, FORMAT, QUANTIZED, fetch
-from stages.evaluate.config import Params
+from stages.evaluate.inputs import MODELS, PREPARED, QUANTIZED, TOKENIZER, Params, fetch_adapter
 from stages.shared.core import files, params
 from stages.shared.core.command import quick_imports, run
-from stages.shared.core.errors import UserError
 from stages.shared.core.machine import device
 
-PREPARED = Path("data/prepared")
-TOKENIZER = Path("models/tokenizer")
-MODELS = {
-    "base": Path("models/base"),
-    "quantized": QUANTIZED,
-    "adapter": ADAPTER,
-    "merged": Path("models/merged"),
-}
-METRICS = Path("reports/evaluate")
-DETAILS = Path("reports/details/evaluate")
+METRICS, DETAILS = Path("reports/evaluate"), Path("reports/details/evaluate")
+ANSWERS = Path("reports/answers")
 KEYS = ("loss", "perplexity", "bits_per_byte", "tokens", "stop_rate", "exact_match")
 COMPARED = {*KEYS, *(f"by_language.{name}.{key}" for name in ("en", "other") for key in KEYS)}
 COMPARED |= {f"tool_calls.{name}" for name in ("rows", "name_match", "exact_match")}
-ANSWERS = Path("reports/answers")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -51,7 +40,7 @@ def main(options: Namespace) -> None:
         print_adapters(options.adapters)
         return
     variant = options.variant
-    settings = params.load(Params, f"evaluate@{variant}")
+    settings = params.load(Params, f"evaluate@{variant}").evaluate
     # Imported late: errors in params.yaml are reported before the seconds that torch takes.
     with quick_imports():
         from stages.evaluate.evaluate import evaluate_on  # noqa: PLC0415
@@ -60,15 +49,14 @@ def main(options: Namespace) -> None:
         from stages.shared.parallel.placement import shards_for  # noqa: PLC0415
 
     model, target = MODELS[variant], device()
-    inputs = (variant, model, QUANTIZED, TOKENIZER, PREPARED, settings.evaluate)
+    inputs = (variant, model, QUANTIZED, TOKENIZER, PREPARED, settings)
     with joined(target) as member:
         shards = shards_for(QUANTIZED if variant == "adapter" else model, target, member)
-        found = compute(member, target, shards, evaluate_on, inputs)
+        metrics, answers = compute(member, target, shards, evaluate_on, inputs)
         if member and not member[0].is_main:
             return
-    metrics, answers = found
-    files.write_json(ANSWERS / f"{variant}.json", answers)
     name = f"{variant}.json"
+    files.write_json(ANSWERS / name, answers)
     files.write_report(METRICS / name, DETAILS / name, metrics, COMPARED)
 
 
@@ -77,20 +65,14 @@ def print_adapters(experiments: list[str]) -> None:
     settings = params.load(Params, "evaluate@adapter").evaluate
     with quick_imports():
         from stages.evaluate.evaluate import evaluate_adapters  # noqa: PLC0415
-        from stages.shared.chat.templates import read_format  # noqa: PLC0415
 
     with TemporaryDirectory() as folder:
-        adapters = {}
-        for name in dict.fromkeys(experiments):
-            adapters[name], form = fetch(name, Path(folder), scored=True)
-            if form != read_format(FORMAT):
-                raise UserError(
-                    f"{name}: its adapter was trained with another chat template than the "
-                    f"held-out conversations have here. `dvc exp apply {name}` brings them."
-                )
-        rows = evaluate_adapters(adapters, QUANTIZED, TOKENIZER, PREPARED, settings)
+        adapters = {
+            name: fetch_adapter(name, Path(folder), scored=True)[0]
+            for name in dict.fromkeys(experiments)
+        }
         print(f"{'adapter':20}" + "".join(f"{key:>15}" for key in KEYS), flush=True)
-        for name, metrics in rows:
+        for name, metrics in evaluate_adapters(adapters, QUANTIZED, TOKENIZER, PREPARED, settings):
             shown = ("–" if metrics[key] is None else f"{metrics[key]:.5g}" for key in KEYS)
             print(f"{name:20}" + "".join(f"{text:>15}" for text in shown), flush=True)
 

@@ -6,7 +6,8 @@ Each is there only where the held-out rows have such messages.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,42 @@ RATES = {  # metrics by name: columns of the answers
 }
 
 
-def part_of_tokens(
+def by_part(
+    conversations: Sequence[Conversation],
+    examples: Sequence[Example],
+    losses: Mapping[int, np.ndarray],
+    template: Template,
+    encoder: Encoder,
+) -> dict[str, Any]:
+    """Loss by role, and of thoughts apart from answers; `losses` by row, in nats [supervised]."""
+    names, nats = [], []
+    for row, (conversation, example) in enumerate(zip(conversations, examples, strict=True)):
+        parts = _part_of_tokens(conversation, example, template, encoder)
+        if parts is not None:
+            names.append(parts)
+            nats.append(losses[row])
+    if not names:
+        return {}
+    tokens = pd.Series(np.concatenate(nats), np.concatenate(names), dtype=np.float64)
+    found = {
+        str(name): {"loss": math.fsum(group) / len(group), "tokens": len(group)}
+        for name, group in tokens.groupby(level=0)
+    }
+    roles = {name: value for name, value in found.items() if name != THINKING}
+    metrics: dict[str, Any] = {"by_role": roles} if len(roles) > 1 else {}
+    if THINKING in found:
+        metrics |= {"thinking": found[THINKING]}
+        metrics |= {"answers": roles["assistant"]} if "assistant" in roles else {}
+    return metrics
+
+
+def _part_of_tokens(
     conversation: Conversation, example: Example, template: Template, encoder: Encoder
 ) -> np.ndarray | None:
     """Part of each supervised token: a role, `thinking`, or `template`; str [supervised].
 
-    None where all are an assistant's answers, or the row's tokens are not found again, as those of
-    a cut one may not be.
+    None where all are an assistant's answers, or where encoding the row again gives other tokens,
+    as it may for a truncated one.
     """
     messages = conversation.messages
     thinks = any("reasoning" in message for message in messages)
@@ -62,45 +92,27 @@ def part_of_tokens(
     return parts[1:][example.predictors]
 
 
-def by_part(parts: dict[int, np.ndarray], losses: dict[int, np.ndarray]) -> dict[str, Any]:
-    """Loss in nats a token by role, and of thoughts apart from answers."""
-    if not parts:
-        return {}
-    names = np.concatenate([*parts.values()])
-    nats = np.concatenate([losses[row] for row in parts]).astype(np.float64)
-    found = {
-        str(name): {"loss": math.fsum(nats[names == name]) / count, "tokens": int(count)}
-        for name, count in zip(*np.unique(names, return_counts=True), strict=True)
-    }
-    roles = {name: value for name, value in found.items() if name != THINKING}
-    metrics: dict[str, Any] = {"by_role": roles} if len(roles) > 1 else {}
-    if THINKING in found:
-        metrics |= {"thinking": found[THINKING]}
-        metrics |= {"answers": roles["assistant"]} if "assistant" in roles else {}
-    return metrics
-
-
-def thoughts(row: Conversation, reference: str, reply: Reply) -> dict[str, Any] | None:
-    """Whether a reply's thoughts end, and characters to there; None: the reference has none."""
-    reasoning = row.messages[-1].get("reasoning") if row.messages else None
-    close = (
-        _TAG.search(reference, reference.find(reasoning) + len(reasoning)) if reasoning else None
-    )
+def thoughts(row: Conversation, reference: str, reply: Reply) -> dict[str, Any]:
+    """Whether a reply's thoughts end, and characters to there; {} where the reference has none."""
+    reasoning = row.messages[-1].get("reasoning")
+    end = reference.find(reasoning) + len(reasoning) if reasoning else len(reference)
+    close = _TAG.search(reference, end)
     if close is None:
-        return None
+        return {}
     at = reply.raw.find(close[0])
     return {"thought_ended": at >= 0, "thought_characters": at if at >= 0 else len(reply.raw)}
 
 
-def calls(row: Conversation, reference: str, reply: Reply) -> dict[str, bool] | None:
-    """Whether a reply calls the reference's tools, by name and exactly; None: it calls none.
+def calls(row: Conversation, reference: str, reply: Reply) -> dict[str, Any]:
+    """Whether a reply calls the reference's tools, by name and exactly; {} where it calls none.
 
     Arguments are compared as JSON, so white space and the order of keys make no difference, and
     what is said before the calls makes none either.
     """
-    if not row.messages or not row.messages[-1].get("tool_calls"):
-        return None
-    expected, last = reference, row.messages[-1]
+    last = row.messages[-1]
+    if not last.get("tool_calls"):
+        return {}
+    expected = reference
     for text, is_thought in ((last.get("reasoning"), True), (last["content"], False)):
         if text and text in expected:
             expected = expected[expected.index(text) + len(text) :].lstrip()
@@ -108,10 +120,10 @@ def calls(row: Conversation, reference: str, reply: Reply) -> dict[str, bool] | 
             expected = expected[close.end() :].lstrip() if close else expected
     tag = _TAG.match(expected)
     at = reply.raw.find(tag[0] if tag else expected[:1])
-    found = reply.raw[at:] if at >= 0 else ""
+    called = reply.raw[at:] if at >= 0 else ""
     return {
-        "call_named": _canonical(found, names_only=True) == _canonical(expected, names_only=True),
-        "call_exact": _canonical(found) == _canonical(expected),
+        "call_named": _canonical(called, names_only=True) == _canonical(expected, names_only=True),
+        "call_exact": _canonical(called) == _canonical(expected),
     }
 
 
@@ -119,21 +131,16 @@ def _canonical(text: str, *, names_only: bool = False) -> str:
     """Text with its JSON values in one spelling, or reduced to the names that they hold."""
     result, at = "", 0
     while at < len(text):
-        value: Any = None
-        if text[at] in "{[":
-            try:
-                value, end = _DECODER.raw_decode(text, at)
-            except (ValueError, RecursionError):
-                value = None
-        if isinstance(value, dict | list):
-            if names_only:
-                several = value if isinstance(value, list) else [value]
-                value = [one.get("name") for one in several if isinstance(one, dict)]
-            result += json.dumps(value, sort_keys=True, ensure_ascii=False)
-            at = end
-        else:
-            result += text[at]
-            at += 1
+        piece, end = text[at], at + 1
+        if piece in "{[":
+            with suppress(ValueError, RecursionError):  # no JSON, or nested too deep
+                value, after = _DECODER.raw_decode(text, at)
+                if names_only:
+                    several = value if isinstance(value, list) else [value]
+                    value = [one.get("name") for one in several if isinstance(one, dict)]
+                piece, end = json.dumps(value, sort_keys=True, ensure_ascii=False), after
+        result += piece
+        at = end
     return " ".join(result.split())
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from stages.evaluate import breakdown, generate
-from stages.evaluate.config import Evaluate
+from stages.evaluate.inputs import Evaluate
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import Conversation, from_columns
 from stages.shared.chat.encode import Encoder
@@ -28,12 +29,16 @@ from stages.shared.parallel.group import Group
 from stages.shared.parallel.shards import Shards
 from stages.shared.weights.checkpoint import Weights
 
-Inputs = tuple[str, Path, Path, Path, Path, Evaluate]  # as `evaluate` takes them
+Report = tuple[dict[str, Any], dict[str, Any]]  # metrics, and the variant's replies
+TOKENS = ("input_ids", "loss_mask", "weights")  # columns that `read_examples` reads
 
 
 def evaluate_on(
-    group: Group, device: torch.device, sharded: bool, inputs: Inputs
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    group: Group,
+    device: torch.device,
+    sharded: bool,
+    inputs: tuple[str, Path, Path, Path, Path, Evaluate],
+) -> Report:
     """`evaluate` as one of the processes of `launcher.compute`."""
     placement.require_same(group, *inputs[1:5])
     return evaluate(*inputs, group=group, device=device, sharded=sharded)
@@ -65,7 +70,7 @@ def evaluate(
     device: torch.device | None = None,
     *,
     sharded: bool = False,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> Report:
     """Metrics and replies of a model, or of an adapter on its base; `model` if it is loaded.
 
     Processes of a `group` share the work, and where it is `sharded` the frozen weights.
@@ -74,10 +79,9 @@ def evaluate(
     tokenizer = load_tokenizer(tokenizer_folder)
     form = templates.read_format(data / "format.json")
     examples = read_examples(data / "eval.parquet")
-    columns = ["conversation_id", "messages", "text_bytes", "answer", "language"]
     with reading(data / "eval.parquet"), (data / "eval.parquet").open("rb") as file:
-        stored, more = pq.ParquetFile(file), ("text", "tools", "template_kwargs", "source")
-        columns += [name for name in more if name in stored.schema_arrow.names]
+        stored = pq.ParquetFile(file)
+        columns = [name for name in stored.schema_arrow.names if name not in TOKENS]
         rows = stored.read(columns, use_threads=False).to_pylist()
         conversations = [from_columns(row) for row in rows]
     dtype = loading.compute_dtype(base if loading.is_adapter(folder) else folder, device)
@@ -89,42 +93,34 @@ def evaluate(
     losses: dict[int, np.ndarray] = {}
     desc, share = f"{variant}: loss", (group.rank, group.size)
     own, tokens = scoring.score(model, examples, device, dtype, desc, share, losses)
-    sums = np.zeros_like(own)
-    for others in group.gather((own, losses)):
-        sums += others[0]
-        losses |= others[1]
+    nats = np.zeros_like(own)
+    for part, part_losses in group.gather((own, losses)):
+        nats += part
+        losses |= part_losses
 
     template = templates.make(form.template, tokenizer, form.template_name)
     encoder = Encoder(tokenizer, template)
-    prompts: dict[int, list[int]] = {}
-    for row in generate.order_rows([*map(_is_scored, conversations)], settings.seed):
-        if len(prompts) == max(settings.generate_rows, settings.prompts):
-            break
-        if not conversations[row].messages:
-            continue
-        prompt = encoder.encode_prompt(conversations[row])
-        if len(prompt) < len(examples[row]):  # else truncated inside the prompt
-            prompts[row] = prompt
+    order = generate.order_rows([*map(_is_scored, conversations)], settings.seed)
+    encoded = ((r, encoder.encode_prompt(conversations[r])) for r in order if rows[r]["messages"])
+    # A prompt as long as its row was truncated.
+    whole = ((row, prompt) for row, prompt in encoded if len(prompt) < len(examples[row]))
+    prompts = dict(islice(whole, max(settings.generate_rows, settings.prompts)))
     inputs = ([*prompts.values()], form.stop_ids, settings.max_new_tokens, device, dtype, group)
     replies = generate.generate(model, tokenizer, *inputs)
     answers = {}
     for (row, prompt), reply in zip(prompts.items(), replies, strict=True):
         ids = examples[row].input_ids[len(prompt) :].tolist()
-        reference = generate.raw_text(tokenizer, ids, form.stop_ids)
+        reference = generate.decode(tokenizer, ids, form.stop_ids).raw
         answers[row] = _answer(conversations[row], reference, reply)
     generated = [*answers][: settings.generate_rows]
-    frame = pd.DataFrame(rows, columns=columns).assign(nats=sums, tokens=tokens)
+    frame = pd.DataFrame(rows).assign(nats=nats, tokens=tokens)
     for column in ("stopped", "correct"):
         values = {row: answers[row][column] for row in generated}
         frame[column] = pd.Series(values, dtype="boolean")
-    parts = {
-        row: names
-        for row, (one, example) in enumerate(zip(conversations, examples, strict=True))
-        if (names := breakdown.part_of_tokens(one, example, template, encoder)) is not None
-    }
-    found = metrics(frame) | breakdown.by_part(parts, losses)
-    found |= breakdown.rates([answers[row] for row in generated])
-    return found, {"variant": variant, "answers": [*answers.values()]}
+    report = metrics(frame)
+    report |= breakdown.by_part(conversations, examples, losses, template, encoder)
+    report |= breakdown.rates([answers[row] for row in generated])
+    return report, {"variant": variant, "answers": [*answers.values()]}
 
 
 def metrics(rows: pd.DataFrame) -> dict[str, Any]:
@@ -134,13 +130,13 @@ def metrics(rows: pd.DataFrame) -> dict[str, Any]:
     `tokens`, `text_bytes`, `language`; and NA without a reply, `stopped` (it ended itself) and
     `correct` (its last line is the answer).
     """
-    language = rows["language"].eq("en").map({True: "en", False: "other"})
-    by_language = {str(name): summarize(group) for name, group in rows.groupby(language)}
-    found = summarize(rows) | {"by_language": by_language}
+    groups = {"by_language": rows["language"].eq("en").map({True: "en", False: "other"})}
     if "source" in rows and rows["source"].notna().any():
-        by_source = rows.groupby("source")
-        found["by_source"] = {str(name): summarize(group) for name, group in by_source}
-    return found
+        groups["by_source"] = rows["source"]
+    return summarize(rows) | {
+        name: {str(key): summarize(group) for key, group in rows.groupby(by)}
+        for name, by in groups.items()
+    }
 
 
 def summarize(rows: pd.DataFrame) -> dict[str, Any]:
@@ -175,15 +171,14 @@ def _is_scored(row: Conversation) -> bool:
 def _answer(row: Conversation, reference: str, reply: generate.Reply) -> dict[str, Any]:
     """A prompt, its `reference` reply with control tokens by name, and the model's."""
     last, expected = row.messages[-1], row.answer
-    parts = breakdown.calls(row, reference, reply), breakdown.thoughts(row, reference, reply)
-    more = {name: value for part in parts if part is not None for name, value in part.items()}
+    parts = breakdown.calls(row, reference, reply) | breakdown.thoughts(row, reference, reply)
     return {
         "prompt": row.messages[:-1],
-        "reference": reference if more else last["content"],
+        "reference": reference if parts else last["content"],
         "expected": expected,
-        "answer": reply.raw if more else reply.text,
+        "answer": reply.raw if parts else reply.text,
         "stopped": reply.stopped,
         "correct": None if expected is None else generate.is_correct(reply.text, expected),
         "language": row.language,
-        **more,
+        **parts,
     }

@@ -4,17 +4,14 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-)
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.shared.core import display
 from stages.shared.model.loading import without_adapter
@@ -67,17 +64,6 @@ def is_correct(reply: str, answer: str) -> bool:
     return bool(last) and last == expected
 
 
-@dataclass
-class _Advance(StoppingCriteria):
-    """Advances the progress bar per token; never stops."""
-
-    bar: Any
-
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        self.bar.update(1)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -93,46 +79,54 @@ def generate(
 
     Processes of a `group` divide the batches, and all make as many forward passes.
     """
-    # Unset options would be the model's own: penalties, beams, minimum lengths.
     plain: Any = without_adapter(model)
-    plain.generation_config = GenerationConfig()
-    plain.config.get_text_config().output_router_logits = False  # a padded mixture fails with them
     positions = _learned_positions(plain)
-    replies: dict[int, Reply] = {}
-    groups = group_by_length(prompts, max_new_tokens, BATCH if may_batch(plain.config) else 1)
+    max_rows = BATCH if may_batch(plain.config) else 1
+    batches = group_by_length(prompts, max_new_tokens, max_rows)
     if positions == sys.maxsize:  # else one could pass the last position while it waits
-        batches = -(-len(groups) // group.size)
-        own = groups[group.rank :: group.size]
-        groups = own + groups[:1] * (batches - len(own))  # once more, to the same replies
-    total = len(groups) * max_new_tokens
-    with display.bar(total=total, desc="answers", unit="batch-token") as bar:
-        for done, batch in enumerate(groups, start=1):
-            width = max(len(prompts[i]) for i in batch)
-            ids = torch.full((len(batch), width), stop_ids[0], device=device)
-            mask = torch.zeros_like(ids)
-            for line, i in enumerate(batch):  # left padding: all replies start at `width`
-                ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
-                mask[line, width - len(prompts[i]) :] = 1
-            config = GenerationConfig(
-                do_sample=False,
-                max_new_tokens=min(max_new_tokens, positions - width),
-                eos_token_id=stop_ids,
-                pad_token_id=stop_ids[0],
-            )
+        passes = -(-len(batches) // group.size)
+        own = batches[group.rank :: group.size]
+        batches = own + batches[:1] * (passes - len(own))  # once more, to the same replies
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")  # all replies start together
+    replies: dict[int, Reply] = {}
+    with display.bar(total=sum(map(len, batches)), desc="answers", unit="row") as bar:
+        for batch in batches:
+            tokens = [torch.tensor(prompts[i], device=device) for i in batch]
+            ids = pad(tokens, padding_value=stop_ids[0])
+            width = ids.shape[1]
+            new_tokens = min(max_new_tokens, positions - width)
             with autocast(device, dtype):
                 output = model.generate(
                     input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=config,
-                    stopping_criteria=[_Advance(bar)],
+                    attention_mask=pad([torch.ones_like(one) for one in tokens]),
+                    generation_config=options(model, new_tokens, stop_ids),
                     synced_gpus=group.size > 1,
                 )
-            for line, i in enumerate(batch):
-                replies[i] = _reply(tokenizer, output[line, width:].tolist(), stop_ids)
-            bar.update(done * max_new_tokens - bar.n)
+            for i, row in zip(batch, output[:, width:].tolist(), strict=True):
+                replies[i] = decode(tokenizer, row, stop_ids)
+            bar.update(len(batch))
     for others in group.gather(replies):
         replies |= others
     return [replies[i] for i in range(len(prompts))]
+
+
+def options(
+    model: nn.Module, max_new_tokens: int, stop_ids: list[int], temperature: float = 0.0
+) -> GenerationConfig:
+    """Generation options; temperature 0 is greedy.
+
+    The model's own, which would fill what they leave open (penalties, beams), are dropped.
+    """
+    plain: Any = without_adapter(model)
+    plain.generation_config = GenerationConfig()
+    plain.config.get_text_config().output_router_logits = False  # a padded mixture fails with them
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
+    )
 
 
 def may_batch(config: Any) -> bool:
@@ -164,13 +158,10 @@ def _learned_positions(model: PreTrainedModel) -> int:
     return sys.maxsize
 
 
-def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int]) -> Reply:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int]) -> Reply:
+    """Reply of generated tokens, which may go on after the stop token."""
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-    return Reply(text, end is not None, raw_text(tokenizer, ids, stop_ids))
-
-
-def raw_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int]) -> str:
-    """Tokens up to a stop token as text, control tokens by name."""
-    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    return str(tokenizer.decode(ids[:end], skip_special_tokens=False)).strip()
+    text, raw = (
+        str(tokenizer.decode(ids[:end], skip_special_tokens=skip)).strip() for skip in (True, False)
+    )
+    return Reply(text, end is not None, raw)

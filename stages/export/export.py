@@ -20,9 +20,8 @@ from peft.utils import set_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from stages.export import modelfile
-from stages.export.architecture import Unsupported
-from stages.export.config import DEFAULT, VLLM_RANKS, refusal
 from stages.export.gguf_file import ADAPTER_PREFIX, ModelFormat
+from stages.export.llama_cpp import Unsupported
 from stages.shared.chat.templates import read_format
 from stages.shared.core import files, machine
 from stages.shared.core.errors import UserError
@@ -33,6 +32,7 @@ from stages.shared.weights.checkpoint import Weights
 POSITIONS = 384  # of a model of 135 million parameters in two seconds on two cores
 MIN_TOP1_AGREEMENT = {"gguf-f16": 0.99, "gguf-bf16": 0.98, "gguf-q8_0": 0.98}
 MIN_TOP1_AGREEMENT |= {"gguf-lora": 0.99, "vllm-lora": 0.98}  # Q4_0's is reported, whatever it is
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
 CPU = torch.device("cpu")
 _REFUSED = ("use_dora", "modules_to_save", "lora_bias")
 _REFUSED_BY = {
@@ -41,52 +41,56 @@ _REFUSED_BY = {
 }
 
 
-class Export:
-    """One export: the models that it reads, and how a format is compared with them."""
+class Exporter:
+    """The models to export, and the held-out conversations that each format is verified on."""
 
     def __init__(self, merged: Path, adapter: Path, quantized: Path, data: Path) -> None:
         self.merged, self.adapter, self.quantized = merged, adapter, quantized
         self.form = read_format(data / "format.json")
-        examples = packing.read_examples(data / "eval.parquet")
-        self.examples = first_positions(examples, POSITIONS)
+        self.examples = first_positions(packing.read_examples(data / "eval.parquet"), POSITIONS)
         with pq.ParquetFile(data / "eval.parquet") as stored:
             columns = stored.read(["text_bytes", "conversation_id"], use_threads=False)
         scored = columns.slice(0, len(self.examples)).to_pydict()
         self.text_bytes = sum(scored["text_bytes"])
         self.conversations = len({*scored["conversation_id"]})
 
-    def run(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
-        """Write `formats` into folders of their names, and return their metrics."""
+    def export(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
+        """Write `formats` into folders of their names, and return their metrics.
+
+        Raises:
+            Unsupported: a format cannot hold the model or the adapter.
+            UserError: a file's model disagrees with the one that it was written from.
+        """
         if any(name.startswith("gguf") for name in formats):
             self.gguf = ModelFormat(self.merged, self.form)
             self.texts = modelfile.literals(self.gguf.render)
         adapters = [name for name in formats if name.endswith("-lora")]
+        whole = [name for name in formats if name not in adapters]
         if adapters:
             require_adapter(self.adapter, adapters)
         for name in formats:
             (folder / name).mkdir()
-        whole = [name for name in formats if name not in adapters]
-        figures = self._export_merged(whole, folder) if whole else {}
-        figures |= self._export_adapter(adapters, folder) if adapters else {}
+        metrics = self._export_merged(whole, folder) if whole else {}
+        metrics |= self._export_adapter(adapters, folder) if adapters else {}
         for name in formats:
-            figures[name] = {"bytes": files.folder_bytes(folder / name), **figures[name]}
-        return figures
+            metrics[name] = {"bytes": files.folder_bytes(folder / name), **metrics[name]}
+        return metrics
 
     def _export_merged(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
         """The merged model in one file each."""
         model = loading.load_model(self.merged, CPU, torch.float32)
         expected = self._predictions(model, "merged")
-        figures: dict[str, Any] = {"merged_loss": self._loss(expected)}
-        figures["merged_tokens"] = sum(map(len, expected))
+        metrics: dict[str, Any] = {"merged_loss": self._loss(expected)}
+        metrics["merged_tokens"] = sum(map(len, expected))
         for name in formats:
             kind = name.removeprefix("gguf-").upper()
             self._write_gguf(folder / name / "model.gguf", self.merged, kind, model)
-            figures[name] = self._verify(name, expected, model)
-        return figures
+            metrics[name] = self._verify(name, expected, model)
+        return metrics
 
     def _export_adapter(self, formats: Sequence[str], folder: Path) -> dict[str, Any]:
         """The adapter beside the dequantized base, on which it was trained."""
-        figures, base = {}, folder / "base"
+        metrics, base = {}, folder / "base"
         plain = loading.load_dequantized(self.quantized, machine.device())
         tuned = loading.attach(plain, self.adapter)
         expected = self._predictions(tuned, "adapter")
@@ -104,17 +108,17 @@ class Export:
                 self._write_gguf(path.with_name("base.gguf"), base, "F16", model)
                 tuned = loading.attach(model, self.adapter)
                 set_peft_model_state_dict(tuned, self.gguf.read_adapter(path, self.adapter))
-            figures[name] = self._verify(name, expected, tuned)
+            metrics[name] = self._verify(name, expected, tuned)
         shutil.rmtree(base)
-        return figures
+        return metrics
 
     def _write_gguf(self, path: Path, source: Path, kind: str, model: PreTrainedModel) -> None:
         """Write a file and its Modelfile; `model` is overwritten with the file's values."""
         self.gguf.write(path, Weights(source), GGMLQuantizationType[kind])
         self.gguf.fill(model, path)
-        ends, context = [self.form.eos_token], self.gguf.architecture.context_length
         names = [file.name for file in (path, path.with_name("adapter.gguf")) if file.exists()]
-        text = modelfile.modelfile(names, self.texts, ends, context)
+        context = self.gguf.architecture.context_length
+        text = modelfile.modelfile(names, self.texts, self.form.eos_token, context)
         files.write_text(path.with_name("Modelfile"), text)
 
     def _write_base(self, base: PreTrainedModel, folder: Path) -> None:
@@ -147,23 +151,22 @@ class Export:
 
     def _verify(self, name: str, expected: list[torch.Tensor], model: Any) -> dict[str, Any]:
         """Metrics of a format, whose values `model` has; too low an agreement is a UserError."""
-        found = self._predictions(model, name)
-        agreement, loss = compare(expected, found), self._loss(found)
+        predictions = self._predictions(model, name)
+        agreement, loss = compare(expected, predictions), self._loss(predictions)
+        top1, tokens = agreement.top1_agreement, agreement.positions
         minimum = MIN_TOP1_AGREEMENT.get(name, 0.0)
-        differ = round((1 - agreement.top1_agreement) * agreement.positions)
-        if differ > max(1, int((1 - minimum) * agreement.positions)):
+        if round((1 - top1) * tokens) > max(1, int((1 - minimum) * tokens)):
             raise UserError(
-                f"models/exported: {name} agrees with the model in {agreement.top1_agreement:.4f} "
-                f"of the most likely tokens (at least {minimum}); nothing was written. "
-                "Leave it out of export.formats."
+                f"models/exported: {name} agrees with the model in {top1:.4f} of the most likely "
+                f"tokens (at least {minimum}); nothing was written. Leave it out of export.formats."
             )
         return {
-            "top1_agreement": agreement.top1_agreement,
+            "top1_agreement": top1,
             "kl_divergence": agreement.kl_divergence,
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": loss * agreement.positions / math.log(2) / self.text_bytes,
-            "tokens": agreement.positions,
+            "bits_per_byte": loss * tokens / math.log(2) / self.text_bytes,
+            "tokens": tokens,
             "conversations": self.conversations,
         }
 
@@ -200,21 +203,12 @@ def write_portable(adapter: Path, folder: Path) -> None:
     files.write_json(folder / "adapter_config.json", config | portable)
 
 
-def export(
-    formats: Sequence[str], merged: Path, adapter: Path, quantized: Path, data: Path, folder: Path
-) -> dict[str, Any]:
-    """Write the formats into `folder`, and return the metrics.
-
-    The default that cannot be had ends well, and its `status` says why; formats that the user
-    names raise a UserError.
-    """
-    try:
-        figures = Export(merged, adapter, quantized, data).run(formats, folder)
-    except Unsupported as reason:
-        if list(formats) != DEFAULT:
-            raise refusal(str(reason)) from None
-        for path in folder.iterdir():
-            shutil.rmtree(path)
-        hint = "llama.cpp's own convert_hf_to_gguf.py may read models/merged"
-        return {"status": f"not exported: {reason}; {hint}"}
-    return {"status": "exported", **figures}
+def serving(folder: Path) -> str:
+    """The command that serves an exported format."""
+    if folder.name != "vllm-lora":
+        return f"ollama create tuned -f {folder}/Modelfile && ollama run tuned"
+    config = files.read_json(folder / "adapter/adapter_config.json")
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])  # as vLLM counts
+    rank = min(known for known in VLLM_RANKS if known >= rank)
+    options = f"--enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}/adapter"
+    return f"vllm serve {folder}/base {options}"

@@ -16,8 +16,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from stages.export.architecture import EXPERT, Architecture, Unsupported
-from stages.export.vocabulary import Vocabulary
+from stages.export.llama_cpp import EXPERT, Architecture, Unsupported, Vocabulary
 from stages.shared.chat.templates import Format
 from stages.shared.core import display, files
 from stages.shared.weights.checkpoint import Weights
@@ -43,23 +42,21 @@ class ModelFormat:
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """Messages up to the reply, as the chat template renders them."""
-        rendered, _ = render_jinja_template(
-            [messages],
-            chat_template=self._form.chat_template,
-            add_generation_prompt=True,
-            **self._own,
+        template = self._form.chat_template
+        [text], _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, **self._own
         )
-        return str(rendered[0])
+        return str(text)
 
     def write(self, path: Path, weights: Weights, kind: GGMLQuantizationType) -> None:
         """Write a model, with the tokenizer, chat template and end tokens of the folder."""
         architecture = self.architecture
         tied = architecture.config.get("tie_word_embeddings")  # the embedding is then the head
-        keys = {s.name: s.shape for s in weights.parameters if not (tied and "lm_head" in s.name)}
+        shapes = {s.name: s.shape for s in weights.parameters if not (tied and "lm_head" in s.name)}
         tensors: dict[str, list[str]] = {}  # an expert's keys in order, else one
-        for key in keys:
+        for key in shapes:
             tensors.setdefault(architecture.tensor_name(key), []).append(key)
-        types = {name: stored_type(name, keys[key], kind) for name, (key, *_) in tensors.items()}
+        types = {name: stored_type(name, shapes[key], kind) for name, (key, *_) in tensors.items()}
         writer = gguf.GGUFWriter(path, architecture.name)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name("tuned")
@@ -69,18 +66,17 @@ class ModelFormat:
         self._vocabulary.add(writer, architecture.config["vocab_size"], self._special)
         writer.add_chat_template(self._form.chat_template)
         total = 0
-        for name, (key, *others) in tensors.items():
-            stacked = [1 + len(others)] if EXPERT.search(key) else []
-            shape = (*stacked, *keys[key])
-            block, size = gguf.GGML_QUANT_SIZES[types[name]]
-            nbytes = math.prod(shape) // block * size
-            dtype = np.dtype(np.float32)  # overruled by the type
-            writer.add_tensor_info(name, shape, dtype, nbytes, types[name])
+        for name, own in tensors.items():
+            shape = (*([len(own)] if EXPERT.search(own[0]) else []), *shapes[own[0]])
+            nbytes = math.prod(gguf.quant_shape_to_byte_shape(shape, types[name]))
+            # The dtype is overruled by the type.
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, types[name])
             total += nbytes
         divisors = architecture.rope_divisors()
         if divisors is not None:
-            info = (divisors.shape, divisors.dtype, divisors.nbytes)
-            writer.add_tensor_info("rope_freqs.weight", *info)
+            writer.add_tensor_info(
+                "rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes
+            )
         files.require_space(path.parent, total, f"the file {path.parent.name}")
         bar = display.bar(total=total, desc=path.parent.name, unit="B")
         with closing(writer), _threads() as pool, bar:
@@ -88,8 +84,7 @@ class ModelFormat:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, own in tensors.items():
-                parts = [self._stored(weights, key, types[name], pool) for key in own]
-                data = np.stack(parts)
+                data = np.stack([self._stored(weights, key, types[name], pool) for key in own])
                 writer.write_tensor_data(data)
                 bar.update(data.nbytes)
             if divisors is not None:
@@ -116,16 +111,15 @@ class ModelFormat:
         alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         weights = Weights(adapter)
-        for key, name in self.adapter_names(weights):
-            rows = weights.tensor(key).float().numpy()
-            rows = self.architecture.reorder(key, rows) if name.endswith("b") else rows
+        for key, name in self._adapter_names(weights):
+            rows = self.architecture.reorder(key, weights.tensor(key).float().numpy())
             writer.add_tensor(name, np.ascontiguousarray(rows, dtype=np.float16))
         with closing(writer):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
 
-    def adapter_names(self, weights: Weights) -> Iterator[tuple[str, str]]:
+    def _adapter_names(self, weights: Weights) -> Iterator[tuple[str, str]]:
         """Keys of an adapter's factors, and llama.cpp's names."""
         for stored in weights.parameters:
             module, _, factor = stored.name.removeprefix(ADAPTER_PREFIX).rpartition(".lora_")
@@ -134,12 +128,12 @@ class ModelFormat:
 
     def fill(self, model: torch.nn.Module, path: Path) -> None:
         """Replace every weight of a model by the file's, dequantized."""
-        tensors, architecture = _read(path), self.architecture
+        read, architecture = _read(path), self.architecture
 
         def copy(named: tuple[str, torch.nn.Parameter]) -> None:
             key, parameter = named
             expert = EXPERT.search(key)
-            rows = tensors(architecture.tensor_name(key), int(expert[1]) if expert else None)
+            rows = read(architecture.tensor_name(key), int(expert[1]) if expert else None)
             rows = architecture.reorder(key, rows, back=True)
             parameter.data.copy_(torch.from_numpy(rows))
 
@@ -148,12 +142,9 @@ class ModelFormat:
 
     def read_adapter(self, path: Path, adapter: Path) -> dict[str, torch.Tensor]:
         """The file's factors under the keys of the adapter that it was written from."""
-        tensors, found = _read(path), {}
-        for key, name in self.adapter_names(Weights(adapter)):
-            rows = tensors(name)
-            rows = self.architecture.reorder(key, rows, back=True) if name.endswith("b") else rows
-            found[key] = torch.from_numpy(rows)
-        return found
+        read, reorder = _read(path), self.architecture.reorder
+        names = self._adapter_names(Weights(adapter))
+        return {key: torch.from_numpy(reorder(key, read(name), back=True)) for key, name in names}
 
 
 def _threads() -> ThreadPoolExecutor:
@@ -161,19 +152,14 @@ def _threads() -> ThreadPoolExecutor:
 
 
 class _Reader(gguf.GGUFReader):
-    """The package's reader on a plain array: each slice of a memmap takes five times as long."""
+    """The package's reader on a plain array: of a memmap each slice takes five times as long."""
 
-    def _get(
-        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
-    ) -> np.ndarray:
-        order = override_order or self.byte_order
-        return np.frombuffer(
-            self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset)
-        )
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        return np.frombuffer(self.data, dtype, int(count), int(offset))  # little endian, as x86-64
 
 
 def _read(path: Path) -> Callable[..., np.ndarray]:
-    """Tensors of a file by llama.cpp's names and an expert's number, dequantized: fp32."""
+    """Function from llama.cpp's name, and an expert's number, to a dequantized tensor: fp32."""
     tensors = {tensor.name: tensor for tensor in _Reader(path).tensors}
 
     def tensor(name: str, expert: int | None = None) -> np.ndarray:

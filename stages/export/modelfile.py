@@ -10,17 +10,16 @@ Sources: https://github.com/ollama/ollama, docs/modelfile.md and template/templa
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
-from stages.export.architecture import Unsupported
+from stages.export.llama_cpp import Unsupported
 
 LONGEST_CONTEXT = 8192  # Ollama reserves memory for all of it
 Messages = list[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Literals:
+class Literals(NamedTuple):
     """Texts of a chat template, by the role before ("" at the start) and the role after."""
 
     between: dict[tuple[str, str], str]
@@ -60,12 +59,13 @@ def go_template(texts: Literals) -> str:
     }
     for (_, role), text in sorted(texts.between.items(), reverse=True):  # the start's, "", is last
         branches[f"eq .Role {_quote(role)}"] = text
-    lines = [f"{{{{- else if {when} }}}}{_write(text)}" for when, text in branches.items()]
-    lines[0] = lines[0].replace("else if", "if", 1)
+    lines = [
+        f"{{{{- {'else ' if number else ''}if {when} }}}}{_write(text)}"
+        for number, (when, text) in enumerate(branches.items())
+    ]
     lines = ['{{- $last := "" }}', "{{- range .Messages }}", *lines, "{{- end }}"]
-    return "\n".join(
-        [*lines, "{{- .Content }}{{ $last = .Role }}", "{{- end }}" + _write(texts.prompt)]
-    )
+    lines += ["{{- .Content }}{{ $last = .Role }}", "{{- end }}" + _write(texts.prompt)]
+    return "\n".join(lines)
 
 
 def _write(text: str) -> str:
@@ -77,25 +77,17 @@ def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def modelfile(names: Sequence[str], texts: Literals, ends: Sequence[str], context: int) -> str:
+def modelfile(names: Sequence[str], texts: Literals, end: str, context: int) -> str:
     """Modelfile of a model's file, and an adapter's, with greedy decoding, as they were measured.
 
     Ollama's default repeat_penalty, 1.1, would change replies. A model that goes on by itself is
     stopped where the next turn begins, too.
     """
-    stops = list(ends)
-    following = texts.between["assistant", "user"]
-    for end in ends:
-        following = following.replace(end, "")
-    stops += [line for line in following.strip().splitlines()[:1] if '"' not in line]
-    return "\n".join(
-        [
-            *(f"{what} ./{name}" for what, name in zip(("FROM", "ADAPTER"), names, strict=False)),
-            f'TEMPLATE """{go_template(texts)}"""',
-            *(f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)),
-            f"PARAMETER num_ctx {min(context, LONGEST_CONTEXT)}",
-            "PARAMETER temperature 0",
-            "PARAMETER repeat_penalty 1.0",
-            "",
-        ]
-    )
+    next_turn = texts.between["assistant", "user"].replace(end, "").strip().splitlines()[:1]
+    stops = dict.fromkeys([end, *(line for line in next_turn if '"' not in line)])
+    lines = [f"{word} ./{name}" for word, name in zip(("FROM", "ADAPTER"), names, strict=False)]
+    lines.append(f'TEMPLATE """{go_template(texts)}"""')
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines.append(f"PARAMETER num_ctx {min(context, LONGEST_CONTEXT)}")
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0"]
+    return "\n".join(lines) + "\n"

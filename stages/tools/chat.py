@@ -11,20 +11,15 @@ Run:    python -m stages.tools.chat [--adapter EXPERIMENT]
 import contextlib
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Any
 
-from stages.evaluate.__main__ import MODELS, PREPARED, TOKENIZER
-from stages.evaluate.adapters import QUANTIZED, fetch
+from stages.evaluate.inputs import FORMAT, MODELS, fetch_adapter
+from stages.shared.chat.conversation import Message, RejectedRow
 from stages.shared.core.command import quick_imports, run
 from stages.shared.core.errors import UserError
-
-if TYPE_CHECKING:
-    from stages.shared.chat.conversation import Message
-    from stages.shared.chat.templates import Format
-    from stages.tools.replies import Replier
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -42,49 +37,42 @@ def main(options: Namespace) -> None:
         raise UserError("--max-new-tokens is below 1, or --temperature below 0. Raise it.")
     with quick_imports():
         from stages.shared.chat.templates import read_format  # noqa: PLC0415
+        from stages.tools import replies  # noqa: PLC0415
 
     with TemporaryDirectory() as folder:
-        adapter, form = MODELS["adapter"], read_format(PREPARED / "format.json")
+        models, form = dict(MODELS), read_format(FORMAT)
         if options.adapter:
-            adapter, form = fetch(options.adapter, Path(folder), whole=True)
-        talk = Talk(options, adapter, form)
+            models["adapter"], form = fetch_adapter(options.adapter, Path(folder), whole=True)
+        talk = Talk(options, models, lambda folder: replies.load(folder, form))
         talk.load(options.variant or ("adapter" if options.adapter else "merged"))
         for line in lines():
             talk.answer(line)
 
 
 class Talk:
-    """A conversation with one of the variants at a time."""
+    """A conversation with one of the variants at a time; `load` gives a folder's `Replier`."""
 
-    def __init__(self, options: Namespace, adapter: Path, form: "Format") -> None:
-        self._options, self._adapter, self._form = options, adapter, form
-        self._replier: Replier | None = None
-        self.messages: list[Message] = []
+    def __init__(
+        self, options: Namespace, models: Mapping[str, Path], load: Callable[[Path], Any]
+    ) -> None:
+        self._options, self._models, self._load = options, models, load
+        self._replier: Any = None
         self._reset()
 
     def _reset(self) -> None:
         system = self._options.system
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def load(self, variant: str) -> None:
         """Load a variant in place of the one before."""
-        from stages.shared.core import machine  # noqa: PLC0415
-        from stages.shared.model import loading  # noqa: PLC0415
-        from stages.tools.replies import Replier  # noqa: PLC0415
-
-        folder = self._adapter if variant == "adapter" else MODELS[variant]
-        device = machine.device()
-        on = QUANTIZED if loading.is_adapter(folder) else folder
+        folder = self._models[variant]
+        folder.stat()  # one that is not there is told, and replaces none
         self._replier = None  # before the next is loaded
-        model = loading.load_adapted(folder, QUANTIZED, device)
-        dtype = loading.compute_dtype(on, device)
-        self._replier = Replier(model, dtype, TOKENIZER, self._form)
+        self._replier = self._load(folder)
         print(f"({variant})", file=sys.stderr)
 
     def answer(self, line: str) -> None:
         """Obey a command, or reply to a message; a mistake or Ctrl-C is told in one line."""
-        from stages.shared.chat.conversation import RejectedRow, normalize  # noqa: PLC0415
-
         command, _, argument = line.partition(" ")
         try:
             if command == "/variant" and argument in MODELS:
@@ -93,8 +81,8 @@ class Talk:
                 self._reset()
             elif line.startswith("/"):
                 print(f"(/variant {'|'.join(MODELS)}, /reset, /quit)", file=sys.stderr)
-            elif text := normalize(line):
-                self._reply(text)
+            elif line:
+                self._reply(line)
         except (RejectedRow, UserError) as error:
             print(f"({error})", file=sys.stderr)
         except FileNotFoundError as error:

@@ -30,10 +30,10 @@ FIRST_OUTS = (Path("data/raw"), Path("models/base"))
 PRECISION = 1.0  # seconds of a process's start time, as Linux tells the time of the boot
 ADVICE = "Remove it, or export DVC_SITE_CACHE_DIR=$HOME/.cache/dvc-hashes."
 SHOWN = 3  # keys or files of a reason
+_STAGE = re.compile(r"(?:Running s|S)tage '(.+)'(:| didn't change, skipping| is cached)")
 _ENDINGS = {
-    re.compile(r"Running stage '(.+)':"): "{reason}",
-    re.compile(r"Stage '(.+)' didn't change, skipping"): ": unchanged",
-    re.compile(r"Stage '(.+)' is cached"): ": restored from the run cache",
+    " didn't change, skipping": ": unchanged",
+    " is cached": ": restored from the run cache",
 }
 # What to type is said once, at the end.
 _ADVICE = re.compile(
@@ -154,8 +154,8 @@ def _keys(name: str, locked: Mapping[str, Any], values: Mapping[str, Any]) -> li
     before, now = locked.get(name), values.get(name)
     if not isinstance(before, dict) or not isinstance(now, dict):
         return [name]
-    differ = [key for key in before | now if before.get(key) != now.get(key)]
-    return [f"{name}.{key}" for key in differ] or [name]
+    differ = [f"{name}.{key}" for key in before | now if before.get(key) != now.get(key)]
+    return differ or [name]
 
 
 def _listed(what: str, names: list[str]) -> str:
@@ -170,15 +170,13 @@ def shorten(lines: Iterable[str], count: int, why: Mapping[str, str]) -> Iterato
     """
     number = 0
     for line in lines:
-        for pattern, ending in _ENDINGS.items():
-            if match := pattern.match(line):
-                number += 1
-                reason = f" ({why[match[1]]})" if match[1] in why else ""
-                yield f"[{number}/{count}] {match[1]}{ending.format(reason=reason)}"
-                break
-        else:
-            if not _ADVICE.match(line):
-                yield line
+        if match := _STAGE.match(line):
+            number += 1
+            stage, event = match.groups()
+            reason = f" ({why[stage]})" if stage in why else ""
+            yield f"[{number}/{count}] {stage}{_ENDINGS.get(event, reason)}"
+        elif not _ADVICE.match(line):
+            yield line
 
 
 def check() -> dict[str, Any]:

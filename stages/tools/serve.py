@@ -11,28 +11,21 @@ Run:    python -m stages.tools.serve [--adapters EXPERIMENT ...] [--port 8000]
 import asyncio
 import json
 import socket
-import threading
 import time
 import uuid
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.evaluate.__main__ import MODELS, PREPARED, TOKENIZER
-from stages.evaluate.adapters import QUANTIZED, fetch
-from stages.shared.core import files, machine
+from stages.shared.chat.conversation import RejectedRow
 from stages.shared.core.command import quick_imports, run
 from stages.shared.core.errors import UserError
 
-if TYPE_CHECKING:
-    from stages.tools.replies import Reply
-
-BASE, MERGED = "base", "merged"
 TIMEOUT = 60  # seconds for a client that does not read
 LARGEST = 1 << 24  # bytes of a request
 WITHOUT_EFFECT = ("user", "metadata", "store")  # options that change no reply
@@ -53,21 +46,13 @@ def main(options: Namespace) -> None:
         reason = str(getattr(error, "strerror", error)).partition(" (while")[0].rstrip(".")
         where = f"{options.host}:{options.port}"
         raise UserError(f"--port: {where}: {reason}. Choose another.") from None
+    with quick_imports():
+        from stages.tools.replies import Served  # noqa: PLC0415
     with listening, TemporaryDirectory() as folder:
-        server = Server(options.adapters, Path(folder))
+        served = Served(options.adapters, Path(folder))
         host, port = listening.getsockname()
-        print(f"http://{host}:{port}/v1 serves {', '.join(server.names)}", flush=True)
-        web.run_app(server.app(), sock=listening, print=None, shutdown_timeout=1)
-
-
-@web.middleware
-async def refuse(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Tell of errors in the form of OpenAI's."""
-    try:
-        return await handler(request)
-    except web.HTTPException as error:
-        body = {"message": error.text, "type": "invalid_request_error", "code": error.status}
-        return web.json_response({"error": body}, status=error.status)
+        print(f"http://{host}:{port}/v1 serves {', '.join(served.names)}", flush=True)
+        web.run_app(Server(served).app(), sock=listening, print=None, shutdown_timeout=1)
 
 
 class Request(BaseModel):
@@ -91,6 +76,13 @@ class Request(BaseModel):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     stop: str | list[str] | None = None
 
+    def options(self, on_text: Callable[[str], Any]) -> tuple[Any, ...]:
+        """Arguments of `replies.Served.reply`."""
+        messages = [message.model_dump() for message in self.messages]
+        most = self.max_completion_tokens or self.max_tokens or 512
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return (self.model, messages, most, on_text, self.temperature or 0.0, stops, self.seed)
+
     def unsupported(self) -> Iterator[str]:
         """Options that ask for something else than one whole reply."""
         for name, value in (self.model_extra or {}).items():
@@ -99,58 +91,36 @@ class Request(BaseModel):
                 yield name
 
 
+@web.middleware
+async def refuse(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Tell of errors in the form of OpenAI's."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        body = {"message": error.text, "type": "invalid_request_error", "code": error.status}
+        return web.json_response({"error": body}, status=error.status)
+
+
+def parse(body: bytes, names: list[str]) -> Request:
+    """Check a request; raises an HTTPException that says what is wrong."""
+    try:
+        request = Request.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise web.HTTPBadRequest(text=f"{where}: {first['msg']}") from None
+    if request.model not in names:
+        raise web.HTTPNotFound(text=f"model: {request.model!r} is none of {', '.join(names)}")
+    for name in request.unsupported():
+        raise web.HTTPBadRequest(text=f"{name}: is not supported. Leave it out.")
+    return request
+
+
 class Server:
-    """A loaded model; the lock is held for a reply, as the active adapter is its state."""
+    """Web application of what `replies.Served` has loaded."""
 
-    def __init__(self, experiments: list[str], folder: Path) -> None:
-        with quick_imports():
-            from stages.shared.chat.templates import read_format  # noqa: PLC0415
-            from stages.shared.model import loading  # noqa: PLC0415
-            from stages.tools.replies import Replier  # noqa: PLC0415
-
-        formats = {BASE if experiments else MERGED: read_format(PREPARED / "format.json")}
-        adapters: dict[str, Path] = {}
-        for name in dict.fromkeys(experiments):
-            if name == BASE:
-                raise UserError(f"{BASE}: names the model without an adapter. `git tag` another.")
-            adapters[name], formats[name] = fetch(name, folder)
-            config = files.read_json(adapters[name] / "adapter_config.json")
-            if config.get("bias", "none") != "none":
-                raise UserError(f"{name}: trained the base's biases. Serve its merged model alone.")
-        device, source = machine.device(), QUANTIZED if experiments else MODELS[MERGED]
-        dtype = loading.compute_dtype(source, device)
-        self._model: Any = loading.load_model(source, device)
-        self._adapters: dict[str, str] = {}  # peft's name by the experiment's
-        for number, (name, adapter) in enumerate(adapters.items()):
-            self._adapters[name] = f"adapter{number}"
-            self._model = loading.attach(self._model, adapter, self._adapters[name])
-        self.names = list(formats)
-        self._repliers = {
-            name: Replier(self._model, dtype, TOKENIZER, form) for name, form in formats.items()
-        }
-        self._lock = threading.Lock()
-
-    def reply(self, request: Request, on_text: Callable[[str], Any]) -> "Reply":
-        """Reply by the requested adapter; UserError where messages cannot be rendered."""
-        from stages.shared.chat.conversation import RejectedRow, normalize  # noqa: PLC0415
-
-        messages: Any = [
-            {"role": m.role, "content": normalize(m.content)} for m in request.messages
-        ]
-        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        most = request.max_completion_tokens or request.max_tokens or 512
-        with self._lock:
-            if request.model in self._adapters:
-                self._model.base_model.enable_adapter_layers()
-                self._model.set_adapter(self._adapters[request.model])
-            elif self._adapters:
-                self._model.base_model.disable_adapter_layers()
-            try:
-                return self._repliers[request.model].reply(
-                    messages, most, on_text, request.temperature or 0.0, stops, request.seed
-                )
-            except RejectedRow as error:
-                raise UserError(f"messages: {error}") from None
+    def __init__(self, served: Any) -> None:
+        self._served = served
 
     def app(self) -> web.Application:
         """The application."""
@@ -161,26 +131,16 @@ class Server:
 
     async def models(self, _: web.Request) -> web.Response:
         """The names that `model` may have."""
-        data = [{"id": n, "object": "model", "created": 0, "owned_by": "me"} for n in self.names]
+        fixed = {"object": "model", "created": 0, "owned_by": "me"}
+        data = [{"id": name, **fixed} for name in self._served.names]
         return web.json_response({"object": "list", "data": data})
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
         """A chat completion, whole or as server-sent events."""
-        try:
-            request = Request.model_validate_json(await http.read())
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "body"
-            raise web.HTTPBadRequest(text=f"{where}: {first['msg']}") from None
-        if request.model not in self.names:
-            known = f"model: {request.model!r} is none of {', '.join(self.names)}"
-            raise web.HTTPNotFound(text=known)
-        for name in request.unsupported():
-            raise web.HTTPBadRequest(text=f"{name}: is not supported. Leave it out.")
+        request = parse(await http.read(), self._served.names)
         head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         head["object"] = "chat.completion.chunk" if request.stream else "chat.completion"
         head["model"] = request.model
-        pieces: list[str] = []
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         loop = asyncio.get_running_loop()
 
@@ -194,7 +154,6 @@ class Server:
             await stream.write(f"data: {json.dumps(head | values)}\n\n".encode())
 
         def on_text(text: str) -> None:  # on the model's thread; what it raises ends the reply
-            pieces.append(text)
             if http.transport is None:  # closed, by Ctrl-C too
                 raise ConnectionAbortedError
             if request.stream:
@@ -202,17 +161,19 @@ class Server:
                 asyncio.run_coroutine_threadsafe(sent, loop).result(TIMEOUT)
 
         try:
-            reply = await asyncio.to_thread(self.reply, request, on_text)
+            reply = await asyncio.to_thread(self._served.reply, *request.options(on_text))
             reason = "stop" if reply.stopped else "length"
             usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
             usage["total_tokens"] = reply.prompt_tokens + reply.tokens
             if not request.stream:
-                message = choice("message", "".join(pieces), reason)
+                message = choice("message", reply.text, reason)
                 return web.json_response(head | message | {"usage": usage})
             await send(choice("delta", "", reason))
             if (request.stream_options or {}).get("include_usage"):
                 await send({"choices": [], "usage": usage})
             await stream.write(b"data: [DONE]\n\n")
+        except RejectedRow as error:
+            raise web.HTTPBadRequest(text=f"messages: {error}") from None
         except UserError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         except (ConnectionError, TimeoutError):  # the client hung up, or does not read

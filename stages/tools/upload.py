@@ -19,9 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
-from stages.evaluate.__main__ import MODELS
-from stages.export.__main__ import EXPORTED
-from stages.export.config import Kind
+from stages.evaluate.inputs import MODELS
+from stages.export.__main__ import EXPORTED, Kind
 from stages.report import comparison, page, sources
 from stages.shared.core import files
 from stages.shared.core.command import run

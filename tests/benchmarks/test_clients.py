@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from stages.tools import serve
+from stages.tools import replies, serve
 from tests.export.test_export import exported, tuned  # noqa: F401  (a fixture)
 from tests.llama import opened
 
@@ -28,7 +28,7 @@ def own_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     shutil.copytree(folder / "tokenizer", "models/tokenizer")
     shutil.copytree(folder / "prepared", "data/prepared")
     listening = socket.create_server(("127.0.0.1", 0))
-    app = serve.Server(["workspace"], Path()).app()
+    app = serve.Server(replies.Served(["workspace"], Path())).app()
     loop = asyncio.new_event_loop()
     run = {"sock": listening, "handle_signals": False, "print": None, "loop": loop}
     threading.Thread(target=web.run_app, args=(app,), kwargs=run, daemon=True).start()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stages.evaluate import breakdown
-from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.generate import Reply
+from stages.evaluate.inputs import Evaluate
 from stages.shared.chat.conversation import Conversation
 from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import read_examples
@@ -63,7 +63,6 @@ def test_calls_come_after_thoughts_and_content() -> None:
         row = Conversation([varied])
         for raw, exact in ((reference, True), (HERMES, True), ("<think>\nf?", False)):
             found = breakdown.calls(row, reference, Reply("", True, raw))
-            assert found is not None
             assert found["call_exact"] is exact
     assert breakdown.thoughts(row, reference, Reply("", True, "<think>\nno\n</think>")) == {
         "thought_ended": True,

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, RwkvConfig
 
 from stages.evaluate import generate
-from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate, metrics
+from stages.evaluate.inputs import Evaluate
 from stages.shared.core import files
 from stages.shared.model import loading
 from tests import tiny

@@ -10,10 +10,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.export import config
-from stages.export.__main__ import serving
-from stages.export.architecture import Architecture, Unsupported
-from stages.export.export import export, require_adapter
+from stages.export import __main__ as stage
+from stages.export.export import require_adapter, serving
+from stages.export.llama_cpp import Architecture, Unsupported
 from stages.shared.core import files, params
 from stages.shared.core.errors import UserError
 from tests import tiny
@@ -35,8 +34,10 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(folder: Path, out: Path, formats: list[str]) -> dict[str, Any]:
     out.mkdir()
-    merged, adapter, quantized = (folder / name for name in ("merged", "adapter", "quantized"))
-    return export(formats, merged, adapter, quantized, folder / "prepared", out)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MERGED", "ADAPTER", "QUANTIZED", "PREPARED"):
+            patch.setattr(stage, name, folder / name.lower())
+        return stage.export(formats, out)
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +156,13 @@ def test_named_formats_are_refused_before_training(
     tiny.tokenizer().save_pretrained(tmp_path / "models/tokenizer")
     monkeypatch.chdir(tmp_path)
     values = {"export": {"formats": ["gguf-f16"]}}
-    params.validate(config.Params, values, "train")
+    params.validate(stage.Params, values, "train")
     with pytest.raises(UserError, match="expected each format once"):
-        params.validate(config.Params, {"export": {"formats": ["gguf-f16"] * 2}}, "train")
+        params.validate(stage.Params, {"export": {"formats": ["gguf-f16"] * 2}}, "train")
     path = tmp_path / "models/base/config.json"
     files.write_json(path, files.read_json(path) | {"model_type": "gpt2"})
     with pytest.raises(UserError, match="gpt2 is none of"):
-        params.validate(config.Params, values, "train")
-    params.validate(config.Params, values, "fetch_model")  # which brings another model
+        params.validate(stage.Params, values, "train")
+    params.validate(stage.Params, values, "fetch_model")  # which brings another model
     default = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())["export"]
-    params.validate(config.Params, {"export": default}, "train")
+    params.validate(stage.Params, {"export": default}, "train")

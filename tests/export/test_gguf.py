@@ -12,10 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from stages.export import vocabulary
-from stages.export.architecture import Architecture, Unsupported
+from stages.export import llama_cpp
 from stages.export.gguf_file import ModelFormat
-from stages.export.vocabulary import Vocabulary
+from stages.export.llama_cpp import Architecture, Unsupported, Vocabulary
 from stages.shared.chat import templates
 from stages.shared.core import files
 from stages.shared.model import loading
@@ -60,7 +59,7 @@ def smollm() -> PreTrainedTokenizerFast:
 
 def qwen2() -> PreTrainedTokenizerFast:
     made = tiny.tokenizer()
-    made.backend_tokenizer.pre_tokenizer = split(vocabulary._QWEN2)
+    made.backend_tokenizer.pre_tokenizer = split(llama_cpp._QWEN2)
     made.add_tokens(["<think>"])  # not special: a token even where control tokens are text
     return made
 
@@ -69,7 +68,7 @@ def sentencepiece(normalizer: bool = True) -> PreTrainedTokenizerFast:
     """As Llama 2's, converted from sentencepiece: all merges, bytes for what it lacks."""
     learnt = vocabularies.llama2().backend_tokenizer
     control = ["<unk>", "<s>", "</s>"]
-    tokens = [*control, *vocabulary._BYTES]
+    tokens = [*control, *llama_cpp._BYTES]
     tokens += [t for t, _ in sorted(learnt.get_vocab().items(), key=lambda x: x[1])][3:]
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = generate_merges(vocab, skip_tokens=control)

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from stages.export import modelfile
-from stages.export.architecture import Unsupported
+from stages.export.llama_cpp import Unsupported
 from stages.shared.chat import templates
 from tests import tiny, vocabularies
 
@@ -84,7 +84,7 @@ def test_go_template_renders_what_the_jinja_does(tmp_path: Path, name: str) -> N
 
 def test_modelfile_is_greedy_and_stops_at_the_next_turn() -> None:
     texts, _ = rendered("guanaco")
-    text = modelfile.modelfile(["model.gguf", "adapter.gguf"], texts, ["<|eot_id|>"], 131_072)
+    text = modelfile.modelfile(["model.gguf", "adapter.gguf"], texts, "<|eot_id|>", 131_072)
     head, template, tail = text.split('"""')
     assert head == "FROM ./model.gguf\nADAPTER ./adapter.gguf\nTEMPLATE "
     assert template.startswith('{{- $last := "" }}\n{{- range .Messages }}\n{{- if and (eq .Role')

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.evaluate.config import Evaluate
+from stages.evaluate.inputs import Evaluate
 from stages.evaluate.evaluate import evaluate
 from stages.merge import verify
 from stages.merge.merge import merge

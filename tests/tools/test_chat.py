@@ -10,9 +10,8 @@ import pytest
 import torch
 from dvc.repo import Repo
 
-from stages.evaluate.adapters import fetch
-from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate, evaluate_adapters
+from stages.evaluate.inputs import Evaluate, fetch_adapter
 from stages.shared.core import files
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
@@ -74,15 +73,17 @@ def inside(space: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_adapters_of_experiments_come_from_the_cache(tmp_path: Path) -> None:
-    folders = {name: fetch(name, tmp_path)[0] for name in NAMES}
+    folders = {name: fetch_adapter(name, tmp_path)[0] for name in NAMES}
     tensors = {name: files.sha256(f / "adapter_model.safetensors") for name, f in folders.items()}
     assert len({*tensors.values()}) == 2
-    assert fetch("workspace", tmp_path)[0] == Path("models/adapter")
+    assert fetch_adapter("workspace", tmp_path)[0] == Path("models/adapter")
     here = files.sha256(Path("models/adapter/adapter_model.safetensors"))
     assert here == tensors[NAMES[-1]]
     for name, commit in zip(("a/b", "a-b"), NAMES, strict=True):  # no folder of one is the other's
         git("tag", name, commit)
-    found = [fetch(name, tmp_path)[0] / "adapter_model.safetensors" for name in ("a/b", "a-b")]
+    found = [
+        fetch_adapter(name, tmp_path)[0] / "adapter_model.safetensors" for name in ("a/b", "a-b")
+    ]
     assert [files.sha256(path) for path in found] == [*tensors.values()]
 
 
@@ -96,7 +97,7 @@ def test_adapters_of_experiments_come_from_the_cache(tmp_path: Path) -> None:
 )
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        fetch(name, tmp_path, scored=True)
+        fetch_adapter(name, tmp_path, scored=True)
 
 
 def test_adapter_that_left_the_cache_is_named(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_adapter_that_left_the_cache_is_named(tmp_path: Path) -> None:
     cache.rename(tmp_path / "cache")
     try:
         with pytest.raises(UserError, match="rank8: its adapter is not in the cache"):
-            fetch("rank8", tmp_path)
+            fetch_adapter("rank8", tmp_path)
     finally:
         (tmp_path / "cache").rename(cache)
 
@@ -116,7 +117,7 @@ def test_adapters_on_one_base_are_evaluated_as_alone(tmp_path: Path) -> None:
     with torch.no_grad():
         whole_head.get_output_embeddings().weight.mul_(1.1)
     adapter.save(whole_head, tmp_path / "head", torch.float32)
-    adapters = {"head": tmp_path / "head", **{n: fetch(n, tmp_path)[0] for n in NAMES}}
+    adapters = {"head": tmp_path / "head", **{n: fetch_adapter(n, tmp_path)[0] for n in NAMES}}
     wanted = Evaluate(generate_rows=3, max_new_tokens=4, prompts=1, seed=0)
     paths = (quantized, Path("models/tokenizer"), Path("data/prepared"))
     together = dict(evaluate_adapters(adapters, *paths, wanted))
@@ -140,7 +141,7 @@ def talk(
 def test_chat_replies_as_evaluation_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    folder, _ = fetch("rank8", tmp_path)
+    folder, _ = fetch_adapter("rank8", tmp_path)
     settings = Evaluate(generate_rows=6, max_new_tokens=6, prompts=6, seed=0)
     paths = (Path("models/quantized"), Path("models/tokenizer"), Path("data/prepared"))
     _, expected = evaluate("adapter", folder, *paths, settings)
@@ -184,7 +185,7 @@ def test_chat_names_a_model_that_is_not_there(
         _, told = talk(monkeypatch, capsys, "/variant base\nWhat is 1?\n")
     finally:
         Path("models/moved").rename("models/base")
-    assert told[1].startswith("(models/base/config.json: not there")
+    assert told[1].startswith("(models/base: not there; `dvc repro`")
     assert len(told) == 2
 
 

@@ -12,16 +12,15 @@ import pytest
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 
-from stages.evaluate.adapters import fetch
-from stages.evaluate.config import Evaluate
 from stages.evaluate.evaluate import evaluate, evaluate_adapters
+from stages.evaluate.inputs import Evaluate, fetch_adapter
 from stages.quantize.convert import convert
 from stages.shared.chat.templates import read_format
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
 from stages.shared.step import adapter
-from stages.tools import serve
-from stages.tools.replies import Replier, Stream
+from stages.tools import replies, serve
+from stages.tools.replies import Replier, Served, Stream
 from tests import tiny
 from tests.architectures import MIXTURES, saved
 from tests.tools.test_chat import NAMES, inside, space  # noqa: F401  (fixtures)
@@ -39,7 +38,7 @@ def server(
 ) -> serve.Server:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(space)
-        return serve.Server([*NAMES], tmp_path_factory.mktemp("adapters"))
+        return serve.Server(Served([*NAMES], tmp_path_factory.mktemp("adapters")))
 
 
 def talk(server: serve.Server, script: Callable[[TestClient], Coroutine]) -> Any:
@@ -70,11 +69,13 @@ def alone(adapter: Path | None) -> str:
     model = loading.attach(model, adapter) if adapter else model
     form = read_format(Path("data/prepared/format.json"))
     dtype = loading.compute_dtype(QUANTIZED, CPU)
-    return Replier(model, dtype, Path("models/tokenizer"), form).reply(ASKED, 8).text  # type: ignore[arg-type]
+    return Replier(model, dtype, form).reply(ASKED, 8).text  # type: ignore[arg-type]
 
 
 def test_each_adapter_answers_as_if_alone(server: serve.Server, tmp_path: Path) -> None:
-    expected = {name: alone(fetch(name, tmp_path)[0]) for name in NAMES} | {"base": alone(None)}
+    expected = {name: alone(fetch_adapter(name, tmp_path)[0]) for name in NAMES} | {
+        "base": alone(None)
+    }
     assert len({*expected.values()}) == 3
     order = [*expected, *reversed(expected)]
     answers = ask(server, *({"model": name} for name in order))
@@ -106,13 +107,12 @@ def test_adapters_of_a_mixture_answer_as_if_alone(
                 torch.nn.init.normal_(weight, std=0.2)
         adapter.save(model, folder, torch.float32)
     form = read_format(data / "format.json")
-    monkeypatch.setattr(serve, "fetch", lambda name, _: (adapters[name], form))
-    server = serve.Server([*adapters], tmp_path)
+    monkeypatch.setattr(replies, "fetch_adapter", lambda name, _: (adapters[name], form))
+    served = Served([*adapters], tmp_path)
     expected = {name: alone(folder) for name, folder in adapters.items()} | {"base": alone(None)}
     assert len({*expected.values()}) == 3
     for name in [*expected, *reversed(expected)]:
-        request = serve.Request(model=name, messages=ASKED, max_tokens=8)
-        assert server.reply(request, lambda _: None).text == expected[name]
+        assert served.reply(name, ASKED, 8).text == expected[name]
     few = Evaluate(generate_rows=2, max_new_tokens=4, prompts=1, seed=0)
     together = dict(evaluate_adapters(adapters, QUANTIZED, tokenizer, data, few))
     for name, folder in adapters.items():
@@ -154,11 +154,11 @@ def test_reply_ends_before_a_stop_string(server: serve.Server) -> None:
 
 def test_stop_string_over_two_pieces_is_held_back() -> None:
     passed: list[str] = []
-    stream = Stream(None, [], ["###", "END"], passed.append)
-    for piece in (" one #", "# two E", "N", "D three"):
-        stream.on_finalized_text(piece)
-    stream.on_finalized_text(" four", stream_end=True)
-    assert ("".join(passed), stream.text, stream.found) == ("one ## two ", "one ## two ", True)
+    stream = Stream(lambda _: "", 0, ["###", "END"], passed.append)
+    for text in (" one #", " one ## two E", " one ## two EN", " one ## two END three"):
+        stream.extend(text)
+    stream.extend(" one ## two END three four", whole=True)
+    assert ("".join(passed), stream.text, stream.found) == (*[" one ## two "] * 2, True)
 
 
 @pytest.mark.parametrize(
@@ -203,4 +203,4 @@ def test_what_cannot_be_served_is_told_before_loading(tmp_path: Path) -> None:
             ):
                 serve.main(Namespace(adapters=[], host="127.0.0.1", port=number))
     with pytest.raises(UserError, match="base: names the model without an adapter"):
-        serve.Server(["base"], tmp_path)
+        Served(["base"], tmp_path)

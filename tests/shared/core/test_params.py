@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stages.evaluate.config import Params as EvaluateParams
+from stages.evaluate.inputs import Params as EvaluateParams
 from stages.merge.__main__ import Params as MergeParams
 from stages.plan.config import Params as PlanParams
 from stages.prepare.config import Params as PrepareParams

@@ -10,7 +10,7 @@ from torch import distributed
 from benchmarks import memory
 from benchmarks.memory import Setting
 from stages.evaluate import generate
-from stages.evaluate.config import Evaluate
+from stages.evaluate.inputs import Evaluate
 from stages.evaluate.evaluate import evaluate_on
 from stages.merge import verify
 from stages.merge.merge import held_out, merge_adapter

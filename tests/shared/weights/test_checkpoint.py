@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.evaluate.config import Evaluate
+from stages.evaluate.inputs import Evaluate
 from stages.evaluate.evaluate import evaluate
 from stages.merge.merge import merge
 from stages.quantize.convert import convert
