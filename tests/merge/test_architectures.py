@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.evaluate.inputs import Evaluate
 from stages.evaluate.evaluate import evaluate
+from stages.evaluate.inputs import Evaluate
 from stages.merge import verify
 from stages.merge.merge import merge
 from stages.quantize.__main__ import Quantize

@@ -10,8 +10,8 @@ from torch import distributed
 from benchmarks import memory
 from benchmarks.memory import Setting
 from stages.evaluate import generate
-from stages.evaluate.inputs import Evaluate
 from stages.evaluate.evaluate import evaluate_on
+from stages.evaluate.inputs import Evaluate
 from stages.merge import verify
 from stages.merge.merge import held_out, merge_adapter
 from stages.shared.model import loading

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.evaluate.inputs import Evaluate
 from stages.evaluate.evaluate import evaluate
+from stages.evaluate.inputs import Evaluate
 from stages.merge.merge import merge
 from stages.quantize.convert import convert
 from stages.shared.core.errors import UserError
