@@ -22,7 +22,7 @@ EXPERTS = sizes("num_experts=4 num_local_experts=4 num_experts_per_tok=2")
 HEAD = {"head_dim": 16}
 MAMBA = sizes("mamba_n_heads=4 mamba_d_head=32 mamba_d_state=8") | {"use_mamba_kernels": False}
 SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-# What an architecture needs besides, or calls otherwise.
+# Settings of an architecture beyond `SHAPE`.
 BESIDES: dict[str, dict[str, Any]] = {
     "cohere2": WINDOW,
     "ernie4_5": HEAD,
@@ -46,7 +46,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS | HEAD | {"moe_intermediate_size": 32},
     "seed_oss": HEAD,
 }
-# Mixtures beside those of `BESIDES` and `OTHERS`.
+# Mixtures of experts that are in neither `BESIDES` nor `OTHERS`.
 MOE = EXPERTS | HEAD | sizes("moe_intermediate_size=32 n_routed_experts=4 n_shared_experts=1")
 MOE |= sizes("n_group=1 topk_group=1 first_k_dense_replace=1")
 FULL = {"layer_types": ["full_attention"] * 2}
@@ -58,7 +58,7 @@ MIXTURES: dict[str, dict[str, Any]] = dict.fromkeys(PLAIN_MIXTURES.split(), MOE)
     "qwen3_5_moe_text": MOE | FULL | {"shared_expert_intermediate_size": 32},
     "lfm2_moe": MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
 }
-# Of those that share no row: attention that no kernel of torch has, masks and states of their own.
+# Attention without a torch kernel, own masks, recurrent states: conversations cannot share a row.
 OTHERS: dict[str, dict[str, Any]] = {
     "gemma2": WINDOW | HEAD | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
     "gpt_oss": WINDOW | HEAD | EXPERTS,

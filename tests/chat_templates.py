@@ -1,4 +1,4 @@
-"""Chat templates after the behaviour of public ones, and replies as each writes them by hand."""
+"""Chat templates that behave like public ones, and each one's replies rendered in Python."""
 
 import json
 from collections.abc import Callable
@@ -132,7 +132,7 @@ def ended(m: Message, _: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A template and its replies; what it cannot render."""
+    """A template, its rendering of a reply, and whether it renders reasoning and system."""
 
     chat_template: str
     reply: Callable[[Message, dict[str, Any]], str]

@@ -1,8 +1,8 @@
-"""Tests share the machine with nothing: one thread is enough for two layers.
+"""Environment of all tests: one thread, no GPU, default signal handlers.
 
-They see no GPU, so that they test the same everywhere; those that need one run where it is asked
-for: TEST_GPU=1 pytest. What a shell runs in the background ignores Ctrl-C, and
-under nohup SIGHUP too, and so would all that is started here.
+Two layers need no more than a thread. Tests see no GPU, to test the same everywhere, unless
+TEST_GPU=1. A process that a shell starts in the background ignores Ctrl-C, and under nohup SIGHUP
+too; so would all its children.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Processes that share a step, forked: what they compute, without seconds of imports each."""
+"""Forked processes that share a step: no seconds of imports for each."""
 
 import multiprocessing
 import os

@@ -19,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What the server knows; a test may change it while the server runs."""
+    """State of the server; a test may change it while the server runs."""
 
     url: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)  # "datasets/me/set"
@@ -34,7 +34,7 @@ class Hub:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment that sends a stage here."""
+        """Environment in which a stage uses this hub."""
         return {"HF_ENDPOINT": self.url}
 
     def fetched(self) -> list[str]:
@@ -43,7 +43,7 @@ class Hub:
         return [path.partition(f"/resolve/{COMMIT}/")[2] for path in gets]
 
     def listing(self, repository: str) -> Any:
-        """The answer to a question for a repository's files."""
+        """Reply to a request for a repository's files."""
         name, contents = repository.removeprefix("datasets/"), self.repositories[repository]
         siblings = [
             {"rfilename": path, "size": len(content), **_hashes(path, content)}
@@ -52,7 +52,7 @@ class Hub:
         return self.listed or {"id": name, "sha": COMMIT, "siblings": siblings}
 
     def tree(self, repository: str) -> Any:
-        """The same as `huggingface_hub.snapshot_download` asks for it."""
+        """Reply to the same request by `huggingface_hub.snapshot_download`."""
         return [
             {"type": "file", "path": path, "size": len(content), "oid": _git_sha1(content)}
             for path, content in self.repositories[repository].items()
@@ -88,10 +88,9 @@ def serve() -> Iterator[Hub]:
 
 @contextmanager
 def serve_here(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Hub]:
-    """Run a hub that this very process talks to, with an empty cache below `home`.
+    """Run a hub for this very process, with an empty cache below `home`.
 
-    Another test may have loaded a model before, and loading one switches the hub off. What waits
-    before it tries again waits no time here.
+    Another test may have loaded a model before, which switches the hub off. Retries do not wait.
     """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "cache"))

@@ -1,4 +1,4 @@
-"""dvc.yaml held against the code: dependencies are proven here, not remembered."""
+"""Dependencies, parameters and outs in dvc.yaml, compared with the code."""
 
 import ast
 import importlib
@@ -48,7 +48,7 @@ def paths(entries: list[Any]) -> list[str]:
 
 
 def sections(stage: dict[str, Any]) -> list[str]:
-    """Sections of params.yaml; of `prepare.max_row_bytes` the one that it stands in."""
+    """Sections of params.yaml; `prepare.max_row_bytes` is in `prepare`."""
     return [name.partition(".")[0] for name in stage["params"]]
 
 
@@ -76,7 +76,7 @@ def imports_of(file: Path) -> frozenset[Path]:
 
 
 def reached_from(*files: Path) -> set[Path]:
-    """Files and all local files that they import, followed through."""
+    """Files and all local files that they import, directly or not."""
     reached: set[Path] = set()
     waiting = [*files]
     while waiting:
@@ -97,7 +97,7 @@ def unit_of(file: Path) -> Path:
 
 
 def code_dependencies(stage: str) -> list[str]:
-    """What dvc.yaml must name: the stage's own folder, and each shared one that it imports from."""
+    """Folders for dvc.yaml: the stage's own, and each shared one that it imports from."""
     shared = {unit_of(file) for file in reached_from(entry_of(stage)) if SHARED in file.parents}
     folders = [STAGES / folder_of(stage), *sorted(shared)]
     return [path.relative_to(ROOT).as_posix() for path in folders]
@@ -118,7 +118,7 @@ def test_code_dependencies_are_the_folders_imported_from(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", ["quantize", "train"])
 def test_costly_stages_import_all_that_they_declare(stage: str) -> None:
-    """So that an edit for another stage's sake neither quantizes nor trains again."""
+    """Thus an edit for another stage reruns neither quantization nor training."""
     reached = reached_from(entry_of(stage))
     held = {file for name in declared_code(stage) for file in python_files(ROOT / name)}
     assert held <= reached, f"not imported: {sorted(map(str, held - reached))}"
@@ -156,7 +156,7 @@ def test_shared_units_have_two_users_and_no_dead_file() -> None:
 
 
 def test_no_stage_imports_torch_before_its_parameters_are_read() -> None:
-    """Nor transformers: a mistake in params.yaml is told at once."""
+    """Nor transformers: a mistake in params.yaml is reported at once."""
     mains = ", ".join(f"stages.{folder}.__main__" for folder in STAGE_FOLDERS)
     script = f"import sys, {mains}\nassert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
@@ -180,7 +180,7 @@ PATH_LITERAL = re.compile(r'Path\(\s*f?"((?:data|models|reports)[^"]*)"\s*\)')
 
 @pytest.mark.parametrize("stage", declared())
 def test_paths_in_the_code_are_dependencies_and_outs(stage: str) -> None:
-    """A stage's path constants and the paths in dvc.yaml cover each other."""
+    """Each path constant of a stage is in dvc.yaml, and each path of dvc.yaml in the code."""
     folder = folder_of(stage)
     same = [body for name, body in declared().items() if folder_of(name) == folder]
     everything = {p for body in same for p in [*paths(body["deps"]), *outs_of(body)]}

@@ -1,4 +1,4 @@
-"""Installed by pip, or on a system that is not supported."""
+"""Installation by pip, and unsupported systems."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The whole pipeline on a two-layer model, run by DVC as a user does; and what a change reruns."""
+"""Whole pipeline on a two-layer model, run by DVC as by a user; the stages a change reruns."""
 
 import json
 import re
@@ -141,7 +141,7 @@ def test_other_conversations_leave_the_base_model_alone(change: Workspace) -> No
 
 
 def test_more_conversations_to_train_on_evaluate_no_base_again(change: Workspace) -> None:
-    # The added ones fall into the training split: what is held out goes by a hash of each.
+    # All added ones fall into the training split, by their hashes.
     write_conversations(change.root / "mine.jsonl", 48)
     assert ran(change) == {"fetch_data", "prepare", "plan", "report"} | AFTER_TRAINING
 
@@ -149,7 +149,7 @@ def test_more_conversations_to_train_on_evaluate_no_base_again(change: Workspace
 def test_another_model_leaves_the_raw_data_alone(change: Workspace) -> None:
     other = tiny.save(change.root / "other-model", seed=1)
     change.set_params({"model.name": "other-model", "model.revision": files.folder_sha256(other)})
-    # The other model has the same tokenizer: what is prepared is the same, and stays.
+    # The other model has the same tokenizer, so the prepared data stays.
     assert ran(change) == set(declared()) - {"fetch_data", "prepare", "plan"}
 
 

@@ -45,7 +45,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
-    """A Llama of about 250,000 parameters whose logits are far enough apart to have a top-1."""
+    """A Llama of about 250,000 parameters, with logits far enough apart for a clear top-1."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
@@ -55,7 +55,7 @@ def model(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
 
 
 def save(folder: Path, seed: int = 0, layers: int = 2) -> Path:
-    """Write model (bf16) and tokenizer into one folder, as a user's own model would lie there."""
+    """Write model (bf16) and tokenizer into one folder, like a user's own model."""
     model(seed, layers).to(torch.bfloat16).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -92,7 +92,7 @@ def quantize(folder: Path, precision: str, seed: int = 0) -> Path:
 
 
 def prepared(folder: Path, conversations: int = 24, held_out: int = 24) -> Path:
-    """Write what `prepare` writes, in ChatML: small sums, so that there is something to learn."""
+    """Write the outs of `prepare`, in ChatML: short questions whose answers can be learnt."""
     folder.mkdir(parents=True)
     encode = tokenizer().encode
     for split, first, count in (("train", 0, conversations), ("eval", conversations, held_out)):

@@ -1,4 +1,4 @@
-"""Tokenizers of other kinds than the tiny model's own, trained on the spot."""
+"""Tokenizers of the kinds of public model families, trained on the spot."""
 
 from collections.abc import Callable, Sequence
 
@@ -98,7 +98,7 @@ def embedding() -> PreTrainedTokenizerFast:
     return made
 
 
-# Each with the text of the tokens that it puts before every text.
+# Each with the tokens that it adds before every text.
 FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str]] = {
     "llama2": (llama2, "<s>"),
     "llama3": (llama3, "<|begin_of_text|>"),

@@ -1,4 +1,4 @@
-"""A throw-away repository with the pipeline in it, to run stages and DVC as a user does."""
+"""Temporary repository with the pipeline, in which stages and DVC run as for a user."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ _COPIED = (
 
 @dataclass(frozen=True)
 class Workspace:
-    """A git repository with DVC, `stages/`, `dvc.yaml` and `params.yaml`, and no data."""
+    """Git repository with DVC, `stages/`, `dvc.yaml` and `params.yaml`, without data."""
 
     root: Path
 
@@ -45,7 +45,7 @@ class Workspace:
         )  # fmt: skip
 
     def environment(self, changes: dict[str, str] | None = None) -> dict[str, str]:
-        """What a command runs with: nothing of a DVC around the tests."""
+        """Environment of a command, without variables of a DVC that runs the tests."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         clean = {k: v for k, v in os.environ.items() if k not in ("DVC_ROOT", "HF_HUB_OFFLINE")}
         return {**clean, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1", **(changes or {})}
@@ -60,14 +60,10 @@ class Workspace:
 
 
 def make(root: Path, params: dict[str, Any] | None = None) -> Workspace:
-    """Make a workspace in an empty or missing folder.
+    """Make a workspace in an empty or missing folder, with changes to `params.yaml`.
 
-    `.dvc/config` is the project's own, which is all that `dvc init` would add. No data comes with
-    it: put a file where `data.path` points before `dvc repro`.
-
-    Args:
-        root: the folder.
-        params: changes to `params.yaml`, `{"data.path": "my.jsonl"}`.
+    `.dvc/config` is the project's own, which is all that `dvc init` would add. Before `dvc repro`
+    put a file where `data.path` points.
     """
     for name in _COPIED:
         target = root / name
@@ -75,7 +71,7 @@ def make(root: Path, params: dict[str, Any] | None = None) -> Workspace:
         shutil.copyfile(ROOT / name, target)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(ROOT / "stages", root / "stages", symlinks=True, ignore=ignored)
-    (root / ".counts").symlink_to(ROOT / ".counts")  # what was counted for other tests
+    (root / ".counts").symlink_to(ROOT / ".counts")  # the memory counts of other tests
     (ROOT / ".counts").mkdir(exist_ok=True)
     subprocess.run(["git", "init", "--quiet", root], check=True)
     workspace = Workspace(root)
