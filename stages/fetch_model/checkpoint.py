@@ -186,10 +186,8 @@ def _install_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
             shutil.copytree(named, Path(folder, NAMED_TEMPLATES))
         files.write_json(Path(folder, CONFIG), checkpoint.config)
         original = _load_tokenizer(Path(folder), name)
-    with (
-        without_panic_output(),
-        reading(f"{name}/{TOKENIZER_CONFIG}", "Repair it, or choose another."),
-    ):
+    advice = "Repair it, or choose another."
+    with without_panic_output(), reading(f"{name}/{TOKENIZER_CONFIG}", advice):
         if original.eos_token_id is None:
             what = "its tokenizer has no eos_token, and a reply could not end"
             raise UserError(f"{name}: {what}. Name it in {TOKENIZER_CONFIG}.")
@@ -225,13 +223,8 @@ def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
-    return (
-        tokenizer.encode(_PROBE),
-        tokenizer.encode(_PROBE, split_special_tokens=True),
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-        len(tokenizer),
-    )
+    ids = tokenizer.encode(_PROBE), tokenizer.encode(_PROBE, split_special_tokens=True)
+    return ids, tokenizer.special_tokens_map, tokenizer.chat_template, len(tokenizer)
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:

@@ -84,10 +84,9 @@ def pin(kind: Literal["dataset", "model"], name: str, revision: str | None) -> R
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) or ".." in name:
         raise UserError(f"params.yaml: {name_key} is {name!r}; expected owner/name of a {kind}.")
     if not re.fullmatch(r"[0-9a-f]{40}", repository.commit):
-        raise UserError(
-            f"params.yaml: {revision_key} is {revision!r}; expected a commit of 40 hex digits. "
-            f"Take it from `git ls-remote {repository.url} HEAD`."
-        )
+        what = f"{revision!r}; expected a commit of 40 hex digits"
+        advice = f"Take it from `git ls-remote {repository.url} HEAD`."
+        raise UserError(f"params.yaml: {revision_key} is {what}. {advice}")
     return repository
 
 
@@ -202,10 +201,8 @@ def _message(error: BaseException, repository: Repository) -> str | None:
         lacks = f"your cache lacks files of {name} at {commit:.7}"
         return f"{name_key}: HF_HUB_OFFLINE is set, and {lacks}. Unset it, or use a local source."
     if isinstance(error, httpx2.InvalidURL | httpx2.RequestError):
-        return (
-            f"{hub}: cannot be reached for {name} ({error or type(error)}). Check the network, "
-            "your proxy and HF_ENDPOINT, or use a local source."
-        )
+        advice = "Check the network, your proxy and HF_ENDPOINT, or use a local source."
+        return f"{hub}: cannot be reached for {name} ({error or type(error)}). {advice}"
     if not isinstance(error, errors.HfHubHTTPError):
         return None
     status, code = error.response.status_code, error.response.headers.get("X-Error-Code")
