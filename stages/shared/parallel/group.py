@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from threading import Thread
 from typing import Any, TypeVar
@@ -128,15 +129,15 @@ def joined(device: torch.device) -> Iterator[Member | None]:
     if not is_started():
         yield None
         return
-    error = os.dup(sys.stderr.fileno())
+    error = os.fdopen(os.dup(sys.stderr.fileno()), "w")
     try:
-        line = f"error: {GONE}\n".encode()
-        with member(device.type, launched=False, lost=lambda: os.write(error, line)) as place:
+        tell = partial(print, f"error: {GONE}", file=error, flush=True)
+        with member(device.type, launched=False, lost=tell) as place:
             yield place
     except PeerLost:
         raise UserError(GONE) from None
     finally:
-        os.dup2(error, sys.stderr.fileno())
+        os.dup2(error.fileno(), sys.stderr.fileno())
 
 
 @contextmanager
