@@ -58,7 +58,7 @@ def main() -> None:
     read = [path for role, path in INPUTS.items() if role != "original" or loftq]
     same = identity(settings, device().type, read)
     for path in HANDED_OVER.values():
-        path.stat()  # not there: told before hours of training
+        path.stat()  # a missing one is an error now, not after hours of training
     with joined(device()) as member:
         if member and not member[0].is_main:
             train_on(*member, settings, INPUTS, Data.read(INPUTS), same)  # the first one writes

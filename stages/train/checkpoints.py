@@ -2,7 +2,7 @@
 
     .checkpoints/<fingerprint>.lock        held by the one training that may write there
     .checkpoints/<fingerprint>/loss.csv    the curve so far, written after every step
-    .checkpoints/<fingerprint>/best/       the best weights so far, as they will be kept
+    .checkpoints/<fingerprint>/best/       the best weights so far, as models/adapter
     .checkpoints/<fingerprint>/step-000025/state.pt        schedule, history
     .checkpoints/<fingerprint>/step-000025/tensors-0000.pt weights, optimizer states by name
     .checkpoints/<fingerprint>/step-000025/best/           hard links to the best of that time
@@ -47,11 +47,11 @@ Tensors = dict[str, dict[str, Any]]  # of some parameters, by name: `weight`, an
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that shape a result, where they are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def code_sha256() -> str:
@@ -115,8 +115,8 @@ class Checkpoint:
     def tensors(self) -> Iterator[Tensors]:
         """Tensors of a parameter at a time, on the CPU, read when used."""
         for path in sorted(self.folder.glob("tensors-*")):
-            some = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            yield from ({name: values} for name, values in some.items())
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            yield from ({name: values} for name, values in tensors.items())
 
 
 class Checkpoints:

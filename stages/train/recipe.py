@@ -249,21 +249,16 @@ class Recipe:
 
         Meanwhile the weights have the values that their file will hold.
         """
-        plan, group = self.plan, self.group
-        dtypes = plan.storage_dtype, plan.compute_dtype
+        device, dtypes = self.plan.device, (self.plan.storage_dtype, self.plan.compute_dtype)
         shards_as_saved = self.shards.as_saved(*dtypes) if self.shards else nullcontext()
         with shards_as_saved, adapter.as_saved(self.model, *dtypes):
+            share = self.group.rank, self.group.size
             with self._repeatable(stop), experts.counted(self.model) as use:
                 sums, tokens = scoring.score(
-                    self.model,
-                    self.data.held_out,
-                    plan.device,
-                    plan.compute_dtype,
-                    "held-out loss",
-                    (group.rank, group.size),
+                    self.model, self.data.held_out, device, dtypes[1], "held-out loss", share
                 )
-            scored, use = torch.from_numpy(sums).to(plan.device), use.to(plan.device)
-            group.all_reduce([scored, *([use] if use.numel() else [])])
+            scored, use = torch.from_numpy(sums).to(device), use.to(device)
+            self.group.all_reduce([scored, *([use] if use.numel() else [])])
             loss = scoring.mean_loss(scored.cpu().numpy(), tokens)
             if not math.isfinite(loss):
                 raise UserError(
@@ -277,7 +272,7 @@ class Recipe:
         self._write_history()
 
     def _write_history(self) -> None:
-        """Write the curve so far, for whoever watches."""
+        """Write the loss curve so far."""
         if self.group.is_main:
             self.history.write(self.checkpoints.folder / "loss.csv")
 
@@ -289,7 +284,7 @@ class Recipe:
             tensors = tensors_of(self.model, self.optimizer, self.shards)
             if self.group.is_main:
                 self.checkpoints.write(self.step, self._state(), self.plan.saved, tensors)
-            for _ in tensors:  # every process takes part in gathering them
+            for _ in tensors:  # which all processes gather
                 pass
         self.checkpointed = self.step
 

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class PeerLost(Exception):  # noqa: N818  (the error is another process's)
-    """A process of the group is gone; whoever started it knows why."""
+    """Another process of the group is gone; its launcher reports the cause."""
 
 
 @contextmanager

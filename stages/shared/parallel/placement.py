@@ -111,8 +111,8 @@ def require_same(group: Group, *paths: Path) -> None:
     """Refuse a process whose files are not the first one's: those of another host may differ."""
     identity = {}
     for path in paths if group.size > 1 else ():
-        some = sorted(path.rglob("*")) if path.is_dir() else [path]
-        sizes = {file: file.stat().st_size for file in some if file.is_file()}
+        below = sorted(path.rglob("*")) if path.is_dir() else [path]
+        sizes = {file: file.stat().st_size for file in below if file.is_file()}
         identity[str(path)] = [
             (file.name, files.sha256(file) if size <= HASHED_BYTES else size)
             for file, size in sizes.items()
