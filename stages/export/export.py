@@ -34,10 +34,10 @@ MIN_TOP1_AGREEMENT = {"gguf-f16": 0.99, "gguf-bf16": 0.98, "gguf-q8_0": 0.98}
 MIN_TOP1_AGREEMENT |= {"gguf-lora": 0.99, "vllm-lora": 0.98}  # Q4_0's is reported, whatever it is
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
 CPU = torch.device("cpu")
-_REFUSED = ("use_dora", "modules_to_save", "lora_bias")
-_REFUSED_BY = {
-    "gguf-lora": ("alpha_pattern", "rank_pattern"),
-    "vllm-lora": ("layer_replication", "use_qalora"),
+_ANY = ("use_dora", "modules_to_save", "lora_bias")
+_REFUSED = {
+    "gguf-lora": (*_ANY, "alpha_pattern", "rank_pattern"),
+    "vllm-lora": (*_ANY, "layer_replication", "use_qalora"),
 }
 
 
@@ -177,7 +177,7 @@ def require_adapter(adapter: Path, formats: Sequence[str]) -> None:
         raise Unsupported("train.method full leaves no adapter")
     config = files.read_json(adapter / "adapter_config.json")
     for name in formats:
-        unfit = [key for key in (*_REFUSED, *_REFUSED_BY[name]) if config.get(key)]
+        unfit = [key for key in _REFUSED[name] if config.get(key)]
         unfit += ["bias"] if config.get("bias", "none") != "none" else []
         if name == "vllm-lora" and config["r"] > VLLM_RANKS[-1]:
             unfit.append(f"rank {config['r']}")

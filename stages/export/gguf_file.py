@@ -74,12 +74,11 @@ class ModelFormat:
             total += nbytes
         divisors = architecture.rope_divisors()
         if divisors is not None:
-            writer.add_tensor_info(
-                "rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes
-            )
+            info = (divisors.shape, divisors.dtype, divisors.nbytes)
+            writer.add_tensor_info("rope_freqs.weight", *info)
         files.require_space(path.parent, total, f"the file {path.parent.name}")
         bar = display.bar(total=total, desc=path.parent.name, unit="B")
-        with closing(writer), _threads() as pool, bar:
+        with closing(writer), bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -137,7 +136,7 @@ class ModelFormat:
             rows = architecture.reorder(key, rows, back=True)
             parameter.data.copy_(torch.from_numpy(rows))
 
-        with _threads() as pool:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(copy, model.named_parameters()))  # tied ones once
 
     def read_adapter(self, path: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -145,10 +144,6 @@ class ModelFormat:
         read, reorder = _read(path), self.architecture.reorder
         names = self._adapter_names(Weights(adapter))
         return {key: torch.from_numpy(reorder(key, read(name), back=True)) for key, name in names}
-
-
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads())
 
 
 class _Reader(gguf.GGUFReader):

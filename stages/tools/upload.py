@@ -83,10 +83,6 @@ def assemble(folder: Path, what: str, origin: sources.Origin) -> str:
         return "gguf" if what.startswith("gguf") else "transformers"
     config = files.read_json(path) | {"base_model_name_or_path": origin.hub}
     files.write_json(path, config)  # by a rename, which leaves the linked original as it is
-    for file in MODELS["merged"].iterdir():  # the tokenizer, with the chat template of training
-        known = file.name.startswith(("tokenizer", "chat_template", "special_tokens"))
-        if known and not (folder / file.name).exists():  # a link, which a copy would write through
-            files.link_or_copy(file, folder / file.name)
     return "peft"
 
 

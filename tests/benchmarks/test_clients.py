@@ -13,7 +13,7 @@ from tests.export.test_export import exported, tuned  # noqa: F401  (a fixture)
 from tests.llama import opened
 
 openai = pytest.importorskip("openai", reason="openai is not installed: make extras")
-ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3?"}]
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3?"}]
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def test_openai_client_gets_replies_streams_and_stops(
 
 def require_replies(address: str, model: str) -> None:
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-    options = {"model": model, "messages": ASKED, "temperature": 0, "max_tokens": 8}
+    options = {"model": model, "messages": MESSAGES, "temperature": 0, "max_tokens": 8}
     whole = client.chat.completions.create(**options).choices[0]
     text = whole.message.content
     assert text

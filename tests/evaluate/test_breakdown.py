@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -96,30 +95,20 @@ def test_evaluation_breaks_down_tools_and_thoughts(tmp_path: Path, train_on: str
     base = tiny.save(tmp_path / "base")
     stage = Stage(tmp_path, base)
     stage.prepare(rows(0), rows(10), train_on=train_on, max_length=1024)
-    wanted = Evaluate(generate_rows=4, max_new_tokens=4, prompts=4, seed=0)
-    figures, shown = evaluate("base", base, base, base, stage.out, wanted)
-    assert figures["tool_calls"] == {"rows": 2, "name_match": 0.0, "exact_match": 0.0}
-    assert figures["thinking_generated"]["rows"] == 2
-    assert ("by_role" in figures) == (train_on == "all")
-    parts = [figures["thinking"], figures["answers"]]
+    settings = Evaluate(generate_rows=4, max_new_tokens=4, prompts=4, seed=0)
+    metrics, replies = evaluate("base", base, base, base, stage.out, settings)
+    assert metrics["tool_calls"] == {"rows": 2, "name_match": 0.0, "exact_match": 0.0}
+    assert metrics["thinking_generated"]["rows"] == 2
+    assert ("by_role" in metrics) == (train_on == "all")
+    parts = [metrics["thinking"], metrics["answers"]]
     if train_on == "all":
-        assert {*figures["by_role"]} == {"assistant", "template", "tool", "user"}
-        parts = [figures["thinking"], *figures["by_role"].values()]
-    assert sum(part["tokens"] for part in parts) == figures["tokens"]
+        assert {*metrics["by_role"]} == {"assistant", "template", "tool", "user"}
+        parts = [metrics["thinking"], *metrics["by_role"].values()]
+    assert sum(part["tokens"] for part in parts) == metrics["tokens"]
     nats = sum(part["tokens"] * part["loss"] for part in parts)
-    assert nats / figures["tokens"] == pytest.approx(figures["loss"], rel=1e-6)
-    assert any('"name": "f"' in answer["reference"] for answer in shown["answers"])
-    json.dumps([figures, shown])
-
-
-def test_weights_leave_the_held_out_loss_alone(tmp_path: Path) -> None:
-    model, data = tiny.model(), tiny.prepared(tmp_path / "prepared")
-    examples = read_examples(data / "eval.parquet")
-    by_token: dict[int, np.ndarray] = {}
-    cpu = torch.device("cpu")
-    sums, tokens = scoring.score(model, examples, cpu, torch.float32, "t", by_token=by_token)
-    assert [len(by_token[row]) for row in range(len(examples))] == tokens.tolist()
-    assert [by_token[row].sum() for row in range(len(examples))] == pytest.approx(sums, rel=1e-5)
+    assert nats / metrics["tokens"] == pytest.approx(metrics["loss"], rel=1e-6)
+    assert any('"name": "f"' in answer["reference"] for answer in replies["answers"])
+    json.dumps([metrics, replies])
 
 
 def request(index: int, name: str) -> dict[str, Any]:
@@ -135,11 +124,11 @@ def test_training_raises_the_exact_match_of_calls(tmp_path: Path) -> None:
     stage = Stage(tmp_path, base)
     each = [request(i, name) for i in range(30) for name in ("plus", "times")]
     stage.prepare(each[:48], each[48:], max_length=1024)
-    wanted = Evaluate(generate_rows=12, max_new_tokens=60, prompts=0, seed=0)
+    settings = Evaluate(generate_rows=12, max_new_tokens=60, prompts=0, seed=0)
 
     def exact_match() -> float:
-        figures, _ = evaluate("base", base, base, base, stage.out, wanted)
-        return float(figures["tool_calls"]["exact_match"])
+        metrics, _ = evaluate("base", base, base, base, stage.out, settings)
+        return float(metrics["tool_calls"]["exact_match"])
 
     before = exact_match()
     torch.manual_seed(0)

@@ -121,10 +121,10 @@ def test_cut_prompt_is_not_generated_from(tmp_path: Path) -> None:
     for row in table[:20]:
         row["input_ids"], row["loss_mask"] = row["input_ids"][:5], [True] * 5
     pq.write_table(pa.Table.from_pylist(table), data / "eval.parquet")
-    wanted = Evaluate(generate_rows=24, max_new_tokens=2, prompts=6, seed=0)
-    figures, shown = evaluate("base", base, base, base, data, wanted)
-    assert figures["generated_rows"] == 4
-    assert len(shown["answers"]) == 4
+    settings = Evaluate(generate_rows=24, max_new_tokens=2, prompts=6, seed=0)
+    report, replies = evaluate("base", base, base, base, data, settings)
+    assert report["generated_rows"] == 4
+    assert len(replies["answers"]) == 4
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj"])
@@ -173,11 +173,11 @@ def test_metrics_are_weighted_by_token_and_by_language() -> None:
 
 def test_evaluation_repeats_to_the_byte(tmp_path: Path) -> None:
     base, data = tiny.save(tmp_path / "base"), tiny.prepared(tmp_path / "prepared")
-    wanted = Evaluate(generate_rows=4, max_new_tokens=4, prompts=6, seed=0)
+    settings = Evaluate(generate_rows=4, max_new_tokens=4, prompts=6, seed=0)
     for name in ("one", "two"):
-        figures, shown = evaluate("base", base, base, base, data, wanted)
-        files.write_json(tmp_path / name, [figures, shown])
+        report, replies = evaluate("base", base, base, base, data, settings)
+        files.write_json(tmp_path / name, [report, replies])
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert len(shown["answers"]) == 6
-    assert figures["generated_rows"] == 4
-    assert figures["conversations"] == 24
+    assert len(replies["answers"]) == 6
+    assert report["generated_rows"] == 4
+    assert report["conversations"] == 24

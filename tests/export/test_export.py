@@ -73,13 +73,13 @@ def test_llama_cpp_adds_the_adapter(tuned: Path, everything: tuple[Path, dict[st
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     with opened(folder / "base.gguf", folder / "adapter.gguf") as llama:
-        found = llama.next_token(ids)
+        predicted = llama.next_token(ids)
     with opened(folder / "base.gguf") as llama:
         untuned = llama.next_token(ids)
-    assert next(iter(found)) == expected.argmax()
-    for token, logp in found.items():
+    assert next(iter(predicted)) == expected.argmax()
+    for token, logp in predicted.items():
         assert logp == pytest.approx(expected[token].item(), abs=0.1)
-    assert untuned != found
+    assert untuned != predicted
 
 
 def test_exported_folders_name_no_other_folder(

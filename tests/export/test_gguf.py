@@ -139,10 +139,10 @@ def test_llama_cpp_predicts_as_transformers(tmp_path: Path, name: str) -> None:
         expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     path = folder / "model.gguf"
     with opened(path) as llama:
-        found = {length: llama.next_token(ids[:length]) for length in (5, 17, 33, 60, 90)}
-    found = {length: top for length, top in found.items() if top}
-    assert len(found) > 1
-    for length, top in found.items():
+        predicted = {length: llama.next_token(ids[:length]) for length in (5, 17, 33, 60, 90)}
+    predicted = {length: top for length, top in predicted.items() if top}
+    assert len(predicted) > 1
+    for length, top in predicted.items():
         assert next(iter(top)) == expected[length - 1].argmax()
         for token, logp in top.items():
             assert logp == pytest.approx(expected[length - 1, token].item(), abs=0.05)

@@ -81,10 +81,10 @@ def test_adapters_of_experiments_come_from_the_cache(tmp_path: Path) -> None:
     assert here == tensors[NAMES[-1]]
     for name, commit in zip(("a/b", "a-b"), NAMES, strict=True):  # no folder of one is the other's
         git("tag", name, commit)
-    found = [
+    weights = [
         fetch_adapter(name, tmp_path)[0] / "adapter_model.safetensors" for name in ("a/b", "a-b")
     ]
-    assert [files.sha256(path) for path in found] == [*tensors.values()]
+    assert [files.sha256(path) for path in weights] == [*tensors.values()]
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_adapters_on_one_base_are_evaluated_as_alone(tmp_path: Path) -> None:
         whole_head.get_output_embeddings().weight.mul_(1.1)
     adapter.save(whole_head, tmp_path / "head", torch.float32)
     adapters = {"head": tmp_path / "head", **{n: fetch_adapter(n, tmp_path)[0] for n in NAMES}}
-    wanted = Evaluate(generate_rows=3, max_new_tokens=4, prompts=1, seed=0)
+    few = Evaluate(generate_rows=3, max_new_tokens=4, prompts=1, seed=0)
     paths = (quantized, Path("models/tokenizer"), Path("data/prepared"))
-    together = dict(evaluate_adapters(adapters, *paths, wanted))
+    together = dict(evaluate_adapters(adapters, *paths, few))
     for name, folder in adapters.items():
-        assert together[name] == evaluate(name, folder, *paths, wanted)[0]
+        assert together[name] == evaluate(name, folder, *paths, few)[0]
     assert together["rank8"]["loss"] != together["rank32"]["loss"]
 
 
@@ -146,8 +146,8 @@ def test_chat_replies_as_evaluation_does(
     paths = (Path("models/quantized"), Path("models/tokenizer"), Path("data/prepared"))
     _, expected = evaluate("adapter", folder, *paths, settings)
     for row in expected["answers"][:2]:
-        asked = row["prompt"][0]["content"]
-        printed, _ = talk(monkeypatch, capsys, asked + "\n", "--adapter", "rank8")
+        line = row["prompt"][0]["content"] + "\n"
+        printed, _ = talk(monkeypatch, capsys, line, "--adapter", "rank8")
         assert "\n".join(printed).removesuffix(" […]\n").strip() == row["answer"]
 
 
@@ -157,24 +157,24 @@ def test_chat_obeys_commands_and_remembers(
     seen = []
     reply = Replier.reply
 
-    def spy(self: Replier, asked: list, *rest: Any) -> Any:
-        seen.append(asked)
-        return reply(self, asked, *rest)
+    def spy(self: Replier, messages: list, *rest: Any) -> Any:
+        seen.append(messages)
+        return reply(self, messages, *rest)
 
     monkeypatch.setattr(Replier, "reply", spy)
     lines = (
         "What is 1?\nWhat is 2?\n/variant quantized\n/variant base\n/what\n/reset\n\nHi\n/quit\nNo"
     )
-    _, told = talk(monkeypatch, capsys, lines, "--system", "Be brief.")
-    assert [[m["role"] for m in asked][1:] for asked in seen] == [
+    _, notes = talk(monkeypatch, capsys, lines, "--system", "Be brief.")
+    assert [[m["role"] for m in messages][1:] for messages in seen] == [
         ["user"],
         ["user", "assistant", "user"],
         ["user"],
     ]
-    assert all(asked[0]["content"] == "Be brief." for asked in seen)
-    assert told[:2] == ["(merged)", "(quantized)"]
-    assert told[2] == "(base)"
-    assert told[3] == "(/variant base|quantized|adapter|merged, /reset, /quit)"
+    assert all(messages[0]["content"] == "Be brief." for messages in seen)
+    assert notes[:2] == ["(merged)", "(quantized)"]
+    assert notes[2] == "(base)"
+    assert notes[3] == "(/variant base|quantized|adapter|merged, /reset, /quit)"
 
 
 def test_chat_names_a_model_that_is_not_there(
@@ -182,46 +182,39 @@ def test_chat_names_a_model_that_is_not_there(
 ) -> None:
     Path("models/base").rename("models/moved")
     try:
-        _, told = talk(monkeypatch, capsys, "/variant base\nWhat is 1?\n")
+        _, notes = talk(monkeypatch, capsys, "/variant base\nWhat is 1?\n")
     finally:
         Path("models/moved").rename("models/base")
-    assert told[1].startswith("(models/base: not there; `dvc repro`")
-    assert len(told) == 2
+    assert notes[1].startswith("(models/base: not there; `dvc repro`")
+    assert len(notes) == 2
 
 
-def test_ctrl_c_in_a_reply_forgets_the_turn(
+def test_ctrl_c_ends_a_reply_or_a_load_and_keeps_the_chat(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    calls = []
-
-    def interrupted(self: Replier, asked: list, *_: object) -> None:
-        calls.append(len(asked))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Replier, "reply", interrupted)
-    _, told = talk(monkeypatch, capsys, "What is 1?\nWhat is 2?\n")
-    assert calls == [1, 1]
-    assert told[1] == "(stopped; this turn is forgotten)"
-
-
-def test_ctrl_c_while_a_model_loads_keeps_the_chat(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    load = loading.load_adapted
+    load, lengths = loading.load_adapted, []
 
     def interrupted(folder: Path, *rest: Any) -> Any:
         if folder.name == "base":
             raise KeyboardInterrupt
         return load(folder, *rest)
 
+    def stopped(self: Replier, messages: list, *_: object) -> None:
+        lengths.append(len(messages))
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(loading, "load_adapted", interrupted)
-    _, told = talk(monkeypatch, capsys, "/variant base\nHi\n/variant merged\n")
-    forgotten, none = "(stopped; this turn is forgotten)", "(no model is loaded. Choose one: "
-    assert told == ["(merged)", forgotten, f"{none}/variant merged)", "(merged)"]
+    monkeypatch.setattr(Replier, "reply", stopped)
+    lines = "What is 1?\nWhat is 2?\n/variant base\nHi\n/variant merged\n"
+    _, notes = talk(monkeypatch, capsys, lines)
+    none = "(no model is loaded. Choose one: /variant merged)"
+    forgotten = "(stopped; this turn is forgotten)"
+    assert notes == ["(merged)", *[forgotten] * 3, none, "(merged)"]
+    assert lengths == [1, 1]
 
 
 def test_conversation_beyond_the_positions_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    _, told = talk(monkeypatch, capsys, "two " * 2000 + "\n")
-    assert told[1].endswith("the model 1024 positions. Begin a new one.)")
+    _, notes = talk(monkeypatch, capsys, "two " * 2000 + "\n")
+    assert notes[1].endswith("the model 1024 positions. Begin a new one.)")

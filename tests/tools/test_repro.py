@@ -99,7 +99,7 @@ def test_damaged_dvc_lock_is_one_line(space: workspace.Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         (None, "data.path is None; expected a valid string"),
         ("missing.jsonl", "data.path is 'missing.jsonl', which is no file or folder"),
@@ -114,14 +114,14 @@ def test_damaged_dvc_lock_is_one_line(space: workspace.Workspace) -> None:
 )
 @pytest.mark.parametrize("source", ["file", "hub"])
 def test_data_path_is_checked_before_dvc_does(
-    space: workspace.Workspace, path: Any, told: str, source: str
+    space: workspace.Workspace, path: Any, message: str, source: str
 ) -> None:
     os.mkfifo("pipe")
     Path("folder").mkdir()
     os.mkfifo("folder/pipe.jsonl")
     Path("data").mkdir()
     space.set_params({"data.path": path, "data.source": source})
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         check()
     assert "\n" not in str(error.value)
 

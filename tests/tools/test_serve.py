@@ -27,7 +27,7 @@ from tests.tools.test_chat import NAMES, inside, space  # noqa: F401  (fixtures)
 from tests.train.running import settings
 
 CPU, QUANTIZED = torch.device("cpu"), Path("models/quantized")
-ASKED = [{"role": "user", "content": "What is 3?"}]
+MESSAGES = [{"role": "user", "content": "What is 3?"}]
 Answer = tuple[int, str]
 
 
@@ -53,7 +53,7 @@ def ask(server: serve.Server, *bodies: dict[str, Any]) -> list[Answer]:
     """Status and text of the answers to requests that are sent together."""
 
     async def one(client: TestClient, body: dict[str, Any]) -> Answer:
-        usual = {"messages": ASKED, "max_tokens": 8}
+        usual = {"messages": MESSAGES, "max_tokens": 8}
         response = await client.post("/v1/chat/completions", json=usual | body)
         return response.status, await response.text()
 
@@ -69,7 +69,7 @@ def alone(adapter: Path | None) -> str:
     model = loading.attach(model, adapter) if adapter else model
     form = read_format(Path("data/prepared/format.json"))
     dtype = loading.compute_dtype(QUANTIZED, CPU)
-    return Replier(model, dtype, form).reply(ASKED, 8).text  # type: ignore[arg-type]
+    return Replier(model, dtype, form).reply(MESSAGES, 8).text  # type: ignore[arg-type]
 
 
 def test_each_adapter_answers_as_if_alone(server: serve.Server, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_adapters_of_a_mixture_answer_as_if_alone(
     expected = {name: alone(folder) for name, folder in adapters.items()} | {"base": alone(None)}
     assert len({*expected.values()}) == 3
     for name in [*expected, *reversed(expected)]:
-        assert served.reply(name, ASKED, 8).text == expected[name]
+        assert served.reply(name, MESSAGES, 8).text == expected[name]
     few = Evaluate(generate_rows=2, max_new_tokens=4, prompts=1, seed=0)
     together = dict(evaluate_adapters(adapters, QUANTIZED, tokenizer, data, few))
     for name, folder in adapters.items():
@@ -167,12 +167,16 @@ def test_stop_string_over_two_pieces_is_held_back() -> None:
         ({"model": "rank9"}, 404, "model: 'rank9' is none of base, rank8, rank32"),
         ({"model": "base", "messages": []}, 400, "messages: List should have at least 1 item"),
         ({"model": "base", "messages": [{"role": "user", "content": [1]}]}, 400, "content"),
-        ({"model": "base", "messages": [ASKED[0] | {"role": "robot"}]}, 400, "messages.0.role"),
-        ({"model": "base", "messages": ASKED * 2}, 400, "turn 2 is of role user"),
+        ({"model": "base", "messages": [MESSAGES[0] | {"role": "robot"}]}, 400, "messages.0.role"),
+        ({"model": "base", "messages": MESSAGES * 2}, 400, "turn 2 is of role user"),
         ({"model": "base", "n": 2}, 400, "n: is not supported. Leave it out."),
         ({"model": "base", "tools": [{"type": "function"}]}, 400, "tools: is not supported"),
         ({"model": "base", "temperature": 3}, 400, "temperature: Input should be less than"),
-        ({"model": "base", "messages": [ASKED[0] | {"content": "x" * (1 << 24)}]}, 413, "exceeded"),
+        (
+            {"model": "base", "messages": [MESSAGES[0] | {"content": "x" * (1 << 24)}]},
+            413,
+            "exceeded",
+        ),
     ],
 )
 def test_bad_requests_are_told_in_one_line(
@@ -184,11 +188,11 @@ def test_bad_requests_are_told_in_one_line(
 
 def test_client_that_hangs_up_ends_its_reply(server: serve.Server) -> None:
     async def script(client: TestClient) -> int:
-        body = {"model": "base", "messages": ASKED, "stream": True, "max_tokens": 900}
+        body = {"model": "base", "messages": MESSAGES, "stream": True, "max_tokens": 900}
         response = await client.post("/v1/chat/completions", json=body)
         await response.content.readany()
         response.close()
-        short = {"model": "base", "messages": ASKED, "max_tokens": 2}
+        short = {"model": "base", "messages": MESSAGES, "max_tokens": 2}
         return (await client.post("/v1/chat/completions", json=short)).status
 
     assert talk(server, script) == 200
