@@ -84,7 +84,8 @@ def test_sharded_evaluation_and_proof_equal_whole_ones(
     for name in ("adapter", "merged"):
         (tmp_path / name).mkdir()
     adapter.save(model, tmp_path / "adapter", torch.bfloat16)
-    merge_adapter(tmp_path / "adapter", tmp_path / "nf4", tmp_path / "merged", torch.float16, CPU)
+    tuned = loading.attach(loading.load_dequantized(tmp_path / "nf4", CPU), tmp_path / "adapter")
+    merge_adapter(tuned, tmp_path / "merged", torch.float16)
     saved(tmp_path / "gpt2", "gpt2", BESIDES["gpt2"])
     monkeypatch.setattr(generate, "BATCH", 5)
     *alone, proof = evaluations(Group(), tmp_path)
