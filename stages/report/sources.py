@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import Any
 
 import pandas as pd
@@ -30,7 +31,6 @@ OUTS = {
     "models/adapter": "Adapter",
     "models/merged": "Merged model",
 }
-LISTED = 4  # changed files named on the page
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,8 @@ def _commit() -> str | None:
     changed = _git("diff", "HEAD", "--name-only", "--", ".", ":!dvc.lock", ":!reports")
     if head is None or not changed:
         return head
-    names = changed.splitlines()
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{head} with uncommitted changes in {', '.join(names[:LISTED])}{more}"
+    names = shorten(", ".join(changed.splitlines()), 120, placeholder=" …")
+    return f"{head} with uncommitted changes in {names}"
 
 
 def _git(*arguments: str) -> str | None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from stages.report import charts, page, sources
+from stages.report import page, sources
 from stages.shared.core.display import visible
 from stages.shared.core.errors import UserError
 from tests.report import sources as made
@@ -211,18 +211,18 @@ def test_page_is_the_same_bytes_again_and_its_charts_share_no_id(source):
 @pytest.mark.parametrize("content", ["", "<svg><script/></svg>", '<svg onload="x()"></svg>'])
 def test_chart_that_could_act_is_refused(content):
     with pytest.raises(UserError, match=r"reports/plan\.svg: not a plain chart"):
-        charts.inline(content, "plan", "label")
+        page.inline(content, "plan", "label")
 
 
 def test_history_has_points_where_it_was_measured(source):
-    assert charts._points(source.history, "eval_loss").to_dict() == {0: 2.125, 2: 1.0}
-    assert "kept: step 2" in charts.training_history(source.history, 2)
+    assert page._points(source.history, "eval_loss").to_dict() == {0: 2.125, 2: 1.0}
+    assert "kept: step 2" in page.training_history(source.history, 2)
 
 
 @pytest.mark.parametrize(("evaluations", "lines"), [(2, 0), (3, 1)])
 def test_few_held_out_points_are_not_joined(evaluations, lines):
     history = pd.DataFrame({"step": range(3), "eval_loss": [2.0, 1.0, 0.5]})[:evaluations]
-    svg = charts.training_history(history, None)
+    svg = page.training_history(history, None)
     assert svg.count("stroke-dasharray: 1.5,2.475") == 2 * lines  # in the chart and its legend
 
 
