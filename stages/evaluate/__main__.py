@@ -52,7 +52,7 @@ def main(options: Namespace) -> None:
     inputs = (variant, model, QUANTIZED, TOKENIZER, PREPARED, settings)
     with joined(target) as member:
         shards = shards_for(QUANTIZED if variant == "adapter" else model, target, member)
-        metrics, answers = compute(member, target, shards, evaluate_on, inputs)
+        metrics, answers = compute(member, target, shards, evaluate_on, *inputs)
         if member and not member[0].is_main:
             return
     name = f"{variant}.json"

@@ -33,12 +33,7 @@ Report = tuple[dict[str, Any], dict[str, Any]]  # metrics, and the variant's rep
 TOKENS = ("input_ids", "loss_mask", "weights")  # columns that `read_examples` reads
 
 
-def evaluate_on(
-    group: Group,
-    device: torch.device,
-    sharded: bool,
-    inputs: tuple[str, Path, Path, Path, Path, Evaluate],
-) -> Report:
+def evaluate_on(group: Group, device: torch.device, sharded: bool, *inputs: Any) -> Report:
     """`evaluate` as one of the processes of `launcher.compute`."""
     placement.require_same(group, *inputs[1:5])
     return evaluate(*inputs, group=group, device=device, sharded=sharded)
@@ -66,9 +61,9 @@ def evaluate(
     data: Path,
     settings: Evaluate,
     model: Any = None,
+    *,
     group: Group = generate.ALONE,
     device: torch.device | None = None,
-    *,
     sharded: bool = False,
 ) -> Report:
     """Metrics and replies of a model, or of an adapter on its base; `model` if it is loaded.

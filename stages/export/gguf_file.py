@@ -14,10 +14,10 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from stages.export.llama_cpp import EXPERT, Architecture, Unsupported, Vocabulary
 from stages.shared.chat.templates import Format
+from stages.shared.chat.tokenizer import load_tokenizer
 from stages.shared.core import display, files
 from stages.shared.weights.checkpoint import Weights
 
@@ -32,21 +32,18 @@ class ModelFormat:
     def __init__(self, folder: Path, form: Format) -> None:
         self.architecture = Architecture(files.read_json(folder / "config.json"))
         self._vocabulary, self._form = Vocabulary(folder), form
-        config = files.read_json(folder / "tokenizer_config.json")
-        tokens = {name: config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-        texts = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
-        self._own = {f"{name}_token": text for name, text in texts.items() if text}
+        self._tokenizer: Any = load_tokenizer(folder)
+        names = ("bos", "eos", "unk", "pad")
+        tokens = {name: getattr(self._tokenizer, f"{name}_token") for name in names}
         # llama.cpp ends a reply at `eos` or `eot`.
         ends = {"eot": form.eos_token, "eos": self._vocabulary.texts[form.stop_ids[-1]]}
-        self._special = {name: text for name, text in (texts | ends).items() if text}
+        self._special = {name: token for name, token in (tokens | ends).items() if token}
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """Messages up to the reply, as the chat template renders them."""
+        options = {"tokenize": False, "add_generation_prompt": True}
         template = self._form.chat_template
-        [text], _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=True, **self._own
-        )
-        return str(text)
+        return str(self._tokenizer.apply_chat_template(messages, chat_template=template, **options))
 
     def write(self, path: Path, weights: Weights, kind: GGMLQuantizationType) -> None:
         """Write a model, with the tokenizer, chat template and end tokens of the folder."""

@@ -28,6 +28,7 @@ from stages.shared.core.errors import UserError
 
 TIMEOUT = 60  # seconds for a client that does not read
 LARGEST = 1 << 24  # bytes of a request
+SERVED = web.AppKey[Any]("served")
 WITHOUT_EFFECT = ("user", "metadata", "store")  # options that change no reply
 
 
@@ -52,7 +53,7 @@ def main(options: Namespace) -> None:
         served = Served(options.adapters, Path(folder))
         host, port = listening.getsockname()
         print(f"http://{host}:{port}/v1 serves {', '.join(served.names)}", flush=True)
-        web.run_app(Server(served).app(), sock=listening, print=None, shutdown_timeout=1)
+        web.run_app(application(served), sock=listening, print=None, shutdown_timeout=1)
 
 
 class Request(BaseModel):
@@ -116,69 +117,67 @@ def parse(body: bytes, names: list[str]) -> Request:
     return request
 
 
-class Server:
+def application(served: Any) -> web.Application:
     """Web application of what `replies.Served` has loaded."""
+    app = web.Application(client_max_size=LARGEST, middlewares=[refuse])
+    app[SERVED] = served
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/chat/completions", complete)
+    return app
 
-    def __init__(self, served: Any) -> None:
-        self._served = served
 
-    def app(self) -> web.Application:
-        """The application."""
-        app = web.Application(client_max_size=LARGEST, middlewares=[refuse])
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_post("/v1/chat/completions", self.complete)
-        return app
+async def models(http: web.Request) -> web.Response:
+    """The names that `model` may have."""
+    fixed = {"object": "model", "created": 0, "owned_by": "me"}
+    data = [{"id": name, **fixed} for name in http.app[SERVED].names]
+    return web.json_response({"object": "list", "data": data})
 
-    async def models(self, _: web.Request) -> web.Response:
-        """The names that `model` may have."""
-        fixed = {"object": "model", "created": 0, "owned_by": "me"}
-        data = [{"id": name, **fixed} for name in self._served.names]
-        return web.json_response({"object": "list", "data": data})
 
-    async def complete(self, http: web.Request) -> web.StreamResponse:
-        """A chat completion, whole or as server-sent events."""
-        request = parse(await http.read(), self._served.names)
-        head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
-        head["object"] = "chat.completion.chunk" if request.stream else "chat.completion"
-        head["model"] = request.model
-        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        loop = asyncio.get_running_loop()
+async def complete(http: web.Request) -> web.StreamResponse:
+    """A chat completion, whole or as server-sent events."""
+    served = http.app[SERVED]
+    request = parse(await http.read(), served.names)
+    head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+    head["object"] = "chat.completion.chunk" if request.stream else "chat.completion"
+    head["model"] = request.model
+    stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    loop = asyncio.get_running_loop()
 
-        def choice(key: str, text: str, reason: str | None = None) -> dict[str, Any]:
-            said = {"role": "assistant", "content": text}
-            return {"choices": [{"index": 0, key: said, "finish_reason": reason}]}
+    def choice(key: str, text: str, reason: str | None = None) -> dict[str, Any]:
+        said = {"role": "assistant", "content": text}
+        return {"choices": [{"index": 0, key: said, "finish_reason": reason}]}
 
-        async def send(values: dict[str, Any]) -> None:
-            if not stream.prepared:  # a refusal comes before any text
-                await stream.prepare(http)
-            await stream.write(f"data: {json.dumps(head | values)}\n\n".encode())
+    async def send(values: dict[str, Any]) -> None:
+        if not stream.prepared:  # a refusal comes before any text
+            await stream.prepare(http)
+        await stream.write(f"data: {json.dumps(head | values)}\n\n".encode())
 
-        def on_text(text: str) -> None:  # on the model's thread; what it raises ends the reply
-            if http.transport is None:  # closed, by Ctrl-C too
-                raise ConnectionAbortedError
-            if request.stream:
-                sent = send(choice("delta", text))
-                asyncio.run_coroutine_threadsafe(sent, loop).result(TIMEOUT)
+    def on_text(text: str) -> None:  # on the model's thread; what it raises ends the reply
+        if http.transport is None:  # closed, by Ctrl-C too
+            raise ConnectionAbortedError
+        if request.stream:
+            sent = send(choice("delta", text))
+            asyncio.run_coroutine_threadsafe(sent, loop).result(TIMEOUT)
 
-        try:
-            reply = await asyncio.to_thread(self._served.reply, *request.options(on_text))
-            reason = "stop" if reply.stopped else "length"
-            usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
-            usage["total_tokens"] = reply.prompt_tokens + reply.tokens
-            if not request.stream:
-                message = choice("message", reply.text, reason)
-                return web.json_response(head | message | {"usage": usage})
-            await send(choice("delta", "", reason))
-            if (request.stream_options or {}).get("include_usage"):
-                await send({"choices": [], "usage": usage})
-            await stream.write(b"data: [DONE]\n\n")
-        except RejectedRow as error:
-            raise web.HTTPBadRequest(text=f"messages: {error}") from None
-        except UserError as error:
-            raise web.HTTPBadRequest(text=str(error)) from None
-        except (ConnectionError, TimeoutError):  # the client hung up, or does not read
-            pass
-        return stream
+    try:
+        reply = await asyncio.to_thread(served.reply, *request.options(on_text))
+        reason = "stop" if reply.stopped else "length"
+        usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+        usage["total_tokens"] = reply.prompt_tokens + reply.tokens
+        if not request.stream:
+            message = choice("message", reply.text, reason)
+            return web.json_response(head | message | {"usage": usage})
+        await send(choice("delta", "", reason))
+        if (request.stream_options or {}).get("include_usage"):
+            await send({"choices": [], "usage": usage})
+        await stream.write(b"data: [DONE]\n\n")
+    except RejectedRow as error:
+        raise web.HTTPBadRequest(text=f"messages: {error}") from None
+    except UserError as error:
+        raise web.HTTPBadRequest(text=str(error)) from None
+    except (ConnectionError, TimeoutError):  # the client hung up, or does not read
+        pass
+    return stream
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def own_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     shutil.copytree(folder / "tokenizer", "models/tokenizer")
     shutil.copytree(folder / "prepared", "data/prepared")
     listening = socket.create_server(("127.0.0.1", 0))
-    app = serve.Server(replies.Served(["workspace"], Path())).app()
+    app = serve.application(replies.Served(["workspace"], Path()))
     loop = asyncio.new_event_loop()
     run = {"sock": listening, "handle_signals": False, "print": None, "loop": loop}
     threading.Thread(target=web.run_app, args=(app,), kwargs=run, daemon=True).start()

@@ -32,24 +32,24 @@ Answer = tuple[int, str]
 
 
 @pytest.fixture(scope="module")
-def server(
+def served(
     space: Path,  # noqa: F811
     tmp_path_factory: pytest.TempPathFactory,
-) -> serve.Server:
+) -> Served:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(space)
-        return serve.Server(Served([*NAMES], tmp_path_factory.mktemp("adapters")))
+        return Served([*NAMES], tmp_path_factory.mktemp("adapters"))
 
 
-def talk(server: serve.Server, script: Callable[[TestClient], Coroutine]) -> Any:
+def talk(served: Served, script: Callable[[TestClient], Coroutine]) -> Any:
     async def run() -> Any:
-        async with TestClient(TestServer(server.app())) as client:
+        async with TestClient(TestServer(serve.application(served))) as client:
             return await script(client)
 
     return asyncio.run(run())
 
 
-def ask(server: serve.Server, *bodies: dict[str, Any]) -> list[Answer]:
+def ask(served: Served, *bodies: dict[str, Any]) -> list[Answer]:
     """Status and text of the answers to requests that are sent together."""
 
     async def one(client: TestClient, body: dict[str, Any]) -> Answer:
@@ -60,7 +60,7 @@ def ask(server: serve.Server, *bodies: dict[str, Any]) -> list[Answer]:
     async def script(client: TestClient) -> list[Answer]:
         return [*await asyncio.gather(*(one(client, body) for body in bodies))]
 
-    return talk(server, script)
+    return talk(served, script)
 
 
 def alone(adapter: Path | None) -> str:
@@ -72,13 +72,13 @@ def alone(adapter: Path | None) -> str:
     return Replier(model, dtype, form).reply(MESSAGES, 8).text  # type: ignore[arg-type]
 
 
-def test_each_adapter_answers_as_if_alone(server: serve.Server, tmp_path: Path) -> None:
+def test_each_adapter_answers_as_if_alone(served: Served, tmp_path: Path) -> None:
     expected = {name: alone(fetch_adapter(name, tmp_path)[0]) for name in NAMES} | {
         "base": alone(None)
     }
     assert len({*expected.values()}) == 3
     order = [*expected, *reversed(expected)]
-    answers = ask(server, *({"model": name} for name in order))
+    answers = ask(served, *({"model": name} for name in order))
     for name, (status, text) in zip(order, answers, strict=True):
         body = json.loads(text)
         assert status == 200
@@ -120,8 +120,8 @@ def test_adapters_of_a_mixture_answer_as_if_alone(
     assert together["one"]["loss"] != together["two"]["loss"]
 
 
-def test_stream_is_the_whole_answer_in_pieces(server: serve.Server) -> None:
-    (_, whole), (_, stream) = ask(server, {"model": "rank8"}, {"model": "rank8", "stream": True})
+def test_stream_is_the_whole_answer_in_pieces(served: Served) -> None:
+    (_, whole), (_, stream) = ask(served, {"model": "rank8"}, {"model": "rank8", "stream": True})
     *events, done, end = stream.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
@@ -130,23 +130,23 @@ def test_stream_is_the_whole_answer_in_pieces(server: serve.Server) -> None:
     assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + ["length"]
 
 
-def test_options_are_honoured_or_ask_for_nothing(server: serve.Server) -> None:
+def test_options_are_honoured_or_ask_for_nothing(served: Served) -> None:
     idle = {"model": "base", "n": 1, "top_p": 1, "logprobs": False, "tools": [], "user": "me"}
     hot = idle | {"temperature": 2, "seed": 7}
     coldest = {"model": "base", "temperature": 1e-300}
     streamed = {"model": "base", "stream": True, "stream_options": {"include_usage": True}}
-    whole, same, other, cold, (_, stream) = ask(server, hot, hot, idle, coldest, streamed)
+    whole, same, other, cold, (_, stream) = ask(served, hot, hot, idle, coldest, streamed)
     texts = [json.loads(body)["choices"][0]["message"] for _, body in (whole, same, other, cold)]
     assert texts[0] == texts[1] != texts[2] == texts[3]
     last = json.loads(stream.split("\n\n")[-3].removeprefix("data: "))
     assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 8)
 
 
-def test_reply_ends_before_a_stop_string(server: serve.Server) -> None:
-    [(_, text)] = ask(server, {"model": "base"})
+def test_reply_ends_before_a_stop_string(served: Served) -> None:
+    [(_, text)] = ask(served, {"model": "base"})
     whole = json.loads(text)["choices"][0]["message"]["content"]
     stop = whole[4:6]
-    [(_, text)] = ask(server, {"model": "base", "stop": stop})
+    [(_, text)] = ask(served, {"model": "base", "stop": stop})
     choice = json.loads(text)["choices"][0]
     assert choice["message"]["content"] == whole[: whole.index(stop)]
     assert choice["finish_reason"] == "stop"
@@ -180,13 +180,13 @@ def test_stop_string_over_two_pieces_is_held_back() -> None:
     ],
 )
 def test_bad_requests_are_told_in_one_line(
-    server: serve.Server, body: dict[str, Any], status: int, message: str
+    served: Served, body: dict[str, Any], status: int, message: str
 ) -> None:
-    [(answered, text)] = ask(server, body)
+    [(answered, text)] = ask(served, body)
     assert (answered, message in json.loads(text)["error"]["message"]) == (status, True)
 
 
-def test_client_that_hangs_up_ends_its_reply(server: serve.Server) -> None:
+def test_client_that_hangs_up_ends_its_reply(served: Served) -> None:
     async def script(client: TestClient) -> int:
         body = {"model": "base", "messages": MESSAGES, "stream": True, "max_tokens": 900}
         response = await client.post("/v1/chat/completions", json=body)
@@ -195,7 +195,7 @@ def test_client_that_hangs_up_ends_its_reply(server: serve.Server) -> None:
         short = {"model": "base", "messages": MESSAGES, "max_tokens": 2}
         return (await client.post("/v1/chat/completions", json=short)).status
 
-    assert talk(server, script) == 200
+    assert talk(served, script) == 200
 
 
 def test_what_cannot_be_served_is_told_before_loading(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def evaluations(group: Group, work: Path) -> list[Any]:
     wanted = Evaluate(generate_rows=12, max_new_tokens=6, prompts=12, seed=0)
     beside = (work / "nf4", work / "base", data, wanted)
     found: list[Any] = [
-        evaluate_on(group, CPU, sharded, (name, work / name, *beside))
+        evaluate_on(group, CPU, sharded, name, work / name, *beside)
         for name in ("adapter", "merged", "gpt2")
     ]
     models = (work / "merged", work / "adapter", work / "nf4")
