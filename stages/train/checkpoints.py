@@ -258,8 +258,6 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _flush(path: Path) -> None:
     """Flush to the disk, before anything relies on it."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems cannot flush a folder
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError):  # some file systems cannot flush a folder
+        os.fsync(descriptor)
+    os.close(descriptor)

@@ -268,16 +268,14 @@ def _watch_hosts(rank: int, size: int, lost: Callable[[], object]) -> None:
         heard: dict[int, tuple[int, float]] = {}
         with suppress(RuntimeError):  # the leader's store cannot be reached
             store, *_ = _open_store(timedelta(seconds=SILENT_SECONDS))
-            silent = False
-            while not silent:
+            while all(answered - at < SILENT_SECONDS for _, at in heard.values()):
                 store.add(f"qlora/beats/{rank}", 1)
-                now = answered = time.monotonic()
+                answered = time.monotonic()
                 for other in range(size) if rank == 0 else ():
                     beats = store.add(f"qlora/beats/{other}", 0)
                     if heard.get(other, (0, 0.0))[0] != beats:
-                        heard[other] = beats, now
-                silent = any(now - at > SILENT_SECONDS for _, at in heard.values())
-                time.sleep(0 if silent else BEAT_SECONDS)
+                        heard[other] = beats, answered
+                time.sleep(BEAT_SECONDS)
         answered = -SILENT_SECONDS
 
     Thread(target=beat, daemon=True).start()

@@ -84,7 +84,7 @@ class Shards:
         # The fused loss reads the head's weight, and calls no module.
         plain.get_decoder().register_forward_hook(lambda *_: self._gather_end(head))
         for module, unit in zip(modules[-2:], (embedding, head), strict=True):
-            module.register_full_backward_pre_hook(partial(self._return_through, unit))
+            module.register_forward_hook(_before_backward(partial(self._return_through, unit)))
 
     def _assign(self, dtype: torch.dtype | None) -> None:
         """Make all matrices views of the buffers, which hold nothing yet; masters in `dtype`."""
@@ -105,12 +105,12 @@ class Shards:
             in_backward = torch._C._current_graph_task_id() != -1  # recomputed
             self._gather(index, -1 if in_backward else 1)
 
-        def before_backward(*_: Any) -> None:
+        def before_backward() -> None:
             self._return_through(self._blocks[index])
             self._gather(index, -1)
 
         block.register_forward_pre_hook(before_forward)
-        block.register_full_backward_pre_hook(before_backward)
+        block.register_forward_hook(_before_backward(before_backward))
 
     def _gather(self, index: int, step: int) -> None:
         """Gather a block's weights, and begin with those of the next."""
@@ -133,7 +133,7 @@ class Shards:
 
     # --------------------------------------------------------------------------------- training
 
-    def _return_through(self, unit: Unit, *_: Any) -> None:
+    def _return_through(self, unit: Unit) -> None:
         """Collect the gradients of a unit's masters in one buffer; scatter those of the last."""
         if unit.trained is None or self._returning is unit:
             return
@@ -237,3 +237,17 @@ class Shards:
             first, last = max(start, 0), min(start + value.numel(), count)
             if first < last:
                 own[name][first:last] = value.flatten()[first - start : last - start]
+
+
+def _before_backward(act: Callable[[], None]) -> Callable[..., None]:
+    """Forward hook: `act` once the gradient of a module's output is there.
+
+    torch's own backward hooks forbid in-place changes of the output, which CTRL makes.
+    """
+
+    def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if first.requires_grad:
+            first.register_hook(lambda _: act())
+
+    return after_forward
