@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is none, and belongs to one training."""
+"""Checkpoints: whole or absent, and of one training alone."""
 
 import shutil
 from collections import namedtuple
@@ -17,7 +17,7 @@ from tests import tiny, workspace
 from tests.test_contract import ROOT, declared_code, entry_of, python_files, reached_from
 from tests.train.running import settings, train_on
 
-HOW = {"micro_batch_tokens": 7}
+PLAN = {"micro_batch_tokens": 7}
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def kept(tmp_path: Path) -> Iterator[Checkpoints]:
         for step in (5, 10, 15):
             with files.whole_folder(checkpoints.best) as best:
                 (best / "adapter.bin").write_text(f"best at {step}")
-            checkpoints.write(step, {"step": step, "weights": torch.full((3,), step)}, HOW)
+            checkpoints.write(step, {"step": step, "weights": torch.full((3,), step)}, PLAN)
         yield checkpoints
 
 
@@ -41,7 +41,7 @@ def test_the_newest_comes_back_with_the_best_of_its_time(kept: Checkpoints) -> N
         (best / "adapter.bin").write_text("of a step that was lost")
     found = kept.latest()
     assert found is not None
-    assert found.manifest["plan"] == HOW
+    assert found.manifest["plan"] == PLAN
     assert found.state()["weights"].tolist() == [15, 15, 15]
     assert (kept.best / "adapter.bin").read_text() == "best at 15"
 
@@ -51,7 +51,7 @@ def test_checkpoints_are_in_order_beyond_six_digits(tmp_path: Path) -> None:
         with files.whole_folder(checkpoints.best):
             pass
         for step in (999_950, 999_975, 1_000_000):
-            checkpoints.write(step, {"step": step}, HOW)
+            checkpoints.write(step, {"step": step}, PLAN)
         assert names(checkpoints) == ["best", "step-1000000", "step-999975"]
         found = checkpoints.latest()
         assert found is not None and found.state()["step"] == 1_000_000
@@ -85,7 +85,7 @@ def with_a_stranger(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "fault"),
     [
         (truncated, "state.pt is not what was written"),
         (altered, "best/adapter.bin is not what was written"),
@@ -98,7 +98,7 @@ def with_a_stranger(folder: Path) -> None:
 def test_a_damaged_one_is_skipped_with_a_warning(
     kept: Checkpoints,
     damage: Callable[[Path], None],
-    told: str,
+    fault: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     damage(kept.folder / "step-000015")
@@ -106,13 +106,13 @@ def test_a_damaged_one_is_skipped_with_a_warning(
     assert found is not None
     assert found.manifest["step"] == 10
     assert (kept.best / "adapter.bin").read_text() == "best at 10"
-    assert f"step-000015: {told}; skipped" in capsys.readouterr().err
+    assert f"step-000015: {fault}; skipped" in capsys.readouterr().err
     damage(kept.folder / "step-000010")
     assert kept.latest() is None
     assert not kept.folder.exists()
 
 
-def test_one_that_was_not_finished_is_none(kept: Checkpoints) -> None:
+def test_an_unfinished_one_is_ignored(kept: Checkpoints) -> None:
     (kept.folder / "step-000015").rename(kept.folder / "step-000020.partial")
     found = kept.latest()
     assert found is not None
@@ -121,7 +121,7 @@ def test_one_that_was_not_finished_is_none(kept: Checkpoints) -> None:
 
 def test_a_failed_write_leaves_the_others(kept: Checkpoints) -> None:
     with pytest.raises(AttributeError):
-        kept.write(20, {"cannot be saved": lambda: None}, HOW)
+        kept.write(20, {"cannot be saved": lambda: None}, PLAN)
     assert names(kept) == ["best", "step-000010", "step-000015"]
 
 

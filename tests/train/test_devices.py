@@ -1,4 +1,4 @@
-"""A training goes on with another number of devices, equal up to rounding."""
+"""Training resumes on another number of devices, equal up to rounding."""
 
 import os
 import shutil

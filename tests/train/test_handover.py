@@ -1,4 +1,4 @@
-"""What an adapter carries, for those who load it elsewhere."""
+"""Adapter as others load it: base model, tokenizer, chat template and card."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Real kills of the real stage: what it ends with is what it would have been without them."""
+"""Training killed, stopped and resumed for real ends with the bytes of an uninterrupted one."""
 
 import os
 import re

@@ -52,7 +52,7 @@ def test_place_in_a_step_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
         group.is_started()
 
 
-def test_endpoint_that_is_none_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_endpoint_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^QLORA_ENDPOINT: 127.0.0.1:99999 cannot be reached"):
         group.own_address("127.0.0.1:99999")
     with socket.socket() as other:

@@ -1,4 +1,4 @@
-"""Processes that train together: their sums, their errors, and how they end."""
+"""Launcher: sums, errors and signals of processes that train together."""
 
 import os
 import signal
@@ -109,7 +109,7 @@ def _runs(number: int) -> bool:
         return False
 
 
-def test_the_first_signal_is_the_one_that_is_told_of() -> None:
+def test_the_first_of_two_signals_is_reported() -> None:
     """Ctrl-C reaches every process, and the launcher then sends SIGTERM too."""
     with Interruption() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Which models are divided among devices, where nothing is trained."""
+"""Placement: which models are sharded where nothing is trained."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_model_is_divided_where_it_does_not_fit(
     assert shards_for(tmp_path, CPU, member) == expected
 
 
-def test_a_part_that_fits_no_device_is_told(
+def test_a_part_that_fits_no_device_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20))

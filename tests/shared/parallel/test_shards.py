@@ -1,4 +1,4 @@
-"""Weights divided among processes: what each holds, and what it computes with them."""
+"""Sharded weights: bytes of each process, and results equal to whole ones."""
 
 from pathlib import Path
 from typing import Any
