@@ -62,7 +62,7 @@ def merge(
 
 
 def follow(member: Member, adapter: Path, weights: Mapping[str, Path], data: Path) -> None:
-    """Take part in the first process's proof, as one of those that write nothing."""
+    """Verify with the first process, as one of those that write nothing."""
     models = (adapter, adapter, weights["quantized"])  # the first process's count
     verify.agreement_as_run(models, held_out(data), member[1], member)
 

@@ -82,7 +82,7 @@ def require_fp16_range(base: Weights, settings: "Quantize") -> None:
         tensor = base.tensor(stored.name)
         # A scalar is the mask value of an old checkpoint, which no model reads.
         weight = tensor.is_floating_point() and tensor.ndim and tensor.numel()
-        largest = float(tensor.float().abs().max()) if weight else 0.0
+        largest = float(torch.stack(tensor.float().aminmax()).abs().max()) if weight else 0.0
         if largest > FP16_MAX:
             key = "compute_dtype" if settings.is_four_bit else "precision"
             raise UserError(

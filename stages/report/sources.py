@@ -157,5 +157,5 @@ def _locked_hashes() -> dict[str, str]:
         return {}
     with reading(lock, "Restore it by git, or run `dvc repro`."):
         stages = YAML(typ="safe").load(lock)["stages"].values()
-        found = {out["path"]: out.get("md5") for stage in stages for out in stage.get("outs", [])}
-    return {f"{label}, md5": found[path] for path, label in OUTS.items() if found.get(path)}
+        hashes = {out["path"]: out.get("md5") for stage in stages for out in stage.get("outs", [])}
+    return {f"{label}, md5": hashes[path] for path, label in OUTS.items() if hashes.get(path)}

@@ -278,9 +278,9 @@ def unfused(config: PretrainedConfig) -> Iterator[None]:
 @contextmanager
 def counted(model: nn.Module) -> Iterator[torch.Tensor]:
     """Tokens by expert in the context: int64 [layers, experts] on the host; empty if dense."""
-    found = layers(model)
-    use = torch.zeros(len(found), max(map(len, found), default=0), dtype=torch.int64)
-    for row, experts in zip(use, found, strict=True):
+    mixtures = layers(model)
+    use = torch.zeros(len(mixtures), max(map(len, mixtures), default=0), dtype=torch.int64)
+    for row, experts in zip(use, mixtures, strict=True):
         experts.use = row[: len(experts)]
     try:
         yield use
