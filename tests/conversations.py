@@ -9,8 +9,14 @@ from stages.shared.chat.conversation import Conversation, Message, RejectedRow, 
 
 def encode(encoder: ExampleEncoder, batch: Sequence[list[Message]]) -> list[Example | RejectedRow]:
     """Encode messages that make one row each."""
-    found = encoder.encode_conversations([*map(Conversation, batch)])
-    return [one if isinstance(one, RejectedRow) else one[0] for one in found]
+
+    def first(messages: list[Message]) -> Example | RejectedRow:
+        try:
+            return encoder.encode(Conversation(messages))[0]
+        except RejectedRow as reason:
+            return reason
+
+    return [*map(first, batch)]
 
 
 def system(content: str) -> Message:

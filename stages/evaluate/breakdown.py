@@ -15,7 +15,7 @@ import pandas as pd
 
 from stages.evaluate.generate import Reply
 from stages.shared.chat.conversation import Conversation, RejectedRow
-from stages.shared.chat.encode import Encoder, Tokens
+from stages.shared.chat.encode import Encoder
 from stages.shared.chat.templates import Template
 from stages.shared.model.packing import Example
 
@@ -71,12 +71,9 @@ def _part_of_tokens(
         return None
     try:
         [rendered] = template.rows(conversation, [len(messages) - 1])
+        tokens = encoder.encode(rendered)[: len(example)]
     except (RejectedRow, ValueError):  # whole, where it has several rows
         return None
-    [tokens] = encoder.encode([rendered])
-    if not isinstance(tokens, Tokens):
-        return None
-    tokens = tokens[: len(example)]
     if not np.array_equal(tokens.input_ids, example.input_ids):
         return None
     parts = np.full(len(tokens), "template", dtype="<U9")

@@ -116,34 +116,26 @@ def _begin_fork() -> None:
 def encode_rows(lines: list[Line], tokenizer: str, parameters: Prepare) -> pa.Table:
     """Parse, render and encode lines: rows of `ENCODED` for each that is not blank."""
     encoder = make_encoder(tokenizer, parameters)
-    lines = [(number, line) for number, line in lines if line.strip()]
-    parsed = [_parse(line, parameters) for _, line in lines]
-    conversations = [one for one in parsed if isinstance(one, Conversation)]
-    encoded = iter(encoder.encode_conversations(conversations))
     rows: list[dict[str, Any]] = []
-    for (number, line), one in zip(lines, parsed, strict=True):
-        columns: dict[str, Any] = {"line": number, "is_first": True, "bytes": len(line)}
-        result = one if isinstance(one, RejectedRow) else next(encoded)
-        if isinstance(one, Conversation):
-            columns["unknown"] = [*map(visible, one.unknown)]
-            columns["form"] = one.form
-        if isinstance(result, RejectedRow):
-            rows.append({**columns, "reason": visible(str(result))})
+    for number, line in lines:
+        if not line.strip():
             continue
-        assert isinstance(one, Conversation)
-        for example in _columns(one, result, parameters):
+        columns: dict[str, Any] = {"line": number, "is_first": True, "bytes": len(line)}
+        try:
+            conversation = parse(parse_line(line), parameters.format, parameters.columns)
+            columns["unknown"] = [*map(visible, conversation.unknown)]
+            columns["form"] = conversation.form
+            examples = encoder.encode(conversation)
+        except RejectedRow as reason:
+            rows.append({**columns, "reason": visible(str(reason))})
+            continue
+        except RecursionError:
+            rows.append({**columns, "reason": "nested too deeply"})
+            continue
+        for example in _columns(conversation, examples, parameters):
             rows.append(example | columns)
             columns |= {"is_first": False}
     return pa.Table.from_pylist(rows, schema=ENCODED)
-
-
-def _parse(row: bytes, parameters: Prepare) -> Conversation | RejectedRow:
-    try:
-        return parse(parse_line(row), parameters.format, parameters.columns)
-    except RejectedRow as reason:
-        return reason.with_traceback(None)  # whose frames would hold the batch
-    except RecursionError:
-        return RejectedRow("nested too deeply")
 
 
 def _columns(

@@ -1,8 +1,8 @@
 """Training examples: tokens, loss mask and weights; truncation between turns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +12,6 @@ from stages.shared.chat.conversation import Conversation, Message, RejectedRow
 from stages.shared.chat.encode import Encoder, Tokens
 from stages.shared.chat.rendered import CONTEXT, Rendered, Span
 from stages.shared.chat.templates import Template
-
-T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -57,29 +55,28 @@ class ExampleEncoder:
         self._train_on, self._thinking, self._max_length = train_on, thinking, max_length
         self.merges_system = merge_system and not template.takes_system
 
-    def encode_conversations(
-        self, batch: Sequence[Conversation]
-    ) -> list[list[Example] | RejectedRow]:
-        """Encode conversations: the examples, at least one, or the rejection, for each."""
-        paths = [
-            self._transform(replace(one, messages=messages, shared=shared))
-            for one in batch
-            for messages, shared in ((one.messages, 0), *one.branches)
-        ]
-        rendered = [_or_reason(self._render, path) for path in paths]
-        every = [row for rows in rendered if isinstance(rows, list) for row in rows]
-        tokens = iter(self._encoder.encode(every))
-        encoded = iter(
-            rows
-            if isinstance(rows, RejectedRow)
-            else _or_reason(self._examples, path, rows, [next(tokens) for _ in rows])
-            for path, rows in zip(paths, rendered, strict=True)
-        )
-        return [_join([next(encoded), *(next(encoded) for _ in one.branches)]) for one in batch]
+    def encode(self, conversation: Conversation) -> list[Example]:
+        """Encode a conversation into one example at least; `RejectedRow` where that cannot be.
 
-    def _transform(self, conversation: Conversation) -> Conversation:
-        """Leave out thoughts by `prepare.thinking`, and merge a system message."""
-        messages, shared = conversation.messages, conversation.shared
+        Of a tree, a path that is too long is left out, as turns are.
+        """
+        paths = [(conversation.messages, 0), *conversation.branches]
+        examples, truncated = list[Example](), False
+        for branch, (messages, shared) in enumerate(paths):
+            try:
+                encoded = self._examples(self._path(conversation, messages, shared))
+            except TooLong:
+                if branch == 0:
+                    raise
+                truncated = True
+            else:
+                examples += [one._replace(branch=branch) for one in encoded]
+        return [one._replace(truncated=True) for one in examples] if truncated else examples
+
+    def _path(
+        self, conversation: Conversation, messages: list[Message], shared: int
+    ) -> Conversation:
+        """One path of a conversation, without thoughts by `prepare.thinking`, and merged."""
         if self._thinking != "keep" and any("reasoning" in message for message in messages):
             last = len(messages) - 1 if self._thinking == "last" else None
             messages = [
@@ -112,14 +109,10 @@ class ExampleEncoder:
     def _too_long(self) -> TooLong:
         return TooLong(f"no supervised token within prepare.max_length = {self._max_length}")
 
-    def _examples(
-        self,
-        conversation: Conversation,
-        rows: Sequence[Rendered],
-        encoded: Sequence[Tokens | RejectedRow],
-    ) -> list[Example]:
+    def _examples(self, conversation: Conversation) -> list[Example]:
         """Examples of a conversation's rows; those too long are left out, or a single one cut."""
-        tokens = [_require(one) for one in encoded]
+        rows = self._render(conversation)
+        tokens = [self._encoder.encode(row) for row in rows]
         if conversation.text is not None:
             return self._parts(rows[0], tokens[0])
         # A reply fits to its end token; white space of the template after it may be cut off.
@@ -134,9 +127,8 @@ class ExampleEncoder:
             shorter = replace(conversation, messages=conversation.messages[: last + 1])
             if self._train_on != "all" and not self._select(shorter):
                 raise self._too_long()
-            again = self._render(shorter)
-            found = self._examples(shorter, again, self._encoder.encode(again))
-            return [one._replace(truncated=True, answered=False) for one in found]
+            cut = self._examples(shorter)
+            return [one._replace(truncated=True, answered=False) for one in cut]
         kept = [i for i in range(len(rows)) if len(rows) == 1 or fit[i]] or [*range(len(rows))][:1]
         return [
             self._mask(
@@ -219,14 +211,13 @@ class ExampleEncoder:
         mask = weights > 0
         if not mask.any():
             raise self._too_long()
-        plain = mask & ~self._encoder.control_mask(tokens, rendered.text)
         return Example(
             messages=messages,
             text=text,
             input_ids=tokens.input_ids,
             loss_mask=mask,
             supervised_tokens=int(mask.sum()),
-            text_bytes=_utf8_bytes(rendered.text, tokens, plain),
+            text_bytes=int(tokens.sizes[mask].sum()),
             truncated=False,
             answered=True,
             turn=turn,
@@ -234,39 +225,5 @@ class ExampleEncoder:
         )
 
 
-def _join(paths: list[list[Example] | RejectedRow]) -> list[Example] | RejectedRow:
-    """Examples of all paths of a tree; one that is too long is left out, as turns are."""
-    refused = [one for one in paths if isinstance(one, RejectedRow)]
-    for one in refused:
-        if one is paths[0] or not isinstance(one, TooLong):
-            return one
-    return [
-        example._replace(branch=number, truncated=example.truncated or bool(refused))
-        for number, examples in enumerate(paths)
-        if isinstance(examples, list)
-        for example in examples
-    ]
-
-
 def _replies(messages: Sequence[Message]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def _require(tokens: Tokens | RejectedRow) -> Tokens:
-    if isinstance(tokens, RejectedRow):
-        raise tokens
-    return tokens
-
-
-def _utf8_bytes(text: str, tokens: Tokens, mask: np.ndarray) -> int:
-    """UTF-8 bytes of the masked tokens' characters; mask: bool [tokens]."""
-    firsts, lasts = np.diff(mask, prepend=False, append=False).nonzero()[0].reshape(-1, 2).T
-    runs = zip(tokens.starts[firsts].tolist(), tokens.ends[lasts - 1].tolist(), strict=True)
-    return sum(len(text[start:end].encode()) for start, end in runs)
-
-
-def _or_reason(function: Callable[..., T], *args: Any) -> T | RejectedRow:
-    try:
-        return function(*args)
-    except RejectedRow as reason:
-        return reason

@@ -1,25 +1,13 @@
 """Truncation, weights and bytes; the mask token by token is in golden.txt."""
 
-import random
-from typing import get_args
-
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from stages.prepare.loss_mask import Example, ExampleEncoder, TrainOn
 from stages.shared.chat import templates
-from stages.shared.chat.conversation import Message, RejectedRow
+from stages.shared.chat.conversation import Conversation, Message, RejectedRow
 from tests import tiny, vocabularies
-from tests.conversations import (
-    FORGED,
-    PLAIN,
-    assistant,
-    random_conversation,
-    user,
-)
-from tests.conversations import (
-    encode as encode_batch,
-)
+from tests.conversations import PLAIN, assistant, user
 
 TINY = tiny.tokenizer()
 
@@ -32,10 +20,7 @@ def encode(
     tokenizer: PreTrainedTokenizerFast = TINY,
 ) -> Example:
     encoder = ExampleEncoder(tokenizer, templates.make(template, tokenizer), train_on, max_length)
-    [one] = encode_batch(encoder, [messages])
-    if isinstance(one, RejectedRow):
-        raise one
-    return one
+    return encoder.encode(Conversation(messages))[0]
 
 
 def show(one: Example) -> str:
@@ -71,6 +56,21 @@ def test_text_bytes_count_characters_that_the_vocabulary_lacks() -> None:
         supervised = tokenizer.convert_ids_to_tokens(one.input_ids[one.loss_mask].tolist())
         assert one.text_bytes == len(f"[/INST] {reply} ".encode())
         assert names is None or supervised == ["[/INST]▁", *names, "▁", "</s>"]
+
+
+def test_text_bytes_of_a_character_that_a_cut_divides() -> None:
+    messages = [user("two"), assistant("😀")]
+    prompt = int(encode(messages).loss_mask.argmax())
+    lengths = range(prompt + 1, prompt + 5)
+    assert [encode(messages, max_length=n).text_bytes for n in lengths] == [1, 2, 3, 4]
+
+
+def test_text_bytes_of_parts_add_up_to_those_of_the_text() -> None:
+    text = "two 😀é" * 20
+    encoder = ExampleEncoder(TINY, templates.make("chatml", TINY), "all", 10)
+    parts = encoder.encode(Conversation([], text=text))
+    first = sum(len(TINY.convert_ids_to_tokens(int(one.input_ids[0]))) for one in parts)
+    assert sum(one.text_bytes for one in parts) == len(text.encode()) - first
 
 
 @pytest.mark.parametrize("template", ["chatml", "guanaco", "llama2"])
@@ -139,19 +139,3 @@ def test_truncation(
 def test_prompt_that_fills_the_length_is_rejected() -> None:
     with pytest.raises(RejectedRow, match=r"no supervised token within prepare\.max_length = 16"):
         encode([user("two plus two is it " * 5), assistant("four")], max_length=16)
-
-
-@pytest.mark.parametrize("train_on", get_args(TrainOn))
-@pytest.mark.parametrize("tokenizer", [TINY, vocabularies.spaced()], ids=["tiny", "spaced"])
-def test_examples_do_not_depend_on_the_batch(
-    tokenizer: PreTrainedTokenizerFast, train_on: TrainOn
-) -> None:
-    rng = random.Random(train_on)
-    batch = [random_conversation(rng, ascii_only=tokenizer is not TINY) for _ in range(40)]
-    encoder = ExampleEncoder(tokenizer, templates.make("chatml", tokenizer), train_on, 40)
-    batch.append(FORGED)
-    together = encode_batch(encoder, batch)
-    alone = [encode_batch(encoder, [messages])[0] for messages in batch]
-    assert [str(one) for one in together] == [str(one) for one in alone]
-    assert train_on == "all" or any(isinstance(one, RejectedRow) for one in together)
-    assert any(isinstance(one, Example) and one.truncated for one in together)

@@ -47,8 +47,7 @@ def test_replies_of_a_tree_are_supervised_once(own: str, train_on: Any) -> None:
     encoder = ExampleEncoder(
         tokenizer, templates.make("tokenizer", tokenizer), train_on, 64, thinking="drop"
     )
-    [examples] = encoder.encode_conversations([parse({"prompt": TREE}, "oasst_all")])
-    assert isinstance(examples, list)
+    examples = encoder.encode(parse({"prompt": TREE}, "oasst_all"))
     learnt = [tokenizer.decode(one.input_ids[one.loss_mask]) for one in examples]
     replies = [text.split("</think>")[-1].strip() for text in "".join(learnt).split("<|im_end|>")]
     expected = ["yes", "is", "minus", "plus", "last", ""]
@@ -59,8 +58,7 @@ def test_replies_of_a_tree_are_supervised_once(own: str, train_on: Any) -> None:
 def test_text_that_paths_share_is_supervised_once(own: str) -> None:
     tokenizer = chat_templates.tokenizer(own)
     encoder = ExampleEncoder(tokenizer, templates.make("tokenizer", tokenizer), "all", 64)
-    [paths] = encoder.encode_conversations([parse({"prompt": TREE}, "oasst_all")])
-    assert isinstance(paths, list)
+    paths = encoder.encode(parse({"prompt": TREE}, "oasst_all"))
     learnt = [tokenizer.decode(one.input_ids[one.loss_mask]) for one in paths]
     assert learnt[0] == paths[0].text.removeprefix("<|im_start|>")
     assert [text.count("two") for text in learnt] == [1, 0, 0, 0]
@@ -73,8 +71,7 @@ def test_path_that_is_too_long_is_left_out() -> None:
     tokenizer = tiny.tokenizer()
     encoder = ExampleEncoder(tokenizer, templates.make("chatml", tokenizer), "assistant", 30)
     tree = ask("two", node("four", ask("two " * 40, node("x"), node("y"))))
-    [examples] = encoder.encode_conversations([parse({"prompt": tree}, "oasst_all")])
-    assert isinstance(examples, list)
+    examples = encoder.encode(parse({"prompt": tree}, "oasst_all"))
     assert [(len(one.messages), one.truncated) for one in examples] == [(2, True)]
 
 

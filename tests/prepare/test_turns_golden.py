@@ -149,10 +149,7 @@ def encode(chat_template: Any, one: Conversation, *more: Any, **options: Any) ->
     options.setdefault("train_on", "assistant")
     options.setdefault("max_length", 4096)
     made = templates.make(name, tokenizer)
-    [found] = ExampleEncoder(tokenizer, made, *more, **options).encode_conversations([one])
-    if isinstance(found, RejectedRow):
-        raise found
-    return found
+    return ExampleEncoder(tokenizer, made, *more, **options).encode(one)
 
 
 def shown(example: Example) -> str:
@@ -274,5 +271,5 @@ def test_templates_without_tools_reject_them(name: str) -> None:
     tokenizer = tiny.tokenizer()
     made = templates.make(name, tokenizer)
     for one in (Conversation(USED, [TOOL]), Conversation([user("two"), thought("2")])):
-        [found] = ExampleEncoder(tokenizer, made, "assistant", 512).encode_conversations([one])
-        assert "renders no tools and no thoughts" in str(found)
+        with pytest.raises(RejectedRow, match="renders no tools and no thoughts"):
+            ExampleEncoder(tokenizer, made, "assistant", 512).encode(one)

@@ -33,9 +33,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 def encoded(tokenizer: PreTrainedTokenizerFast, name: str, messages: list[Message]) -> Tokens:
     template = templates.make(name, tokenizer)
-    [tokens] = Encoder(tokenizer, template).encode([template.render(messages)])
-    assert isinstance(tokens, Tokens)
-    return tokens
+    return Encoder(tokenizer, template).encode(template.render(messages))
 
 
 def reference(
@@ -57,14 +55,12 @@ def test_encode_gives_the_tokens_of_apply_chat_template(
 ) -> None:
     template = templates.make(name, tokenizer)
     encoder, rendered = Encoder(tokenizer, template), template.render(conversation)
-    [tokens] = encoder.encode([rendered])
+    tokens = encoder.encode(rendered)
     careful = encoder._encode_as_text(rendered)
-    assert isinstance(tokens, Tokens)
-    assert isinstance(careful, Tokens)
     assert tokens.input_ids.tolist() == reference(tokenizer, template, conversation)
     assert (tokens.starts[0], tokens.ends[-1]) == (0, len(rendered.text))
     assert np.all(tokens.starts[1:] <= tokens.ends[:-1])
-    for field in ("input_ids", "starts", "ends"):
+    for field in ("input_ids", "ends"):
         assert getattr(careful, field).tolist() == getattr(tokens, field).tolist()
     prompt = reference(tokenizer, template, conversation[:-1], add_generation_prompt=True)
     assert encoder.encode_prompt(Conversation(conversation)) == prompt
@@ -76,15 +72,12 @@ def test_encode_makes_no_control_token_of_a_message(
 ) -> None:
     template = templates.make(name, tokenizer)
     encoder = Encoder(tokenizer, template)
-    harmless = [user("two"), assistant("two")]
-    batch = [FORGED, harmless, PLAIN["emoji"], FORGED]
-    forged, other, _, again = encoder.encode([*map(template.render, batch)])
-    assert isinstance(other, Tokens)
     if template.markers == ("<|im_start|>",):
-        assert str(forged).startswith("a message holds '<|im_start|>'")
+        with pytest.raises(RejectedRow, match=r"^a message holds '<\|im_start\|>'"):
+            encoder.encode(template.render(FORGED))
         return
-    assert isinstance(forged, Tokens)
-    assert isinstance(again, Tokens)
+    harmless = [user("two"), assistant("two")]
+    forged, other, again = (encoder.encode(template.render(m)) for m in (FORGED, harmless, FORGED))
     assert forged.input_ids.tolist() == again.input_ids.tolist()
     control = [
         tokens.input_ids[encoder.control_mask(tokens, template.render(messages).text)].tolist()
@@ -106,7 +99,7 @@ def test_encode_ignores_a_control_token_across_a_message_edge() -> None:
 
 def test_tokens_overlap_spans() -> None:
     starts, ends = np.array([(0, 2), (2, 4), (4, 5), (4, 5), (5, 8)]).T
-    tokens = Tokens(np.arange(5), starts, ends)
+    tokens = Tokens(np.arange(5), starts, ends, ends - starts)
     for spans, expected in {
         ((0, 8),): [1, 1, 1, 1, 1],
         ((1, 3),): [1, 1, 0, 0, 0],
@@ -186,8 +179,8 @@ def test_encode_rejects_control_tokens_made_of_plain_text() -> None:
     template = Template(
         "chatml", tokenizer, "{% for m in messages %}{{ m.content }}e{% endfor %}", ()
     )
-    [one] = Encoder(tokenizer, template).encode([Rendered("a<b>e", (Part(1, 4, 0),), ((1, 5),))])
-    assert isinstance(one, RejectedRow)
+    with pytest.raises(RejectedRow, match="of a message's plain text"):
+        Encoder(tokenizer, template).encode(Rendered("a<b>e", (Part(1, 4, 0),), ((1, 5),)))
 
 
 # Role tokens as many models have them: in the vocabulary, and not flagged special.
@@ -210,14 +203,12 @@ def test_encode_makes_no_role_token_of_a_message(chat_template: str) -> None:
     encoder = Encoder(tokenizer, template)
     for forged in (*ROLES, "<|im_end|>"):
         messages = [user(f"two{forged}\nfour"), assistant(f"four {forged}")]
-        [tokens] = encoder.encode([template.render(messages)])
-        assert isinstance(tokens, Tokens)
+        tokens = encoder.encode(template.render(messages))
         token = tokenizer.convert_tokens_to_ids(forged)
         assert tokens.input_ids.tolist().count(token) == (forged in (*ROLES[:2], "<|im_end|>"))
         assert tokenizer.decode(tokens.input_ids) == template.render(messages).text
     # Added words that the template does not write stay what they are.
-    [tokens] = encoder.encode([template.render([user("two 4+4\n\ntwo"), assistant("four")])])
-    assert isinstance(tokens, Tokens)
+    tokens = encoder.encode(template.render([user("two 4+4\n\ntwo"), assistant("four")]))
     assert {*tokenizer.convert_tokens_to_ids(["4+4", "\n\n"])} <= {*tokens.input_ids.tolist()}
 
 
@@ -282,9 +273,12 @@ def test_encode_rejects_a_marker_as_the_model_reads_it(
         [system(content), user("two"), assistant("four")],
         [user("two # is"), assistant("human: four [/in] |")],
     ]
-    *forged, harmless = Encoder(tokenizer, template).encode([*map(template.render, conversations)])
-    assert all(str(one).startswith("a message holds ") for one in forged)
-    assert isinstance(harmless, Tokens)
+    encoder = Encoder(tokenizer, template)
+    *forged, harmless = map(template.render, conversations)
+    for rendered in forged:
+        with pytest.raises(RejectedRow, match="a message holds "):
+            encoder.encode(rendered)
+    encoder.encode(harmless)
 
 
 def test_encode_rejects_a_marker_that_a_message_begins() -> None:
@@ -296,6 +290,9 @@ def test_encode_rejects_a_marker_that_a_message_begins() -> None:
     template = templates.make("tokenizer", tokenizer)
     conversations = [[user(text), assistant("=four")] for text in ("=two", "two == four", "two=")]
     # Of `two===four` nobody knows which are the marker.
-    first, *others = Encoder(tokenizer, template).encode([*map(template.render, conversations)])
-    assert isinstance(first, Tokens)
-    assert all("holds '=='" in str(one) for one in others)
+    encoder = Encoder(tokenizer, template)
+    first, *others = map(template.render, conversations)
+    encoder.encode(first)
+    for rendered in others:
+        with pytest.raises(RejectedRow, match="holds '=='"):
+            encoder.encode(rendered)
