@@ -60,10 +60,10 @@ class Encoder:
         vocabulary = self._backend.get_vocab()
         self._is_control = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
         self._is_control[[*self._control]] = True
-        # Of vocabularies of bytes, a byte each: `ðŁ`, `<0xF0>`.
+        # Of vocabularies of bytes, a byte each: `ðŁ`, `<0xF0>`. An added space `▁` has none.
         self._symbols = np.ones(len(self._is_control), dtype=np.int32)
         for token, i in vocabulary.items():
-            self._symbols[i] = 1 if _BYTE.fullmatch(token) else len(token)
+            self._symbols[i] = 1 if _BYTE.fullmatch(token) else len(token.strip("▁"))
         self._unknown = (tokenizer.unk_token_id, tokenizer.unk_token)
         # Keyed by how the model reads them, if at all.
         markers = zip(self._read_back(template.markers), template.markers, strict=True)
