@@ -120,7 +120,7 @@ def encode_rows(lines: list[Line], tokenizer: str, parameters: Prepare) -> pa.Ta
     for number, line in lines:
         if not line.strip():
             continue
-        columns: dict[str, Any] = {"line": number, "is_first": True, "bytes": len(line)}
+        columns: dict[str, Any] = {"line": number, "is_first": True}
         try:
             conversation = parse(parse_line(line), parameters.format, parameters.columns)
             columns["unknown"] = [*map(visible, conversation.unknown)]

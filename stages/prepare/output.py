@@ -47,9 +47,9 @@ SCHEMA = pa.schema(
     }
 )
 # Of a row, beside SCHEMA: what row groups and figures need.
-FIGURES = {"is_first": pa.bool_(), "supervised_tokens": pa.int64(), "bytes": pa.int64()}
+FIGURES = {"is_first": pa.bool_(), "supervised_tokens": pa.int64()}
 _STORED = pa.schema([*SCHEMA, *(pa.field(*column) for column in FIGURES.items())])
-GROUP_ROWS, GROUP_BYTES = 1000, 8 << 20  # of raw lines; of a row group, at most
+GROUP_ROWS, GROUP_BYTES = 1000, 16 << 20  # of a row group; in memory
 _SHOWN = 20  # languages and unknown fields in the metrics
 _COUNTED = 1000  # distinct reasons and fields, of which a file may have as many as rows
 _FLAGS = ("truncated", "dropped_turns")
@@ -57,34 +57,31 @@ _COUNTS = ("conversations", "rows", "tokens", "supervised_tokens")
 
 
 class RowGroups:
-    """Parquet file in row groups that do not depend on the batches in which rows come."""
+    """Parquet file whose row groups hold whole batches, or `GROUP_ROWS` of a large one."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
-        self._waiting: list[pa.Table] = []  # rows of the group that is open, which are
-        self._rows = self._bytes = 0  # so many
+        self._waiting: list[pa.Table] = []
 
     def add(self, rows: pa.Table) -> None:
         """Append rows of `SCHEMA` and `FIGURES`."""
-        begin = 0
-        for at, size in enumerate(rows["bytes"].to_pylist()):
-            if self._rows == GROUP_ROWS or (self._rows and self._bytes + size > GROUP_BYTES):
-                self._write(rows[begin:at])
-                begin = at
-            self._rows += 1
-            self._bytes += size
-        self._waiting.append(rows[begin:])
+        self._waiting.append(rows)
+        if (
+            sum(map(len, self._waiting)) >= GROUP_ROWS
+            or sum(one.nbytes for one in self._waiting) >= GROUP_BYTES
+        ):
+            self._write()
 
-    def _write(self, last: pa.Table) -> None:
+    def _write(self) -> None:
         schema = self._writer.schema
-        table = pa.concat_tables([*self._waiting, last]).select(schema.names).cast(schema)
-        self._writer.write_table(table.combine_chunks())  # pages follow chunks
-        self._waiting, self._rows, self._bytes = [], 0, 0
+        table = pa.concat_tables(self._waiting).select(schema.names).cast(schema)
+        self._writer.write_table(table.combine_chunks(), GROUP_ROWS)  # pages follow chunks
+        self._waiting = []
 
     def close(self) -> None:
         """Write the last group and the footer."""
-        if self._rows:
-            self._write(self._waiting.pop())
+        if self._waiting:
+            self._write()
         self._writer.close()
 
 

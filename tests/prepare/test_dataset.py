@@ -75,7 +75,6 @@ def test_the_format_has_all_end_tokens_of_the_model(stage: Stage, tmp_path: Path
 def test_processes_and_batches_change_no_byte(
     stage: Stage, max_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "GROUP_ROWS", 3)
     rows = [*ROWS, row("plus " * 99 + "two"), *ROWS[:3], {"text": "### Human: two", "id": 1}]
     found = []
     for processes, batch in ((1, 1 << 20), (1, 1), (2, 150), (3, 400)):
@@ -85,6 +84,20 @@ def test_processes_and_batches_change_no_byte(
         found.append((figures, {name: (stage.out / name).read_bytes() for name in OUTS}))
     assert all(one == found[0] for one in found)
     assert found[0][0]["rejected"] == 2
+
+
+def test_row_groups_are_of_bounded_size(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "GROUP_ROWS", 3)
+    found = []
+    for processes in (1, 2):
+        monkeypatch.setattr(encoding, "BATCH_BYTES", 150)
+        stage.processes = processes
+        stage.prepare(ROWS)
+        found.append((stage.out / "train.parquet").read_bytes())
+    metadata = pq.ParquetFile(stage.out / "train.parquet").metadata
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert max(groups) <= 3 < sum(groups)
+    assert found[0] == found[1]
 
 
 def test_memory_is_that_of_a_batch(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from stages.shared.chat import builtin, probe
+from stages.shared.chat import probe
 from stages.shared.chat.conversation import Conversation, Message, RejectedRow, Role
 from stages.shared.chat.rendered import CONTEXT, Part, Rendered
 from stages.shared.chat.tokenizer import added_tokens, pattern_of, special_prefix
@@ -26,6 +26,16 @@ from stages.shared.core.errors import UserError, reading
 # Literals around the messages; per reply its index, characters written before and after.
 _Skeleton = tuple[list[str], list[tuple[int, int, int]]]
 
+# For any model: `begin` opens a turn of llama2, `end` is the end token. chatml has tools and
+# thoughts as Hermes and Qwen write them; guanaco's prompt ends at the colon: the space is the
+# reply's.
+_BUILTIN = Path(__file__).with_name("builtin")
+# Their turn markers, plain text unless the tokenizer has a token for them.
+_MARKERS = {
+    "chatml": ("<|im_start|>",),
+    "guanaco": ("### Human:", "### Assistant:"),
+    "llama2": ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+}
 # The date for a model's own template, the same every day.
 _DATE = '{% set date_string = "26 Jul 2024" %}'
 _STRFTIME = (
@@ -264,7 +274,8 @@ def make(
         clock = _STRFTIME if "strftime_now" in chat_template else ""
         head = date + clock
     else:
-        chat_template, markers = builtin.TEMPLATES[name]
+        chat_template = (_BUILTIN / f"{name}.jinja").read_text(encoding="utf-8")
+        markers = _MARKERS[name]
         begin = special_prefix(tokenizer) or tokenizer.bos_token or ""
         is_chatml = name == "chatml" and "<|im_end|>" in tokenizer.added_tokens_encoder
         end = "<|im_end|>" if is_chatml else tokenizer.eos_token

@@ -1,5 +1,6 @@
 """Templates: their text, where replies stand, and what is refused."""
 
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -153,7 +154,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 def test_template_without_bound_is_refused(
     chat_template: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bounds, "SECONDS", 0.05)
+    monkeypatch.setattr(bounds, "limited", partial(bounds.limited, 0.05))
     tokenizer = with_template(chat_template)
     tokenizer.add_tokens("<role>")  # so that every role is tried
     with pytest.raises(UserError, match=f"the chat template {reason}"):
