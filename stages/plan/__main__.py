@@ -57,27 +57,25 @@ def main(options: Namespace) -> None:
     """Count, write, draw and print the plan."""
     check(options)
     values = changed(params.load(Params, "plan"), options.set or ())
-    config, counts = (
-        config_path(options.model),
-        data_of(options.max_length, values.train.batch_size),
-    )
+    config = config_path(options.model)
+    counts = data_of(options.max_length, values.train.batch_size)
     # Imported late: a mistake in params.yaml is reported before the seconds that these take.
     with quick_imports():
-        from stages.plan import charts, figures, tables  # noqa: PLC0415
+        from stages.plan import figures, output  # noqa: PLC0415
         from stages.shared.step.memory.predict import StepCounter  # noqa: PLC0415
 
     is_stage = all(option is None for option in vars(options).values())
     with StepCounter(config) as counter:
         plan = figures.plan(counter, counts, values)
         if target := PICTURE if is_stage else options.picture:
-            charts.draw(plan, figures.growth(counter, values, counts), target)
+            output.draw(plan, figures.growth(counter, values, counts), target)
         if is_stage:
             files.write_json(PLAN, plan)
-        shown = [tables.model(plan), tables.cards(plan)]
+        sections = [output.model(plan), output.cards(plan)]
         if options.devices:
             plans = figures.on_devices(counter, counts, values, options.devices)
-            shown.append(tables.devices(plans))
-        print(*shown, tables.techniques(plan), tables.disk(plan), sep="\n\n")
+            sections.append(output.devices(plans))
+        print(*sections, output.techniques(plan), output.disk(plan), sep="\n\n")
         if "DVC_STAGE" not in os.environ:
             from stages.plan import this_machine  # noqa: PLC0415  (imports transformers)
 

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.plan import figures, tables
+from stages.plan import figures, output
 from stages.plan.config import CONFIGS, Data, Params
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import device, machine
@@ -43,7 +43,7 @@ def describe(
     if choice is None:
         yield f"  {fit.refusal(request)}"
         return
-    yield f"  {tables.choice(figures.chosen(request, choice))}"
+    yield f"  {output.choice(figures.chosen(request, choice))}"
     holder = "each device" if device_type == "cuda" else "all processes"
     holder = "the process" if devices == 1 else holder
     sharded = f", weights sharded over {devices}" if choice.shards > 1 else ""
@@ -60,7 +60,7 @@ def describe(
         sizes = one.model()["parameters"]
         parameters = {f"10⁹ {key}": sizes[key] / 1e9 for key in ("parameters", "active")}
         rows[name] = {str(count): hours / count for count in DEVICES} | parameters
-    yield tables.indented(pd.DataFrame(rows).T.map("{:,.2f}".format))
+    yield output.indented(pd.DataFrame(rows).T.map("{:,.2f}".format))
 
 
 def _fitting(request: Request, values: Params) -> Iterator[str]:
@@ -70,10 +70,10 @@ def _fitting(request: Request, values: Params) -> Iterator[str]:
     for name, way in figures.techniques(lora_of(values.lora)).items():
         compute = request.setup.compute if way.compute == "bf16" else way.compute
         setup = replace(way, device=request.setup.device, compute=compute)
-        asked = replace(request, setup=setup, gradient_checkpointing=way.gradient_checkpointing)
+        tried = replace(request, setup=setup, gradient_checkpointing=way.gradient_checkpointing)
         with suppress(UserError):  # left out
             if not name.endswith(figures.PAGED):
-                fits = fit.fits(asked, fit.smallest(asked))
+                fits = fit.fits(tried, fit.smallest(tried))
                 groups["fits" if fits else "does not fit"].append(name)
     yield from (f"  {words}: {', '.join(names)}" for words, names in groups.items() if names)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.plan import __main__ as stage
-from stages.plan import charts, config, figures, this_machine
+from stages.plan import config, figures, output, this_machine
 from stages.shared.core.errors import UserError
 from stages.shared.step.memory.predict import StepCounter
 from tests import hub as hubs
@@ -24,7 +24,7 @@ def drawn(path_of_config: Path, path: Path) -> str:
     with StepCounter(path_of_config) as counter:
         plan = figures.plan(counter, DATA, values)
         growth = figures.growth(counter, values, DATA)
-    charts.draw(plan, growth, path)
+    output.draw(plan, growth, path)
     assert all(peaks == sorted(peaks) for peaks in growth.values())
     return path.read_text()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stages.plan import config, figures, tables
+from stages.plan import config, figures, output
 from stages.plan.config import CONFIGS
 from stages.shared.core.errors import UserError
 from stages.shared.step.memory.predict import StepCounter
@@ -82,8 +82,8 @@ def test_cards_get_the_fastest_settings_that_fit() -> None:
     assert cards["A100_40GiB"]["gradient_checkpointing"] is False
     assert cards["T4_16GiB"]["peak_bytes"] < 16 * 2**30
     assert not plan["techniques"]["full_mixed"]["fits"]["H100_80GiB"]
-    assert tables.smallest_card(plan["techniques"]["full_bf16"]["fits"]) == "141 GiB"
-    lines = tables.cards(plan).splitlines()
+    assert output.smallest_card(plan["techniques"]["full_bf16"]["fits"]) == "141 GiB"
+    lines = output.cards(plan).splitlines()
     assert lines[0] == "what fits"
     assert "set quantize.compute_dtype=fp16" in next(line for line in lines if "T4" in line)
     assert "bytes alone" in next(line for line in lines if "MI300X" in line)
@@ -113,7 +113,7 @@ def test_technique_that_cannot_be_is_left_out_with_its_reason(smollm2: StepCount
     plan = figures.plan(smollm2, DATA, saved)
     assert "qlora_nf4" not in plan["techniques"]
     assert "down_proj" in plan["left_out"]["qlora_nf4"]
-    assert "left out: qlora_nf4: " in tables.techniques(plan)
+    assert "left out: qlora_nf4: " in output.techniques(plan)
 
 
 def test_targets_that_match_nothing_are_named_with_what_there_is(smollm2: StepCounter) -> None:
@@ -177,4 +177,4 @@ def test_70b_fits_two_cards_of_24_gib_sharded() -> None:
         assert fits[size]["sharded"]["fits"] and not fits[size]["whole"]["fits"], size
     assert not fits["2 × 16 GiB"]["sharded"]["fits"]
     assert fits["8 × 16 GiB"]["sharded"]["fits"]
-    assert "22.90 GiB: micro-batches of 1,024 tokens, checkpointed" in tables.devices(fits)
+    assert "22.90 GiB: micro-batches of 1,024 tokens, checkpointed" in output.devices(fits)
