@@ -60,34 +60,27 @@ from stages.shared.weights import precision
 CPU = torch.device("cpu")
 MAX_GRAD_NORM = 0.3
 MEDIAN, WORST = 0.02, 0.05  # promised errors of live bytes
+SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+SIZES += ["num_key_value_heads", "vocab_size"]
 
 
-def shape(
-    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, vocabulary: int
-) -> dict[str, int]:
+def sizes(*values: int) -> dict[str, Any]:
     """Sizes of a model, as its config names them."""
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "vocab_size": vocabulary,
-    }
+    return dict(zip(SIZES, values, strict=True))
 
 
 # Multi-head attention with biases; wide matrices and an untied head; a vocabulary larger than the
 # blocks; blocks without fused functions.
 MODELS: dict[str, PretrainedConfig] = {
-    "whole heads": Qwen2Config(**shape(192, 512, 6, 6, 6, 2000), tie_word_embeddings=True),
-    "untied head": LlamaConfig(**shape(512, 1792, 3, 16, 4, 4000), tie_word_embeddings=False),
-    "large vocabulary": LlamaConfig(**shape(128, 384, 3, 4, 1, 32000), tie_word_embeddings=True),
+    "whole heads": Qwen2Config(**sizes(192, 512, 6, 6, 6, 2000), tie_word_embeddings=True),
+    "untied head": LlamaConfig(**sizes(512, 1792, 3, 16, 4, 4000), tie_word_embeddings=False),
+    "large vocabulary": LlamaConfig(**sizes(128, 384, 3, 4, 1, 32000), tie_word_embeddings=True),
     "GPT-2": GPT2Config(n_embd=192, n_layer=5, n_head=6, vocab_size=3000),
-    "Mixtral": MixtralConfig(**shape(192, 384, 4, 6, 2, 3000), num_local_experts=4),
-    "Gemma": GemmaConfig(**shape(192, 768, 5, 4, 1, 3000), head_dim=64),
-    "Qwen3": Qwen3Config(**shape(192, 384, 4, 6, 2, 3000), head_dim=32),
+    "Mixtral": MixtralConfig(**sizes(192, 384, 4, 6, 2, 3000), num_local_experts=4),
+    "Gemma": GemmaConfig(**sizes(192, 768, 5, 4, 1, 3000), head_dim=64),
+    "Qwen3": Qwen3Config(**sizes(192, 384, 4, 6, 2, 3000), head_dim=32),
     "Qwen3-MoE": Qwen3MoeConfig(
-        **shape(192, 384, 3, 6, 2, 3000), head_dim=32, num_experts=4, num_experts_per_tok=2
+        **sizes(192, 384, 3, 6, 2, 3000), head_dim=32, num_experts=4, num_experts_per_tok=2
     ),
 }
 SHORT, MIDDLE, LONG = (32, 16), (90, 40, 120), (300, 200, 100)
@@ -120,13 +113,9 @@ class Setting:
     @property
     def train(self) -> Any:
         """The section `train`, as far as a step reads it."""
-        return SimpleNamespace(
-            method="lora" if self.rank else "full",
-            optimizer=self.optimizer,
-            learning_rate=1e-4,
-            weight_decay=0.0,
-            router_aux_loss=self.router_aux_loss,
-        )
+        values = {"optimizer": self.optimizer, "router_aux_loss": self.router_aux_loss}
+        values |= {"method": "lora" if self.rank else "full"}
+        return SimpleNamespace(**values, learning_rate=1e-4, weight_decay=0.0)
 
     @property
     def quantize(self) -> Quantize:
@@ -137,7 +126,7 @@ class Setting:
     def setup(self, device: Device = "cpu") -> TrainingSetup:
         """Input of the count."""
         bf16 = precision.has_bf16_matmuls(device)
-        setup = setup_of(self.quantize, self.lora, self.train, device, bf16=bf16, fused=True)
+        setup = setup_of(self.quantize, self.lora, self.train, device, bf16=bf16)
         return replace(setup, gradient_checkpointing=self.checkpointed)
 
     def __str__(self) -> str:
@@ -171,16 +160,22 @@ class LiveShards(LiveBytes):
     """Live bytes with the buffers of shards, whose storage is resized."""
 
     def __init__(self, held: Iterable[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
-        super().__init__(held)
-        self._buffers, self.most = buffers, 0
-        self._alive |= {buffer.untyped_storage()._cdata for buffer in buffers}
+        self._buffers, self._most = buffers, 0
+        own = {buffer.untyped_storage()._cdata for buffer in buffers}
+        super().__init__(x for x in held if x.untyped_storage()._cdata not in own)
+        self._alive |= own
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was alive, gathered weights included."""
+        return self._most
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         gathered = sum(buffer.untyped_storage().nbytes() for buffer in self._buffers)
-        self.most = max(self.most, self.total + gathered)
+        self._most = max(self._most, self.total + gathered)
         return result
 
 
@@ -215,11 +210,10 @@ def measure(base: Path, setting: Setting, group: Group | None = None) -> int:
     optimizer = optim.make_optimizer([*trained, *parts], setting.train, CPU)
     base_model: Any = loading.without_adapter(model)
     examples = micro_batch(setting, base_model.config.vocab_size)
-    dtype = loading.compute_dtype(folder, CPU)
     weight = setting.router_aux_loss
-    options: Any = {"dtype": dtype, "fused": fused, "scattered": divided}
-    options["scaler"] = torch.amp.GradScaler("cpu", enabled=False)
-    options["router"] = RouterLoss(model, weight) if weight else None
+    options: Any = {"dtype": loading.compute_dtype(folder, CPU), "fused": fused}
+    options |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "scattered": divided}
+    options |= {"router": RouterLoss(model, weight) if weight else None}
 
     def step() -> None:
         for _ in range(2):
@@ -230,21 +224,11 @@ def measure(base: Path, setting: Setting, group: Group | None = None) -> int:
 
     step()
     states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-    held = [*model.parameters(), *model.buffers(), *states]
-    held += state_tensors(model)
-    if shards is None:
-        with LiveBytes(held) as live:
-            step()
-        return live.peak_bytes
-    buffers = shards.buffers
-    own = {buffer.untyped_storage()._cdata for buffer in buffers}
-    held = [
-        *(x for x in held if x.untyped_storage()._cdata not in own),
-        *(unit.shard for unit in shards.units),
-    ]
-    with LiveShards(held, buffers) as sharded:
+    held = [*model.parameters(), *model.buffers(), *states, *state_tensors(model)]
+    held += [unit.shard for unit in shards.units] if shards else []
+    with LiveShards(held, shards.buffers) if shards else LiveBytes(held) as live:
         step()
-    return sharded.most
+    return live.peak_bytes
 
 
 def predict(config: Path, setting: Setting, device: Device = "cpu", shards: int = 1) -> Prediction:
@@ -256,17 +240,18 @@ def predict(config: Path, setting: Setting, device: Device = "cpu", shards: int 
 
 def settings() -> Iterator[tuple[str, Setting]]:
     """Model and setting of each measured step."""
+    both = (False, True)
     for model in list(MODELS)[:3]:
-        for kind, on in product(("nf4", "fp4", "int8", "bf16", "fp32"), (False, True)):
+        for kind, on in product(("nf4", "fp4", "int8", "bf16", "fp32"), both):
             yield model, Setting(kind, 8, on, MIDDLE)
-        for kind, on in product(("bf16", "fp32"), (False, True)):
+        for kind, on in product(("bf16", "fp32"), both):
             yield model, Setting(kind, None, on, MIDDLE)
-        for lengths, on in product((SHORT, LONG), (False, True)):
+        for lengths, on in product((SHORT, LONG), both):
             yield model, Setting("nf4", 8, on, lengths)
         yield model, Setting("nf4", 64, True, SHORT, double_quant=False)
         yield model, Setting("nf4", 64, False, SHORT, optimizer="adamw_8bit")
         yield model, Setting("int8", 8, True, LONG)
-    for model, on in product(list(MODELS)[3:], (False, True)):
+    for model, on in product(list(MODELS)[3:], both):
         yield model, Setting("nf4" if model != "GPT-2" else "bf16", 8, on, MIDDLE)
     yield "whole heads", Setting("nf4", 8, False, MIDDLE, dora=True)
     yield "whole heads", Setting("nf4", 8, True, MIDDLE, dropout=0.1)
@@ -285,7 +270,7 @@ def settings() -> Iterator[tuple[str, Setting]]:
 
 def measure_steps() -> None:
     """Real steps on this CPU; an error if predictions are worse than promised."""
-    rows, steps = [], list(settings())
+    rows, errors, steps = [], [], list(settings())
     with (
         tempfile.TemporaryDirectory() as work,
         StepCounter(CONFIGS / "Llama-3-8B.json"),  # one process counts for all
@@ -293,43 +278,44 @@ def measure_steps() -> None:
     ):
         for name, setting in steps:
             base = Path(work) / name
-            if not base.exists():
-                if name == "default":
-                    base.symlink_to(BASE)
-                else:
-                    random_base(MODELS[name], base)
-            measured = measure(base, setting)
-            predicted = predict(base / "config.json", setting)
-            rows.append((name, setting, measured, predicted.total_bytes, predicted.phase))
+            if not base.exists() and name == "default":
+                base.symlink_to(BASE)
+            elif not base.exists():
+                random_base(MODELS[name], base)
+            measured, peak = measure(base, setting), predict(base / "config.json", setting)
+            errors.append(peak.total_bytes / measured - 1)
+            rows.append(
+                {
+                    "model": name,
+                    "trained": str(setting),
+                    "tokens": sum(setting.lengths),
+                    "measured, MB": f"{measured / 1e6:.1f}",
+                    "predicted": f"{peak.total_bytes / 1e6:.1f}",
+                    "error": f"{errors[-1]:+.2%}",
+                    "peak": peak.phase,
+                }
+            )
             bar.update()
-    errors = pd.Series([predicted / measured - 1 for *_, measured, predicted, _ in rows])
-    table = pd.DataFrame(
-        [
-            (model, str(setting), sum(setting.lengths), f"{m / 1e6:.1f}", f"{p / 1e6:.1f}",
-             f"{p / m - 1:+.2%}", phase)
-            for model, setting, m, p, phase in rows
-        ],
-        columns=["model", "trained", "tokens", "measured, MB", "predicted", "error", "peak"],
-    )  # fmt: skip
+    absolute = pd.Series(errors).abs()
     summary = (
-        f"{len(rows)} steps: median error {errors.abs().median():.3%}, from {errors.min():+.2%} to "
-        f"{errors.max():+.2%}. {machine()}"
+        f"{len(rows)} steps: median error {absolute.median():.3%}, from {min(errors):+.2%} to "
+        f"{max(errors):+.2%}. {machine()}"
     )
-    publish("measured", table, summary, MEMORY_PAGE)
-    if errors.abs().median() > MEDIAN or errors.abs().max() > WORST:
+    publish("measured", pd.DataFrame(rows), summary, MEMORY_PAGE)
+    if absolute.median() > MEDIAN or absolute.max() > WORST:
         sys.exit(f"error: promised were a median error of {MEDIAN:.0%} and {WORST:.0%} at the most")
 
 
 def count_gpu() -> None:
     """Counts of GPU steps at the size of real models."""
-    rows = []
+    names = ("Qwen1.5-0.5B", "Llama-2-7B", "Mistral-7B", "Llama-3-8B", "Llama-3-70B")
     shapes = ((2048,) * 4, False), ((2048,) * 4, True), ((512, 300), False), ((32_768,), True)
-    for name in ("Qwen1.5-0.5B", "Llama-2-7B", "Mistral-7B", "Llama-3-8B", "Llama-3-70B"):
-        for lengths, on in shapes:
-            setting = Setting("nf4", 16, on, lengths, share=1.0)
-            predicted = predict(CONFIGS / f"{name}.json", setting, "cuda")
-            size = f"{predicted.total_bytes / GIB:.2f}"
-            rows.append((name, "yes" if on else "no", f"{sum(lengths):,}", size, predicted.phase))
+    rows = []
+    for name, (lengths, on) in product(names, shapes):
+        setting = Setting("nf4", 16, on, lengths, share=1.0)
+        peak = predict(CONFIGS / f"{name}.json", setting, "cuda")
+        size = f"{peak.total_bytes / GIB:.2f}"
+        rows.append((name, "yes" if on else "no", f"{sum(lengths):,}", size, peak.phase))
     columns = ["model", "checkpointed", "tokens", "counted, GiB", "peak"]
     publish("a GPU's steps", pd.DataFrame(rows, columns=columns), "Rank 16 on nf4.", MEMORY_PAGE)
 
