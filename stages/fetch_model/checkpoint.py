@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
 from stages.shared.core import display, files
-from stages.shared.core.bounds import require_consistent, without_panic_output
+from stages.shared.core.bounds import require_possible_sizes, without_panic_output
 from stages.shared.core.errors import UserError, reading
 
 CONFIG = "config.json"
@@ -118,7 +118,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     with reading(f"{name}/{CONFIG}", "Correct it, or fetch it again."):
         # Else the tokenizer would be blamed, which is loaded beside it.
         parsed = AutoConfig.for_model(**config)
-        require_consistent(parsed)
+        require_possible_sizes(parsed)
     encoder = model_type in {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *_BIDIRECTIONAL}
     if encoder and not (getattr(parsed, "is_decoder", False) or parsed.is_encoder_decoder):
         what = f"{model_type} is an encoder, which sees the tokens that it would have to predict"

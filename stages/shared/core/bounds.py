@@ -18,7 +18,10 @@ sys.modules["kernels"] = None  # type: ignore[assignment]
 
 SECONDS = 10.0  # of CPU: another busy process makes no difference
 MEMORY = 1 << 30  # bytes
-# Sizes of a model's config that transformers does not compare, the smaller or the divisor first.
+# Sizes of a model's config: beyond these, no model could be built within minutes.
+SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim")
+LARGEST = dict.fromkeys(SIZES, 10**8) | {"num_hidden_layers": 1000}
+# Those that transformers does not compare: the smaller, or the divisor, first.
 AT_MOST = [("num_experts_per_tok", f"{kind}_experts") for kind in ("n_routed", "num_local", "num")]
 AT_MOST += [("top_k_experts", "num_experts"), ("topk_group", "n_group")]
 DIVISORS = [("num_key_value_heads", "num_attention_heads"), ("n_group", "n_routed_experts")]
@@ -58,18 +61,24 @@ def limited(seconds: float = SECONDS) -> Iterator[None]:
         signal.signal(signal.SIGPROF, handler)
 
 
-def require_consistent(config: Any) -> None:
-    """Raise ValueError where sizes of a `PretrainedConfig` contradict each other.
+def require_possible_sizes(config: Any) -> None:
+    """Raise ValueError for sizes of a `PretrainedConfig` that no model has, or that contradict.
 
     Otherwise a forward pass would fail, stages later. One expert means none (Jamba).
     """
     text = config.get_text_config()
+    if isinstance(text, dict):  # a key of the file that the architecture has no use for
+        return
+    sizes = vars(text)  # not by `getattr`, which raises where they differ from block to block
+    sizes = sizes | {name: sizes.get(own) for name, own in text.attribute_map.items()}
+    sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    for name, largest in LARGEST.items():
+        if not 0 < sizes.get(name, 1) <= largest:
+            raise ValueError(f"{name} is {sizes[name]}")
     for pairs, relation in ((AT_MOST, "more than"), (DIVISORS, "no divisor of")):
         for name, other in pairs:
-            size, whole = getattr(text, name, None), getattr(text, other, None)
-            if not isinstance(size, int) or not isinstance(whole, int) or whole <= 1:
-                continue
-            if size > whole if pairs is AT_MOST else size < 1 or whole % size:
+            size, whole = sizes.get(name, 1), sizes.get(other, 1)
+            if whole > 1 and (size > whole if pairs is AT_MOST else whole % max(1, size)):
                 raise ValueError(f"{name} is {size}, {relation} {other}, {whole}")
 
 

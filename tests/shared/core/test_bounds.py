@@ -41,11 +41,12 @@ def test_limited_passes_other_errors_on() -> None:
         ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok is 5, more than num_e"),
         ({"n_group": 2, "topk_group": 3}, "topk_group is 3, more than n_group, 2"),
         ({"n_routed_experts": 8, "n_group": 3}, "n_group is 3, no divisor of n_routed_experts, 8"),
-        ({"num_attention_heads": 6, "num_key_value_heads": 0}, "is 0, no divisor"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "is 4, no divisor of num_att"),
+        ({"num_hidden_layers": 10**5}, "num_hidden_layers is 100000"),
         ({"num_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": None}, None),
     ],
 )
-def test_require_consistent_compares_sizes(changes: dict[str, int], reason: str | None) -> None:
+def test_possible_sizes_are_compared(changes: dict[str, int], reason: str | None) -> None:
     config = PretrainedConfig(**changes)
     with pytest.raises(ValueError, match=reason) if reason else nullcontext():
-        bounds.require_consistent(config)
+        bounds.require_possible_sizes(config)

@@ -10,7 +10,8 @@ no autocast, and autograd has no thread for a device that torch was not built fo
 process of its own (`predict.py`), as its patches must not meet a training.
 """
 
-from contextlib import ExitStack
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,18 +19,20 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PretrainedConfig
 
+from stages.shared.core import bounds
 from stages.shared.model import loading, packing, scoring
 from stages.shared.model.packing import Example
 from stages.shared.step import adapter, gradient, initialisation, optim, router_loss
 from stages.shared.step.fused import patch as fused_patch
-from stages.shared.step.memory import architecture, fake_model, live_bytes
-from stages.shared.step.memory.fake_model import CPU, META
+from stages.shared.step.memory import fake_model, live_bytes
+from stages.shared.step.memory.fake_model import CPU, META, Pattern
 from stages.shared.step.memory.live_bytes import LiveBytes
 from stages.shared.step.memory.persistent import persistent_bytes
 from stages.shared.step.memory.setup import SWITCHED_OFF, MicroBatch, TrainingSetup
@@ -46,30 +49,54 @@ PYTHON_KERNELS = ("gemm_4bit", "int8_scaled_mm", *OPTIMIZERS)
 
 
 def answer(
-    kind: str, config: str, setup: dict[str, Any] | None, batch: dict[str, Any] | None
+    config: str,
+    setup: dict[str, Any] | None = None,
+    batch: dict[str, Any] | None = None,
+    *,
+    scoring: bool = False,
 ) -> dict[str, Any]:
-    """Answer a question of `predict.py`, all as JSON."""
-    whole = architecture.read_config(Path(config))
+    """Answer a question of `predict.py` in JSON: on the model, a training, or a step of it."""
+    path = Path(config)
+    whole, pattern = _read(path, path.read_bytes() if path.is_file() else b"")
     if setup is None:
-        return architecture.describe(whole)
-    training, pattern = TrainingSetup(**setup), architecture.pattern_of(whole)
-    if batch is None and not _same_targets_in_all_blocks(training, whole):
-        pattern = architecture.all_blocks(pattern.layers)
-    few = architecture.first_blocks(whole, pattern.run)
-    if batch is None:
-        model = prepare(few, training)
-        held = persistent_bytes(training, model, pattern)
-        return {**held, "unfused_because": unfused_because(training, model)}
-    micro_batch = MicroBatch(tuple(batch["lengths"]), batch["supervised"])
-    live, before = run(few, training, micro_batch, scoring_only=kind == "scoring")
-    return live_bytes.extend(live, before, pattern)
+        return fake_model.describe(whole)
+    training = TrainingSetup(**setup)
+    few = fake_model.first_blocks(whole, pattern.run)
+    if training.lora and not _same_in_all_blocks(training.lora, few, pattern.layers):
+        pattern, few = Pattern(pattern.layers, pattern.layers), whole
+    if batch is not None:
+        micro_batch = MicroBatch(tuple(batch["lengths"]), batch["supervised"])
+        live = run(few, training, micro_batch, scoring_only=scoring)
+        return live_bytes.extend(live, pattern)
+    model = prepare(few, training)
+    held = persistent_bytes(training, model, pattern)
+    return {**held, "unfused_because": unfused_because(training, model)}
 
 
-def _same_targets_in_all_blocks(setup: TrainingSetup, config: PretrainedConfig) -> bool:
-    """Whether few blocks of a mixture stand for all: Qwen3-30B-A3B has 18,432 experts' layers."""
-    chosen = (setup.lora or {}).get("target_modules")
-    mixture = config.get_text_config().model_type in experts.FAMILIES
-    return mixture and (isinstance(chosen, list) or chosen == "all-linear")
+@lru_cache(maxsize=1)
+def _read(path: Path, content: bytes) -> tuple[PretrainedConfig, Pattern]:
+    """The config in a file of this content, and its pattern: once for all questions."""
+    config = fake_model.read_config(path)
+    return config, fake_model.pattern_of(config)
+
+
+def _same_in_all_blocks(lora: dict[str, Any], config: PretrainedConfig, layers: int) -> bool:
+    """Whether `lora` names the same modules in all blocks; `config` has the first of them."""
+    targets, saved = lora["target_modules"], lora["modules_to_save"]
+    if targets == "all-linear" and not saved:
+        return True
+    with experts.unfused(config):
+        model = fake_model.model_on_meta(config, torch.bfloat16)
+    blocks = loading.blocks_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    modules = {name for block in blocks for name, _ in block.named_modules()}
+    with suppress(bounds.Exceeded), bounds.limited():
+        for chosen in (LoraConfig(target_modules=names) for names in (targets, saved) if names):
+            for name in modules:
+                keys = (f"{prefix}.{index}.{name}" for index in range(layers))
+                if len({bool(check_target_module_exists(chosen, key)) for key in keys}) > 1:
+                    return False
+    return True  # or a pattern without end, which `load_for_lora` refuses
 
 
 def prepare(config: PretrainedConfig, setup: TrainingSetup) -> Any:
@@ -83,15 +110,13 @@ def prepare(config: PretrainedConfig, setup: TrainingSetup) -> Any:
     fake_model.quantize_on_meta(model, setup.precision, setup.double_quant, compute)
     model.requires_grad_(False)
     lora: Any = SimpleNamespace(**setup.lora or {}, alpha=1, rslora=False)
-    with ExitStack() as stack:
-        for module, name, instead in (
-            (loading, "load_model", lambda *_, **__: model),
-            (initialisation, "initialise", _initialise),
-            (adapter, "initialise_magnitudes", lambda _: None),
-        ):
-            stack.enter_context(patch.object(module, name, instead))
-        with META:
-            return adapter.load_for_lora(Path(), lora, META)
+    with (
+        patch.object(loading, "load_model", lambda *_, **__: model),
+        patch.object(initialisation, "initialise", _initialise),
+        patch.object(adapter, "initialise_magnitudes", lambda _: None),
+        META,
+    ):
+        return adapter.load_for_lora(Path(), lora, META)
 
 
 def _initialise(model: PeftModel, lora: Any, *_: Any) -> None:
@@ -134,17 +159,15 @@ def unfused_because(setup: TrainingSetup, model: Any) -> str | None:
 
 def run(
     config: PretrainedConfig, setup: TrainingSetup, batch: MicroBatch, *, scoring_only: bool = False
-) -> tuple[LiveBytes, int]:
-    """Run a step on all blocks of a config: its live bytes, and those held before.
+) -> LiveBytes:
+    """Run a step on all blocks of a config: its live bytes, phase by phase.
 
     Gradients of an earlier micro-batch and the optimizer's states exist already. `scoring_only`:
     the micro-batch is scored as held-out conversations are, and nothing is trained.
     """
     dtype = precision.DTYPES[setup.compute]
-    with unset_fake_temporarily():
-        model = prepare(config, setup)
-        fused = unfused_because(setup, model) is None
-    examples = _examples(batch)
+    model, examples = prepare(config, setup), _examples(batch)
+    fused = unfused_because(setup, model) is None
     with MODE, CPU, fake_model.without_values(setup, dtype):
         fake_model.to_fake(model)
         if fused:
@@ -161,13 +184,13 @@ def run(
             states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
             held += [*states, *(p.grad for p in trained)]
         live = LiveBytes(held, config.get_text_config().vocab_size, PYTHON_KERNELS)
-        before, live.phase = live.total, "start"
+        live.phase = "start"
         live_bytes.name_phases(live, loading.blocks_of(model))
         if scoring_only:
             with live, torch.no_grad(), precision.autocast(CPU, dtype):
                 for row in packing.packed_rows(model.config, examples, CPU):
                     scoring.negative_log_likelihoods(model.eval(), row)
-            return live, before
+            return live
 
         def scale(loss: torch.Tensor) -> torch.Tensor:
             live.phase = "gradient of the loss"
@@ -183,7 +206,7 @@ def run(
             nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
             if setup.device == "cpu":  # on CUDA a kernel updates in place
                 optimizer.step()
-        return live, before
+        return live
 
 
 def _optimizer(model: nn.Module, setup: TrainingSetup) -> torch.optim.Optimizer:

@@ -11,8 +11,8 @@ from itertools import product
 from typing import Any
 
 from stages.shared.parallel.placement import GIB
-from stages.shared.step.memory.predict import TRANSIENT, Prediction, StepCounter, decisive
-from stages.shared.step.memory.setup import Device, MicroBatch, TrainingSetup, Workload
+from stages.shared.step.memory.predict import TRANSIENT, Prediction, StepCounter
+from stages.shared.step.memory.setup import Device, MicroBatch, TrainingSetup, Workload, decisive
 
 # Larger micro-batches gain nothing more. On a CPU: 300 tokens/s at 1,024 and 295 at 2,048.
 MICRO_BATCH_TOKENS = {"cuda": (8192, 4096, 2048, 1024, 512, 256), "cpu": (1024, 512, 256, 128)}
@@ -126,27 +126,24 @@ def _count(request: Request, shards: int, tokens: int, checkpointing: bool) -> C
     predictions = [counter.predict(setup, batch, shards) for batch in batches]
     predictions += [counter.predict_scoring(setup, batch, shards) for batch in scored]
     held = [device_bytes(counter, setup, prediction) for prediction in predictions]
-    most = max(held)
-    prediction = predictions[held.index(most)]
-    return Choice(tokens, checkpointing, prediction, most * request.processes, shards)
+    prediction = predictions[held.index(max(held))]
+    return Choice(tokens, checkpointing, prediction, max(held) * request.processes, shards)
 
 
 def refusal(request: Request) -> str:
     """One line for a training that `choose` finds no settings for: its parts, and remedies."""
     least = smallest(request)
     parts = least.prediction.parts
-    overhead = least.device_bytes - sum(parts.values())
+    needed = MARGIN[request.setup.device] * least.device_bytes
     listed = ", ".join(f"{n} {size / GIB:.2f}" for n, size in parts.items() if size >= GIB / 200)
     checkpointing = "on" if least.gradient_checkpointing else "off"
-    margin = MARGIN[request.setup.device]
     changes = remedies(request)
     advice = f"Set {'; or '.join(changes)}." if changes else "Take a smaller model or more memory."
-    if more := more_devices(request):
-        advice += f" Or train on {more} devices, sharded."
-    needed = margin * least.device_bytes
+    if devices := more_devices(request):
+        advice += f" Or train on {devices} devices, sharded."
     return (
         f"memory: training needs {needed / GIB:.2f} GiB ({listed}, beside "
-        f"tensors {(needed - least.device_bytes + overhead) / GIB:.2f}) at "
+        f"tensors {(needed - sum(parts.values())) / GIB:.2f}) at "
         f"{least.micro_batch_tokens} tokens a micro-batch, checkpointing {checkpointing}; there "
         f"are {request.total_bytes / GIB:.2f}. {advice}"
     )

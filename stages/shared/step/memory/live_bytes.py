@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.shared.step.memory.architecture import Pattern
+from stages.shared.step.memory.fake_model import Pattern
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts storages while it is entered.
 
     Attributes:
-        phase: what is going on now; set by whoever runs the step.
+        phase: of the step; set by whoever runs it.
         total: bytes alive.
         births: bytes alive by the phase they were allocated in, logits by themselves.
         peaks: by phase, the most bytes and the births at that moment.
@@ -96,60 +96,57 @@ class LiveBytes(TorchDispatchMode):
 def name_phases(live: LiveBytes, blocks: Sequence[nn.Module]) -> None:
     """Have `live.phase` follow the blocks: `forward 0`, …, `loss`, …, `backward 0`."""
 
-    def enters(index: int) -> Any:
-        def hook(*_: Any) -> None:
+    def follow(index: int, block: nn.Module) -> None:
+        def enter(*_: Any) -> None:
             if not live.phase.startswith("backward"):  # where it is computed again
                 live.phase = f"forward {index}"
 
-        return hook
-
-    def leaves(index: int) -> Any:
-        def goes_back(_: Any) -> None:
-            live.phase = f"backward {index}"
-
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        def leave(_module: Any, _inputs: Any, output: Any) -> None:
             if live.phase.startswith("backward"):
                 return
             if index == len(blocks) - 1:
                 live.phase = "loss"
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:
-                hidden.register_hook(goes_back)
+                hidden.register_hook(go_back)
 
-        return hook
+        def go_back(_: Any) -> None:
+            live.phase = f"backward {index}"
+
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave)
 
     for index, block in enumerate(blocks):
-        block.register_forward_pre_hook(enters(index))
-        block.register_forward_hook(leaves(index))
+        follow(index, block)
 
 
-def extend(live: LiveBytes, held: int, pattern: Pattern) -> dict[str, dict[str, int]]:
+def extend(live: LiveBytes, pattern: Pattern) -> dict[str, dict[str, int]]:
     """The peak of each phase in a model of all blocks: transient bytes by part.
 
-    The phases have the numbers of their blocks in that model, from 1. `held` are the bytes from
-    before the step.
+    The phases have the numbers of their blocks in that model, from 1.
     """
-    last = pattern.run - 1
 
-    def of_period(births: dict[str, int]) -> int:
+    def repeated(phase: str) -> int:
+        """Bytes of the blocks that are not run, at the peak of a phase."""
+        births = live.peaks[phase][1]
         names = (f"{way} {i}" for i in pattern.repeated for way in ("forward", "backward"))
         return pattern.repeats * sum(births.get(name, 0) for name in names)
 
+    held, _ = live.peaks.pop("held")  # before the step
     peaks = {}
     for phase, (total, births) in live.peaks.items():
-        if phase == "held":
-            continue
         way, _, number = phase.partition(" ")
-        index = int(number) if number.isdigit() else None
-        more, words = of_period(births), phase
-        if index is not None:
+        label, more = phase, repeated(phase)
+        if number.isdigit():
+            index = int(number)
+            follows = index >= pattern.repeated.start
             if way == "forward":  # what only waits for Python to leave a block counts once
-                more = of_period(live.peaks["loss"][1]) if index >= pattern.start else 0
+                more = repeated("loss") if follows else 0
             elif index in pattern.repeated:
-                more = of_period(live.peaks[f"backward {last}"][1])
-            passed = pattern.repeats * pattern.period if index >= pattern.start else 0
-            words = f"{way} pass of block {index + passed + 1} of {pattern.layers}"
+                more = repeated(f"backward {pattern.run - 1}")
+            index += pattern.repeats * pattern.period if follows else 0
+            label = f"{way} pass of block {index + 1} of {pattern.layers}"
         logits, workspace = births.get("logits", 0), births.get(phase, 0)
         activations = total - held - logits - workspace + more
-        peaks[words] = {"activations": activations, "logits": logits, "workspace": workspace}
+        peaks[label] = {"activations": activations, "logits": logits, "workspace": workspace}
     return peaks

@@ -23,7 +23,7 @@ import torch
 
 from stages.shared.model import loading
 from stages.shared.parallel import units
-from stages.shared.step.memory.architecture import Pattern, all_blocks
+from stages.shared.step.memory.fake_model import Pattern
 from stages.shared.step.memory.setup import TrainingSetup
 from stages.shared.weights import precision
 from stages.shared.weights.bnb import Params4bit
@@ -57,15 +57,12 @@ def pageable_bytes(optimizer: str, sizes: Iterable[int]) -> int:
     return optimizer_bytes(optimizer, [size for size in sizes if size >= PAGED_MINIMUM])
 
 
-def persistent_bytes(
-    setup: TrainingSetup, model: Any, pattern: Pattern | None = None
-) -> dict[str, int]:
+def persistent_bytes(setup: TrainingSetup, model: Any, pattern: Pattern) -> dict[str, int]:
     """Bytes by part that a training holds from step to step, and of them those that may be paged.
 
-    `model`, from `dry_run.prepare`, has all blocks, or those that `pattern` runs.
+    `model`, from `dry_run.prepare`, has the blocks that `pattern` runs.
     """
     blocks = loading.blocks_of(model)
-    pattern = pattern or all_blocks(len(blocks))
     repeated = [blocks[i] for i in pattern.repeated]
     tensors = (t for block in repeated for t in (*block.parameters(), *block.buffers()))
     times = dict.fromkeys(tensors, 1 + pattern.repeats)

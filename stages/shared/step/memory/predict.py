@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -18,18 +17,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from stages.shared.core import files
+from stages.shared.core.command import quick_imports
 from stages.shared.core.errors import UserError
 from stages.shared.core.machine import root
 from stages.shared.step.memory.setup import MicroBatch, TrainingSetup
 from stages.shared.weights.precision import DENSE_BYTES
 
+PERSISTENT = ("weights", "adapter", "gradients", "optimizer")
 TRANSIENT = ("activations", "logits", "workspace")
-PARTS = ("weights", "adapter", "gradients", "optimizer", *TRANSIENT)
+PARTS = PERSISTENT + TRANSIENT
 # Divided weights that are whole in these phases, in place of two blocks.
 GATHERED = {"start": "embedding", "loss": "head", "gradient of the loss": "head"}
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 SHARED = Path(__file__).parents[2]
-MOST_COUNTED = 8  # micro-batches of a training; each takes half a second
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,13 @@ class DryRun:
             raise UserError(answer["error"])
         return answer
 
-    @classmethod
-    def end(cls) -> None:
-        """Kill it: it holds nothing."""
-        if cls.process is not None:
-            cls.process.kill()
-            cls.process.communicate()
-            cls.process = None
-
 
 def serve() -> None:
     """Answer questions until there are no more: the main loop of the dry run's process."""
     answers, sys.stdout = sys.stdout, sys.stderr  # no library shall write among the answers
-    from stages.shared.step.memory import dry_run  # noqa: PLC0415  (its patches stay in here)
+    with quick_imports():
+        import stages.shared.model.loading  # noqa: F401, PLC0415  (before peft)
+        from stages.shared.step.memory import dry_run  # noqa: PLC0415  (its patches stay in here)
 
     for line in sys.stdin:
         question = json.loads(line)
@@ -118,23 +112,25 @@ class StepCounter:
 
     def __exit__(self, *_: object) -> None:
         DryRun.users -= 1
-        if not DryRun.users:
-            DryRun.end()
+        if not DryRun.users and DryRun.process is not None:
+            DryRun.process.kill()  # it holds nothing
+            DryRun.process.communicate()
+            DryRun.process = None
 
     def model(self) -> dict[str, Any]:
-        """Sizes of the model: see `architecture.describe`."""
-        return self._answer("describe")
+        """Sizes of the model: see `fake_model.describe`."""
+        return self._answer()
 
     def persistent(self, setup: TrainingSetup) -> dict[str, Any]:
         """Bytes held from step to step: see `persistent_bytes`; and `dry_run.unfused_because`."""
-        return self._answer("persistent", replace(setup, gradient_checkpointing=False))
+        return self._answer(replace(setup, gradient_checkpointing=False))
 
     def predict(self, setup: TrainingSetup, batch: MicroBatch, shards: int = 1) -> Prediction:
         """The peak of a step of more than one micro-batch, the largest of them this one.
 
         `shards`: devices that matrices are divided among.
         """
-        return _largest(self.persistent(setup), self._answer("step", setup, batch), shards)
+        return _largest(self.persistent(setup), self._answer(setup, batch), shards)
 
     def predict_scoring(
         self, setup: TrainingSetup, batch: MicroBatch, shards: int = 1
@@ -144,31 +140,35 @@ class StepCounter:
         Of a full fine-tune the weights are scored as their file will hold them: copies.
         """
         held = self.persistent(setup)
-        copied = held["trainable"] + _less(held["divided_gradients"], shards) // 4
+        copied = held["trainable"] + _saved(held["divided_gradients"], shards) // 4
         copies = copied * DENSE_BYTES[setup.compute] if setup.rounds_masters else 0
         held |= {"gradients": 0, "divided_gradients": 0}
         scored = replace(setup, gradient_checkpointing=False, masters=not copies)
-        found = _largest(held, self._answer("scoring", scored, batch), shards)
-        parts = found.parts | {"workspace": found.parts["workspace"] + copies}
-        return Prediction(parts, f"scoring, {found.phase}")
+        peak = _largest(held, self._answer(scored, batch, scoring=True), shards)
+        parts = peak.parts | {"workspace": peak.parts["workspace"] + copies}
+        return Prediction(parts, f"scoring, {peak.phase}")
 
     def _answer(
-        self, kind: str, setup: TrainingSetup | None = None, batch: MicroBatch | None = None
+        self,
+        setup: TrainingSetup | None = None,
+        batch: MicroBatch | None = None,
+        *,
+        scoring: bool = False,
     ) -> dict[str, Any]:
-        question: dict[str, Any] = {"kind": kind}
+        question: dict[str, Any] = {"scoring": scoring}
         question |= {"setup": setup and asdict(setup), "batch": batch and asdict(batch)}
         try:
             config = json.loads(self.config.read_bytes())
         except (OSError, ValueError, RecursionError):
             config = None  # the dry run says what is wrong with it
         key = json.dumps([question, config, _environment()], sort_keys=True)
-        kept = root() / ".counts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+        path = root() / ".counts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         try:
-            return json.loads(kept.read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             answer = DryRun.ask({**question, "config": str(self.config.absolute())})
-        kept.parent.mkdir(exist_ok=True)
-        files.write_json(kept, answer)  # whole or not at all: two may write the same
+        path.parent.mkdir(exist_ok=True)
+        files.write_json(path, answer)  # whole or not at all: two may write the same
         return answer
 
 
@@ -182,55 +182,37 @@ def _environment() -> list[str]:
 
 
 def _largest(held: dict[str, Any], phases: dict[str, dict[str, int]], shards: int) -> Prediction:
-    """The phase that holds most, with what is held in all."""
-
-    def parts(phase: str) -> dict[str, int]:
-        found = {n: held[n] for n in PARTS[:4]} | phases[phase]
+    """The phase that holds most, with the persistent bytes."""
+    predictions = []
+    for phase, transient in phases.items():
+        parts = {name: held[name] for name in PERSISTENT} | transient
         if shards > 1:
-            if phase == "update" and held["divided_states"]:  # of a part at a time, not a matrix
-                part = held["largest_unit"] / shards
-                found |= {
-                    name: int(found[name] * part / held["largest_matrix"]) for name in TRANSIENT
-                }
-            end, block = GATHERED.get(phase), held["largest_block"]
-            divided = (held["blocks"], held["embedding"], held["untied_head"])
-            found["weights"] += sum(_less(size, shards) for size in divided)
-            found["weights"] += held[end] if end else 2 * block
-            found["gradients"] += _less(held["divided_gradients"], shards)
-            found["optimizer"] += _less(held["divided_states"], shards)
-            if held["divided_gradients"]:  # of what goes back, until they are scattered
-                first = phase.startswith("backward pass of block 1 ")
-                back = max(block, held["embedding"]) if first else block
-                back = back if phase.startswith("backward") else 0
-                found["gradients"] += held["head"] if phase == "gradient of the loss" else back
-        return found
-
-    predictions = [Prediction(parts(phase), phase) for phase in phases]
+            _divide(parts, held, phase, shards)
+        predictions.append(Prediction(parts, phase))
     return max(predictions, key=lambda one: one.total_bytes)
 
 
-def _less(size: int, shards: int) -> int:
-    """Bytes that a device holds more, less than none, where it holds a part."""
+def _divide(parts: dict[str, int], held: dict[str, Any], phase: str, shards: int) -> None:
+    """Change a phase's parts to those of one of several devices that divide matrices."""
+    if phase == "update" and held["divided_states"]:  # of a part at a time, not a matrix
+        part = held["largest_unit"] / shards
+        parts |= {name: int(parts[name] * part / held["largest_matrix"]) for name in TRANSIENT}
+    block = held["largest_block"]
+    gathered = held[GATHERED[phase]] if phase in GATHERED else 2 * block
+    divided = (held["blocks"], held["embedding"], held["untied_head"])
+    parts["weights"] += gathered + sum(_saved(size, shards) for size in divided)
+    parts["gradients"] += _saved(held["divided_gradients"], shards)
+    parts["optimizer"] += _saved(held["divided_states"], shards)
+    if not held["divided_gradients"]:
+        return
+    if phase == "gradient of the loss":  # whole until it is scattered, as a block's is
+        parts["gradients"] += held["head"]
+    elif phase.startswith("backward pass of block 1 "):
+        parts["gradients"] += max(block, held["embedding"])
+    elif phase.startswith("backward"):
+        parts["gradients"] += block
+
+
+def _saved(size: int, shards: int) -> int:
+    """Bytes more, less than none, on a device that holds its part of `size` bytes."""
     return -(-size // shards) - size
-
-
-def decisive(batches: Iterable[MicroBatch]) -> list[MicroBatch]:
-    """At most `MOST_COUNTED` micro-batches that decide a training's peak.
-
-    Memory is about linear in their sizes: of those that no other equals or exceeds in every size,
-    the largest in each size, then those large in all. Of five trainings with 11 to 28 such ones,
-    the peak of these eight was at most 0.24 % below that of all.
-    """
-    largest: list[MicroBatch] = []
-    for batch in sorted(batches, key=lambda batch: batch.sizes, reverse=True):
-        sizes = batch.sizes
-        if not any(all(map(int.__ge__, larger.sizes, sizes)) for larger in largest):
-            largest.append(batch)
-    most = [max(sizes) for sizes in zip(*(batch.sizes for batch in largest), strict=True)]
-
-    def shares(batch: MicroBatch) -> float:
-        return sum(size / top for size, top in zip(batch.sizes, most, strict=True) if size)
-
-    extremes = (max(largest, key=lambda b: (b.sizes[i], shares(b))) for i in range(len(most)))
-    ranked = dict.fromkeys([*extremes, *sorted(largest, key=shares, reverse=True)])
-    return list(ranked)[:MOST_COUNTED]

@@ -30,16 +30,16 @@ def llama() -> Iterator[StepCounter]:
         yield counter
 
 
-def request_of(counter: StepCounter, gib: float, setup: TrainingSetup = QLORA, **asked: Any):
-    return Request(counter, setup, LONG, int(gib * GIB), **asked)
+def request_of(counter: StepCounter, gib: float, setup: TrainingSetup = QLORA, **changes: Any):
+    return Request(counter, setup, LONG, int(gib * GIB), **changes)
 
 
 def test_more_memory_never_makes_a_step_slower(llama: StepCounter) -> None:
     before = None
     for gib in (12, 16, 24, 48, 80):
-        asked = request_of(llama, gib)
-        choice = fit.choose(asked)
-        assert choice and fit.fits(asked, choice)
+        request = request_of(llama, gib)
+        choice = fit.choose(request)
+        assert choice and fit.fits(request, choice)
         cost = fit.cost("cuda", choice.micro_batch_tokens, choice.gradient_checkpointing)
         assert before is None or cost <= before
         before = cost
@@ -55,8 +55,8 @@ def test_long_checkpointed_micro_batches_go_before_short_ones(llama: StepCounter
 
 
 def test_settings_of_the_user_are_kept(llama: StepCounter) -> None:
-    asked = request_of(llama, 80, micro_batch_tokens=256, gradient_checkpointing=True)
-    choice = fit.choose(asked)
+    request = request_of(llama, 80, micro_batch_tokens=256, gradient_checkpointing=True)
+    choice = fit.choose(request)
     assert choice
     assert (choice.micro_batch_tokens, choice.gradient_checkpointing) == (256, True)
     setup = replace(QLORA, gradient_checkpointing=True)  # a longer conversation stands alone
@@ -107,13 +107,13 @@ CANNOT_FIT: dict[str, tuple[float, TrainingSetup, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CANNOT_FIT)
 def test_refusal_gives_remedies_that_help(llama: StepCounter, name: str) -> None:
     gib, setup, changes = CANNOT_FIT[name]
-    asked = request_of(llama, gib, setup, **changes)
-    assert fit.choose(asked) is None
-    line = fit.refusal(asked)
+    request = request_of(llama, gib, setup, **changes)
+    assert fit.choose(request) is None
+    line = fit.refusal(request)
     assert "\n" not in line
     assert line.startswith("memory: training needs ")
     assert f"there are {gib}.00. Set " in line
-    words = fit.remedies(asked)
+    words = fit.remedies(request)
     assert 1 <= len(words) <= 3
     expected = {
         "set by the user": "QLORA_GRADIENT_CHECKPOINTING=true",
@@ -121,7 +121,7 @@ def test_refusal_gives_remedies_that_help(llama: StepCounter, name: str) -> None
         "all weights": "train.method lora",
     }
     assert expected[name] in words[0]
-    every = dict(fit._changes(asked))
+    every = dict(fit._changes(request))
     for word in words:
         if word in every:
             assert fit.choose(every[word]), word
@@ -154,10 +154,10 @@ def test_refusal_without_a_remedy_says_so(llama: StepCounter) -> None:
 def test_scoring_counts_where_it_is_larger_than_training(llama: StepCounter) -> None:
     work = LONG.cut(256)
     small = replace(QLORA, lora=adapters.LORA)
-    asked = replace(request_of(llama, 80, small, micro_batch_tokens=256), workload=work)
-    asked = replace(asked, gradient_checkpointing=True)
-    scored = replace(asked, scored=frozenset({MicroBatch((1024,), 1000)}))
-    more, alone = fit.smallest(scored), fit.smallest(asked)
+    request = replace(request_of(llama, 80, small, micro_batch_tokens=256), workload=work)
+    request = replace(request, gradient_checkpointing=True)
+    scored = replace(request, scored=frozenset({MicroBatch((1024,), 1000)}))
+    more, alone = fit.smallest(scored), fit.smallest(request)
     assert more.prediction.phase.startswith("scoring")
     assert more.device_bytes - alone.device_bytes > 1e8  # 1.03 GB of logits, no gradients
 

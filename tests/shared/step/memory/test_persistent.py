@@ -1,4 +1,4 @@
-"""Hand-computed bytes of what persists, and sizes read from real models."""
+"""Hand-computed persistent bytes, and sizes of real models."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from transformers import CONFIG_MAPPING
 
 from stages.plan.config import CONFIGS
 from stages.shared.model import loading
-from stages.shared.step.memory import architecture, dry_run, fake_model, persistent
+from stages.shared.step.memory import dry_run, fake_model, persistent
+from stages.shared.step.memory.fake_model import Pattern
 from stages.shared.step.memory.predict import StepCounter
 from stages.shared.step.memory.setup import Stored, TrainingSetup, stored_as
 from tests import tiny
@@ -14,6 +15,7 @@ from tests.architectures import BESIDES, OTHERS, SHAPE
 from tests.shared.step.adapters import LORA
 
 LLAMA_2_7B = 6_738_415_616
+WHOLE = Pattern(layers=2, run=2)  # of the tiny model
 
 
 def test_four_bits_round_up_to_whole_bytes_and_blocks() -> None:
@@ -40,16 +42,16 @@ def test_full_tuning_takes_16_bytes_a_parameter_and_pure_bf16_12() -> None:
         (TrainingSetup("bf16", None), 16),
         (TrainingSetup("bf16", None, masters=False), 12),
     ):
-        found = held("Llama-2-7B", setup)
-        assert sum(found[part] for part in parts) == size * LLAMA_2_7B
+        sizes = held("Llama-2-7B", setup)
+        assert sum(sizes[part] for part in parts) == size * LLAMA_2_7B
 
 
 def test_mixtral_has_four_bits_a_parameter_of_its_experts() -> None:
-    found = held("Mixtral-8x7B", TrainingSetup("nf4", LORA, double_quant=True))
+    sizes = held("Mixtral-8x7B", TrainingSetup("nf4", LORA, double_quant=True))
     ends = 2 * (2 * 32_000 * 4096 + 32 * 8 * 4096)  # embedding, head and routers, in bf16
-    assert found["weights"] == pytest.approx(46.44e9 * 4.127 / 8 + ends, rel=1e-3)
+    assert sizes["weights"] == pytest.approx(46.44e9 * 4.127 / 8 + ends, rel=1e-3)
     each = 32 * 3 * 8 * (4096 + 14336) + 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
-    assert found["trainable"] == 16 * each
+    assert sizes["trainable"] == 16 * each
 
 
 @pytest.mark.parametrize("changes", [{"dora": True}, {"target_modules": ["q_proj"]}])
@@ -57,18 +59,19 @@ def test_adapter_has_the_parameters_that_peft_trains(changes: dict) -> None:
     lora = LORA | {"r": 4} | changes
     setup = TrainingSetup("nf4", lora)
     model = dry_run.prepare(tiny.model().config, setup)
-    found = persistent.persistent_bytes(setup, model)["adapter"]
-    assert found == 4 * model.get_nb_trainable_parameters()[0]
+    adapter = persistent.persistent_bytes(setup, model, WHOLE)["adapter"]
+    assert adapter == 4 * model.get_nb_trainable_parameters()[0]
 
 
 def test_everything_trained_is_fp32_and_counts_once() -> None:
     lora = LORA | {"modules_to_save": ["lm_head", "embed_tokens"], "init": "pissa"}
     setup = TrainingSetup("bf16", lora)
-    found = persistent.persistent_bytes(setup, dry_run.prepare(tiny.model().config, setup))
-    assert found["gradients"] == 4 * found["trainable"]
-    frozen_starts = found["adapter"] - 4 * found["trainable"]
+    model = dry_run.prepare(tiny.model().config, setup)
+    sizes = persistent.persistent_bytes(setup, model, WHOLE)
+    assert sizes["gradients"] == 4 * sizes["trainable"]
+    frozen_starts = sizes["adapter"] - 4 * sizes["trainable"]
     copies = 384 * 64  # both ends of a tie are one matrix
-    assert frozen_starts == 4 * (found["trainable"] - copies)
+    assert frozen_starts == 4 * (sizes["trainable"] - copies)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +96,12 @@ def test_shipped_configs_have_the_published_parameters(name: str, parameters: in
 
 @pytest.mark.parametrize("kind", sorted({*BESIDES, *OTHERS} - {"mamba2"}))
 def test_every_architecture_is_described(kind: str) -> None:
-    """Its blocks are found, and the shortest run of them that stands for all."""
+    """Its blocks are sizes, and the shortest run of them that stands for all."""
     config = CONFIG_MAPPING[kind](**SHAPE | (BESIDES | OTHERS)[kind])
-    described = architecture.describe(config)
+    described = fake_model.describe(config)
     model = fake_model.model_on_meta(config, torch.float32)
     assert described["parameters"]["parameters"] == sum(p.numel() for p in model.parameters())
-    assert architecture.pattern_of(config).layers == len(loading.blocks_of(model))
+    assert fake_model.pattern_of(config).layers == len(loading.blocks_of(model))
 
 
 @pytest.mark.parametrize(

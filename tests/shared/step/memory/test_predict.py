@@ -1,4 +1,4 @@
-"""Counts of a step without values against real steps, and what is kept of them."""
+"""Counts of a step without values against real steps, and their cache."""
 
 import json
 from dataclasses import replace
@@ -13,9 +13,9 @@ from benchmarks.memory import Setting
 from stages.plan.config import CONFIGS
 from stages.shared.core.errors import UserError
 from stages.shared.parallel.placement import GIB
-from stages.shared.step.memory import architecture, dry_run, predict
-from stages.shared.step.memory.predict import StepCounter, decisive
-from stages.shared.step.memory.setup import MicroBatch, TrainingSetup
+from stages.shared.step.memory import dry_run, fake_model, predict
+from stages.shared.step.memory.predict import StepCounter
+from stages.shared.step.memory.setup import MOST_COUNTED, MicroBatch, TrainingSetup, decisive
 from tests.shared.step.adapters import LORA
 
 LENGTHS = (40, 90, 50)
@@ -88,12 +88,12 @@ def test_blocks_that_alternate_are_extended_by_their_period() -> None:
         head_dim=32,
         sliding_window=64,
     )
-    pattern = architecture.pattern_of(config)
+    pattern = fake_model.pattern_of(config)
     assert (pattern.run, pattern.period, pattern.repeats) == (13, 1, 0)
     config.layer_types = config.layer_types[:6] * 5
     config.num_hidden_layers = 26
     config.layer_types = config.layer_types[:26]
-    pattern = architecture.pattern_of(config)
+    pattern = fake_model.pattern_of(config)
     assert (pattern.run, pattern.period, pattern.repeats) == (8, 6, 3)
     assert [config.layer_types[i] for i in pattern.repeated] == config.layer_types[1:7]
 
@@ -126,7 +126,7 @@ def test_dora_is_counted_in_every_precision(work: Path, device: Literal["cpu", "
             assert dora.total_bytes > plain.total_bytes
 
 
-def test_answers_are_kept_by_config_setup_and_code(
+def test_answers_are_cached_by_config_setup_and_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict, "root", lambda: tmp_path)
@@ -134,23 +134,23 @@ def test_answers_are_kept_by_config_setup_and_code(
     memory.MODELS["whole heads"].save_pretrained(tmp_path)
     with StepCounter(config) as counter:
         first = counter.persistent(setup)
-    asked: list[dict[str, object]] = []
+    questions: list[dict[str, object]] = []
 
     def ask(question: dict[str, object]) -> dict[str, object]:
-        asked.append(question)
+        questions.append(question)
         return {}
 
     monkeypatch.setattr(predict.DryRun, "ask", ask)
     counter = StepCounter(config)
     assert counter.persistent(setup) == first
-    assert not asked
-    kept = next((tmp_path / ".counts").iterdir())
-    kept.write_text("{")  # by a process that was killed
+    assert not questions
+    cached = next((tmp_path / ".counts").iterdir())
+    cached.write_text("{")  # by a process that was killed
     counter.persistent(setup)
     counter.persistent(replace(setup, double_quant=True))
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 96}))
     counter.persistent(setup)
-    assert len(asked) == 3
+    assert len(questions) == 3
 
 
 @pytest.mark.parametrize(
@@ -213,11 +213,23 @@ def test_fused_functions_cover_plain_lora_alone(changes: dict, reason: str | Non
 def test_decisive_micro_batches_are_few_and_the_largest_in_each_size() -> None:
     batches = [MicroBatch((2 * n, 200 - n), 300 - 2 * n) for n in range(20, 60)]
     chosen = decisive([*batches, *(MicroBatch((n, 50), n) for n in range(20))])  # dominated
-    assert len(chosen) == predict.MOST_COUNTED and set(chosen) < set(batches)
+    assert len(chosen) == MOST_COUNTED and set(chosen) < set(batches)
     for size in range(5):
         assert max(b.sizes[size] for b in chosen) == max(b.sizes[size] for b in batches)
     assert sorted(decisive(batches[:3]), key=batches.index) == batches[:3]
     assert decisive([]) == []
+
+
+@pytest.mark.parametrize(
+    ("targets", "blocks"),
+    [(r".*layers\.[45]\..*q_proj", 2), (["layers.4.self_attn.q_proj"], 1), (["q_proj"], 6)],
+)
+def test_adapter_on_some_blocks_is_counted(work: Path, targets: str | list[str], blocks: int):
+    memory.MODELS["whole heads"].save_pretrained(work)
+    setup = TrainingSetup("nf4", LORA | {"target_modules": targets})
+    with StepCounter(work / "config.json") as counter:
+        assert counter.persistent(setup)["trainable"] == blocks * 16 * (192 + 192)
+        assert counter.predict(setup, MicroBatch((90,), 60)).parts["adapter"]
 
 
 def test_embedding_without_a_decomposition_is_counted() -> None:
