@@ -1,6 +1,5 @@
 """Workspaces, measured processes and published tables of the benchmarks."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -11,8 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,9 @@ def machine(device: str = "") -> str:
     model = re.search(r"model name\s*: (.*)", info)
     flags = ", ".join(flag for flag in ("avx2", "avx512f", "avx512_bf16") if flag in info)
     processor = f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores ({flags})"
-    versions = [f"Python {platform.python_version()}"]
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-    return f"{device or processor}; {', '.join(versions)}."
+    names = filter(find_spec, ("torch", "transformers", "peft", "bitsandbytes", "datasets", "trl"))
+    versions = [f"{name} {version(name)}" for name in names]
+    return f"{device or processor}; Python {platform.python_version()}, {', '.join(versions)}."
 
 
 def publish(name: str, table: pd.DataFrame, where: str, page: Path = PAGE) -> None:

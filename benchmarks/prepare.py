@@ -25,7 +25,6 @@ from stages.shared.core.errors import UserError
 
 SAMPLE = ROOT / "data/sample/conversations.jsonl"
 PEERS = {"datasets.map": None, "datasets.map, 2 processes": 2}
-CHANGED = 0.2  # of the words
 WORD = re.compile(r"[^\W\d_]{3,}|\d+")
 MARKERS = {"Human", "Assistant"}
 
@@ -41,13 +40,13 @@ def write_conversations(path: Path, rows: int) -> None:
         word = match[0]
         if word.isdigit():
             return str(draw.randrange(10 ** len(word))).zfill(len(word))
-        return word if word in MARKERS or draw.random() > CHANGED else draw.choice(words)
+        return word if word in MARKERS or draw.random() > 0.2 else draw.choice(words)
 
     with path.open("w", encoding="utf-8") as file:
         for index in range(rows):
-            changed = WORD.sub(change, texts[index % len(sample)])
-            row = sample[index % len(sample)] | {"text": changed}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            row = sample[index % len(sample)]
+            changed = row | {"text": WORD.sub(change, texts[index % len(sample)])}
+            file.write(json.dumps(changed, ensure_ascii=False) + "\n")
 
 
 def measure(work: Workspace, rows: int) -> pd.DataFrame:
