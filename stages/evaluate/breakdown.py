@@ -38,21 +38,21 @@ def by_part(
     """Loss by role, and of thoughts apart from answers; `losses` by row, in nats [supervised]."""
     names, nats = [], []
     for row, (conversation, example) in enumerate(zip(conversations, examples, strict=True)):
-        parts = _part_of_tokens(conversation, example, template, encoder)
-        if parts is not None:
-            names.append(parts)
+        own = _part_of_tokens(conversation, example, template, encoder)
+        if own is not None:
+            names.append(own)
             nats.append(losses[row])
     if not names:
         return {}
     tokens = pd.Series(np.concatenate(nats), np.concatenate(names), dtype=np.float64)
-    found = {
+    parts = {
         str(name): {"loss": math.fsum(group) / len(group), "tokens": len(group)}
         for name, group in tokens.groupby(level=0)
     }
-    roles = {name: value for name, value in found.items() if name != THINKING}
+    roles = {name: value for name, value in parts.items() if name != THINKING}
     metrics: dict[str, Any] = {"by_role": roles} if len(roles) > 1 else {}
-    if THINKING in found:
-        metrics |= {"thinking": found[THINKING]}
+    if THINKING in parts:
+        metrics |= {"thinking": parts[THINKING]}
         metrics |= {"answers": roles["assistant"]} if "assistant" in roles else {}
     return metrics
 

@@ -105,8 +105,8 @@ def generate(
             for i, row in zip(batch, output[:, width:].tolist(), strict=True):
                 replies[i] = decode(tokenizer, row, stop_ids)
             bar.update(len(batch))
-    for others in group.gather(replies):
-        replies |= others
+    for part in group.gather(replies):
+        replies |= part
     return [replies[i] for i in range(len(prompts))]
 
 
@@ -149,12 +149,12 @@ def group_by_length(
 
 def _learned_positions(model: PreTrainedModel) -> int:
     """Size of a model's position embedding; unlimited for rotary positions."""
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     tables.discard(model.get_input_embeddings().weight)
     rows = [len(table) for table in (*tables, *model.buffers()) if table.ndim == 2]
-    if known and any(known <= count <= known + 2 for count in rows):  # OPT adds two
-        return int(known)
+    if limit and any(limit <= count <= limit + 2 for count in rows):  # OPT adds two
+        return int(limit)
     return sys.maxsize
 
 

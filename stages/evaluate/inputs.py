@@ -63,21 +63,21 @@ def fetch_adapter(
         target, form = ADAPTER, read_format(FORMAT)
     else:
         try:
-            there = DVCFileSystem(rev=experiment)
-            lock = there.read_text(LOCK.as_posix(), encoding="utf-8")
+            commit = DVCFileSystem(rev=experiment)
+            lock = commit.read_text(LOCK.as_posix(), encoding="utf-8")
         except (DvcException, FileNotFoundError):
             raise UserError(
                 f"{experiment}: no experiment, branch or commit with a run of the pipeline. "
                 "`dvc exp show` lists them."
             ) from None
-        here = LOCK.read_text(encoding="utf-8")
+        current = LOCK.read_text(encoding="utf-8")
         for path, fault in ((QUANTIZED, "was trained on another"), (HELD_OUT, "may know rows of")):
-            if (scored or path == QUANTIZED) and _locked(lock, path) != _locked(here, path):
+            if (scored or path == QUANTIZED) and _locked(lock, path) != _locked(current, path):
                 raise UserError(f"{experiment}: its adapter {fault} {path}. {bring} own.")
         target = Path(mkdtemp(dir=folder)) / ADAPTER.name
         try:
-            there.get(ADAPTER.as_posix(), str(target), recursive=True)
-            text = there.read_text(FORMAT.as_posix(), encoding="utf-8")
+            commit.get(ADAPTER.as_posix(), str(target), recursive=True)
+            text = commit.read_text(FORMAT.as_posix(), encoding="utf-8")
         except (DvcException, FileNotFoundError):
             raise UserError(
                 f"{experiment}: its adapter is not in the cache. `dvc exp pull` brings it."

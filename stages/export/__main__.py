@@ -48,16 +48,12 @@ class Export(Section):
         named = formats != DEFAULT and any(name.startswith("gguf") for name in formats)
         fetched = info.context not in (None, "fetch_data", "fetch_model") and BASE_CONFIG.exists()
         if named and fetched:
-            from stages.export.llama_cpp import (  # noqa: PLC0415
-                Architecture,
-                Unsupported,
-                Vocabulary,
-            )
+            from stages.export import llama_cpp  # noqa: PLC0415  (brings numpy)
 
             try:
-                Architecture(files.read_json(BASE_CONFIG))
-                Vocabulary(TOKENIZER)
-            except Unsupported as reason:
+                llama_cpp.Architecture(files.read_json(BASE_CONFIG))
+                llama_cpp.Vocabulary(TOKENIZER)
+            except llama_cpp.Unsupported as reason:
                 raise _refusal(reason) from None
         return formats
 

@@ -209,6 +209,6 @@ def serving(folder: Path) -> str:
         return f"ollama create tuned -f {folder}/Modelfile && ollama run tuned"
     config = files.read_json(folder / "adapter/adapter_config.json")
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])  # as vLLM counts
-    rank = min(known for known in VLLM_RANKS if known >= rank)
+    rank = min(allowed for allowed in VLLM_RANKS if allowed >= rank)
     options = f"--enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}/adapter"
     return f"vllm serve {folder}/base {options}"

@@ -63,8 +63,8 @@ class ModelFormat:
         self._vocabulary.add(writer, architecture.config["vocab_size"], self._special)
         writer.add_chat_template(self._form.chat_template)
         total = 0
-        for name, own in tensors.items():
-            shape = (*([len(own)] if EXPERT.search(own[0]) else []), *shapes[own[0]])
+        for name, keys in tensors.items():
+            shape = (*([len(keys)] if EXPERT.search(keys[0]) else []), *shapes[keys[0]])
             nbytes = math.prod(gguf.quant_shape_to_byte_shape(shape, types[name]))
             # The dtype is overruled by the type.
             writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, types[name])
@@ -79,8 +79,8 @@ class ModelFormat:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, own in tensors.items():
-                data = np.stack([self._stored(weights, key, types[name], pool) for key in own])
+            for name, keys in tensors.items():
+                data = np.stack([self._stored(weights, key, types[name], pool) for key in keys])
                 writer.write_tensor_data(data)
                 bar.update(data.nbytes)
             if divisors is not None:

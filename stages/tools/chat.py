@@ -66,13 +66,13 @@ class Talk:
     def load(self, variant: str) -> None:
         """Load a variant in place of the one before."""
         folder = self._models[variant]
-        folder.stat()  # one that is not there is told, and replaces none
+        folder.stat()  # a missing one is an error before the other is dropped
         self._replier = None  # before the next is loaded
         self._replier = self._load(folder)
         print(f"({variant})", file=sys.stderr)
 
     def answer(self, line: str) -> None:
-        """Obey a command, or reply to a message; a mistake or Ctrl-C is told in one line."""
+        """Obey a command, or reply to a message; a mistake or Ctrl-C prints one line."""
         command, _, argument = line.partition(" ")
         try:
             if command == "/variant" and argument in MODELS:

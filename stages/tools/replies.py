@@ -53,12 +53,12 @@ class Stream(StoppingCriteria):
     ) -> None:
         self._decode, self._prompt_tokens, self._on_text = decode, prompt_tokens, on_text
         self._stops = [text for text in stop_strings if text]
-        self.text, self.found = "", False  # a stop string
+        self.text, self.stopped = "", False  # at a stop string
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Take the tokens; end the reply at a stop string."""
         self.extend(self._decode(input_ids[0, self._prompt_tokens :].tolist()))
-        return torch.full((len(input_ids),), self.found, device=input_ids.device)
+        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
 
     def extend(self, text: str, *, whole: bool = False) -> None:
         """Pass on what is new; the beginning of a stop string or a character is held back."""
@@ -69,7 +69,7 @@ class Stream(StoppingCriteria):
         if end > len(self.text):
             self._on_text(text[len(self.text) : end])
             self.text = text[:end]
-        self.found = bool(places)
+        self.stopped = bool(places)
 
 
 class Replier:
@@ -132,7 +132,7 @@ class Replier:
             )
         new = output[0, len(prompt) :].tolist()
         stream.extend(decode(new), whole=True)
-        return Reply(stream.text, stream.found or new[-1] in stop_ids, len(prompt), len(new))
+        return Reply(stream.text, stream.stopped or new[-1] in stop_ids, len(prompt), len(new))
 
 
 def load(folder: Path, form: Format) -> Replier:

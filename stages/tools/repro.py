@@ -43,18 +43,18 @@ _ADVICE = re.compile(
 
 def require_data(path: str) -> None:
     """Raise a `UserError` for a path that DVC cannot depend on, whatever `data.source` is."""
-    key, found = f"{params.FILE}: data.path is {path!r}", Path(path)
+    key, target = f"{params.FILE}: data.path is {path!r}", Path(path)
     if "://" in path:
         raise UserError(f"{key}, a URL. Download it, or set data.source to hub and data.repo.")
     if path.startswith("~"):
-        raise UserError(f"{key}, and no shell expands it. Write {str(found.expanduser())!r}.")
-    if not path.strip() or not (found.is_file() or found.is_dir()):
+        raise UserError(f"{key}, and no shell expands it. Write {str(target.expanduser())!r}.")
+    if not path.strip() or not (target.is_file() or target.is_dir()):
         raise UserError(f"{key}, which is no file or folder. Correct it; DVC depends on it always.")
-    for file in found.rglob("*"):
+    for file in target.rglob("*"):
         if file.exists() and not file.is_dir():
             require_regular(file)  # DVC would wait for ever at a pipe
     for out in (out.resolve() for out in FIRST_OUTS):
-        if out.is_relative_to(found.resolve()) or found.resolve().is_relative_to(out):
+        if out.is_relative_to(target.resolve()) or target.resolve().is_relative_to(out):
             raise UserError(f"{key}, where stages write. Put the conversations elsewhere.")
 
 
@@ -92,18 +92,17 @@ def release_locks() -> int:
         with make_lock(str(DVC / "rwlock.lock"), tmp_dir=str(DVC)), reading(RWLOCK):
             written = RWLOCK.stat().st_mtime
             locks = {"read": {}, "write": {}} | json.loads(RWLOCK.read_text() or "{}")
-            kept: dict[str, dict[str, Any]] = {"read": {}, "write": {}}
-            for path, infos in locks["read"].items():
-                if held := [info for info in infos if _is_held(info, written)]:
-                    kept["read"][path] = held
-            for path, info in locks["write"].items():
-                if _is_held(info, written):
-                    kept["write"][path] = info
-            if kept != locks:
-                RWLOCK.write_text(json.dumps(kept))
+            read = {
+                path: [info for info in readers if _is_held(info, written)]
+                for path, readers in locks["read"].items()
+            }
+            write = {p: info for p, info in locks["write"].items() if _is_held(info, written)}
+            held = {"read": {path: own for path, own in read.items() if own}, "write": write}
+            if held != locks:
+                RWLOCK.write_text(json.dumps(held))
     except LockError:  # another DVC is at work on the file: it is no stale one
         return 0
-    return sum(len(locks[kind]) - len(kept[kind]) for kind in kept)
+    return sum(len(locks[kind]) - len(held[kind]) for kind in held)
 
 
 def _is_held(info: dict[str, Any], written: float) -> bool:
@@ -142,8 +141,8 @@ def reasons(
                 parts.append(_listed("params", keys))
             if deleted := [name for name, state in names.items() if state == "deleted"]:
                 missing = deleted if kind == "outs" else missing or deleted
-            if kept := [name for name in names if name not in deleted]:
-                parts.append(_listed(kind, kept))
+            if modified := [name for name in names if name not in deleted]:
+                parts.append(_listed(kind, modified))
         parts += [_listed("missing", missing)] if missing else []
         why[stage] = "; ".join(parts) if stage in locked else "not run before"
     return why

@@ -27,7 +27,7 @@ from stages.shared.core.command import run
 from stages.shared.core.errors import UserError
 
 UPLOAD = Path("upload")
-SAMPLE = "data/sample"  # the project's own conversations
+SAMPLE = "data/sample"  # public
 WHAT = ["merged", "adapter", *(name for name in get_args(Kind) if not name.endswith("-lora"))]
 NOTICES = yaml.safe_load((page.TEMPLATES / "notices.yaml").read_text(encoding="utf-8"))
 
@@ -42,7 +42,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def main(options: Namespace) -> None:
-    """Assemble, and send if it is asked for."""
+    """Assemble, and send with --push."""
     repo, name = options.repo, options.repo.rpartition("/")[2]
     try:
         validate_repo_id(repo)
@@ -76,7 +76,7 @@ def assemble(folder: Path, what: str, origin: sources.Origin) -> str:
     if source in MODELS.values():
         from stages.shared.weights.checkpoint import Weights  # noqa: PLC0415  (brings torch)
 
-        Weights(source)  # a folder that is half there is told
+        Weights(source)  # refuses a folder that is not whole
     files.link_folder(source, folder)
     path = folder / "adapter_config.json"
     if not path.exists():
@@ -128,8 +128,8 @@ def card(source: sources.Sources, what: str, library: str, repo: str, licence: s
 def published(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters without the names of this machine's files and folders."""
     data, model = dict(parameters["data"]), dict(parameters["model"])
-    own = str(data.get("path")).startswith(SAMPLE)
-    data["path"] = "Sample conversations of dvc-qlora" if own else "Unpublished conversations"
+    is_sample = str(data.get("path")).startswith(SAMPLE)
+    data["path"] = "Sample conversations of dvc-qlora" if is_sample else "Unpublished conversations"
     if model.get("source") == "path":
         model["name"] = "a local model"
     return {**parameters, "data": data, "model": model}

@@ -158,7 +158,7 @@ def test_stop_string_over_two_pieces_is_held_back() -> None:
     for text in (" one #", " one ## two E", " one ## two EN", " one ## two END three"):
         stream.extend(text)
     stream.extend(" one ## two END three four", whole=True)
-    assert ("".join(passed), stream.text, stream.found) == (*[" one ## two "] * 2, True)
+    assert ("".join(passed), stream.text, stream.stopped) == (*[" one ## two "] * 2, True)
 
 
 @pytest.mark.parametrize(
