@@ -169,7 +169,7 @@ class Shards:
 
     @contextmanager
     def as_saved(self, storage_dtype: torch.dtype, compute_dtype: torch.dtype) -> Iterator[None]:
-        """As `masters.as_saved`, which skips divided masters: they need no gradient meanwhile."""
+        """As `adapter.as_saved`, which skips divided masters: they need no gradient meanwhile."""
         if not self.trained:
             yield
             return

@@ -1,29 +1,31 @@
-"""The model that is trained: LoRA on frozen weights, or all weights; and how it is saved."""
+"""The model that is trained: LoRA on frozen weights, or all weights; and how it is saved.
+
+Base weights that are trained (`lora.modules_to_save`, `lora.bias`; in full fine-tuning all) have
+fp32 masters: bf16 has eight bits, and would round most steps of an optimizer away.
+"""
 
 import json
 import math
-import re
 import warnings
-from collections.abc import Mapping, Sequence
-from inspect import signature
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from stages.shared.core import bounds, files
+from stages.shared.core import files
 from stages.shared.core.errors import UserError, reading
 from stages.shared.model import expert_adapters, loading
+from stages.shared.model.loading import ADAPTER
 from stages.shared.step import initialisation, targets
 from stages.shared.step.config import Lora
-from stages.shared.step.fused.lora import ADAPTER
-from stages.shared.step.masters import as_saved, make_masters
 from stages.shared.weights import bnb, experts
 
 
@@ -41,11 +43,14 @@ def load_for_lora(
     `loading.load_model`.
     """
     base = loading.load_model(folder, device, on_cpu=on_cpu)
-    _refuse_endless_pattern(base, lora)
-    targets.refuse_without_experts(base, lora)
-    _refuse_for_precision(base, lora, device)
+    targets.require_terminating_pattern(base, lora)
+    _require_gradients(base, lora, device)
     rank, alpha = initialisation.rank_and_alpha(lora)
     mixture, rslora = bool(experts.layers(base)), lora.rslora
+    if lora.experts and not mixture:
+        raise UserError(
+            "lora.experts: this model has no experts that an adapter could lie on. Set it to null."
+        )
     if mixture and rslora:  # peft doubles the rank where it fuses gate and up: scale by alpha / r
         alpha, rslora = alpha * math.sqrt(rank), False
     saved = lora.modules_to_save or []
@@ -81,15 +86,48 @@ def load_for_lora(
             f" Use all-linear, or names or a pattern of {', '.join(names)}."
         ) from None
     config.modules_to_save = list(saved) or None  # peft knows no tie of `wte` alone
-    _refuse_missing(model, lora)
-    _refuse_embedding_with_mask(model)
+    targets.require_modules(model, lora)
     if lora.init != "default":
-        before = original if lora.init == "loftq" else None
-        initialisation.initialise(model, lora, before)
+        initialisation.initialise(model, lora, original if lora.init == "loftq" else None)
     if lora.dora:
         initialise_magnitudes(model)
     make_masters(model)
     return model
+
+
+def _require_gradients(base: PreTrainedModel, lora: Lora, device: torch.device) -> None:
+    """Raise a UserError for what the precision of the weights does not allow."""
+    quantized = bnb.quantized_layers(base)
+    if lora.init == "loftq" and not quantized:
+        raise UserError(
+            "lora.init: loftq needs quantized weights. Set quantize.precision to nf4, fp4 or int8, "
+            "or lora.init to default."
+        )
+    int8 = any(isinstance(layer, bnb.Linear8bitLt) for layer in quantized.values())
+    if lora.dora and int8 and device.type == "cpu":
+        raise UserError(
+            "lora.dora: on a CPU, peft loses the scales of int8 weights at the first step. Set "
+            "lora.dora to false, or quantize.precision to nf4."
+        )
+    for end in lora.modules_to_save or []:
+        for name in quantized:
+            if f"{end}." in f"{name}.":
+                raise UserError(
+                    f"lora.modules_to_save: {end!r} takes in {name}, whose quantized weights have "
+                    "no gradient. Name dense modules, such as lm_head."
+                )
+
+
+def _saves_both_ends_of_a_tie(base: PreTrainedModel, saved: Sequence[str]) -> bool:
+    """Whether embedding and head are one matrix and both are trained: then they stay tied.
+
+    Where only one is named, it gets a matrix of its own, and the merged model is not tied any more.
+    """
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if ends[1] is None or ends[0].weight is not ends[1].weight:
+        return False
+    names = [name for name, module in base.named_modules() if module in ends]
+    return all(any(name.endswith(end) for end in saved) for name in names)
 
 
 def initialise_magnitudes(model: PeftModel) -> None:
@@ -121,6 +159,76 @@ def load_for_full(folder: Path, device: torch.device, *, on_cpu: bool = False) -
     return model.requires_grad_(True)
 
 
+def make_masters(model: nn.Module) -> None:
+    """Cast the trained base weights to fp32; their layers still return the dtype that they did."""
+    masters = set(base_weights(model))
+    for layer in model.modules():
+        if isinstance(layer, bnb.Linear4bit | bnb.Linear8bitLt) and layer.bias in masters:
+            _add_bias_in_compute_dtype(layer)
+        elif own := masters.intersection(layer.parameters(recurse=False)):
+            _return_dtype(layer, next(iter(own)).dtype)
+    for weight in masters:
+        weight.data = weight.data.float()
+
+
+def base_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The trained weights that are not LoRA's, each once.
+
+    A layer's vectors count together, trained or not: a norm takes weight and bias in one dtype.
+    """
+    weights: dict[nn.Parameter, None] = {}
+    for name, layer in model.named_modules():
+        own = list(layer.parameters(recurse=False))
+        if "lora_" not in name and any(p.requires_grad for p in own):
+            weights |= dict.fromkeys(p for p in own if p.requires_grad or p.ndim == 1)
+    return list(weights)
+
+
+def _return_dtype(layer: nn.Module, dtype: torch.dtype) -> None:
+    def cast_output(_: nn.Module, _inputs: object, output: object) -> object:
+        return output.to(dtype) if isinstance(output, torch.Tensor) else output
+
+    layer.register_forward_hook(cast_output)
+
+
+def _add_bias_in_compute_dtype(layer: bnb.Linear4bit | bnb.Linear8bitLt) -> None:
+    """Give each forward pass a cast copy of the bias; the gradient goes through it to the master.
+
+    bitsandbytes casts a bias of another dtype in place: the master would be lost.
+    """
+    masters: list[nn.Parameter] = []  # while the layer computes
+
+    def cast_bias(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        masters.append(module.bias)
+        dtype = getattr(module, "compute_dtype", None) or inputs[0].dtype
+        module._parameters["bias"] = module.bias.to(dtype)
+
+    def restore_bias(module: nn.Module, *_: object) -> None:
+        module._parameters["bias"] = masters.pop()
+
+    layer.register_forward_pre_hook(cast_bias)
+    layer.register_forward_hook(restore_bias, always_call=True)
+
+
+@contextmanager
+def as_saved(
+    model: nn.Module, storage_dtype: torch.dtype, compute_dtype: torch.dtype | None = None
+) -> Iterator[None]:
+    """Context in which masters have the values of their file, so that these are evaluated.
+
+    They are rounded to the file's dtype and cast to the compute dtype. LoRA weights are saved in
+    fp32, as they are.
+    """
+    masters = {weight: weight.data for weight in base_weights(model)}
+    for weight in masters:
+        weight.data = weight.data.to(storage_dtype).to(compute_dtype or storage_dtype)
+    try:
+        yield
+    finally:
+        for weight, data in masters.items():
+            weight.data = data
+
+
 def save(
     model: PreTrainedModel | PeftModel,
     folder: Path,
@@ -132,117 +240,22 @@ def save(
     `gathered`: whole matrices of a model that is divided among processes.
     """
     with as_saved(model, dtype):
-        if isinstance(model, PeftModel):
-            state = initialisation.ordinary_state(model)
-            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
-            _rename(folder / SAFETENSORS_WEIGHTS_NAME, model)
-            _settle(folder / "adapter_config.json", targets.on_fused_experts(model))
-            (folder / "README.md").unlink(missing_ok=True)
-        else:
+        if not isinstance(model, PeftModel):
             model.config.dtype = dtype
             experts.save(model, folder, gathered)
-
-
-def _rename(path: Path, model: PeftModel) -> None:
-    """Give the tensors of a mixture the names and the fused experts of the hub's files."""
-    tensors = load_file(path)
-    if experts.layers(model):
+            return
+        state = initialisation.ordinary_state(model)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+    if experts.layers(model):  # the names and the fused experts of the hub's files
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        tensors = load_file(path)
         expert_adapters.fuse(model, tensors)
         names = expert_adapters.saved_names(model, tensors)
         renamed = {names[name]: tensor for name, tensor in tensors.items()}
         save_file(renamed, path, metadata={"format": "pt"})
-
-
-def _settle(path: Path, changes: dict[str, Any]) -> None:
-    """Peft writes lists from sets: unsorted, every later stage would run again."""
-    config = json.loads(path.read_text()) | changes
-    settled = {k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())}
-    files.write_json(path, settled)
-
-
-def _saves_both_ends_of_a_tie(base: PreTrainedModel, saved: Sequence[str]) -> bool:
-    """Whether embedding and head are one matrix and both are trained: then they stay tied.
-
-    Where only one is named, it gets a matrix of its own, and the merged model is not tied any more.
-    """
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    if ends[1] is None or ends[0].weight is not ends[1].weight:
-        return False
-    names = [name for name, module in base.named_modules() if module in ends]
-    return all(any(name.endswith(end) for end in saved) for name in names)
-
-
-def _refuse_for_precision(base: PreTrainedModel, lora: Lora, device: torch.device) -> None:
-    quantized = bnb.quantized_layers(base)
-    if lora.init == "loftq" and not quantized:
-        raise UserError(
-            "lora.init: loftq needs quantized weights. Set quantize.precision to nf4, fp4 or int8, "
-            "or lora.init to default."
-        )
-    int8 = any(isinstance(layer, bnb.Linear8bitLt) for layer in quantized.values())
-    if lora.dora and int8 and device.type == "cpu":
-        raise UserError(
-            "lora.dora: on a CPU, peft loses the scales of int8 weights at the first step. Set "
-            "lora.dora to false, or quantize.precision to nf4."
-        )
-    for end in lora.modules_to_save or []:
-        for name in quantized:
-            if f"{end}." in f"{name}.":
-                raise UserError(
-                    f"lora.modules_to_save: {end!r} takes in {name}, whose quantized weights have "
-                    "no gradient. Name dense modules, such as lm_head."
-                )
-
-
-def _refuse_endless_pattern(base: PreTrainedModel, lora: Lora) -> None:
-    """Match names as peft does; `(.*)*x` takes exponential time."""
-    if not isinstance(lora.target_modules, str):
-        return
-    try:
-        with bounds.limited():
-            for name, _ in base.named_modules():
-                re.fullmatch(lora.target_modules, name)
-    except bounds.Exceeded as exceeded:
-        raise UserError(
-            f"lora.target_modules: {lora.target_modules!r:.80} {exceeded} to match the names of "
-            "this model's modules. Write a simpler pattern, or a list of names."
-        ) from None
-
-
-def _refuse_embedding_with_mask(model: PeftModel) -> None:
-    """Peft calls an embedding with token ids alone; OPT's positions are called with a mask."""
-    for name, layer in model.named_modules():
-        table = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
-        if isinstance(table, nn.Embedding) and len(signature(table.forward).parameters) > 1:
-            raise UserError(
-                f"lora.target_modules: {name} is a {type(table).__name__}, which peft "
-                "cannot adapt. Take it out of them."
-            )
-
-
-def _refuse_missing(model: PeftModel, lora: Lora) -> None:
-    """Peft passes over names without a module, as long as one of them has one."""
-    copies = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
-    named = lora.target_modules if isinstance(lora.target_modules, list) else []
-    tuner = model.base_model
-    routers = [name.removesuffix(".weight") for name in tuner.targeted_parameter_names]
-    for key, ends, modules in (
-        ("target_modules", named, [*tuner.targeted_module_names, *routers]),
-        ("modules_to_save", lora.modules_to_save or [], copies),
-    ):
-        for end in ends:
-            if any(f".{name}".endswith(f".{end}") for name in modules):
-                continue
-            if key == "target_modules" and any(name.endswith(f".{end}") for name in copies):
-                raise UserError(
-                    f"lora.target_modules: {end!r} is in lora.modules_to_save too. Choose an "
-                    "adapter or a full copy."
-                )
-            raise UserError(
-                f"lora.{key}: this model has no module {end!r}. Name modules that it has, such "
-                "as q_proj, lm_head or embed_tokens."
-            )
-    biases = [n for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad]
-    if lora.bias != "none" and not biases:
-        where = "this model" if lora.bias == "all" else "the layers of lora.target_modules"
-        raise UserError(f"lora.bias: there is no bias in {where}. Set it to none.")
+    # peft writes lists from sets: unsorted, every later stage would run again.
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | targets.on_fused_experts(model)
+    sorted_lists = {k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())}
+    files.write_json(path, sorted_lists)
+    (folder / "README.md").unlink(missing_ok=True)

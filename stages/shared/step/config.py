@@ -35,15 +35,12 @@ class Lora(Section):
     @field_validator("target_modules")
     @classmethod
     def _names_or_a_pattern(cls, value: str | list[str]) -> str | list[str]:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"all-linear, a list of names, or a pattern ({error})") from None
         if not value:
             raise ValueError("all-linear, a pattern, or a list of names that is not empty")
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(
-                    f"all-linear, a list of names, or a regular expression ({error})"
-                ) from None
         return value
 
 

@@ -1,8 +1,7 @@
 """Gradient of one optimizer step, however its conversations are divided into micro-batches."""
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
-from itertools import chain
 
 import torch
 from torch import nn
@@ -30,61 +29,52 @@ def accumulate(
     router: RouterLoss | None = None,
     scattered: Container[nn.Parameter] = (),
 ) -> torch.Tensor:
-    """Add the gradient of a step's mean loss to the parameters' `grad`.
+    """Add the gradient of a step's mean loss to the parameters' `grad`; return the loss.
 
     The loss is the sum of -w log p over all supervised tokens of the step, divided by the sum of
-    their weights w (`loss_weight`), which are 1 unless the data says otherwise: a conversation
-    counts by its supervised tokens, whichever micro-batch or process it falls to.
+    their weights w, which are 1 unless the data says otherwise: a conversation counts by its
+    supervised tokens, whichever micro-batch or process it falls to. It is returned in nats, fp64
+    [1], without the router's.
 
     Args:
         model: in training mode.
         micro_batches: of this process, as many as of the others (`packing.even_passes`).
-        loss_weight: of the whole step, over all processes.
+        loss_weight: sum of w over the whole step and all processes.
         dtype: of the matmuls.
         fused: the model was patched by `patch.fuse`.
         scaler: enabled for fp16 on a GPU.
         all_reduce: sums gradient and loss over the processes.
-        router: adds the load-balancing loss of a mixture to the gradient, not to the result.
+        router: adds the load-balancing loss of a mixture to the gradient.
         scattered: parameters whose gradients are summed elsewhere (`shards.Shards`).
-
-    Returns:
-        The loss in nats a supervised token, fp64 [1].
     """
     device = next(model.parameters()).device
     loss = torch.zeros(1, dtype=torch.float64, device=device)
     if router is not None:
         router.total.zero_()
+
+    def backward(batch: Packed) -> torch.Tensor:
+        """Gradient of a row; no graph outlives the call, as int8 layers save all their inputs."""
+        with router.watch(batch) if router else nullcontext():
+            with autocast(device, dtype):
+                losses = (patch if fused else scoring).negative_log_likelihoods(model, batch)
+            loss = (losses * batch.weights).sum() / loss_weight
+            balanced = loss + router.loss(batch, loss_weight) if router else loss
+            scaler.scale(balanced).backward()
+        return loss.detach()
+
     with dequantization_buffer():
-        rows = (packing.packed_rows(model.config, one, device) for one in micro_batches)
-        for batch in chain.from_iterable(rows):
-            loss += _backward(model, batch, loss_weight, dtype, fused, scaler, router)
-    gradients = _gradients(p for p in model.parameters() if p not in scattered)
+        for micro_batch in micro_batches:
+            for row in packing.packed_rows(model.config, micro_batch, device):
+                loss += backward(row)
+    gradients = []
+    for p in model.parameters():
+        if p.requires_grad and p not in scattered:
+            if p.grad is None:  # an expert without tokens; AdamW would leave it out
+                p.grad = torch.zeros_like(p)
+            gradients.append(p.grad)
     if all_reduce is not None:
         all_reduce([loss, *([router.total] if router else []), *gradients])
     return loss
-
-
-def _backward(
-    model: nn.Module,
-    batch: Packed,
-    loss_weight: float,
-    dtype: torch.dtype,
-    fused: bool,
-    scaler: torch.amp.GradScaler,
-    router: RouterLoss | None,
-) -> torch.Tensor:
-    """Add a micro-batch's gradient; returns its part of the loss, fp32 [].
-
-    A function of its own, so that no graph outlives its micro-batch: an int8 layer's saved inputs
-    would add to those of the next.
-    """
-    with router.watch(batch) if router else nullcontext():
-        with autocast(batch.input_ids.device, dtype):
-            losses = (patch if fused else scoring).negative_log_likelihoods(model, batch)
-        loss = (losses * batch.weights).sum() / loss_weight
-        balanced = loss + router.loss(batch, loss_weight) if router else loss
-        scaler.scale(balanced).backward()
-    return loss.detach()
 
 
 def clip(
@@ -101,15 +91,3 @@ def clip(
         norm = (norm.to(squares.device).square() + squares).sqrt()
     clip_grads_with_norm_([*whole, *parts], max_norm, norm)
     return norm.item()
-
-
-def _gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
-    """Gradients of the trainable parameters: zeros for an expert that no token went to.
-
-    AdamW would pass over None, and its result would depend on the number of processes.
-    """
-    trainable = [p for p in parameters if p.requires_grad]
-    for parameter in trainable:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    return [p.grad for p in trainable if p.grad is not None]

@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from stages.shared.core import display
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
+from stages.shared.model.loading import ADAPTER
 from stages.shared.step.config import Lora
-from stages.shared.step.fused.lora import ADAPTER
 from stages.shared.weights.bnb import Linear4bit, Linear8bitLt
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, in] and B [out, r], fp32

@@ -1,4 +1,4 @@
-"""Modules of a mixture that get an adapter, and its trainable parameters by kind."""
+"""Modules that get an adapter: names that match, a mixture's, trainable parameters by kind."""
 
 import re
 from collections import Counter
@@ -6,9 +6,11 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 
+from stages.shared.core import bounds
 from stages.shared.core.errors import UserError
 from stages.shared.model.loading import ADAPTER
 from stages.shared.step.config import Lora
@@ -21,14 +23,6 @@ KINDS = {  # by the name of a parameter; the first that matches
     "attention": re.compile(r"attn|attention"),
     "mlp": re.compile(r"\.(mlp|feed_forward)\."),
 }
-
-
-def refuse_without_experts(base: nn.Module, lora: Lora) -> None:
-    """Raise a UserError if `lora.experts` asks for adapters that the model has no place for."""
-    if lora.experts and not experts.layers(base):
-        raise UserError(
-            "lora.experts: this model has no experts that an adapter could lie on. Set it to null."
-        )
 
 
 def of_mixture(base: Any, lora: Lora) -> dict[str, Any]:
@@ -112,3 +106,46 @@ def left_out(model: nn.Module) -> str | None:
         return None
     frozen = [kind for kind, trained in trainable_by_kind(model).items() if not trained]
     return f"lora: no adapter on {', '.join(frozen)}" if frozen else None
+
+
+def require_terminating_pattern(base: nn.Module, lora: Lora) -> None:
+    """Match names as peft does, a UserError without end: `(.*)*x` takes exponential time."""
+    if not isinstance(lora.target_modules, str):
+        return
+    try:
+        with bounds.limited():
+            for name, _ in base.named_modules():
+                re.fullmatch(lora.target_modules, name)
+    except bounds.Exceeded as exceeded:
+        raise UserError(
+            f"lora.target_modules: {lora.target_modules!r:.80} {exceeded} to match the names of "
+            "this model's modules. Write a simpler pattern, or a list of names."
+        ) from None
+
+
+def require_modules(model: PeftModel, lora: Lora) -> None:
+    """Raise a UserError for names without a module; peft needs one of them alone."""
+    copies = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    named = lora.target_modules if isinstance(lora.target_modules, list) else []
+    tuner = model.base_model
+    routers = [name.removesuffix(".weight") for name in tuner.targeted_parameter_names]
+    for key, ends, modules in (
+        ("target_modules", named, [*tuner.targeted_module_names, *routers]),
+        ("modules_to_save", lora.modules_to_save or [], copies),
+    ):
+        for end in ends:
+            if any(f".{name}".endswith(f".{end}") for name in modules):
+                continue
+            if key == "target_modules" and any(name.endswith(f".{end}") for name in copies):
+                raise UserError(
+                    f"lora.target_modules: {end!r} is in lora.modules_to_save too. Choose an "
+                    "adapter or a full copy."
+                )
+            raise UserError(
+                f"lora.{key}: this model has no module {end!r}. Name modules that it has, such "
+                "as q_proj, lm_head or embed_tokens."
+            )
+    biases = [n for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad]
+    if lora.bias != "none" and not biases:
+        where = "this model" if lora.bias == "all" else "the layers of lora.target_modules"
+        raise UserError(f"lora.bias: there is no bias in {where}. Set it to none.")

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import LlamaForCausalLM
 from stages.shared.core import bounds, files, machine
 from stages.shared.core.errors import UserError
 from stages.shared.model import loading
-from stages.shared.step import adapter, masters
+from stages.shared.step import adapter
 from stages.shared.weights import precision
 from stages.shared.weights.precision import autocast
 from stages.train.checkpoints import claim
@@ -48,11 +49,11 @@ def test_evaluation_computes_with_the_saved_values(
     monkeypatch.setattr(precision, "has_bf16_matmuls", lambda kind: has_bf16)
     dtype = torch.bfloat16 if has_bf16 else torch.float32
     model = load(biased(tmp_path), bias="all", modules_to_save=["lm_head", "embed_tokens"])
-    own = masters.base_weights(model)
+    own = adapter.base_weights(model)
     for weight in own:
         weight.data += 2.0**-14
     before = [weight.detach().clone() for weight in own]
-    with masters.as_saved(model, torch.bfloat16, dtype):
+    with adapter.as_saved(model, torch.bfloat16, dtype):
         scored = logits(model, dtype)
         adapter.save(model, tmp_path / "adapter", torch.bfloat16)
     assert all(w.dtype == torch.float32 for w in own)
@@ -119,7 +120,7 @@ def test_impossible_adapter_is_refused_in_one_line(
 
 
 def test_pattern_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "SECONDS", 0.1)
+    monkeypatch.setattr(bounds, "limited", partial(bounds.limited, 0.1))
     with pytest.raises(UserError, match=r"^lora.target_modules: '\(\.\*\)\*x' takes more than 0.1"):
         load(tmp_path, target_modules="(.*)*x")
 
