@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,8 @@ from stages.shared.weights.precision import autocast
 BATCH = 32
 BATCH_TOKENS = 8192  # of prompts and replies, padding included
 ALONE = Group()
-# Left padding changes their replies: by states and linear attention, and by learned positions.
-UNBATCHED = frozenset(
-    "bart bigbird_pegasus blenderbot blenderbot-small marian mbart minimax mvp pegasus plbart "  # noqa: SIM905
-    "rwkv trocr".split()
-)
+# Left padding enters their states, or the positions that they count themselves.
+PADDING_DEPENDENT = frozenset({"cpmant", "minimax", "rwkv"})
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def generate(
     """
     plain: Any = without_adapter(model)
     positions = _learned_positions(plain)
-    max_rows = BATCH if may_batch(plain.config) else 1
+    max_rows = BATCH if may_batch(plain) else 1
     batches = group_by_length(prompts, max_new_tokens, max_rows)
     if positions == sys.maxsize:  # else one could pass the last position while it waits
         passes = -(-len(batches) // group.size)
@@ -129,9 +127,14 @@ def options(
     )
 
 
-def may_batch(config: Any) -> bool:
+def may_batch(model: PreTrainedModel) -> bool:
     """Whether replies do not depend on the left padding of a batch."""
-    return config.model_type not in UNBATCHED and not has_length_dependent_rope(config)
+    config: Any = model.config
+    # BART and its kin count positions from the padding on; others are told `position_ids`.
+    told = "position_ids" in signature(model.forward).parameters
+    counted = not told and _learned_positions(model) < sys.maxsize
+    dependent = config.model_type in PADDING_DEPENDENT or has_length_dependent_rope(config)
+    return not (counted or dependent)
 
 
 def group_by_length(

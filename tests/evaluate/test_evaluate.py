@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, RwkvConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from stages.evaluate import generate
 from stages.evaluate.evaluate import evaluate, metrics
@@ -94,18 +94,20 @@ def test_groups_have_one_length_and_bounded_tokens() -> None:
 
 
 def test_length_dependent_models_are_not_batched() -> None:
-    config = tiny.model().config
-    assert generate.may_batch(config)
-    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert not generate.may_batch(config)
-    assert not generate.may_batch(RwkvConfig())
+    model = tiny.model()
+    assert generate.may_batch(model)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert not generate.may_batch(model)
 
 
-@pytest.mark.parametrize("kind", ["minimax", "bart"])
+@pytest.mark.parametrize("kind", ["minimax", "bart", "mbart", "pegasus", "trocr", "rwkv", "bloom"])
 def test_reply_depends_on_no_padding(kind: str) -> None:
-    linear = {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2} | HEAD
-    bart = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4}
-    model = random(kind, bart if kind == "bart" else linear)
+    besides = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4}
+    if kind == "minimax":
+        besides = {"layer_types": ["linear_attention", "full_attention"]} | HEAD
+        besides |= {"num_local_experts": 2}
+    model = random(kind, OTHERS.get(kind, besides))
+    assert generate.may_batch(model) == (kind == "bloom")
     prompts = [[*range(5, 25)], [30, 31], [77]]
 
     def reply(*some: list[int]) -> list[generate.Reply]:

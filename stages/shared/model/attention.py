@@ -26,8 +26,6 @@ from stages.shared.model.packing import to_device
 from stages.shared.weights import precision
 
 NAME = "sdpa_per_conversation"
-LARGEST_HEAD = 256  # elements, in the kernel
-CAPABILITIES = (8, 0), (12, 1)  # first and last that the kernel is built for
 
 
 def attend(
@@ -94,11 +92,10 @@ def has_kernel(device: torch.device, dtype: torch.dtype, size: int, value_size: 
     Source: torch 2.13, aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp,
     `mha_varlen_fwd`; sdp_utils.cpp, `check_flash_attention_hardware_support`.
     """
-    fits = size == value_size and size % 8 == 0 and size <= LARGEST_HEAD
+    fits = size == value_size and size % 8 == 0 and size <= 256
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or not fits:
         return False
-    first, last = CAPABILITIES
-    return first <= torch.cuda.get_device_capability(device) <= last
+    return (8, 0) <= torch.cuda.get_device_capability(device) <= (12, 1)
 
 
 def flash_attend(

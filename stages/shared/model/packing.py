@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -72,31 +71,29 @@ class Example:
         return int(self.predictors[-1]) + 1 if len(self.predictors) else len(self)
 
 
+MicroBatches = list[list[Example]]
 # Predicts nothing: its loss and its gradient are 0.
 IDLE = Example(np.zeros(2, np.int64), np.zeros(2, bool), row=0)
 
 
 def read_examples(path: Path) -> list[Example]:
     """Read a split that `prepare` wrote."""
+    examples = []
     with reading(path), path.open("rb") as file:
-        # In this thread: `read_table` waits for ever for one that a limit of memory denies it.
-        stored, names = pq.ParquetFile(file), ["input_ids", "loss_mask", "weights"]
+        stored, names = pq.ParquetFile(file), ("input_ids", "loss_mask", "weights")
         columns = [name for name in names if name in stored.schema_arrow.names]
+        # In this thread: `read_table` waits for ever for one that a limit of memory denies it.
         table = stored.read(columns, use_threads=False)
-        if len(columns) < len(names):
-            table = table.append_column("weights", pa.nulls(len(table), pa.list_(pa.float32())))
-        examples = [
-            Example(
+        for row, (ids, mask, *weights) in enumerate(zip(*table.columns, strict=True)):
+            example = Example(
                 np.asarray(ids.values, dtype=np.int64),
                 np.asarray(mask.values, dtype=bool),
                 row,
-                np.asarray(weights.values) if weights.is_valid else None,
+                np.asarray(weights[0].values) if weights and weights[0].is_valid else None,
             )
-            for row, (ids, mask, weights) in enumerate(zip(*table.columns, strict=True))
-        ]
-        for one in examples:
-            if not 0 < len(one.input_ids) == len(one.loss_mask) or one.input_ids.min() < 0:
-                raise ValueError(f"row {one.row} has no token, a negative one, or no mask to it")
+            if not 0 < len(example) == len(example.loss_mask) or example.input_ids.min() < 0:
+                raise ValueError(f"row {row} has no token, a negative one, or no mask to it")
+            examples.append(example)
     return examples
 
 
@@ -170,9 +167,9 @@ def has_length_dependent_rope(config: Any) -> bool:
     return any(part.get("rope_type") in LENGTH_DEPENDENT for part in every)
 
 
-def bins(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
+def bins(examples: Iterable[Example], max_tokens: int) -> MicroBatches:
     """Micro-batches by first-fit decreasing; a conversation beyond `max_tokens` gets its own."""
-    batches: list[list[Example]] = []
+    batches: MicroBatches = []
     free: list[int] = []
     for example in sorted(examples, key=_longest_first):
         tokens = example.input_tokens
@@ -185,9 +182,7 @@ def bins(examples: Iterable[Example], max_tokens: int) -> list[list[Example]]:
     return batches
 
 
-def partition(
-    examples: Sequence[Example], max_tokens: int, devices: int
-) -> list[list[list[Example]]]:
+def partition(examples: Sequence[Example], max_tokens: int, devices: int) -> list[MicroBatches]:
     """Micro-batches of each device, balanced by tokens: the longest first, to the emptiest.
 
     Source: Graham 1969, Bounds on Multiprocessing Timing Anomalies.
@@ -198,7 +193,7 @@ def partition(
     return [bins(part, max_tokens) for part in parts]
 
 
-def even_passes(parts: Sequence[list[list[Example]]], packs: bool) -> list[list[list[Example]]]:
+def even_passes(parts: Sequence[MicroBatches], packs: bool) -> list[MicroBatches]:
     """Give every device the same number of forward passes: those with fewer get `IDLE` ones.
 
     Each pass gathers sharded weights from all devices, and would wait for ever for one without.

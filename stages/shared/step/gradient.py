@@ -1,7 +1,6 @@
 """Gradient of one optimizer step, however its conversations are divided into micro-batches."""
 
 from collections.abc import Callable, Container, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -52,14 +51,14 @@ def accumulate(
     if router is not None:
         router.total.zero_()
 
-    def backward(batch: Packed) -> torch.Tensor:
+    def backward(row: Packed) -> torch.Tensor:
         """Gradient of a row; no graph outlives the call, as int8 layers save all their inputs."""
-        with router.watch(batch) if router else nullcontext():
-            with autocast(device, dtype):
-                losses = (patch if fused else scoring).negative_log_likelihoods(model, batch)
-            loss = (losses * batch.weights).sum() / loss_weight
-            balanced = loss + router.loss(batch, loss_weight) if router else loss
-            scaler.scale(balanced).backward()
+        if router is not None:
+            router.watch(row)
+        with autocast(device, dtype):
+            losses = (patch if fused else scoring).negative_log_likelihoods(model, row)
+        loss = (losses * row.weights).sum() / loss_weight
+        scaler.scale(loss + router.loss(row, loss_weight) if router else loss).backward()
         return loss.detach()
 
     with dequantization_buffer():

@@ -10,9 +10,7 @@ Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, equations 4 to
 in DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,40 +31,33 @@ class RouterLoss:
 
     def __init__(self, model: nn.Module, weight: float) -> None:
         """`model` is an unfused mixture, with or without an adapter."""
-        self.weight, self._routers = weight, _routers(model)
         config: Any = model.config
-        self._top_k: int = config.get_text_config().num_experts_per_tok
-        self._sums: list[list[torch.Tensor]] = []
+        self.weight, self._top_k = weight, config.get_text_config().num_experts_per_tok
         self.total = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
+        self._lengths: tuple[int, ...] | None = None
+        self._sums: list[torch.Tensor] = []
+        for router in _routers(model):
+            router.register_forward_hook(self._add)
 
-    @contextmanager
-    def watch(self, batch: Packed) -> Iterator[None]:
-        """Context of a micro-batch's forward and backward pass: either may compute its blocks."""
-        self._sums = [[] for _ in self._routers]
-        hooks = [
-            router.register_forward_hook(partial(self._add, number, batch.lengths))
-            for number, router in enumerate(self._routers)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def watch(self, batch: Packed) -> None:
+        """Follow the forward pass of a packed row, up to its `loss`."""
+        self._lengths, self._sums = batch.lengths, []
 
-    def _add(self, layer: int, lengths: tuple[int, ...], _: Any, _inputs: Any, output: Any) -> None:
-        """Sum choices and probabilities over each conversation: fp32 [2, experts]."""
+    def _add(self, _: Any, _inputs: Any, output: Any) -> None:
+        """Sum a layer's choices and probabilities: fp32 [conversations, 2, experts]."""
+        if self._lengths is None:
+            return  # scoring; or checkpointing computes a block again, whose graph this would keep
         probabilities = output[0].softmax(-1, dtype=torch.float32)
         chosen = probabilities.detach().topk(self._top_k).indices
         hits = torch.zeros_like(probabilities, requires_grad=False).scatter_(1, chosen, 1.0)
-        pairs = zip(hits.split(lengths), probabilities.split(lengths), strict=True)
+        pairs = zip(*(x.split(self._lengths) for x in (hits, probabilities)), strict=True)
         sums = [torch.stack([each.sum(0) for each in pair]) for pair in pairs]
-        if self._sums:  # else a block is computed again, whose graph this would keep
-            self._sums[layer] += sums
+        self._sums.append(torch.stack(sums))
 
     def loss(self, batch: Packed, loss_weight: float) -> torch.Tensor:
         """Weighted part of the step's loss, fp32 []; adds to `total`."""
-        layers = torch.stack([torch.stack(sums) for sums in self._sums])
-        self._sums = []
+        layers = torch.stack(self._sums)
+        self._lengths, self._sums = None, []
         hits, probabilities = layers.sum(0).unbind(1)  # [conversations, experts]
         lengths = torch.tensor(batch.lengths, device=layers.device)
         each = hits.shape[1] * (hits * probabilities).sum(1) / (lengths * len(layers)) ** 2
@@ -94,11 +85,9 @@ def weight_of(config: Any, requested: float | None) -> float:
     return requested
 
 
-def _routers(model: nn.Module) -> Sequence[nn.Module]:
+def _routers(model: nn.Module) -> Iterator[nn.Module]:
     """The router of each layer with experts."""
-    routers = []
     for block in model.modules():
-        if any(isinstance(child, experts.Experts) for child in block.children()):
-            named = dict(block.named_children())
-            routers.append(named.get("gate") or named["router"])
-    return routers
+        named = dict(block.named_children())
+        if any(isinstance(child, experts.Experts) for child in named.values()):
+            yield named.get("gate") or named["router"]

@@ -85,43 +85,55 @@ def qkv(
     norm: nn.Module, layers: Sequence[LoraLayer], x: torch.Tensor, rope: Rope | None
 ) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values [tokens, their width] of the residual stream x [tokens, width]."""
-    return _QKV.apply(x, norm, rope, layers, *lora_weights(*layers))
+    return _Projections.apply(x, None, norm, rope, layers, *lora_weights(*layers))
 
 
-class _QKV(torch.autograd.Function):
+def o_proj(residual: torch.Tensor, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    """The output projection of attention's result x [tokens, in], added to the residual stream."""
+    (y,) = _Projections.apply(x, residual, None, None, [layer], *lora_weights(layer))
+    return y
+
+
+class _Projections(torch.autograd.Function):
+    """Linear layers of x, or of its norm; after them RoPE or a residual, where there is one."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        norm: nn.Module,
+        residual: torch.Tensor | None,
+        norm: nn.Module | None,
         rope: Rope | None,
         layers: Sequence[LoraLayer],
         *lora: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.norm, ctx.rope, ctx.layers, ctx.dtype = norm, rope, layers, precision.matmul_dtype(x)
-        normed, rstd = rms_norm_forward(norm, x)
-        (q, k, v), x_a = LoraLinears(layers, lora, ctx.dtype).matmul_lora(normed.to(ctx.dtype))
+        normed, rstd = (x, None) if norm is None else rms_norm_forward(norm, x)
+        residual = None if residual is None else residual.to(ctx.dtype)
+        linears = LoraLinears(layers, lora, ctx.dtype)
+        ys, x_a = linears.matmul_lora(normed.to(ctx.dtype), residual)
         if rope:
-            q, k = apply_rope_qk(q, k, *rope)
+            ys[:2] = apply_rope_qk(*ys[:2], *rope)
         ctx.save_for_backward(x, rstd, x_a, *lora)
-        return q, k, v
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> Gradients:
+    def backward(ctx: Any, *dys: torch.Tensor) -> Gradients:
         x, rstd, x_a, *lora = ctx.saved_tensors
         if ctx.rope:
             cos, sin = ctx.rope
-            dq, dk = apply_rope_qk(dq, dk, cos, -sin)
+            dys = *apply_rope_qk(*dys[:2], cos, -sin), *dys[2:]
         linears = LoraLinears(ctx.layers, lora, ctx.dtype)
-        dys = (dq, dk, dv)
-        normed = recompute_rms_norm(ctx.norm, x, rstd).to(ctx.dtype)
+        normed = x if ctx.norm is None else recompute_rms_norm(ctx.norm, x, rstd)
         dy_b = linears.dy_b(dys)
-        lora_gradients = linears.lora_gradients(dys, normed, x_a, dy_b)
+        lora_gradients = linears.lora_gradients(dys, normed.to(ctx.dtype), x_a, dy_b)
         del normed
         dx = None
         if ctx.needs_input_grad[0]:  # below the first block nothing is trainable
-            dx = rms_norm_backward(ctx.norm, linears.input_gradient(dys, dy_b), x, rstd)
-        return dx, None, None, None, *lora_gradients
+            dx = linears.input_gradient(dys, dy_b)
+            dx = dx if ctx.norm is None else rms_norm_backward(ctx.norm, dx, x, rstd)
+        dresidual = dys[0] if ctx.needs_input_grad[1] else None
+        return dx, dresidual, None, None, None, *lora_gradients
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -147,31 +159,6 @@ def apply_rope_qk(
     if gpu.uses_liger(query.device):
         return gpu.apply_rope_qk(query, key, cos, sin)
     return apply_rope(query, cos, sin), apply_rope(key, cos, sin)
-
-
-def o_proj(residual: torch.Tensor, layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    """The output projection of attention's result x [tokens, in], added to the residual stream."""
-    return _OProj.apply(residual, x, layer, *lora_weights(layer))
-
-
-class _OProj(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, residual: torch.Tensor, x: torch.Tensor, layer: LoraLayer, *lora: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.layer, ctx.dtype = layer, precision.matmul_dtype(x)
-        linear = LoraLinears([layer], lora, ctx.dtype)
-        (y,), x_a = linear.matmul_lora(x.to(ctx.dtype), residual.to(ctx.dtype))
-        ctx.save_for_backward(x, x_a, *lora)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Gradients:
-        x, x_a, *lora = ctx.saved_tensors
-        linear = LoraLinears([ctx.layer], lora, ctx.dtype)
-        dy_b = linear.dy_b([dy])
-        lora_gradients = linear.lora_gradients([dy], x, x_a, dy_b)
-        return dy, linear.input_gradient([dy], dy_b), None, *lora_gradients
 
 
 def swiglu_mlp(norm: nn.Module, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -44,12 +44,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = min(len(hidden), max(1, LOGITS_BYTES[hidden.device.type] // row_bytes))
         # One buffer for all chunks: fresh pages of this size are cleared by the system each time.
         buffer = hidden.new_empty(size, len(head))
-        on_gpu = gpu.on_gpu(hidden.device)
-        cross_entropy = gpu.kernels().cross_entropy if on_gpu else _cross_entropy
+        kernel = gpu.kernels().cross_entropy if gpu.on_gpu(hidden.device) else _cross_entropy
         chunks = zip(*(x.split(size) for x in (hidden, targets, losses, dhidden)), strict=True)
         for some_hidden, some_targets, some_losses, some_dhidden in chunks:
             logits = torch.mm(some_hidden, weight.t(), out=buffer[: len(some_hidden)])
-            cross_entropy(logits, some_targets, some_losses)
+            kernel(logits, some_targets, some_losses)
             torch.mm(logits, weight, out=some_dhidden)
         ctx.save_for_backward(dhidden)
         return losses

@@ -42,33 +42,24 @@ def _has_liger() -> bool:
     return found and metadata.version("liger-kernel").startswith(LIGER_RELEASE)
 
 
-def rms_norm_forward(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm_forward(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `rms_norm.rms_norm_forward`."""
-    y, _, rstd, *_ = _liger().rms_norm_forward(x, weight, epsilon, NO_OFFSET, IN_FP32, ANY_ROWS)
+    settings = norm.variance_epsilon, NO_OFFSET, IN_FP32, ANY_ROWS
+    y, _, rstd, *_ = _liger().rms_norm_forward(x, norm.weight, *settings)
     return y, rstd.view(*x.shape[:-1], 1)
 
 
 def rms_norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
+    norm: Any, dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
     """See `rms_norm.rms_norm_backward`."""
     from liger_kernel.ops.utils import calculate_settings  # noqa: PLC0415
 
     width = x.shape[-1]
-    return _liger().rms_norm_backward(
-        dy.contiguous(),
-        x.view(-1, width),
-        weight,
-        rstd.view(-1),
-        NO_OFFSET,
-        IN_FP32,
-        *calculate_settings(width),
-        in_place=False,
-        row_mode=ANY_ROWS,
-        needs_dw=False,
-    )[0]
+    inputs = dy.contiguous(), x.view(-1, width), norm.weight, rstd.view(-1)
+    settings = NO_OFFSET, IN_FP32, *calculate_settings(width)
+    options = {"in_place": False, "row_mode": ANY_ROWS, "needs_dw": False}
+    return _liger().rms_norm_backward(*inputs, *settings, **options)[0]
 
 
 def apply_rope_qk(

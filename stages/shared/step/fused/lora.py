@@ -1,28 +1,28 @@
-"""QLoRA matmul with its backward pass: a frozen 4-bit weight W and a LoRA adapter s·B·A.
+"""QLoRA matmul with its backward pass: a frozen 4-bit weight W and a trained LoRA adapter s·B·A.
 
-Forward, for the tokens x of a micro-batch:
+Forward, a row of x and y being a token:
 
     y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ
 
-    x [tokens, in], y [tokens, out]    in the compute dtype (bf16 or fp16; fp32 on a CPU without)
-    W [out, in]                        frozen; stored in 4 bits, dequantized to the compute dtype
-    A [r, in], B [out, r]              trained; stored in fp32, cast to the compute dtype
+    x [tokens, in], y [tokens, out]    compute dtype: bf16 or fp16, fp32 on a CPU without them
+    W [out, in]                        stored in 4 bits, dequantized to the compute dtype
+    A [r, in], B [out, r]              stored in fp32, cast to the compute dtype
     s                                  a number: α/r, or α/√r with rank-stabilized LoRA
 
-Backward, from ∂y, the gradient of the loss L in y:
+Backward, from the gradient ∂y of the loss L in y; the gradients of A and B are fp32:
 
     ∂x = ∂y·W + s·(∂y·B)·A            ∂A = s·(∂y·B)ᵀ·x            ∂B = s·∂yᵀ·(x·Aᵀ)
 
-All three follow from dL = ⟨∂y, dy⟩, where ⟨U, V⟩ is the sum of the elements of U∘V. If A changes by
-dA, then dy = s·x·dAᵀ·Bᵀ and dL = ⟨∂y, s·x·dAᵀ·Bᵀ⟩ = ⟨s·(∂y·B)ᵀ·x, dA⟩: the factor of dA is ∂A.
+They follow from dL = ⟨∂y, dy⟩, the sum of the products of all elements. If A changes by dA, then
+dy = s·x·dAᵀ·Bᵀ, and dL = ⟨∂y, s·x·dAᵀ·Bᵀ⟩ = ⟨s·(∂y·B)ᵀ·x, dA⟩: what stands beside dA is ∂A.
 
-Only r numbers a token connect the two halves of the adapter: x·Aᵀ (`x_a` in the code) is saved with
-x for the backward pass, and ∂y·B (`dy_b`) serves ∂x and ∂A. W is never saved: both passes
-dequantize it for the one matmul that reads it. That matmul accumulates onto the adapter's product,
-which comes first, so that the sum is rounded once and y is written in one pass.
+Two small products are used twice: x·Aᵀ (`x_a`, r numbers a token), which is saved with x and gives
+∂B, and ∂y·B (`dy_b`), which gives ∂x and ∂A. W is never saved: each pass dequantizes it for the one
+matmul that needs it. That matmul is added to the adapter's product, which is computed first: the
+sum is rounded once, and y is written in one pass.
 
 Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6; Hu et al. 2021, LoRA,
-arXiv:2106.09685, equation 3; for s, Kalajdzievski 2023, rsLoRA, arXiv:2312.03732.
+arXiv:2106.09685, equation 3; for √r, Kalajdzievski 2023, rsLoRA, arXiv:2312.03732.
 """
 
 from collections.abc import Iterator, Sequence
@@ -78,7 +78,7 @@ class LoraLinears:
             if bias is not None:
                 bias = bias.detach().to(self._dtype)
                 addend = bias if residual is None else residual + bias
-            if addend is None:
+            if addend is None:  # beta 0 overwrites what is there
                 y = x.new_empty(len(x), len(b)).addmm_(x_a_part, b.t(), beta=0, alpha=self.scale)
             else:
                 y = torch.addmm(addend, x_a_part, b.t(), alpha=self.scale)

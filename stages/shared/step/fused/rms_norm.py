@@ -23,7 +23,7 @@ def rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
 def rms_norm_forward(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """y, in the dtype of x, and ρ, in fp32 [..., 1]."""
     if gpu.uses_liger(x.device):
-        return gpu.rms_norm_forward(x, norm.weight, norm.variance_epsilon)
+        return gpu.rms_norm_forward(norm, x)
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
     rstd = torch.rsqrt(squares.div_(x.shape[-1]).add_(norm.variance_epsilon))
     return _scale(norm, x, rstd), rstd
@@ -32,7 +32,7 @@ def rms_norm_forward(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def recompute_rms_norm(norm: Any, x: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
     """Y again, in the backward pass."""
     if gpu.uses_liger(x.device):
-        return gpu.rms_norm_forward(x, norm.weight, norm.variance_epsilon)[0]
+        return gpu.rms_norm_forward(norm, x)[0]
     return _scale(norm, x, rstd)
 
 
@@ -41,7 +41,7 @@ def rms_norm_backward(
 ) -> torch.Tensor:
     """∂x, in the dtype of x."""
     if gpu.uses_liger(x.device):
-        return gpu.rms_norm_backward(dy, x, rstd, norm.weight)
+        return gpu.rms_norm_backward(norm, dy, x, rstd)
     normed = x * rstd  # in fp32, as ρ is
     g = (dy * norm.weight).float()
     mean = (g * normed).mean(-1, keepdim=True)
