@@ -102,7 +102,7 @@ def test_length_dependent_models_are_not_batched() -> None:
 
 @pytest.mark.parametrize("kind", ["minimax", "bart", "mbart", "pegasus", "trocr", "rwkv", "bloom"])
 def test_reply_depends_on_no_padding(kind: str) -> None:
-    besides = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4}
+    besides: dict[str, Any] = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4}
     if kind == "minimax":
         besides = {"layer_types": ["linear_attention", "full_attention"]} | HEAD
         besides |= {"num_local_experts": 2}

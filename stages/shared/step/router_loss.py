@@ -34,8 +34,8 @@ class RouterLoss:
         config: Any = model.config
         self.weight, self._top_k = weight, config.get_text_config().num_experts_per_tok
         self.total = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
-        self._lengths: tuple[int, ...] | None = None
-        self._sums: list[torch.Tensor] = []
+        self._lengths: tuple[int, ...] = ()
+        self._sums: list[torch.Tensor] | None = None
         for router in _routers(model):
             router.register_forward_hook(self._add)
 
@@ -45,19 +45,20 @@ class RouterLoss:
 
     def _add(self, _: Any, _inputs: Any, output: Any) -> None:
         """Sum a layer's choices and probabilities: fp32 [conversations, 2, experts]."""
-        if self._lengths is None:
-            return  # scoring; or checkpointing computes a block again, whose graph this would keep
+        if not self._lengths or not torch.is_grad_enabled():  # scoring
+            return
         probabilities = output[0].softmax(-1, dtype=torch.float32)
         chosen = probabilities.detach().topk(self._top_k).indices
         hits = torch.zeros_like(probabilities, requires_grad=False).scatter_(1, chosen, 1.0)
         pairs = zip(*(x.split(self._lengths) for x in (hits, probabilities)), strict=True)
-        sums = [torch.stack([each.sum(0) for each in pair]) for pair in pairs]
-        self._sums.append(torch.stack(sums))
+        sums = torch.stack([torch.stack([each.sum(0) for each in pair]) for pair in pairs])
+        if self._sums is not None:  # a block that is computed again would keep its graph here
+            self._sums.append(sums)
 
     def loss(self, batch: Packed, loss_weight: float) -> torch.Tensor:
         """Weighted part of the step's loss, fp32 []; adds to `total`."""
-        layers = torch.stack(self._sums)
-        self._lengths, self._sums = None, []
+        layers = torch.stack(self._sums or [])
+        self._sums = None
         hits, probabilities = layers.sum(0).unbind(1)  # [conversations, experts]
         lengths = torch.tensor(batch.lengths, device=layers.device)
         each = hits.shape[1] * (hits * probabilities).sum(1) / (lengths * len(layers)) ** 2

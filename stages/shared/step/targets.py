@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from inspect import signature
 from typing import Any
 
 from peft import PeftModel
@@ -124,7 +125,7 @@ def require_terminating_pattern(base: nn.Module, lora: Lora) -> None:
 
 
 def require_modules(model: PeftModel, lora: Lora) -> None:
-    """Raise a UserError for names without a module; peft needs one of them alone."""
+    """Raise a UserError for names without a module, where peft only wants one to have one."""
     copies = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     named = lora.target_modules if isinstance(lora.target_modules, list) else []
     tuner = model.base_model
@@ -144,6 +145,14 @@ def require_modules(model: PeftModel, lora: Lora) -> None:
             raise UserError(
                 f"lora.{key}: this model has no module {end!r}. Name modules that it has, such "
                 "as q_proj, lm_head or embed_tokens."
+            )
+    for name, layer in model.named_modules():
+        table = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
+        # peft calls an embedding with token ids alone; OPT's positions are called with a mask.
+        if isinstance(table, nn.Embedding) and len(signature(table.forward).parameters) > 1:
+            raise UserError(
+                f"lora.target_modules: {name} is a {type(table).__name__}, which peft cannot "
+                "adapt. Take it out of them."
             )
     biases = [n for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad]
     if lora.bias != "none" and not biases:

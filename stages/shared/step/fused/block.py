@@ -4,8 +4,8 @@
     x ← x + down(silu(gate(n))·up(n)),               n = norm(x)      an expert: down(…), n = x
 
 Saved for the backward pass are x, 1/rms of the norms, x·Aᵀ of each adapter, and what attention or
-SwiGLU reads; everything between is computed again. `tests/shared/step/test_fused.py` holds the
-gradients to fp64.
+SwiGLU reads; everything between is computed again. Losses and gradients are compared with those of
+autograd in `tests/shared/step/test_fused.py`.
 
 Source: Touvron et al. 2023, LLaMA, arXiv:2302.13971, section 2.2.
 """
@@ -108,12 +108,12 @@ class _Projections(torch.autograd.Function):
         *lora: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.norm, ctx.rope, ctx.layers, ctx.dtype = norm, rope, layers, precision.matmul_dtype(x)
-        normed, rstd = (x, None) if norm is None else rms_norm_forward(norm, x)
+        normed, rstd = rms_norm_forward(norm, x) if norm else (x, None)
         residual = None if residual is None else residual.to(ctx.dtype)
         linears = LoraLinears(layers, lora, ctx.dtype)
         ys, x_a = linears.matmul_lora(normed.to(ctx.dtype), residual)
         if rope:
-            ys[:2] = apply_rope_qk(*ys[:2], *rope)
+            ys[0], ys[1] = apply_rope_qk(ys[0], ys[1], *rope)
         ctx.save_for_backward(x, rstd, x_a, *lora)
         return tuple(ys)
 
@@ -122,16 +122,17 @@ class _Projections(torch.autograd.Function):
         x, rstd, x_a, *lora = ctx.saved_tensors
         if ctx.rope:
             cos, sin = ctx.rope
-            dys = *apply_rope_qk(*dys[:2], cos, -sin), *dys[2:]
+            dq, dk, dv = dys
+            dys = *apply_rope_qk(dq, dk, cos, -sin), dv
         linears = LoraLinears(ctx.layers, lora, ctx.dtype)
-        normed = x if ctx.norm is None else recompute_rms_norm(ctx.norm, x, rstd)
+        normed = (recompute_rms_norm(ctx.norm, x, rstd) if ctx.norm else x).to(ctx.dtype)
         dy_b = linears.dy_b(dys)
-        lora_gradients = linears.lora_gradients(dys, normed.to(ctx.dtype), x_a, dy_b)
+        lora_gradients = linears.lora_gradients(dys, normed, x_a, dy_b)
         del normed
         dx = None
         if ctx.needs_input_grad[0]:  # below the first block nothing is trainable
             dx = linears.input_gradient(dys, dy_b)
-            dx = dx if ctx.norm is None else rms_norm_backward(ctx.norm, dx, x, rstd)
+            dx = rms_norm_backward(ctx.norm, dx, x, rstd) if ctx.norm else dx
         dresidual = dys[0] if ctx.needs_input_grad[1] else None
         return dx, dresidual, None, None, None, *lora_gradients
 
@@ -185,10 +186,8 @@ class _MLP(torch.autograd.Function):
         *lora: torch.Tensor,
     ) -> torch.Tensor:
         ctx.norm, ctx.layers, ctx.dtype = norm, layers, precision.matmul_dtype(x)
-        normed, rstd, residual = x, None, None
-        if norm is not None:
-            normed, rstd = rms_norm_forward(norm, x)
-            residual = x.to(ctx.dtype)
+        normed, rstd = rms_norm_forward(norm, x) if norm else (x, None)
+        residual = x.to(ctx.dtype) if norm else None
         gate_up, down = _linears(layers, lora, ctx.dtype)
         (gate, up), x_a = gate_up.matmul_lora(normed.to(ctx.dtype))
         del normed
@@ -201,15 +200,14 @@ class _MLP(torch.autograd.Function):
         x, rstd, gate, up, x_a, down_x_a, *lora = ctx.saved_tensors
         gate_up, down = _linears(ctx.layers, lora, ctx.dtype)
         # First of all: its fp32 temporaries would be the peak beside the gradients of gate and up.
-        normed = x if ctx.norm is None else recompute_rms_norm(ctx.norm, x, rstd)
-        normed = normed.to(ctx.dtype)
+        normed = (recompute_rms_norm(ctx.norm, x, rstd) if ctx.norm else x).to(ctx.dtype)
         dys, down_gradients = _down_backward(down, dy.to(ctx.dtype), gate, up, down_x_a)
         dy_b = gate_up.dy_b(dys)
         gate_up_gradients = gate_up.lora_gradients(dys, normed, x_a, dy_b)
         del normed
         dx = gate_up.input_gradient(dys, dy_b)
         dys.clear()
-        if ctx.norm is not None:
+        if ctx.norm:
             dx = rms_norm_backward(ctx.norm, dx, x, rstd).add_(dy)
         return dx, None, None, *gate_up_gradients, *down_gradients
 
