@@ -19,6 +19,7 @@ from stages.shared.weights.precision import autocast
 from stages.train.checkpoints import claim
 from stages.train.devices import train
 from tests import tiny
+from tests.architectures import BESIDES, saved
 from tests.shared.step.adapters import CPU, IDS, biased, load, logits
 from tests.train.running import settings
 
@@ -117,6 +118,13 @@ def test_impossible_adapter_is_refused_in_one_line(
         load(tmp_path, **lora)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < (340 if lora == {"target_modules": ".*"} else 161)
+
+
+def test_embedding_that_peft_cannot_adapt_is_refused(tmp_path: Path) -> None:
+    base = saved(tmp_path, "opt", BESIDES["opt"])
+    lora = settings(lora__target_modules=["embed_positions"]).lora
+    with pytest.raises(UserError, match=r"embed_positions is a OPT.*, which peft cannot adapt"):
+        adapter.load_for_lora(base, lora, CPU)
 
 
 def test_pattern_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
