@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from stages.prepare.config import Thinking, TrainOn
 from stages.shared.chat.conversation import Conversation, Message, RejectedRow
 from stages.shared.chat.encode import Encoder, Tokens
-from stages.shared.chat.rendered import CONTEXT, Rendered, Span
+from stages.shared.chat.rendering import CONTEXT, Rendered, Span
 from stages.shared.chat.templates import Template
 
 

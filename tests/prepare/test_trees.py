@@ -40,6 +40,12 @@ def test_all_paths_of_a_tree() -> None:
     assert [shared for _, shared in every.branches] == [1, 3, 1]
 
 
+def test_language_and_unread_fields_of_a_tree() -> None:
+    found = parse({"prompt": TREE | {"lang": "nl", "emojis": {"+1": 1}}, "message_tree_id": "1"})
+    assert (found.language, found.form) == ("nl", "oasst")
+    assert found.unknown == ["message_tree_id", "messages.emojis"]
+
+
 @pytest.mark.parametrize("own", [chat_templates.KEPT, chat_templates.DROPPED])
 @pytest.mark.parametrize("train_on", ["assistant", "last"])
 def test_replies_of_a_tree_are_supervised_once(own: str, train_on: Any) -> None:

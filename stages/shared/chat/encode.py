@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from stages.shared.chat.conversation import Conversation, RejectedRow
-from stages.shared.chat.rendered import Rendered, Span
+from stages.shared.chat.rendering import Rendered, Span
 from stages.shared.chat.templates import Template
 from stages.shared.chat.tokenizer import pattern_of
 

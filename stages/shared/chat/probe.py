@@ -5,9 +5,8 @@ import re
 from collections.abc import Collection
 
 from stages.shared.chat.conversation import Conversation, Message, RejectedRow, Role, ToolCall
-from stages.shared.chat.rendered import Rendered
+from stages.shared.chat.rendering import Apply, Rendered, TurnRenderer
 from stages.shared.chat.tokenizer import pattern_of
-from stages.shared.chat.turns import Apply, TurnRenderer
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 

@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.shared.chat import probe
 from stages.shared.chat.conversation import Conversation, Message, RejectedRow, Role
-from stages.shared.chat.rendered import CONTEXT, Part, Rendered
+from stages.shared.chat.rendering import CONTEXT, Part, Rendered, TurnRenderer
 from stages.shared.chat.tokenizer import added_tokens, pattern_of, special_prefix
-from stages.shared.chat.turns import TurnRenderer
 from stages.shared.core import bounds, files
 from stages.shared.core.errors import UserError, reading
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from stages.shared.chat import templates
 from stages.shared.chat.conversation import Conversation, Message, RejectedRow
 from stages.shared.chat.encode import Encoder, Tokens
-from stages.shared.chat.rendered import Part, Rendered
+from stages.shared.chat.rendering import Part, Rendered
 from stages.shared.chat.templates import Template
 from tests import tiny, vocabularies
 from tests.conversations import FORGED, PLAIN, assistant, system, user
