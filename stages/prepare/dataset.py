@@ -177,7 +177,7 @@ def _require_splits(
         remedy = f"Add conversations, change prepare.eval_fraction, or make {_FOLDER}."
         if splitter.own_eval:
             remedy = f"Add conversations to the {split} file."
-        elif splitter.begins_alike and metrics["rows_in"] > 1:
+        elif splitter.has_one_question and metrics["rows_in"] > 1:
             remedy = (
                 "All begin with the same message, and the split goes by the first message. "
                 f"Make {_FOLDER}."

@@ -67,13 +67,10 @@ def encode_file(
         for lines, size in batches:
             pending.append((pool.submit(encode_rows, lines, tokenizer, parameters), size))
             if len(pending) > 2 * workers:
-                yield _result(*pending.popleft())
-        for one in pending:
-            yield _result(*one)
-
-
-def _result(encoded: Future[pa.Table], size: int) -> tuple[pa.Table, int]:
-    return encoded.result(), size
+                encoded, read = pending.popleft()
+                yield encoded.result(), read
+        for encoded, read in pending:
+            yield encoded.result(), read
 
 
 @contextmanager
@@ -142,13 +139,15 @@ def _columns(
     conversation: Conversation, examples: list[Example], parameters: Prepare
 ) -> Iterator[dict[str, Any]]:
     """Columns of each of a conversation's examples."""
-    kept = [one for one in examples if one.branch == 0][-1]  # it holds all messages
+    longest = [one for one in examples if one.branch == 0][-1]  # it holds all messages
     tools, kwargs = conversation.tools, conversation.template_kwargs
     context: dict[str, Any] = {"tools": tools, "template_kwargs": kwargs}
     context |= {"text": conversation.text, "branches": conversation.branches}
-    question = conversation.text or next(m["content"] for m in kept.messages if m["role"] == "user")
+    question = conversation.text or next(
+        m["content"] for m in longest.messages if m["role"] == "user"
+    )
     shared = {
-        "conversation_id": conversation_id(kept.messages, **context),
+        "conversation_id": conversation_id(longest.messages, **context),
         "language": conversation.language,
         "tools": dump(tools) if tools else None,
         "template_kwargs": dump(kwargs) if kwargs else None,
@@ -158,7 +157,7 @@ def _columns(
         "dropped_turns": conversation.dropped_turn,
     }
     for one in examples:
-        answer = conversation.answer if one is kept and one.answered else None
+        answer = conversation.answer if one is longest and one.answered else None
         yield one._asdict() | shared | {"messages": to_columns(one.messages), "answer": answer}
 
 

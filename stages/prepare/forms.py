@@ -17,10 +17,10 @@ from stages.prepare.messages import (
     TOOLS,
     add_thoughts,
     agreed,
+    has_content,
     parse_kwargs,
     parse_messages,
     parse_tools,
-    says,
     unread,
 )
 from stages.prepare.rows import kind_of, loaded, present, require_characters
@@ -84,14 +84,16 @@ def parse(
             _require_agreement({name: fields[name] for name in rest & _TURNS}, paths[0])
             rest -= _TURNS
         unknown |= unread(fields, rest)
-    kept = [drop_unanswered(messages) for messages in paths]
-    shared = [max(_shared(kept[n], one) for one in kept[:n]) for n in range(1, len(kept))]
+    answered = [drop_unanswered(messages) for messages in paths]
+    shared = [
+        max(_common(path, one) for one in answered[:n]) for n, path in enumerate(answered) if n
+    ]
     # Another path of a tree is a row if it has a reply that none before it has.
-    branches = [(path, n) for path, n in zip(kept[1:], shared, strict=True) if len(path) > n]
-    kept[1:] = [path for path, _ in branches]
+    branches = [(path, n) for path, n in zip(answered[1:], shared, strict=True) if len(path) > n]
+    answered[1:] = [path for path, _ in branches]
     if text == "":
         raise RejectedRow("`text` is empty")
-    for path in kept if text is None else ():
+    for path in answered if text is None else ():
         if (problem := problem_with(path)) is not None:
             replied = any(message["role"] == "assistant" for message in paths[0])
             raise RejectedRow(problem if replied else "no reply")
@@ -99,12 +101,12 @@ def parse(
     answer = fields.get("answer") if text is None else None
     answer = None if isinstance(answer, bool | list | dict | None) else str(answer).strip() or None
     language = fields.get("language") or (chosen == "oasst" and fields["prompt"].get("lang"))
-    said = (value for path in kept for message in path for value in message.values())
-    require_characters(text, answer, language, tools, kwargs, *said)
+    values = (value for path in answered for message in path for value in message.values())
+    require_characters(text, answer, language, tools, kwargs, *values)
     if not isinstance(language, str) or not language:
-        language = language_of(kept[0] or [{"role": "user", "content": text or ""}])
+        language = language_of(answered[0] or [{"role": "user", "content": text or ""}])
     return Conversation(
-        messages=kept[0],
+        messages=answered[0],
         branches=branches,
         tools=tools,
         template_kwargs=kwargs,
@@ -131,10 +133,10 @@ def _tree_paths(root: Any, *, every: bool) -> Iterator[list[dict[str, Any]]]:
         replies = fields.get("replies", [])
         if not isinstance(replies, list):
             raise RejectedRow(f"`replies` of {where} is {kind_of(replies)}")
-        kept = [one for one in replies if not (isinstance(one, dict) and one.get("deleted"))]
-        kept = sorted(kept, key=_rank)[: None if every else 1]
-        pending += [(one, path) for one in kept[::-1]]
-        if not kept:
+        replies = [one for one in replies if not (isinstance(one, dict) and one.get("deleted"))]
+        replies = sorted(replies, key=_rank)[: None if every else 1]
+        pending += [(one, path) for one in replies[::-1]]
+        if not replies:
             yield path
 
 
@@ -143,7 +145,7 @@ def _rank(reply: Any) -> float:
     return float(rank) if isinstance(rank, int | float) else math.inf
 
 
-def _shared(path: list[Message], other: list[Message]) -> int:
+def _common(path: list[Message], other: list[Message]) -> int:
     """Number of messages with which both begin."""
     pairs = zip(path, other, strict=False)
     return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
@@ -151,15 +153,15 @@ def _shared(path: list[Message], other: list[Message]) -> int:
 
 def _loaded(fields: dict[str, Any]) -> dict[str, Any]:
     """Prompt and completion that are JSON text of messages or of a tree, as CSV has them."""
-    found = {}
+    parsed = {}
     for name in _PAIRS[1]:
         text = fields.get(name)
         if isinstance(text, str) and text.lstrip()[:1] in ("[", "{") and _HAS_ROLE.search(text):
             value = loaded(text)
             first = value[0] if isinstance(value, list) and value else value
             if isinstance(first, dict) and not first.keys().isdisjoint({"role", "from"}):
-                found[name] = value
-    return found
+                parsed[name] = value
+    return parsed
 
 
 def _mapped(
@@ -167,7 +169,7 @@ def _mapped(
 ) -> dict[str, Any]:
     """Fields under their names; a column that has the name of a mapped one is not read."""
     rest = fields.keys() - {*columns.values()}
-    unknown |= {name for name in rest & columns.keys() if says(fields[name])}
+    unknown |= {name for name in rest & columns.keys() if has_content(fields[name])}
     mapped = {name: fields[column] for name, column in columns.items() if column in fields}
     if not mapped:
         lacks = ", ".join(f"`{column}`" for column in columns.values())
@@ -229,7 +231,7 @@ def _turns(
         paths = _tree_paths(fields.get("prompt"), every=every)
         return [parse_messages(path, unknown) for path in paths], {"prompt"}
     if form == "messages":
-        names = [name for name in _LISTS if says(fields.get(name))]
+        names = [name for name in _LISTS if has_content(fields.get(name))]
         if not names:
             raise RejectedRow(f"no messages in {', '.join(fields)[:80]}")
         lists = {name: parse_messages(fields[name], unknown) for name in names}
@@ -263,7 +265,7 @@ def _prompt_completion(fields: dict[str, Any], unknown: set[str]) -> list[Messag
 def _history(value: Any) -> list[Message]:
     """Parse Alpaca's earlier exchanges, a list of pairs."""
     messages: list[Message] = []
-    value = loaded(value) if says(value) else []
+    value = loaded(value) if has_content(value) else []
     for pair in value if isinstance(value, list) else [value]:
         match pair:
             case [str(question), str(reply)]:
@@ -276,7 +278,7 @@ def _history(value: Any) -> list[Message]:
 
 def _with_system(fields: dict[str, Any], messages: list[Message]) -> list[Message]:
     """Prepend the row's own system message, if any."""
-    contents = {_text(fields, name) for name in _SYSTEM if says(fields.get(name))}
+    contents = {_text(fields, name) for name in _SYSTEM if has_content(fields.get(name))}
     if not contents:
         return messages
     first = [message["content"] for message in messages[:1] if message["role"] == "system"]
@@ -293,17 +295,17 @@ def _text(fields: dict[str, Any], name: str) -> str:
     return normalize(value)
 
 
-def _require_agreement(others: dict[str, Any], messages: list[Message]) -> None:
+def _require_agreement(fields: dict[str, Any], messages: list[Message]) -> None:
     """Refuse fields of other formats that contradict the messages."""
     contents = [message["content"] for message in messages]
-    for name in sorted(filter(lambda name: says(others[name]), others)):
-        value = others[name]
+    for name in sorted(name for name in fields if has_content(fields[name])):
+        value = fields[name]
         if not isinstance(value, str):
             same = all(message in messages for message in parse_messages(value, set()))
         else:  # paragraphs of a message, or all of it (of the prompt) rendered by some template
             text = normalize(value)
-            said = [m["content"] for m in messages if name == "text" or m["role"] == "user"]
-            rendered = all(part in text for one in said for part in one.split("\n\n"))
+            prompts = [m["content"] for m in messages if name == "text" or m["role"] == "user"]
+            rendered = all(part in text for one in prompts for part in one.split("\n\n"))
             same = (rendered and name in ("text", "prompt")) or any(
                 f"\n\n{text}\n\n" in f"\n\n{one}\n\n" for one in contents
             )

@@ -129,12 +129,13 @@ class ExampleEncoder:
                 raise self._too_long()
             cut = self._examples(shorter)
             return [one._replace(truncated=True, answered=False) for one in cut]
-        kept = [i for i in range(len(rows)) if len(rows) == 1 or fit[i]] or [*range(len(rows))][:1]
+        fitting = [i for i in range(len(rows)) if len(rows) == 1 or fit[i]]
+        fitting = fitting or [*range(len(rows))][:1]
         return [
             self._mask(
-                conversation, rows[i], tokens[i], len(kept) < len(rows), fit[i] == len(ends[i])
+                conversation, rows[i], tokens[i], len(fitting) < len(rows), fit[i] == len(ends[i])
             )
-            for i in kept
+            for i in fitting
         ]
 
     def _parts(self, rendered: Rendered, tokens: Tokens) -> list[Example]:
@@ -145,7 +146,6 @@ class ExampleEncoder:
         return [
             self._example(
                 [],
-                rendered,
                 rendered.text[part.starts.min() : part.ends.max()],
                 part,
                 np.ones(len(part), np.float32),
@@ -172,8 +172,8 @@ class ExampleEncoder:
         weights = np.zeros(len(tokens), np.float32)
         for weight, spans in self._weighted_spans(messages, rendered, conversation.shared):
             weights[tokens.overlap(spans)] = weight
-        found = self._example(messages, rendered, text, tokens, weights, rendered.turn)
-        return found._replace(truncated=truncated, answered=answered)
+        example = self._example(messages, text, tokens, weights, rendered.turn)
+        return example._replace(truncated=truncated, answered=answered)
 
     def _weighted_spans(
         self, messages: Sequence[Message], rendered: Rendered, shared: int
@@ -183,8 +183,8 @@ class ExampleEncoder:
         replies = dict(zip(indices, rendered.replies, strict=False))
         if self._train_on == "all":
             spans = [*replies.items()]
-            others = (part for part in rendered.parts if part.owner not in {CONTEXT, *replies})
-            spans += ((part.owner, part[:2]) for part in others)
+            prompts = (part for part in rendered.parts if part.owner not in {CONTEXT, *replies})
+            spans += ((part.owner, part[:2]) for part in prompts)
         else:
             spans = [*replies.items()][-1 if self._train_on == "last" else 0 :]
         spans = [(owner, span) for owner, span in spans if owner >= shared]
@@ -200,7 +200,6 @@ class ExampleEncoder:
     def _example(
         self,
         messages: list[Message],
-        rendered: Rendered,
         text: str,
         tokens: Tokens,
         weights: np.ndarray,

@@ -88,12 +88,12 @@ def _message(number: int, fields: Any, unknown: set[str]) -> tuple[Message, bool
     if is_call:
         calls, content = parse_calls(content, where, unknown), None
     elif role == "assistant" and not plain:
-        some = {
+        lists = {
             name: parse_calls(fields[name], where, unknown)
             for name in _CALLS
-            if says(fields.get(name))
+            if has_content(fields.get(name))
         }
-        calls = agreed(some, _CALLS, where) or []
+        calls = agreed(lists, _CALLS, where) or []
     if role == "tool" and not (isinstance(content, str | None) or _are_parts(content)):
         content = dump(content)  # a result that is JSON
     if isinstance(content, list):
@@ -114,7 +114,7 @@ def _add_fields(message: Message, fields: dict[str, Any], where: str, unknown: s
     """Add a message's other fields, and name those that are not read."""
     if message["role"] == "tool":
         for name in _OF_TOOLS:
-            if says(fields.get(name)):
+            if has_content(fields.get(name)):
                 message[name] = str(fields[name])
     rest = fields.keys() - _READ - _READ_OF.get(message["role"], set())
     unknown |= {f"messages.{name}" for name in unread(fields, rest, where)}
@@ -168,21 +168,21 @@ def _call(value: Any, where: str, unknown: set[str]) -> ToolCall:
     if not isinstance(name, str) or not name:
         raise RejectedRow(f"`name`{where} is {kind_of(name)}, expected a function's name")
     if isinstance(arguments, str):
-        arguments = loaded(arguments) if says(arguments) else {}
+        arguments = loaded(arguments) if has_content(arguments) else {}
     if not isinstance(arguments, dict):
         kind = kind_of(arguments)
         raise RejectedRow(
             f"`arguments`{where} is {kind}, expected a JSON object: {arguments!s:.40}"
         )
     call: ToolCall = {"name": name, "arguments": arguments}
-    if says(fields.get("id")):
+    if has_content(fields.get("id")):
         call["id"] = str(fields["id"])
     return call
 
 
 def parse_tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Parse function schemas, OpenAI's or bare ones, also as JSON text."""
-    lists = {name: loaded(fields[name]) for name in TOOLS if says(fields.get(name))}
+    lists = {name: loaded(fields[name]) for name in TOOLS if has_content(fields.get(name))}
     values = {name: v if isinstance(v, list) else [v] for name, v in lists.items()}
     return agreed({name: [*map(_tool, v, count(1))] for name, v in values.items()}, TOOLS)
 
@@ -203,7 +203,7 @@ def _tool(value: Any, number: int) -> dict[str, Any]:
 def parse_kwargs(fields: dict[str, Any]) -> dict[str, Any]:
     """Parse the row's own arguments for the chat template."""
     value = loaded(fields.get(KWARGS))
-    if not says(value):
+    if not has_content(value):
         return {}
     if not isinstance(value, dict):
         raise RejectedRow(f"`{KWARGS}` is {kind_of(value)}, expected an object")
@@ -216,7 +216,7 @@ def add_thoughts(message: Message, fields: dict[str, Any], where: str) -> None:
     """Add the thoughts of a reply: of its fields, or of `<think>` at the beginning of its text."""
     thoughts = set[str]()
     for name in THOUGHTS:
-        if says(value := fields.get(name)):
+        if has_content(value := fields.get(name)):
             if not isinstance(value, str):
                 raise RejectedRow(f"`{name}`{where} is {kind_of(value)}, expected a text")
             thoughts.add(normalize(value))
@@ -230,7 +230,7 @@ def add_thoughts(message: Message, fields: dict[str, Any], where: str) -> None:
 
 
 def _weight(fields: dict[str, Any], where: str) -> float:
-    weights = {name: fields[name] for name in _WEIGHTS if says(fields.get(name))}
+    weights = {name: fields[name] for name in _WEIGHTS if has_content(fields.get(name))}
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or (weight and not 1e-6 <= weight <= 1e6):
             raise RejectedRow(f"`{name}`{where} is {weight!r:.40}, expected 0 or 1e-6 to 1e6")
@@ -240,28 +240,28 @@ def _weight(fields: dict[str, Any], where: str) -> float:
 
 def agreed(fields: Mapping[str, Any], names: Sequence[str], where: str = "") -> Any:
     """Value of the fields of these names, which must be equal; None where there is none."""
-    found = {name: fields[name] for name in names if name in fields}
-    value = next(iter(found.values()), None)
-    if any(other != value for other in found.values()):
-        some = " and ".join(f"`{name}`" for name in found)
-        raise RejectedRow(f"{some}{where} differ; remove one")
+    values = {name: fields[name] for name in names if name in fields}
+    value = next(iter(values.values()), None)
+    if any(other != value for other in values.values()):
+        both = " and ".join(f"`{name}`" for name in values)
+        raise RejectedRow(f"{both}{where} differ; remove one")
     return value
 
 
 def unread(fields: dict[str, Any], names: Set[str], where: str = "") -> set[str]:
     """Filter names of non-empty fields; `RejectedRow` for one that carries meaning."""
-    said = {name for name in names if says(fields[name])}
-    for name in sorted(said & _UNREAD.keys()):
+    filled = {name for name in names if has_content(fields[name])}
+    for name in sorted(filled & _UNREAD.keys()):
         if not (_UNREAD[name] == "weight" and fields[name] == 1):
             advice = "; map it by prepare.columns: {input: context}" if name == "context" else ""
             raise RejectedRow(f"`{name}`{where} is not read ({_UNREAD[name]}){advice}")
-    return said - _UNREAD.keys()
+    return filled - _UNREAD.keys()
 
 
-def says(value: Any) -> bool:
-    """Whether a value is more than null, NaN or empty, at any depth."""
+def has_content(value: Any) -> bool:
+    """Whether a value is not null, NaN or empty, at any depth."""
     if isinstance(value, dict | list):
-        return any(map(says, value.values() if isinstance(value, dict) else value))
+        return any(map(has_content, value.values() if isinstance(value, dict) else value))
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null")
     return value is not None and not is_nan(value)

@@ -154,12 +154,12 @@ class Mixture(RowGroups):
         self.close()
         sources, tokens = np.concatenate(self._sources), np.concatenate(self._tokens)
         drawn = draw(tokens, sources, [*self._weights.values()], seed, limit)
-        for found, why in (
+        for present, why in (
             (sources, "it has no conversation for training. Set it to 0, or add some."),
             (sources[drawn], "too little for a conversation. Raise it, or prepare.max_rows."),
         ):
             for i, (name, weight) in enumerate(self._weights.items()):
-                if weight and i not in found:
+                if weight and i not in present:
                     raise UserError(
                         f"params.yaml: prepare.mix gives {name} the weight {weight}; {why}"
                     )
@@ -196,10 +196,10 @@ class Tally:
     def add(self, source: Source, heads: pa.Table, outcomes: np.ndarray) -> None:
         """Count conversations by their first rows, and unread fields; list the rejected ones."""
         self.outcomes.update(outcomes.tolist())
-        kept = heads.select(["form", *_FLAGS]).filter(np.isin(outcomes, SPLITS))
+        accepted = heads.select(["form", *_FLAGS]).filter(np.isin(outcomes, SPLITS))
         for name in _FLAGS:
-            self.flags[name] += pc.sum(kept[name]).as_py() or 0
-        self.forms.update(kept["form"].to_pylist())
+            self.flags[name] += pc.sum(accepted[name]).as_py() or 0
+        self.forms.update(accepted["form"].to_pylist())
         for name in pc.list_flatten(heads["unknown"]).to_pylist():
             _add(self.unknown, name)
         for row in heads.select(["line", "reason"]).filter(outcomes == "rejected").to_pylist():

@@ -179,12 +179,8 @@ def _texts_of(value: Any, depth: int = 0) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for name, one in value.items():
-            yield name
-            if isinstance(one, str):
-                yield one
-            else:
-                yield from _texts_of(one, depth + 1)
+        yield from value
+        yield from _texts_of([*value.values()], depth)
     elif isinstance(value, list | tuple):
         for one in value:
             yield from _texts_of(one, depth + 1)

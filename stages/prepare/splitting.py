@@ -48,7 +48,7 @@ class Splitter:
         return self.max_rows is not None and self._train_rows >= self.max_rows
 
     @property
-    def begins_alike(self) -> bool:
+    def has_one_question(self) -> bool:
         """Whether all conversations have the same first message."""
         return len(self._questions) == 1
 

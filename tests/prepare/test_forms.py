@@ -48,8 +48,6 @@ def reply(**fields: Any) -> dict[str, Any]:
         ({"messages": [{"role": "developer", "content": "S"}, *TWO]}, [system("S"), *TWO]),
         ({"messages": json.dumps(TWO)}, TWO),
         ({"messages": [m | {"from": None, "value": float("nan")} for m in TWO]}, TWO),
-        ({"conversations": [{"from": "human", "value": "two"}, {"from": "gpt", "value": "four"}]},
-         TWO),
         ({"instruction": "two", "output": "four"}, TWO),
         ({"instruction": "two", "input": "", "output": "four"}, TWO),
         ({"instruction": "add", "input": "2, 2", "output": "4"},

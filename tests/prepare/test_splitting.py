@@ -46,9 +46,9 @@ def test_each_outcome() -> None:
 def test_all_begin_alike() -> None:
     splitter = Splitter(own_eval=False, max_rows=None)
     assert assign(splitter, [("train", "a", "p"), ("train", "b", "p")]) == ["train"] * 2
-    assert splitter.begins_alike
+    assert splitter.has_one_question
     assign(splitter, [("train", "c", "q")])
-    assert not splitter.begins_alike
+    assert not splitter.has_one_question
 
 
 def test_digests_of_earlier_rows_are_a_set() -> None:

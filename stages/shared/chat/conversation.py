@@ -65,17 +65,17 @@ def conversation_id(messages: list[Message], **context: Any) -> str:
     template_kwargs, text) after the messages; keys are sorted, empty ones left out.
     """
     turns: list[Any] = [
-        [m["role"], m["content"], *(_more(m) if len(m) > 2 else ())] for m in messages
+        [m["role"], m["content"], *(_other_fields(m) if len(m) > 2 else ())] for m in messages
     ]
-    said = {name: value for name, value in context.items() if value}
-    return hashlib.sha256(_encode([*turns, said] if said else turns).encode()).hexdigest()
+    context = {name: value for name, value in context.items() if value}
+    return hashlib.sha256(_encode([*turns, context] if context else turns).encode()).hexdigest()
 
 
 # Made once, which takes longer than to encode.
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 
 
-def _more(message: Message) -> Iterator[Any]:
+def _other_fields(message: Message) -> Iterator[Any]:
     if (weight := message.get("weight")) is not None:
         yield int(weight) if weight == int(weight) else weight
     names = message.keys() - {"role", "content", "weight"}

@@ -116,12 +116,13 @@ class Marks:
 
     def wrap_tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
         """Put marks around a schema's name and other strings."""
-        found = self.wrap_value(dict(tool), CONTEXT)
-        for holder, original in ((found.get("function"), tool.get("function")), (found, tool)):
+        wrapped = self.wrap_value(dict(tool), CONTEXT)
+        levels = ((wrapped.get("function"), tool.get("function")), (wrapped, tool))
+        for holder, original in levels:
             if isinstance(holder, dict) and isinstance(original, dict) and "name" in original:
                 holder["name"] = self.wrap(str(original["name"]), CONTEXT, "name")
                 break
-        return dict(found)
+        return dict(wrapped)
 
     def read(self, marked: str) -> Rendered:
         """Take the marks out of a rendering."""

@@ -135,7 +135,7 @@ class Template:
         One row, where each prompt and reply is rendered as a server has them; else a row for each
         of the `selected` replies (indices of messages), or the whole rendering if none is.
         """
-        if not _has_more(conversation):
+        if not _has_extras(conversation):
             if (joined := self._join(conversation.messages)) is not None:
                 return [joined]
         elif not self.is_own and self.name != "chatml":
@@ -308,8 +308,8 @@ def _unfit(name: str, reason: str) -> UserError:
     )
 
 
-def _has_more(conversation: Conversation) -> bool:
-    """Whether a conversation has more than roles and contents."""
+def _has_extras(conversation: Conversation) -> bool:
+    """Whether a conversation has tools, thoughts, calls or template arguments."""
     return bool(conversation.tools or conversation.template_kwargs) or any(
         message["role"] == "tool" or not message.keys() <= _PLAIN
         for message in conversation.messages
