@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from stages.shared.core import display
 from stages.shared.model.loading import without_adapter
@@ -62,6 +63,19 @@ def is_correct(reply: str, answer: str) -> bool:
     return bool(last) and last == expected
 
 
+@dataclass
+class _Progress(BaseStreamer):
+    """Advances the bar with each token of a batch."""
+
+    bar: Any
+
+    def put(self, value: torch.Tensor) -> None:
+        self.bar.update(int(value.ndim == 1))  # first come the prompts, [rows, width]
+
+    def end(self) -> None:
+        pass
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -87,8 +101,9 @@ def generate(
         batches = own + batches[:1] * (passes - len(own))  # once more, to the same replies
     pad = partial(pad_sequence, batch_first=True, padding_side="left")  # all replies start together
     replies: dict[int, Reply] = {}
-    with display.bar(total=sum(map(len, batches)), desc="answers", unit="row") as bar:
-        for batch in batches:
+    total = len(batches) * max_new_tokens
+    with display.bar(total=total, desc="answers", unit="batch-token") as bar:
+        for done, batch in enumerate(batches, start=1):
             tokens = [torch.tensor(prompts[i], device=device) for i in batch]
             ids = pad(tokens, padding_value=stop_ids[0])
             width = ids.shape[1]
@@ -98,11 +113,12 @@ def generate(
                     input_ids=ids,
                     attention_mask=pad([torch.ones_like(one) for one in tokens]),
                     generation_config=options(model, new_tokens, stop_ids),
+                    streamer=_Progress(bar),
                     synced_gpus=group.size > 1,
                 )
             for i, row in zip(batch, output[:, width:].tolist(), strict=True):
                 replies[i] = decode(tokenizer, row, stop_ids)
-            bar.update(len(batch))
+            bar.update(done * max_new_tokens - bar.n)
     for part in group.gather(replies):
         replies |= part
     return [replies[i] for i in range(len(prompts))]
