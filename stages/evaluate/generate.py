@@ -179,8 +179,13 @@ def _learned_positions(model: PreTrainedModel) -> int:
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int]) -> Reply:
     """Reply of generated tokens, which may go on after the stop token."""
+    text, raw = (to_text(tokenizer, ids, stop_ids, skip_control=skip) for skip in (True, False))
+    return Reply(text.strip(), not set(stop_ids).isdisjoint(ids), raw.strip())
+
+
+def to_text(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int], *, skip_control: bool
+) -> str:
+    """Text of tokens up to a stop token, control tokens left out or by name."""
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    text, raw = (
-        str(tokenizer.decode(ids[:end], skip_special_tokens=skip)).strip() for skip in (True, False)
-    )
-    return Reply(text, end is not None, raw)
+    return str(tokenizer.decode(ids[:end], skip_special_tokens=skip_control))

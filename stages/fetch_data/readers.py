@@ -161,14 +161,15 @@ def read_csv(file: IO[bytes], name: str, limit: int) -> Iterator[bytes]:
     csv.field_size_limit(limit)
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     read_line = partial(text.readline, limit + 1)
-    first, latest, row = read_line(), "", list[str]()
+    first, latest, size, last = read_line(), "", 0, list[str]()
     separator = max(",;\t|", key=lambda s: len(next(csv.reader([first], delimiter=s), [])))
     long_row = f"a row is longer than prepare.max_row_bytes, {limit:,}"
 
     def lines() -> Iterator[str]:
-        nonlocal latest
+        nonlocal latest, size
         for latest in chain([first], iter(read_line, "")):
-            if len(latest) > limit:
+            size += len(latest)  # of a record, which quotes may spread over lines
+            if size > limit:
                 advice = "Correct the quotes there, or raise it."
                 raise UserError(f"{name}:{rows.line_num + 1}: {long_row}. {advice}")
             yield latest
@@ -176,8 +177,12 @@ def read_csv(file: IO[bytes], name: str, limit: int) -> Iterator[bytes]:
     rows = csv.reader(lines(), delimiter=separator, strict=True)
     try:
         header = next(rows, [])
+        size = 0
         _require_distinct(header, f"{name}:1")
-        for row in filter(None, rows):
+        for row in rows:
+            size, last = 0, row or last
+            if not row:
+                continue
             if len(row) == len(header):
                 yield dump(dict(zip(header, row, strict=True)))
             else:
@@ -189,10 +194,10 @@ def read_csv(file: IO[bytes], name: str, limit: int) -> Iterator[bytes]:
         elif "unexpected end of data" in str(error):
             what = f"ends inside a quoted field. {TRUNCATED}"
         raise UserError(f"{name}:{rows.line_num}: {what}") from None
-    if not row:
+    if not last:
         raise UserError(f"{name}: has no row below its header. Check what wrote it.")
-    if len(row) < len(header) and not latest.endswith(("\r", "\n")):
-        what = f"the last row has {len(row)} of {len(header)} columns. {TRUNCATED}"
+    if len(last) < len(header) and not latest.endswith(("\r", "\n")):
+        what = f"the last row has {len(last)} of {len(header)} columns. {TRUNCATED}"
         raise UserError(f"{name}:{rows.line_num}: {what}")
 
 

@@ -61,11 +61,15 @@ class Stream(StoppingCriteria):
         return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
 
     def extend(self, text: str, *, whole: bool = False) -> None:
-        """Pass on what is new; the beginning of a stop string or a character is held back."""
+        """Pass on what is new; the beginning of a stop string or a character is held back.
+
+        So is white space, which does not end a reply unless a stop string follows it.
+        """
         places = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         longest = max(map(len, self._stops), default=1)
-        held = min(len(text) - longest + 1, len(text.rstrip("\N{REPLACEMENT CHARACTER}")))
-        end = min(places) if places else len(text) if whole else held
+        printed = text if whole else text.rstrip("\N{REPLACEMENT CHARACTER}")
+        held = len(text) if whole else len(text) - longest + 1
+        end = min(places) if places else min(held, len(printed.rstrip()))
         if end > len(self.text):
             self._on_text(text[len(self.text) : end])
             self.text = text[:end]
@@ -117,7 +121,8 @@ class Replier:
         stop_ids = self._form.stop_ids
 
         def decode(new: list[int]) -> str:
-            return generate.decode(self._tokenizer, new, stop_ids).text
+            text = generate.to_text(self._tokenizer, new, stop_ids, skip_control=True)
+            return text.lstrip()  # a reply may begin with the prompt's space
 
         stream = Stream(decode, len(prompt), stop_strings, on_text)
         most, warmth = min(max_new_tokens, room), temperature if temperature >= COLDEST else 0.0

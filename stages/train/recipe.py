@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,15 +97,10 @@ class Recipe:
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_parameters = sum(p.numel() for p in trainable)
 
-        # Fusing undoes double quantization of weights on a CPU: those for a GPU are moved there
-        # first, and those that stay are divided afterwards.
-        on_gpu = plan.device.type == "cuda"
-        shard = partial(Shards, model, group, plan.device, trained=params.method == "full")
-        self.shards = shard() if plan.sharded and on_gpu else None
         if plan.fused:
             fuse(model)
-        if plan.sharded and not on_gpu:
-            self.shards = shard()
+        full = params.method == "full"
+        self.shards = Shards(model, group, plan.device, trained=full) if plan.sharded else None
         if plan.gradient_checkpointing:
             model.config.use_cache = False
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -119,7 +113,7 @@ class Recipe:
         self.optimizer = optim.make_optimizer([*self.whole, *self.parts], params, plan.device)
         self.scheduler = optim.make_scheduler(self.optimizer, params, self.schedule.total)
         # fp16 has too few exponents for small gradients: on a GPU the loss is scaled up.
-        fp16 = on_gpu and plan.compute_dtype == torch.float16
+        fp16 = plan.device.type == "cuda" and plan.compute_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(plan.device.type, enabled=fp16)
         weight = router_loss.weight_of(model.config, params.router_aux_loss)
         self.router = RouterLoss(model, weight) if weight else None  # of a mixture of experts

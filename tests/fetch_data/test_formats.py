@@ -230,6 +230,11 @@ X = b"x" * 9000
             b'a\n1\n"' + b"x\n" * 9000,
             "a.csv:150[23]: a row is longer than prepare.max_row",
         ),
+        (
+            "a.csv",
+            b"a,b\n1,2\n" + b'"x\n",' * 9000,
+            "a.csv:.*: a row is longer than prepare.max_row",
+        ),
     ],
 )
 def test_row_that_cannot_be_passed_over_ends_in_one_line(

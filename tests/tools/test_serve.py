@@ -161,6 +161,14 @@ def test_stop_string_over_two_pieces_is_held_back() -> None:
     assert ("".join(passed), stream.text, stream.stopped) == (*[" one ## two "] * 2, True)
 
 
+def test_stop_string_of_white_space_ends_a_reply() -> None:
+    passed: list[str] = []
+    stream = Stream(lambda _: "", 0, ["\n\n"], passed.append)
+    for text in ("one", "one\n", "one\n\n"):
+        stream.extend(text)
+    assert ("".join(passed), stream.text, stream.stopped) == ("one", "one", True)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [

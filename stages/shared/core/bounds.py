@@ -72,6 +72,8 @@ def require_possible_sizes(config: Any) -> None:
     sizes = vars(text)  # not by `getattr`, which raises where they differ from block to block
     sizes = sizes | {name: sizes.get(own) for name, own in text.attribute_map.items()}
     sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    if "kv_lora_rank" in sizes:  # latent attention has no key-value heads (DeepSeek)
+        sizes["num_key_value_heads"] = 1
     for name, largest in LARGEST.items():
         if not 0 < sizes.get(name, 1) <= largest:
             raise ValueError(f"{name} is {sizes[name]}")

@@ -110,8 +110,9 @@ def _explain(error: BaseException, command: str) -> str:
         return f"{command}: too many open files. Raise their limit, `ulimit -n`."
     if name and isinstance(error, FileNotFoundError):
         return f"{name}: not there; `dvc repro` runs the stages that write it, in order"
-    if name and isinstance(error, OSError):
-        return f"{name}: {error.strerror}; expected a place that can be read and written"
+    reason = str(error.strerror) if isinstance(error, OSError) and name else _describe(error)
+    if name or re.search(r"\(os error \d+\)", reason):  # raised in Rust
+        return f"{name or command}: {reason}; expected a place that can be read and written"
     return f"{command}: {_describe(error)}, {_log(error, command)}"
 
 

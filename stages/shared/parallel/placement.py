@@ -91,8 +91,11 @@ def shards_for(folder: Path, target: torch.device, member: Member | None = None)
     """
     requested, size = machine(), sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     own = target.type == "cpu" and not member  # processes of a CPU share its memory
+    whole = requested.shard == "false"
     if member:
         devices = member[0].size
+    elif whole:
+        devices = 1
     else:
         devices = device_count(target, requested.devices) * requested.nodes
     memory = total_memory_bytes(target.type)
@@ -100,9 +103,10 @@ def shards_for(folder: Path, target: torch.device, member: Member | None = None)
     divided = requested.shard == "true" or (requested.shard == "auto" and not fits)
     parts = devices if divided else 1
     if target.type == "cuda" and size / parts > memory:
+        advice = "Unset QLORA_SHARD" if whole else "Take more devices"
         raise UserError(
             f"{folder}: needs {size / parts / GIB:.1f} GiB on each of {devices} devices; there are "
-            f"{memory / GIB:.1f}. Take more devices, or set QLORA_DEVICE=cpu for this stage."
+            f"{memory / GIB:.1f}. {advice}, or set QLORA_DEVICE=cpu for this stage."
         )
     return parts
 

@@ -44,7 +44,7 @@ def load_for_lora(
     """
     base = loading.load_model(folder, device, on_cpu=on_cpu)
     targets.require_terminating_pattern(base, lora)
-    _require_gradients(base, lora, device)
+    _require_precision(base, lora, device)
     rank, alpha = initialisation.rank_and_alpha(lora)
     mixture, rslora = bool(experts.layers(base)), lora.rslora
     if lora.experts and not mixture:
@@ -95,7 +95,7 @@ def load_for_lora(
     return model
 
 
-def _require_gradients(base: PreTrainedModel, lora: Lora, device: torch.device) -> None:
+def _require_precision(base: PreTrainedModel, lora: Lora, device: torch.device) -> None:
     """Raise a UserError for what the precision of the weights does not allow."""
     quantized = bnb.quantized_layers(base)
     if lora.init == "loftq" and not quantized:

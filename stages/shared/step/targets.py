@@ -110,7 +110,7 @@ def left_out(model: nn.Module) -> str | None:
 
 
 def require_terminating_pattern(base: nn.Module, lora: Lora) -> None:
-    """Match names as peft does, a UserError without end: `(.*)*x` takes exponential time."""
+    """Refuse a pattern whose matching does not end, by a UserError: `(.*)*x` is exponential."""
     if not isinstance(lora.target_modules, str):
         return
     try:

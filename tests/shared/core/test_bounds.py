@@ -43,6 +43,7 @@ def test_limited_passes_other_errors_on() -> None:
         ({"n_routed_experts": 8, "n_group": 3}, "n_group is 3, no divisor of n_routed_experts, 8"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "is 4, no divisor of num_att"),
         ({"num_hidden_layers": 10**5}, "num_hidden_layers is 100000"),
+        ({"kv_lora_rank": 8, "num_attention_heads": 6, "num_key_value_heads": 4}, None),
         ({"num_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": None}, None),
     ],
 )

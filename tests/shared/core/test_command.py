@@ -92,6 +92,12 @@ FULL = "no room on the disk; free some space and run `dvc repro` again"
         ("fail(OSError(errno.ENOSPC, 'x', 'models/adapter'))", 1, f"error: models/adapter: {FULL}"),
         ("open('/dev/full', 'w').write('x' * 10**6)", 1, f"error: the disk: {FULL}"),
         ("fail(RuntimeError('Error: I/O error (os error 28)'))", 1, f"error: the disk: {FULL}"),
+        (
+            "fail(RuntimeError('I/O error (os error 5)'))",
+            1,
+            "error: __main__: RuntimeError: I/O error (os error 5); expected a place that can be "
+            "read and written",
+        ),
         ("Path('dvc.yaml/a').write_text('')", 1, "error: dvc.yaml/a: Not a directory; expected a"),
         ("open('models/x')", 1, "error: models/x: not there; `dvc repro` runs the stages that"),
         ("fail(OSError(errno.EMFILE, 'x'))", 1, "error: __main__: too many open files"),

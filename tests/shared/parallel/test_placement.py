@@ -54,3 +54,7 @@ def test_a_part_that_fits_no_device_is_refused(
     monkeypatch.setenv("QLORA_MEMORY_BUDGET", "0.001")
     with pytest.raises(UserError, match=r"on each of 2 devices; there are 0\.0\. .* QLORA_DEVICE"):
         shards_for(tmp_path, CUDA, (Group(0, 2), CUDA))
+    monkeypatch.setenv("QLORA_SHARD", "false")
+    machine.cache_clear()
+    with pytest.raises(UserError, match=r"on each of 1 devices; .* Unset QLORA_SHARD, or set"):
+        shards_for(tmp_path, CUDA)

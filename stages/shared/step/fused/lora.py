@@ -5,7 +5,7 @@ Forward, a row of x and y being a token:
     y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ
 
     x [tokens, in], y [tokens, out]    compute dtype: bf16 or fp16, fp32 on a CPU without them
-    W [out, in]                        stored in 4 bits, dequantized to the compute dtype
+    W [out, in]                        stored in 4 bits (or dense), and read in the compute dtype
     A [r, in], B [out, r]              stored in fp32, cast to the compute dtype
     s                                  a number: α/r, or α/√r with rank-stabilized LoRA
 

@@ -30,7 +30,7 @@ def rms_norm_forward(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def recompute_rms_norm(norm: Any, x: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
-    """Y again, in the backward pass."""
+    """The norm's output again, in the backward pass."""
     if gpu.uses_liger(x.device):
         return gpu.rms_norm_forward(norm, x)[0]
     return _scale(norm, x, rstd)

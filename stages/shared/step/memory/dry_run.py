@@ -185,7 +185,7 @@ def run(
             held += [*states, *(p.grad for p in trained)]
         live = LiveBytes(held, config.get_text_config().vocab_size, PYTHON_KERNELS)
         live.phase = "start"
-        live_bytes.name_phases(live, loading.blocks_of(model))
+        live_bytes.name_phases(live, model.get_input_embeddings(), loading.blocks_of(model))
         if scoring_only:
             with live, torch.no_grad(), precision.autocast(CPU, dtype):
                 for row in packing.packed_rows(model.config, examples, CPU):

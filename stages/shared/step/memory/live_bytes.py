@@ -93,8 +93,11 @@ class LiveBytes(TorchDispatchMode):
         return lambda *args, **kwargs: kernel.call_boxed(keys, *args, **kwargs)
 
 
-def name_phases(live: LiveBytes, blocks: Sequence[nn.Module]) -> None:
-    """Have `live.phase` follow the blocks: `forward 0`, …, `loss`, …, `backward 0`."""
+def name_phases(live: LiveBytes, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Have `live.phase` follow each row: `start`, `forward 0`, …, `loss`, …, `backward 0`."""
+
+    def start(*_: Any) -> None:
+        live.phase = "start"
 
     def follow(index: int, block: nn.Module) -> None:
         def enter(*_: Any) -> None:
@@ -116,6 +119,7 @@ def name_phases(live: LiveBytes, blocks: Sequence[nn.Module]) -> None:
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
 
+    embedding.register_forward_pre_hook(start)
     for index, block in enumerate(blocks):
         follow(index, block)
 
