@@ -2,7 +2,7 @@
 
 Reads:  models/base (for the default's rows); all other models are random
 Writes: the tables of docs/memory.md
-Run:    python -m benchmarks.memory steps        78 real steps on this CPU and their counts
+Run:    python -m benchmarks.memory steps        82 real steps on this CPU and their counts
         python -m benchmarks.memory gpu          counts of GPU steps
         python -m benchmarks.memory mixtures     counts of steps of mixtures of experts
 
