@@ -92,7 +92,7 @@ def quantize(folder: Path, precision: str, seed: int = 0) -> Path:
 
 
 def prepared(folder: Path, conversations: int = 24, held_out: int = 24) -> Path:
-    """Write the outs of `prepare`, in ChatML: short questions whose answers can be learnt."""
+    """Write the outs of `prepare`, in ChatML: short questions whose answers a model can learn."""
     folder.mkdir(parents=True)
     encode = tokenizer().encode
     for split, first, count in (("train", 0, conversations), ("eval", conversations, held_out)):

@@ -94,8 +94,8 @@ class Talk:
         if self._replier is None:
             raise UserError("no model is loaded. Choose one: /variant merged")
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        most, temperature = self._options.max_new_tokens, self._options.temperature
-        reply = self._replier.reply(messages, most, _write, temperature)
+        limit, temperature = self._options.max_new_tokens, self._options.temperature
+        reply = self._replier.reply(messages, limit, _write, temperature)
         _write("\n" if reply.stopped else " […]\n")
         self.messages = [*messages, {"role": "assistant", "content": reply.text}]
 

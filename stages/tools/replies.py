@@ -111,8 +111,8 @@ class Replier:
         if problem := problem_with(turns):
             raise RejectedRow(problem)
         prompt = self._encoder.encode_prompt(Conversation(turns))
-        room = self._positions - len(prompt)
-        if room <= 0:
+        free = self._positions - len(prompt)
+        if free <= 0:
             raise UserError(
                 f"the conversation has {len(prompt)} tokens, the model {self._positions} "
                 "positions. Begin a new one."
@@ -125,14 +125,15 @@ class Replier:
             return text.lstrip()  # a reply may begin with the prompt's space
 
         stream = Stream(decode, len(prompt), stop_strings, on_text)
-        most, warmth = min(max_new_tokens, room), temperature if temperature >= COLDEST else 0.0
+        temperature = temperature if temperature >= COLDEST else 0.0
+        options = generate.options(self._model, min(max_new_tokens, free), stop_ids, temperature)
         if seed is not None:
             torch.manual_seed(seed)
         with autocast(ids.device, self._dtype):
             output = self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=generate.options(self._model, most, stop_ids, warmth),
+                generation_config=options,
                 stopping_criteria=[stream],
             )
         new = output[0, len(prompt) :].tolist()

@@ -80,9 +80,9 @@ class Request(BaseModel):
     def options(self, on_text: Callable[[str], Any]) -> tuple[Any, ...]:
         """Arguments of `replies.Served.reply`."""
         messages = [message.model_dump() for message in self.messages]
-        most = self.max_completion_tokens or self.max_tokens or 512
+        limit = self.max_completion_tokens or self.max_tokens or 512
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return (self.model, messages, most, on_text, self.temperature or 0.0, stops, self.seed)
+        return (self.model, messages, limit, on_text, self.temperature or 0.0, stops, self.seed)
 
     def unsupported(self) -> Iterator[str]:
         """Options that ask for something else than one whole reply."""

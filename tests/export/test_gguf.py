@@ -66,10 +66,10 @@ def qwen2() -> PreTrainedTokenizerFast:
 
 def sentencepiece(normalizer: bool = True) -> PreTrainedTokenizerFast:
     """As Llama 2's, converted from sentencepiece: all merges, bytes for what it lacks."""
-    learnt = vocabularies.llama2().backend_tokenizer
+    trained = vocabularies.llama2().backend_tokenizer
     control = ["<unk>", "<s>", "</s>"]
     tokens = [*control, *llama_cpp._BYTES]
-    tokens += [t for t, _ in sorted(learnt.get_vocab().items(), key=lambda x: x[1])][3:]
+    tokens += [t for t, _ in sorted(trained.get_vocab().items(), key=lambda x: x[1])][3:]
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = generate_merges(vocab, skip_tokens=control)
     options = {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}

@@ -20,7 +20,7 @@ def check(
     """Read a conversation back and hold its messages, mask and figures against it.
 
     Returns:
-        How many ends of replies are learnt.
+        How many ends of replies are supervised.
     """
     mask = one.loss_mask
     turns = reader.turns(one, pattern)
@@ -29,7 +29,7 @@ def check(
     assert not mask[0]
     if train_on == "all":
         assert np.all(mask[1:])
-    else:  # a selected reply is learnt with its end, if it has one; no other message is
+    else:  # a selected reply is supervised with its end, if it has one; no other message is
         selected = replies if train_on == "assistant" else replies[-1:]
         for turn in turns:
             assert np.all(mask[turn.tokens] == (turn in selected)), turn
@@ -64,4 +64,4 @@ def _check_text(one: Example, reader: Reader) -> None:
     text, said = one.text.encode(), reader.text(one)
     assert text.startswith(said)
     assert len(text) - len(said) <= (3 if one.truncated else 0)
-    assert one.text_bytes == reader.learnt(one).sum()
+    assert one.text_bytes == reader.supervised(one).sum()

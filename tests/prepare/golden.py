@@ -1,4 +1,4 @@
-"""Reads golden.txt: conversations, and what of them is learnt with each template."""
+"""Reads golden.txt: conversations, and what of them is supervised with each template."""
 
 import json
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from stages.prepare.loss_mask import TrainOn
 
 TEMPLATES = ("chatml", "guanaco", "llama2", "tokenizer")
 TRAIN_ON: tuple[TrainOn, ...] = ("assistant", "last", "all")
-_LEARNT = {"assistant": "+*", "last": "*"}
+_SUPERVISED = {"assistant": "+*", "last": "*"}
 
 
 @dataclass
@@ -31,17 +31,17 @@ class Case:
     refusals: dict[str, str] = field(default_factory=dict)
 
     def expected(self, template: str, train_on: TrainOn) -> str | list[tuple[str, bool]]:
-        """Why it is refused, or each token and whether it is learnt."""
+        """Why it is refused, or each token and whether it is supervised."""
         tokens = self.tokens.get(template, [])
         if template in self.refusals and (train_on != "all" or not tokens):
             return self.refusals[template]
         marks = [token[0] if token[0] in "+*" else "" for token in tokens]
         if train_on == "all":
-            learnt = [at > 0 for at in range(len(tokens))]
+            supervised = [at > 0 for at in range(len(tokens))]
         else:
-            learnt = [bool(mark) and mark in _LEARNT[train_on] for mark in marks]
+            supervised = [bool(mark) and mark in _SUPERVISED[train_on] for mark in marks]
         plain = [token[len(mark) :] for token, mark in zip(tokens, marks, strict=True)]
-        return list(zip(plain, learnt, strict=True))
+        return list(zip(plain, supervised, strict=True))
 
 
 def read() -> list[Case]:

@@ -80,8 +80,8 @@ class Reader:
         tokens = one.input_ids.tolist()
         return b"".join(self._text[token] for token in tokens)[self._added_space(one) :]
 
-    def learnt(self, one: Example) -> np.ndarray:
-        """Bool [bytes of `text`], whether a byte is of a token that is learnt and not control."""
+    def supervised(self, one: Example) -> np.ndarray:
+        """Bytes of supervised tokens that are no control tokens, bool [bytes of `text`]."""
         tokens = one.input_ids.tolist()
         plain = np.array([token not in self._control for token in tokens])
         lengths = [len(self._text[token]) for token in tokens]

@@ -32,7 +32,7 @@ def shown(input_ids: list[int], loss_mask: list[bool]) -> list[tuple[str, bool]]
 @pytest.mark.parametrize("train_on", golden.TRAIN_ON)
 @pytest.mark.parametrize("template", golden.TEMPLATES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_each_token_is_learnt_or_not(case: Case, template: str, train_on: TrainOn) -> None:
+def test_each_token_is_supervised_or_not(case: Case, template: str, train_on: TrainOn) -> None:
     messages = parse(case.row).messages
     made = templates.make(template, TINY)
     [one] = encode(ExampleEncoder(TINY, made, train_on, case.max_length), [messages])

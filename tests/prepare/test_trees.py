@@ -54,8 +54,10 @@ def test_replies_of_a_tree_are_supervised_once(own: str, train_on: Any) -> None:
         tokenizer, templates.make("tokenizer", tokenizer), train_on, 64, thinking="drop"
     )
     examples = encoder.encode(parse({"prompt": TREE}, "oasst_all"))
-    learnt = [tokenizer.decode(one.input_ids[one.loss_mask]) for one in examples]
-    replies = [text.split("</think>")[-1].strip() for text in "".join(learnt).split("<|im_end|>")]
+    supervised_texts = [tokenizer.decode(one.input_ids[one.loss_mask]) for one in examples]
+    replies = [
+        text.split("</think>")[-1].strip() for text in "".join(supervised_texts).split("<|im_end|>")
+    ]
     expected = ["yes", "is", "minus", "plus", "last", ""]
     assert replies == [one for one in expected if train_on == "assistant" or one != "is"]
 
@@ -65,12 +67,12 @@ def test_text_that_paths_share_is_supervised_once(own: str) -> None:
     tokenizer = chat_templates.tokenizer(own)
     encoder = ExampleEncoder(tokenizer, templates.make("tokenizer", tokenizer), "all", 64)
     paths = encoder.encode(parse({"prompt": TREE}, "oasst_all"))
-    learnt = [tokenizer.decode(one.input_ids[one.loss_mask]) for one in paths]
-    assert learnt[0] == paths[0].text.removeprefix("<|im_start|>")
-    assert [text.count("two") for text in learnt] == [1, 0, 0, 0]
-    assert [text.split("<|im_end|>")[0].split("</think>")[-1].strip() for text in learnt[1:]] == [
-        *("is", "plus", "last")
-    ]
+    supervised_texts = [tokenizer.decode(one.input_ids[one.loss_mask]) for one in paths]
+    assert supervised_texts[0] == paths[0].text.removeprefix("<|im_start|>")
+    assert [text.count("two") for text in supervised_texts] == [1, 0, 0, 0]
+    assert [
+        text.split("<|im_end|>")[0].split("</think>")[-1].strip() for text in supervised_texts[1:]
+    ] == [*("is", "plus", "last")]
 
 
 def test_path_that_is_too_long_is_left_out() -> None:

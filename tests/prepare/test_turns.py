@@ -122,11 +122,11 @@ def test_rows_are_what_a_server_prompts_and_the_reply(name: str, forged: bool) -
         replies = [i for i, m in enumerate(one.messages) if m["role"] == "assistant"]
         for (example, start, end), i in zip(supervised, replies, strict=True):
             prompt, ids = server(tokenizer, template.chat_template, one, i)
-            learnt = example.input_ids[start:end]
-            assert tokenizer.decode(learnt) == case.reply(one.messages[i], one.template_kwargs)
+            reply_ids = example.input_ids[start:end]
+            assert tokenizer.decode(reply_ids) == case.reply(one.messages[i], one.template_kwargs)
             assert tokenizer.decode(example.input_ids[:start]) == prompt
             if not forged:
-                whole = prompt + tokenizer.decode(learnt)
+                whole = prompt + tokenizer.decode(reply_ids)
                 read = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
                 inside = [a >= len(prompt) for a, _ in read["offset_mapping"]]
                 if (

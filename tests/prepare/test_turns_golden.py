@@ -56,7 +56,7 @@ GOLDEN: dict[str, tuple[Any, Conversation, list[str]]] = {
             f"[<think>\nplus\n</think>\n\n4{E}]",
         ],
     ),
-    "an empty block is learnt where the model writes it": (
+    "an empty block is supervised where the model writes it": (
         DROPPED,
         Conversation([user("two"), assistant("2")]),
         [f"{S}user\ntwo{E}\n{S}assistant\n[<think>\n\n</think>\n\n2{E}]\n"],
